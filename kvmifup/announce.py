@@ -1,0 +1,98 @@
+"""Tell an uplink's neighbours where an address is now: gratuitous ARP and unsolicited NA, repeated."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+
+Message = tuple[str, str, str]  # uplink, address, source: as in kvmifup.ops.Announce
+
+# When QEMU announces a guest after a migration, in seconds (net/announce.c: 50 ms at first, growing by
+# 100 ms, five rounds). The same schedule, because the same frames can get lost in the same way.
+SCHEDULE = (0.0, 0.05, 0.2, 0.45, 0.8)
+
+ETH_P_ARP = 0x0806
+ETH_P_IPV6 = 0x86DD
+BROADCAST = b"\xff" * 6
+ALL_NODES = ipaddress.IPv6Address("ff02::1")
+ALL_NODES_MAC = b"\x33\x33\x00\x00\x00\x01"  # RFC 2464, section 7
+MIN_FRAME = 60  # bytes, without the checksum: IEEE 802.3
+
+
+def gratuitous_arp(mac: bytes, address: str) -> bytes:
+    """The broadcast frame that moves *address* to *mac* in every cache that knows it.
+
+    A request whose sender and target are the same address: existing entries are updated and none is made
+    (`arp_is_garp` and `arp_process` in net/ipv4/arp.c; RFC 5227, section 2.3).
+    """
+    packed = ipaddress.IPv4Address(address).packed
+    arp = struct.pack("!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, mac, packed, bytes(6), packed)
+    return (BROADCAST + mac + struct.pack("!H", ETH_P_ARP) + arp).ljust(MIN_FRAME, b"\0")
+
+
+def unsolicited_na(mac: bytes, address: str, source: str) -> bytes:
+    """The multicast frame that moves *address* to *mac* in every neighbour cache that knows it.
+
+    RFC 4861, sections 4.4 and 7.2.6. Override is set: without it a cached MAC stays. Solicited is not,
+    nor Router: the guest is a host.
+    """
+    override = 0x20000000
+    body = struct.pack("!I16sBB6s", override, ipaddress.IPv6Address(address).packed, 2, 1, mac)
+    sender = ipaddress.IPv6Address(source).packed
+    pseudo = sender + ALL_NODES.packed + struct.pack("!I3xB", 4 + len(body), socket.IPPROTO_ICMPV6)
+    checksum = internet_checksum(pseudo + struct.pack("!BBH", 136, 0, 0) + body)
+    icmp = struct.pack("!BBH", 136, 0, checksum) + body
+    header = struct.pack("!IHBB16s16s", 6 << 28, len(icmp), socket.IPPROTO_ICMPV6, 255, sender, ALL_NODES.packed)
+    return ALL_NODES_MAC + mac + struct.pack("!H", ETH_P_IPV6) + header + icmp
+
+
+def internet_checksum(data: bytes) -> int:
+    """RFC 1071."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return int(~total & 0xFFFF)
+
+
+def send(messages: Sequence[Message]) -> None:
+    """Send every message once, from its uplink's own MAC. Raises OSError."""
+    for uplink in dict.fromkeys(message[0] for message in messages):
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as sender:
+            sender.bind((uplink, 0))
+            mac: bytes = sender.getsockname()[4]
+            for dev, address, source in messages:
+                if dev == uplink:
+                    v6 = ":" in address
+                    sender.send(unsolicited_na(mac, address, source) if v6 else gratuitous_arp(mac, address))
+
+
+def repeat_detached(messages: Sequence[Message], still_true: Callable[[], bool]) -> None:
+    """Send the later rounds of `SCHEDULE` from a child process, and return at once.
+
+    The child gives up when *still_true* says so before a round, or at the first error: the guest may have
+    left in the meantime, or its uplink.
+    """
+    if os.fork():
+        return
+    try:
+        # The caller may wait until our output is closed; and a tap stays while anything holds its descriptor.
+        os.setsid()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        os.closerange(3, 65536)
+        start = time.monotonic()
+        for moment in SCHEDULE[1:]:
+            time.sleep(max(0.0, start + moment - time.monotonic()))
+            if not still_true():
+                break
+            send(messages)
+    except OSError:
+        pass
+    finally:
+        os._exit(0)

@@ -1,0 +1,251 @@
+"""The commands: arguments and environment in, exit code and a sentence out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from kvmifup import __version__, config, inputs
+from kvmifup.errors import BugError, KvmIfupError, NicError, PrivilegeError, UsageError, shown
+from kvmifup.model import Nic, Phase
+
+if TYPE_CHECKING:  # what imports pyroute2 waits until the input has been found good
+    from kvmifup.journal import Store
+    from kvmifup.run import Outcome, Session
+
+RUN_DIR = Path("/run/kvm-ifup")
+
+PHASES = {"kvm-ifup-pre": Phase.PRE, "kvm-ifup-post": Phase.POST, "kvm-ifdown": Phase.DOWN}
+DOES = {
+    "kvm-ifup-pre": "Wire a guest's tap as far as may be true on two nodes at once (before a live migration). "
+    "For a NIC that is not incoming, go on to what kvm-ifup-post does.",
+    "kvm-ifup-post": "Wire a guest's tap completely: the guest runs here (fresh start, or after a live migration).",
+    "kvm-ifdown": "Undo what kvm-ifup-pre and kvm-ifup-post did for a tap. Repeating it succeeds.",
+    "kvm-ifup": "Look after the NICs that the hooks wire.",
+}
+EPILOG = (
+    "exit codes: 0 done or nothing to do, 64 usage, 65 bad NIC, 69 node not ready, 70 bug or incomplete rollback, "
+    "71 refused by the kernel and rolled back, 75 busy, 77 not permitted, 78 bad configuration"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are ours, and that writes where it is told to."""
+
+    out: TextIO
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        self.out.write(message)
+
+
+def parser(program: str, out: TextIO) -> Parser:
+    """The command line of *program*."""
+    made = Parser(prog=program, description=DOES[program], epilog=EPILOG, allow_abbrev=False)
+    made.out = out
+    if program == "kvm-ifup":
+        made.add_argument("subcommand", choices=["gc"], help="gc: clear up after dead NICs and killed runs")
+    else:
+        made.add_argument("tap", nargs="?", metavar="TAP", help="the tap; default: INTERFACE from the environment")
+        made.add_argument("--instance", metavar="NAME", help="all NICs of this guest in one run, all or none")
+        if program != "kvm-ifdown":
+            made.add_argument("--announce", action="store_true", help="announce even if nothing changed")
+    made.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    made.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    made.add_argument("-v", "--verbose", action="store_true", help="tell on stderr what was done")
+    made.add_argument("--config", metavar="FILE", type=Path, help=f"this file instead of {config.DIRECTORY}")
+    made.add_argument("--run-dir", metavar="DIR", type=Path, default=RUN_DIR, help=f"instead of {RUN_DIR}")
+    made.add_argument("--version", action="version", version=f"{program} {__version__}")
+    return made
+
+
+Background = Callable[[Sequence[tuple[str, str, str]], Callable[[], bool]], None]
+
+
+def main(
+    program: str,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    stdout: TextIO,
+    stderr: TextIO,
+    background: Background | None = None,
+) -> int:
+    """Run *program* with *argv* (without the program's name); returns the exit code, never raises.
+
+    *background* sends the later announcements (messages, and whether they are still true); None leaves
+    them out.
+    """
+    from kvmifup import report
+
+    as_json = "--json" in argv
+    try:
+        return command(program, argv, environ, stdout, stderr, background)
+    except SystemExit as leaving:  # argparse, after --help or --version
+        return int(leaving.code or 0)
+    except KvmIfupError as error:
+        failure = error
+    except PermissionError as error:
+        failure = PrivilegeError(f"not permitted: {shown(error.filename)}", hint="run it as root")
+    except Exception as error:
+        failure = BugError(
+            f"unexpected {type(error).__name__}: {error}", hint="please report it; KVM_IFUP_DEBUG=1 shows where"
+        )
+        if environ.get("KVM_IFUP_DEBUG"):
+            import traceback
+
+            traceback.print_exception(error, file=stderr)
+    if as_json:
+        stdout.write(report.error_object(failure) + "\n")
+    stderr.write(report.error_line(program, failure) + "\n")
+    return failure.code
+
+
+def command(
+    program: str,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    stdout: TextIO,
+    stderr: TextIO,
+    background: Background | None,
+) -> int:
+    """Parse, gather, and only then load what speaks to the kernel. Raises KvmIfupError."""
+    options = parser(program, stdout).parse_args(list(argv))
+    if program == "kvm-ifup":
+        settings = config.load(options.config)
+        work: Callable[[Session], list[Outcome]] = collect
+    else:
+        prepared = hook(program, options, environ)
+        if prepared is None:
+            return 0
+        work = prepared
+        settings = config.load(options.config)
+    if os.geteuid() != 0 and not options.plan:
+        raise PrivilegeError("not root", hint="run it as root; --plan needs no privileges")
+
+    from kvmifup import report
+    from kvmifup.journal import Store
+    from kvmifup.kernel import Kernel
+    from kvmifup.run import Session
+
+    kernel = Kernel()
+    try:
+        store = Store(options.run_dir)
+        outcomes = work(Session(kernel, store, options.run_dir, settings, dry=options.plan))
+    finally:
+        kernel.close()
+    if options.json:
+        stdout.write(report.as_json(outcomes) + "\n")
+    elif options.plan:
+        stdout.writelines(f"{line}\n" for line in report.plan_lines(outcomes))
+    if options.verbose:
+        lines = report.remark_lines(outcomes) if options.plan else report.verbose_lines(outcomes)
+        stderr.writelines(f"{line}\n" for line in lines)
+    if background and not options.plan:
+        announce_later(outcomes, store, background)
+    return 0
+
+
+def collect(session: Session) -> list[Outcome]:
+    """`kvm-ifup gc`."""
+    from kvmifup import run
+
+    return run.gc(session)
+
+
+def hook(
+    program: str, options: argparse.Namespace, environ: Mapping[str, str]
+) -> Callable[[Session], list[Outcome]] | None:
+    """What a hook has to do once the kernel can be spoken to; None for a tap that is none of our business.
+
+    Raises UsageError and NicError: everything that can be wrong with the input is found here.
+    """
+    if options.tap is not None and options.instance is not None:
+        raise UsageError("TAP and --instance exclude each other")
+    if options.instance is not None and environ.get("INTERFACE"):
+        raise UsageError("--instance takes the NIC files, but the environment has INTERFACE", hint="unset INTERFACE")
+    tap = None if options.tap is None else inputs.tap_argument(options.tap)
+    if (tap or environ.get("INTERFACE", "")).startswith(inputs.GANETI_OWN):
+        return None
+    inputs.refuse_contradiction(program, tap, environ)
+    if options.instance is None:
+        tap = tap or environ.get("INTERFACE")
+        if tap is None:
+            raise UsageError("which tap?", hint="give TAP or --instance NAME, or set INTERFACE")
+        inputs.device(tap, "tap")
+    return lowering(tap, options, environ) if PHASES[program] is Phase.DOWN else raising(program, tap, options, environ)
+
+
+def raising(
+    program: str, tap: str | None, options: argparse.Namespace, environ: Mapping[str, str]
+) -> Callable[[Session], list[Outcome]]:
+    """pre or post, for NICs that have been found and validated. Raises NicError."""
+    if tap is None:
+        nics = inputs.nics_of_instance(options.instance, options.run_dir)
+        if not nics:
+            raise NicError("there are no NIC files for it", hint=f"see {options.run_dir}/nic", where=options.instance)
+    else:
+        nic = nic_of(tap, options.run_dir, environ)
+        if nic is None:
+            raise NicError(
+                "nothing describes this tap",
+                hint=f"write {options.run_dir}/nic/INSTANCE/0.toml, or set INTERFACE, MODE, MAC and LINK",
+                where=tap,
+            )
+        nics = [nic]
+
+    def work(session: Session) -> list[Outcome]:
+        from kvmifup import run
+
+        return run.up(PHASES[program], nics, session, announce=options.announce)
+
+    return work
+
+
+def lowering(
+    tap: str | None, options: argparse.Namespace, environ: Mapping[str, str]
+) -> Callable[[Session], list[Outcome]]:
+    """down: the journal says what to undo, so a NIC file is only looked at where there is no journal."""
+
+    def work(session: Session) -> list[Outcome]:
+        from kvmifup import run
+
+        taps = [tap] if tap else run.taps_of_instance(options.instance, session)
+        outcomes: list[Outcome] = []
+        failures: list[KvmIfupError] = []
+        for one in taps:
+            try:
+                outcomes.append(run.down(one, lambda t=one: nic_of(t, options.run_dir, environ), session))  # type: ignore[misc]
+            except KvmIfupError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        return outcomes
+
+    return work
+
+
+def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str]) -> Nic | None:
+    """The NIC on *tap*: from the environment, its NIC file, or the journal of an earlier phase.
+
+    None when nothing describes it. Raises NicError, JournalError.
+    """
+    if environ.get("INTERFACE"):
+        return inputs.from_environment(environ)
+    nic = inputs.nic_of_tap(tap, run_dir)
+    if nic is not None:
+        return nic
+    from kvmifup.journal import Store
+
+    return Store(run_dir).nic_of_live(tap)
+
+
+def announce_later(outcomes: Sequence[Outcome], store: Store, background: Background) -> None:
+    """Hand over the later rounds of whatever was announced; they stop when the guest leaves."""
+    for outcome in outcomes:
+        if outcome.announced:
+            background(outcome.announced, lambda tap=outcome.tap: store.is_posted(tap))  # type: ignore[misc]

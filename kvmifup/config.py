@@ -1,0 +1,108 @@
+"""Read and validate the administrator's TOML: /etc/kvm-ifup/config.toml, then conf.d/*.toml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from kvmifup import trust
+from kvmifup.errors import ConfigError, NicError, shown
+from kvmifup.inputs import device, nearest
+from kvmifup.model import BridgedConfig, Config, RoutedConfig
+
+DIRECTORY = Path("/etc/kvm-ifup")
+MAX_SECONDS = 3600
+RP_FILTERS = ("strict", "loose", "off", "keep")
+
+
+def load(file: Path | None) -> Config:
+    """The configuration in *file* alone, or in the standard places; the defaults where nothing is set.
+
+    Raises ConfigError for a file that is wrong, not to be trusted, or (if named) missing.
+    """
+    if file is not None:
+        return merged(Config(), file, file.parent)
+    config = Config()
+    for path in (DIRECTORY / "config.toml", *sorted((DIRECTORY / "conf.d").glob("*.toml"))):
+        if path.exists() or path.is_symlink():
+            config = merged(config, path, DIRECTORY)
+    return config
+
+
+def merged(config: Config, path: Path, base: Path) -> Config:
+    """*config* with what *path* sets. Raises ConfigError."""
+    try:
+        data = tomli.loads(trust.read(path, base))
+        changed: Config = section(config, data, "")
+        return changed
+    except trust.Untrusted as error:
+        raise ConfigError(
+            f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
+        ) from None
+    except (tomli.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"not TOML: {shown(str(error))}", where=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except (ConfigError, NicError) as error:
+        raise ConfigError(str(error), hint=error.hint, where=str(path)) from None
+
+
+def section(current: Any, data: Mapping[str, Any], name: str) -> Any:
+    """The frozen settings *current* with the keys of *data* set. Raises ConfigError, naming the key."""
+    known = [field.name for field in fields(current)]
+    changes: dict[str, Any] = {}
+    for key, value in data.items():
+        full = f"{name}.{key}" if name else key
+        if key not in known:
+            raise ConfigError(f"unknown key {shown(full)}", hint=nearest(key, known))
+        inner = getattr(current, key)
+        if is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{full} must be a table", hint=f"[{full}]")
+            changes[key] = section(inner, value, full)
+        else:
+            changes[key] = CHECKS[type(current), key](full, value)
+    return replace(current, **changes)
+
+
+def seconds(key: str, value: Any) -> float:
+    """A time limit in seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SECONDS:
+        raise ConfigError(f"{key} must be a number of seconds from 0 to {MAX_SECONDS}")
+    return float(value)
+
+
+def uplinks(key: str, value: Any) -> tuple[str, ...]:
+    """A list of device names, each once; empty for none."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ConfigError(f"{key} must be a list of device names", hint='like ["eth0"]')
+    if len(set(value)) != len(value):
+        raise ConfigError(f"{key} names a device twice")
+    return tuple(device(one, key) for one in value)
+
+
+def rule_priority(key: str, value: Any) -> int:
+    """A priority before those of the tables main and default (32766, 32767), which would win otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 32765:
+        raise ConfigError(f"{key} must be a whole number from 1 to 32765")
+    return value
+
+
+def rp_filter(key: str, value: Any) -> str:
+    """A name for the kernel's number, or "keep"."""
+    if not isinstance(value, str) or value not in RP_FILTERS:
+        raise ConfigError(f"{key} must be one of {', '.join(RP_FILTERS)}")
+    return value
+
+
+CHECKS: dict[tuple[type[Any], str], Callable[[str, Any], Any]] = {
+    (Config, "lock_timeout"): seconds,
+    (BridgedConfig, "forwarding_timeout"): seconds,
+    (RoutedConfig, "uplinks"): uplinks,
+    (RoutedConfig, "rule_priority"): rule_priority,
+    (RoutedConfig, "rp_filter"): rp_filter,
+}

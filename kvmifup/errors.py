@@ -1,0 +1,120 @@
+"""Every way to fail: a type, an exit code, a cause and a hint.
+
+::
+
+    KvmIfupError
+    ├── UsageError         64  the command line, or it contradicts the environment
+    ├── NicError           65  a NIC's description is wrong, missing or not to be trusted
+    ├── NotReadyError      69  the node cannot take this NIC: nothing was touched, or all was put back
+    ├── BugError           70  our own mistake
+    ├── JournalError       70  a journal that cannot be read
+    ├── RollbackError      70  something failed, and so did putting it back
+    ├── KernelError        71  the kernel refused; all was put back
+    │   └── VanishedError  71  the device is not there any more
+    ├── LockTimeoutError   75  another run holds the lock
+    ├── InterruptedRun     75  a signal arrived; all was put back
+    ├── PrivilegeError     77  not root, or not enough of it
+    └── ConfigError        78  the configuration is wrong, missing or not to be trusted
+
+The codes are those of sysexits.h.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KvmIfupError(Exception):
+    """The root of the tree: `str()` is the cause in one clause, `hint` says what to do about it."""
+
+    code: ClassVar[int] = 70
+
+    def __init__(self, cause: str, *, hint: str = "", where: str = "") -> None:
+        super().__init__(cause)
+        self.hint = hint
+        self.where = where
+
+    def at(self, where: str) -> KvmIfupError:
+        """Name the NIC or file that this is about, unless a closer caller has done so."""
+        self.where = self.where or where
+        return self
+
+
+class UsageError(KvmIfupError):
+    """The command line is wrong, or contradicts the environment."""
+
+    code = 64
+
+
+class NicError(KvmIfupError):
+    """What describes the NIC is wrong, missing, or could have been written by somebody else."""
+
+    code = 65
+
+
+class NotReadyError(KvmIfupError):
+    """The node is not ready for this NIC: a bridge, table, uplink or address is not as it must be."""
+
+    code = 69
+
+
+class BugError(KvmIfupError):
+    """An unforeseen exception: ours to mend."""
+
+    code = 70
+
+
+class JournalError(KvmIfupError):
+    """The journal of a tap cannot be read, so what it promised to undo is unknown."""
+
+    code = 70
+
+
+class RollbackError(KvmIfupError):
+    """Something failed, and what had been done could not all be put back; the journal remembers it."""
+
+    code = 70
+
+
+class KernelError(KvmIfupError):
+    """The kernel refused a change; `errno` is its number. What had been done was put back."""
+
+    code = 71
+
+    def __init__(self, cause: str, *, errno: int, hint: str = "") -> None:
+        super().__init__(cause, hint=hint)
+        self.errno = errno
+
+
+class VanishedError(KernelError):
+    """The device that is to be read or written does not exist (any more)."""
+
+
+class LockTimeoutError(KvmIfupError):
+    """Another run holds the lock for longer than the configured time."""
+
+    code = 75
+
+
+class InterruptedRun(KvmIfupError):
+    """A signal asked us to stop; what had been done was put back."""
+
+    code = 75
+
+
+class PrivilegeError(KvmIfupError):
+    """Changing a node's network takes root (CAP_NET_ADMIN)."""
+
+    code = 77
+
+
+class ConfigError(KvmIfupError):
+    """The configuration is wrong, missing, or could have been written by somebody else."""
+
+    code = 78
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """*value* quoted for a message: one line, printable ASCII, at most *limit* characters."""
+    text = ascii(value)
+    return text if len(text) <= limit else text[: limit - 4] + "...'"

@@ -1,0 +1,202 @@
+"""What was done for each tap and what was there before, on disk before the kernel is touched.
+
+One JSON file per tap, `state/<tap>.json` below the run directory::
+
+    {"version": 1, "nic": {...}, "ifindex": 7, "phase": "pre",
+     "entries": [{"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}, ...],
+     "pending": [...]}
+
+`entries` is what successful runs did, each op with the value from before the first of them. `pending` is
+what a run is about to do, or was doing when it was killed: its values are those from before that run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kvmifup.errors import JournalError, KernelError, PrivilegeError
+from kvmifup.model import Nic, Phase
+from kvmifup.ops import KINDS, Op, Value
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An op that was or will be done, and the value that the kernel had before."""
+
+    op: Op
+    prior: Value
+
+    @property
+    def undo(self) -> Op:
+        """The op that puts the old value back."""
+        return self.op.turned(self.prior)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Everything remembered about one tap; *phase* is the last one that succeeded, DOWN for none."""
+
+    nic: Nic
+    ifindex: int
+    phase: Phase = Phase.DOWN
+    entries: tuple[Entry, ...] = field(default=())
+    pending: tuple[Entry, ...] = field(default=())
+
+    def prior(self, key: tuple[object, ...]) -> Entry | None:
+        """The committed entry about *key*."""
+        return next((entry for entry in self.entries if entry.op.key == key), None)
+
+
+class Store:
+    """The journals below *run_dir*. Writing is atomic and survives a power cut; a dead run's temporary
+    file is overwritten by the next."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.directory = run_dir / "state"
+
+    def path(self, tap: str) -> Path:
+        """Where the journal of *tap* is."""
+        return self.directory / f"{tap}.json"
+
+    def load(self, tap: str) -> Journal | None:
+        """The journal of *tap*, None if it has none. Raises JournalError."""
+        path = self.path(tap)
+        try:
+            return decode(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise JournalError(
+                f"the journal {path} cannot be read ({type(error).__name__})",
+                hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
+            ) from None
+
+    def save(self, journal: Journal) -> None:
+        """Write *journal* so that it is either wholly there or not at all, even after a crash.
+
+        Raises KernelError when the file system refuses, PrivilegeError when we may not.
+        """
+        path = self.path(journal.nic.tap)
+        temporary = path.with_suffix(".new")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            with open(os.open(temporary, flags, 0o600), "wb") as file:
+                file.write(json.dumps(encode(journal), indent=1).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+            self._sync()
+        except PermissionError as error:
+            raise PrivilegeError(f"cannot write {error.filename or path}", hint="run it as root") from None
+        except OSError as error:
+            raise KernelError(f"cannot write {path}: {error.strerror}", errno=error.errno or 0) from None
+
+    def delete(self, tap: str) -> None:
+        """Forget *tap*."""
+        self.path(tap).unlink(missing_ok=True)
+        self._sync()
+
+    def set_aside(self, tap: str) -> Path:
+        """Move an unreadable journal out of the way; returns where it is now."""
+        aside = self.path(tap).with_suffix(".unreadable")
+        os.rename(self.path(tap), aside)
+        return aside
+
+    def nic_of_live(self, tap: str) -> Nic | None:
+        """The NIC that an earlier phase wired, if *tap* is still the device that it wired. Raises JournalError."""
+        journal = self.load(tap)
+        try:
+            return journal.nic if journal and socket.if_nametoindex(tap) == journal.ifindex else None
+        except OSError:
+            return None
+
+    def is_posted(self, tap: str) -> bool:
+        """Whether post has been done for *tap*, and not been undone."""
+        try:
+            journal = self.load(tap)
+        except JournalError:
+            return False
+        return journal is not None and journal.phase is Phase.POST
+
+    def taps(self) -> list[str]:
+        """The taps that have a journal."""
+        return sorted(path.stem for path in self.directory.glob("*.json"))
+
+    def others(self, tap: str, text: str) -> Iterator[Journal]:
+        """The readable journals of other taps that contain *text*; an unreadable one is its own tap's trouble.
+
+        *text* is looked for first because decoding every journal of a full node would take longer than
+        the whole hook.
+        """
+        wanted = json.dumps(text).encode()
+        for path in self.directory.glob("*.json"):
+            if path.stem == tap:
+                continue
+            try:
+                if wanted in path.read_bytes():
+                    found = self.load(path.stem)
+                    if found is not None:
+                        yield found
+            except (FileNotFoundError, JournalError):
+                continue
+
+    def _sync(self) -> None:
+        if not self.directory.is_dir():
+            return
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# --- JSON ---------------------------------------------------------------------------------------------
+
+
+def encode(journal: Journal) -> dict[str, Any]:
+    """*journal* as JSON's types."""
+    return {
+        "version": VERSION,
+        "nic": dataclasses.asdict(journal.nic) | {"ip": [str(prefix) for prefix in journal.nic.ip]},
+        "ifindex": journal.ifindex,
+        "phase": journal.phase.name.lower(),
+        "entries": [encode_entry(entry) for entry in journal.entries],
+        "pending": [encode_entry(entry) for entry in journal.pending],
+    }
+
+
+def encode_entry(entry: Entry) -> dict[str, Any]:
+    """*entry* as JSON's types."""
+    return {"op": entry.op.kind, **dataclasses.asdict(entry.op), "prior": entry.prior}
+
+
+def decode(data: dict[str, Any]) -> Journal:
+    """The journal that `encode` gave. Raises ValueError, KeyError or TypeError for anything else."""
+    if data["version"] != VERSION:
+        raise ValueError("another version")
+    nic = Nic(**data["nic"] | {"ip": tuple(ipaddress.ip_network(prefix) for prefix in data["nic"]["ip"])})
+    journal = Journal(nic=nic, ifindex=int(data["ifindex"]), phase=Phase[data["phase"].upper()])
+    return replace(
+        journal,
+        entries=tuple(decode_entry(entry) for entry in data["entries"]),
+        pending=tuple(decode_entry(entry) for entry in data["pending"]),
+    )
+
+
+def decode_entry(data: dict[str, Any]) -> Entry:
+    """The entry that `encode_entry` gave."""
+    values = {key: value for key, value in data.items() if key not in ("op", "prior")}
+    if "selectors" in values:
+        values["selectors"] = tuple((str(name), value) for name, value in values["selectors"])
+    return Entry(KINDS[data["op"]](**values), data["prior"])

@@ -1,0 +1,236 @@
+"""Which operation in which phase, in which order: the heart of the product, and pure.
+
+`wiring` lists everything that a running guest's NIC needs, each op with the phase from which it is safe:
+
+=======  ==========================================================================================
+pre      may be true on two nodes at once, so it is done while the guest still runs elsewhere
+post     must be true on one node only: host routes, proxy neighbours, announcements
+=======  ==========================================================================================
+
+A phase's plan is the part of that list that the phase allows. So pre goes through every check that post
+will, and a node that could not take the guest refuses it before the migration starts.
+
+Nothing here reads a file, a clock or the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvmifup.errors import NotReadyError
+from kvmifup.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Uplink
+from kvmifup.ops import (
+    AddrGenMode,
+    Announce,
+    BridgeAddress,
+    LinkAddress,
+    LinkMaster,
+    LinkMtu,
+    LinkUp,
+    Neighbour,
+    Op,
+    PortForwarding,
+    ProxyNeighbour,
+    Route,
+    Rule,
+    Sysctl,
+)
+
+Step = tuple[Phase, Op]
+PRE, POST = Phase.PRE, Phase.POST
+
+RP_FILTER = {"off": "0", "strict": "1", "loose": "2"}  # "keep" leaves it alone
+ADDR_GEN_MODE_NONE = 1  # IN6_ADDR_GEN_MODE_NONE, linux/if_link.h
+
+
+def effective(asked: Phase, nic: Nic) -> Phase:
+    """The phase to run for the one *asked* for: without an elsewhere, pre goes on to post."""
+    return Phase.POST if asked is Phase.PRE and not nic.incoming else asked
+
+
+def plan(phase: Phase, nic: Nic, config: Config, facts: NodeFacts, *, announce: bool = False) -> tuple[Op, ...]:
+    """The ops that make *nic* right for *phase*, in order; *announce* forces the announcement.
+
+    Raises NotReadyError for whatever would keep this node from running the guest, in either phase.
+    """
+    steps = tuple(wiring(nic, config, facts, announce=announce))
+    return (*stale(facts, steps), *(op for since, op in steps if since <= phase))
+
+
+def stale(facts: NodeFacts, steps: tuple[Step, ...]) -> Iterator[Op]:
+    """The removal of policy rules that name this tap and that no phase wants: a dead NIC's leftovers."""
+    planned = {op.key for _, op in steps}
+    yield from (rule.turned(False) for rule in facts.rules if rule.key not in planned)
+
+
+def wiring(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Iterator[Step]:
+    """All that a running guest's NIC needs, each op with the first phase that may do it."""
+    if facts.tap is None:
+        raise NotReadyError(
+            f"no such device: {nic.tap}", hint="it exists only while QEMU runs, or after `ip tuntap add`"
+        )
+    if not facts.tap.is_tap:
+        raise NotReadyError(f"{nic.tap} is not a tap", hint="only a guest's tap is ever wired")
+    if nic.mode == "bridged":
+        yield from bridged(nic, config, facts)
+    elif nic.mode == "routed":
+        yield from routed(nic, config, facts, announce=announce)
+    else:
+        raise NotReadyError(f"mode {nic.mode} is not supported by this version")
+
+
+def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
+    """A forwarding port of a bridge: all of it may be true on two nodes at once."""
+    assert nic.link is not None  # kvmifup.inputs sees to it
+    bridge = ready_bridge(nic, nic.link, config, facts.bridge)
+    if facts.ipv6:
+        yield PRE, AddrGenMode(nic.tap, ADDR_GEN_MODE_NONE)
+    yield PRE, LinkAddress(nic.tap, nic.tap_mac)
+    # Before it becomes a port: a bridge takes over the lowest MTU among its ports.
+    yield PRE, LinkMtu(nic.tap, bridge.mtu)
+    if bridge.adopts:
+        yield PRE, BridgeAddress(nic.link, bridge.mac)
+    yield PRE, LinkMaster(nic.tap, nic.link)
+    yield PRE, LinkUp(nic.tap, True)
+    yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
+
+
+def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> Bridge:
+    """The bridge, if a port of it will forward in time. Raises NotReadyError."""
+    if bridge is None:
+        raise NotReadyError(f"no such bridge: {name}", hint=f"`ip link add {name} type bridge`, or mend link")
+    if not bridge.is_bridge:
+        raise NotReadyError(f"{name} is not a bridge", hint="link of a bridged NIC names a Linux bridge")
+    if nic.vlan is not None:
+        raise NotReadyError(f"bridge {name} cannot take VLAN {nic.vlan}", hint="VLANs on bridges are not supported yet")
+    if not bridge.up:
+        raise NotReadyError(f"bridge {name} is down", hint=f"`ip link set {name} up`")
+    # Listening, then learning: each lasts one forward delay (br_stp_timer.c). QEMU's announcements end
+    # 0.8 s after the guest arrives, so a port that takes longer than we can wait would lose them.
+    if bridge.stp and 2 * bridge.forward_delay > config.bridged.forwarding_timeout:
+        raise NotReadyError(
+            f"bridge {name} runs STP and a port takes {2 * bridge.forward_delay:g} s to forward",
+            hint=f"`ip link set {name} type bridge stp_state 0`, or a shorter forward_delay",
+        )
+    return bridge
+
+
+def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Iterator[Step]:
+    """Routes and proxy neighbours: true on the one node where the guest runs, and announced there."""
+    if facts.table is None:
+        raise NotReadyError(
+            f"no such routing table: {nic.link}",
+            hint="add its name to /etc/iproute2/rt_tables, or give its number",
+        )
+    for address, why in facts.taken:
+        raise NotReadyError(f"{address} {why}", hint="an address can be on one NIC of one node only")
+    uplinks = ready_uplinks(nic, facts)
+    hosts = [prefix for prefix in nic.ip if is_host(prefix)]
+
+    yield PRE, LinkAddress(nic.tap, nic.tap_mac)
+    yield from ((PRE, op) for op in tap_sysctls(nic, config, facts))
+    if nic.link is not None:
+        for family in (4, 6) if facts.ipv6 else (4,):
+            priority = config.routed.rule_priority
+            yield PRE, Rule(family, nic.tap, facts.table, priority, (), True)
+    yield PRE, LinkUp(nic.tap, True)
+    for host in hosts:
+        yield PRE, Neighbour(nic.tap, bare(host), nic.mac)
+
+    for prefix in nic.ip:
+        yield POST, Route(str(prefix), nic.tap, facts.table, True)
+    for uplink in uplinks:
+        proxied = [bare(host) for host in hosts if host.version == uplink.family]
+        if proxied:
+            # The random delay before a proxied answer belongs to the device where the question arrives.
+            yield POST, Sysctl(uplink.family, "neigh", uplink.name, "proxy_delay", True, "0")
+            if uplink.family == 6:
+                yield POST, Sysctl(6, "conf", uplink.name, "proxy_ndp", True, "1")
+            for address in proxied:
+                yield POST, ProxyNeighbour(uplink.name, address, True)
+    messages = tuple(
+        (uplink.name, bare(host), (uplink.source or bare(host)) if host.version == 6 else bare(host))
+        for uplink in uplinks
+        for host in hosts
+        if host.version == uplink.family
+    )
+    if messages:
+        yield POST, Announce(messages, announce)
+
+
+def tap_sysctls(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Op]:
+    """What makes the node the guest's router on this tap; it all dies with the tap."""
+
+    def conf(family: int, name: str, value: str) -> Op:
+        return Sysctl(family, "conf", nic.tap, name, False, value)
+
+    yield conf(4, "forwarding", "1")
+    yield conf(4, "proxy_arp", "1")
+    yield conf(4, "send_redirects", "0")
+    if config.routed.rp_filter in RP_FILTER:
+        yield conf(4, "rp_filter", RP_FILTER[config.routed.rp_filter])
+    yield Sysctl(4, "neigh", nic.tap, "proxy_delay", False, "0")
+    if facts.ipv6:
+        yield conf(6, "forwarding", "1")
+        yield conf(6, "proxy_ndp", "1")
+        yield Sysctl(6, "neigh", nic.tap, "proxy_delay", False, "0")
+
+
+def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
+    """The uplinks of the NIC's families that have neighbours to answer. Raises NotReadyError."""
+    families = {prefix.version for prefix in nic.ip}
+    if 6 in families and not facts.ipv6:
+        raise NotReadyError("this node's kernel has no IPv6", hint="boot it without ipv6.disable=1")
+    if 6 in families and facts.ipv6_mend:
+        raise NotReadyError(f"IPv6 is off on {nic.tap}", hint=f"`sysctl -w {' '.join(facts.ipv6_mend)}`")
+    for uplink in facts.uplinks:
+        if not uplink.present:
+            raise NotReadyError(f"no such uplink: {uplink.name}", hint="mend [routed] uplinks")
+        if uplink.family not in families:
+            continue
+        if not uplink.up:
+            raise NotReadyError(f"uplink {uplink.name} is down", hint=f"`ip link set {uplink.name} up`")
+        if uplink.mend:
+            raise NotReadyError(
+                f"IPv{uplink.family} forwarding is off on uplink {uplink.name}",
+                hint=f"`sysctl -w {' '.join(uplink.mend)}`",
+            )
+    return [uplink for uplink in facts.uplinks if uplink.arp and uplink.family in families]
+
+
+def remarks(phase: Phase, nic: Nic, facts: NodeFacts) -> tuple[str, ...]:
+    """What is no error but worth a line to somebody who asks for more (-v)."""
+    if phase is Phase.DOWN or nic.mode != "routed":
+        return ()
+    lacking = sorted({prefix.version for prefix in nic.ip} - {uplink.family for uplink in facts.uplinks})
+    return tuple(f"no IPv{family} uplink found: nothing there answers for the guest" for family in lacking)
+
+
+def withdrawal(nic: Nic, facts: NodeFacts) -> tuple[Op, ...]:
+    """What takes a NIC's traffic off this node when no journal tells what was done: kvm-ifdown's fallback.
+
+    Only what names the tap or the NIC's addresses; never anything that serves other guests as well.
+    """
+    taken = {address for address, _ in facts.taken}
+    proxies = [
+        ProxyNeighbour(uplink.name, bare(prefix), False)
+        for uplink in facts.uplinks
+        for prefix in nic.ip
+        if is_host(prefix) and prefix.version == uplink.family and str(prefix) not in taken
+    ]
+    table = MAIN_TABLE if facts.table is None else facts.table
+    routes = [Route(str(prefix), nic.tap, table, False) for prefix in nic.ip]
+    rules = [rule.turned(False) for rule in facts.rules]
+    if nic.mode != "routed":
+        return tuple(rules)
+    return (*proxies, *routes, *rules)
+
+
+def is_host(prefix: Prefix) -> bool:
+    """A single address: it gets a proxy neighbour and is announced; a prefix must be routed to the node."""
+    return prefix.prefixlen == prefix.max_prefixlen
+
+
+def bare(prefix: Prefix) -> str:
+    """The address of a single-address prefix, as text."""
+    return str(prefix.network_address)

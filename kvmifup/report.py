@@ -1,0 +1,108 @@
+"""Say what was done, or would be: lines for people, JSON for programs; nothing unless asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvmifup.apply import Change
+from kvmifup.errors import KvmIfupError
+
+if TYPE_CHECKING:
+    from kvmifup.run import Outcome
+
+
+def plan_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Every op of every NIC, with the value now and the value wanted: what --plan prints."""
+    for outcome in outcomes:
+        yield heading(outcome)
+        yield from (f"  undo   {transition(change)}" for change in outcome.undone if change.needed)
+        yield from (f"  {'do    ' if c.needed else 'right '} {transition(c)}" for c in outcome.changes)
+        if not outcome.undone and not outcome.changes:
+            yield "  nothing to do"
+
+
+def verbose_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """What was really done, and remarks: what -v prints."""
+    for outcome in outcomes:
+        done = [change for change in (*outcome.undone, *outcome.changes) if change.needed]
+        yield f"{heading(outcome)}: {len(done)} changed"
+        yield from (f"  {transition(change)}" for change in done)
+        yield from remark_lines([outcome])
+
+
+def remark_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """What is no error but should be known."""
+    yield from (f"{outcome.label}: {remark}" for outcome in outcomes for remark in outcome.remarks)
+
+
+def heading(outcome: Outcome) -> str:
+    """Which NIC, how it is wired, which phase."""
+    mode = f"{outcome.nic.mode}, " if outcome.nic else ""
+    return f"{outcome.label}: {mode}{outcome.phase.name.lower()}"
+
+
+def transition(change: Change) -> str:
+    """One op: the value now, and the value wanted if it is another one."""
+    op = change.op
+    if op.after_change:
+        return op.describe() if change.needed else f"{op.describe()} (only after a change)"
+    if not change.needed:
+        return op.describe()
+    return f"{op.subject()}: {op.say(change.now)} -> {op.say(op.wanted)}"
+
+
+def as_json(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as one JSON array."""
+    return json.dumps([as_object(outcome) for outcome in outcomes], indent=2)
+
+
+def as_object(outcome: Outcome) -> dict[str, Any]:
+    """One outcome; `now` and `want` are null where absence is meant, and for what cannot be read."""
+    nic = outcome.nic
+    return {
+        "tap": outcome.tap,
+        "instance": nic.instance if nic else None,
+        "index": nic.index if nic else None,
+        "mode": nic.mode if nic else None,
+        "phase": outcome.phase.name.lower(),
+        "undone": [change_object(change) for change in outcome.undone],
+        "ops": [change_object(change) for change in outcome.changes],
+        "remarks": list(outcome.remarks),
+    }
+
+
+def change_object(change: Change) -> dict[str, Any]:
+    """One op."""
+    return {
+        "op": change.op.kind,
+        "about": change.op.subject(),
+        "now": change.now,
+        "want": change.op.wanted,
+        "needed": change.needed,
+    }
+
+
+def error_line(program: str, error: KvmIfupError) -> str:
+    """The one line that stderr gets: who, which NIC, why, what to do about it."""
+    where = f" {error.where}:" if error.where else ""
+    hint = f" ({error.hint})" if error.hint else ""
+    return printable(f"{program}:{where} {error}{hint}")
+
+
+def error_object(error: KvmIfupError) -> str:
+    """The error as one JSON object."""
+    content = {
+        "error": type(error).__name__,
+        "code": error.code,
+        "where": error.where,
+        "cause": str(error),
+        "hint": error.hint,
+    }
+    return json.dumps(content, indent=2)
+
+
+def printable(text: str) -> str:
+    """*text* on one line, without anything that could steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -1,0 +1,310 @@
+"""One run of a hook: lock, clear up after the dead, read the facts, plan, apply, remember."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmifup import inputs, locks, phases
+from kvmifup.apply import Change, Job, apply, survey, undo
+from kvmifup.errors import JournalError, KvmIfupError, RollbackError
+from kvmifup.journal import Entry, Journal, Store
+from kvmifup.model import Config, Nic, NodeFacts, Phase
+from kvmifup.ops import Announce, Op
+
+if TYPE_CHECKING:
+    from kvmifup.kernel import Kernel
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done for one NIC, or would be: *undone* first (leftovers of a dead NIC), then *changes*."""
+
+    label: str
+    nic: Nic | None
+    tap: str
+    phase: Phase
+    undone: tuple[Change, ...] = ()
+    changes: tuple[Change, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def announced(self) -> tuple[tuple[str, str, str], ...]:
+        """The messages whose first round has been sent."""
+        return tuple(
+            message
+            for change in self.changes
+            if change.needed and isinstance(change.op, Announce)
+            for message in change.op.messages
+        )
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run works with. *dry*: read only: no lock is taken and nothing is written, not even a journal."""
+
+    kernel: Kernel
+    store: Store
+    run_dir: Path
+    config: Config
+    dry: bool = False
+
+    def locked(self, stack: ExitStack, names: Sequence[str]) -> None:
+        """Hold the locks *names* until *stack* unwinds. Raises LockTimeoutError."""
+        if not self.dry:
+            stack.enter_context(locks.hold(self.run_dir, names, self.config.lock_timeout))
+
+
+# --- up -------------------------------------------------------------------------------------------------
+
+
+def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -> list[Outcome]:
+    """Run phase *asked* for all *nics*, or for none of them.
+
+    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError and JournalError.
+    """
+    with ExitStack() as stack:
+        session.locked(stack, lock_names(nics, session))
+        prepared = []
+        for nic in nics:
+            with about(nic.label):
+                prepared.append(prepare(asked, nic, session, announce=announce))
+        if not session.dry:
+            with about(", ".join(nic.label for nic in nics)):
+                apply([job for _, job in prepared], session.kernel, session.store)
+    return [outcome for outcome, _ in prepared]
+
+
+def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tuple[Outcome, Job]:
+    """Clear up after a dead or killed run on this tap, then find out what *nic* needs."""
+    phase = phases.effective(asked, nic)
+    journal = session.store.load(nic.tap)
+    undone: tuple[Change, ...] = ()
+    if journal is not None:
+        journal, undone = recover(journal, session)
+    facts = with_claims(session.kernel.facts(nic, session.config), nic, session)
+    everything = phases.plan(Phase.POST, nic, session.config, facts, announce=announce)
+    ops = phases.plan(phase, nic, session.config, facts, announce=announce)
+    if session.dry:
+        ops = tuple(op for op in ops if op not in [change.op for change in undone])
+    assert facts.tap is not None  # phases.plan has refused a tap that is not there
+    before = journal or Journal(nic, facts.tap.ifindex)
+    kept = {op.key for op in everything}
+    obsolete = [entry.undo for entry in reversed(before.entries) if entry.op.key not in kept]
+    changes = survey((*obsolete, *ops), session.kernel)
+    after = replace(
+        before,
+        nic=nic,
+        phase=max(phase, before.phase),
+        entries=remembered(changes, ops, kept, before, session),
+        pending=(),
+    )
+    outcome = Outcome(nic.label, nic, nic.tap, phase, undone, changes, phases.remarks(phase, nic, facts))
+    return outcome, Job(changes, before, journal is not None, after)
+
+
+def remembered(
+    changes: Sequence[Change], ops: Sequence[Op], kept: set[tuple[object, ...]], before: Journal, session: Session
+) -> tuple[Entry, ...]:
+    """What the journal must be able to undo once *changes* are done.
+
+    The value from before the first run counts, not the one from before this one. A removal is final:
+    putting a dead NIC's rule back when this guest leaves would set a trap for the next one.
+    """
+    planned = {op.key for op in ops}
+    entries: list[Entry] = []
+    for change in changes:
+        op = change.op
+        if op.key not in planned or not op.undoable or op.wanted is False:
+            continue
+        earlier = before.prior(op.key) or (claimed_elsewhere(op, before.nic.tap, session) if op.shared else None)
+        if earlier is not None:
+            entries.append(Entry(op, earlier.prior))
+        elif change.needed:
+            entries.append(change.entry)
+    # pre, called once more after post, takes nothing away from a guest that runs here.
+    entries += [entry for entry in before.entries if entry.op.key in kept - planned]
+    return tuple(entries)
+
+
+def claimed_elsewhere(op: Op, tap: str, session: Session) -> Entry | None:
+    """Another live tap's entry about the same shared value: it knows what was there before any of us."""
+    for journal in session.store.others(tap, getattr(op, "dev", "")):
+        # Also what a killed run was about to do: its value was read before ours.
+        for entry in (*journal.entries, *journal.pending):
+            if entry.op.key == op.key and alive(journal, session):
+                return entry
+    return None
+
+
+def with_claims(facts: NodeFacts, nic: Nic, session: Session) -> NodeFacts:
+    """*facts*, with the addresses that another live tap's journal holds added to those taken."""
+    if nic.mode != "routed":
+        return facts
+    claims = [
+        (str(prefix), f"is already on {other.nic.label}")
+        for prefix in nic.ip
+        for other in session.store.others(nic.tap, str(prefix))
+        if other.nic.mode == "routed" and prefix in other.nic.ip and alive(other, session)
+    ]
+    return replace(facts, taken=(*claims, *facts.taken))
+
+
+# --- down -----------------------------------------------------------------------------------------------
+
+
+def down(tap: str, describe: Callable[[], Nic | None], session: Session) -> Outcome:
+    """Undo all that was done for *tap*; without a journal, withdraw the NIC that *describe* knows, if any.
+
+    Repeating it succeeds.
+
+    Raises LockTimeoutError, JournalError, and RollbackError for what could not be undone.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        session.kernel.refresh()
+        journal = session.store.load(tap)
+        if journal is not None:
+            undone = revert(journal, (*journal.entries, *journal.pending), session)
+            if not session.dry:
+                session.store.delete(tap)
+            return Outcome(journal.nic.label, journal.nic, tap, Phase.DOWN, changes=undone)
+        nic = describe()
+        if nic is None:
+            return Outcome(tap, None, tap, Phase.DOWN)
+        facts = with_claims(session.kernel.facts(nic, session.config), nic, session)
+        changes = survey(present(phases.withdrawal(nic, facts), facts), session.kernel)
+        if not session.dry:
+            empty = Journal(nic, facts.tap.ifindex if facts.tap else 0)
+            apply([Job(changes, empty, False, None)], session.kernel, session.store)
+        return Outcome(nic.label, nic, tap, Phase.DOWN, changes=changes)
+
+
+def taps_of_instance(instance: str, session: Session) -> list[str]:
+    """The taps that a journal or a NIC file gives to *instance*. Raises NicError."""
+    taps = {nic.tap for nic in inputs.nics_of_instance(instance, session.run_dir)}
+    taps |= {journal.nic.tap for journal in session.store.others("", instance) if journal.nic.instance == instance}
+    return sorted(taps)
+
+
+def present(ops: Sequence[Op], facts: NodeFacts) -> list[Op]:
+    """Those of *ops* whose device is there: what is on a device goes with it."""
+    gone = {uplink.name for uplink in facts.uplinks if not uplink.present}
+    return [op for op in ops if getattr(op, "dev", None) not in gone and (facts.tap or op.outlives_tap)]
+
+
+# --- after a crash ----------------------------------------------------------------------------------------
+
+
+def recover(journal: Journal, session: Session) -> tuple[Journal | None, tuple[Change, ...]]:
+    """Undo what a killed run was doing, or all that a dead NIC left; returns the journal that remains."""
+    if not alive(journal, session):
+        undone = revert(journal, (*journal.entries, *journal.pending), session)
+        if not session.dry:
+            session.store.delete(journal.nic.tap)
+        return None, undone
+    if not journal.pending:
+        return journal, ()
+    undone = revert(journal, journal.pending, session)
+    rest = replace(journal, pending=())
+    if rest.phase is Phase.DOWN and not rest.entries:
+        if not session.dry:
+            session.store.delete(journal.nic.tap)
+        return None, undone
+    if not session.dry:
+        session.store.save(rest)
+    return rest, undone
+
+
+def revert(journal: Journal, entries: Sequence[Entry], session: Session) -> tuple[Change, ...]:
+    """Undo *entries* of *journal*; returns what was undone. Raises RollbackError, and keeps what is left.
+
+    On a tap that is another one now, only what outlives a tap is ours. A shared value stays while another
+    live tap needs it.
+    """
+    live = alive(journal, session)
+    mine = [
+        entry
+        for entry in entries
+        if (live or entry.op.outlives_tap)
+        and not (entry.op.shared and claimed_elsewhere(entry.op, journal.nic.tap, session))
+    ]
+    changes = []
+    for entry in reversed(mine):
+        try:
+            now = session.kernel.read(entry.undo)
+        except KvmIfupError:  # `undo` meets it again, and knows what it means
+            continue
+        changes.append(Change(entry.undo, now, now != entry.prior))
+    problems = [] if session.dry else undo(mine, session.kernel)
+    if problems:
+        left = tuple(entry for entry in mine if entry in [problem for problem, _ in problems])
+        session.store.save(replace(journal, entries=left, pending=()))
+        raise RollbackError(
+            f"could not put back: {'; '.join(text for _, text in problems)}", hint="`kvm-ifup gc` tries again"
+        ).at(journal.nic.label)
+    return tuple(changes)
+
+
+def alive(journal: Journal, session: Session) -> bool:
+    """Whether the tap is still the one that *journal* is about."""
+    return session.kernel.ifindex(journal.nic.tap) == journal.ifindex
+
+
+def gc(session: Session) -> list[Outcome]:
+    """Clear up after every dead NIC and every killed run; goes on past failures, then raises the first."""
+    outcomes: list[Outcome] = []
+    failures: list[KvmIfupError] = []
+    for tap in session.store.taps():
+        try:
+            with ExitStack() as stack:
+                session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+                session.kernel.refresh()
+                try:
+                    journal = session.store.load(tap)
+                except JournalError as error:
+                    where = "" if session.dry else f"; it is now {session.store.set_aside(tap)}"
+                    outcomes.append(Outcome(tap, None, tap, Phase.DOWN, remarks=(f"{error}{where}",)))
+                    continue
+                if journal is not None and (journal.pending or not alive(journal, session)):
+                    _, undone = recover(journal, session)
+                    outcomes.append(Outcome(journal.nic.label, journal.nic, tap, Phase.DOWN, undone))
+        except KvmIfupError as error:
+            failures.append(error.at(tap))
+    if failures:
+        raise failures[0]
+    return outcomes
+
+
+# --- helpers ----------------------------------------------------------------------------------------------
+
+
+def lock_names(nics: Sequence[Nic], session: Session) -> list[str]:
+    """The locks that a run for *nics* needs: routed ones share the uplinks and the addresses.
+
+    So may whoever had the tap before, if there is something to clear up.
+    """
+    taps = [nic.tap for nic in nics]
+    routed = any(nic.mode == "routed" for nic in nics)
+    shared = routed or any(session.store.path(tap).exists() and was_routed(tap, session) for tap in taps)
+    return [*map(locks.of_tap, taps), *([locks.UPLINK] if shared else [])]
+
+
+def was_routed(tap: str, session: Session) -> bool:
+    """Whether the journal of *tap* is about a routed NIC. Raises JournalError."""
+    journal = session.store.load(tap)
+    return journal is not None and journal.nic.mode == "routed"
+
+
+@contextmanager
+def about(label: str) -> Iterator[None]:
+    """Errors inside name *label*, unless they already name something closer."""
+    try:
+        yield
+    except KvmIfupError as error:
+        error.at(label)
+        raise

@@ -1,0 +1,29 @@
+"""The names of routing tables, as iproute2 has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# In the order in which iproute2 looks (lib/rt_names.c): the administrator's first.
+BUILT_IN = {"default": 253, "main": 254, "local": 255}  # known without any file, as in lib/rt_names.c
+PLACES = ("/etc/iproute2", "/usr/share/iproute2", "/usr/lib/iproute2")
+
+
+def number(name: str, places: tuple[str, ...] = PLACES) -> int | None:
+    """The table that *name* stands for: a number stands for itself, an unknown name for None."""
+    if name.isascii() and name.isdigit():
+        return int(name)
+    for place in places:
+        for file in (Path(place, "rt_tables"), *sorted(Path(place, "rt_tables.d").glob("*.conf"))):
+            try:
+                text = file.read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue
+            for line in text.splitlines():
+                fields = line.split("#", 1)[0].split()
+                if len(fields) >= 2 and fields[1] == name:
+                    try:
+                        return int(fields[0], 0)
+                    except ValueError:
+                        continue
+    return BUILT_IN.get(name)

@@ -1,0 +1,54 @@
+"""Read a file only if nobody but root could have written it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+MAX_BYTES = 65536
+
+
+class Untrusted(Exception):
+    """Why a file is not to be trusted; the caller knows what kind of file it is, and which code that is."""
+
+
+def check(path: Path, base: Path) -> Path:
+    """The real path of *path*, if it and every directory up to *base* is root's alone.
+
+    Raises Untrusted; FileNotFoundError and other OSErrors pass through.
+    """
+    real_base = Path(os.path.realpath(base))
+    real = Path(os.path.realpath(path))
+    if real != real_base and real_base not in real.parents:
+        raise Untrusted(f"it leads out of {base}")
+    for place in (real, *real.parents):
+        info = os.lstat(place)
+        what = "it" if place == real else f"its directory {place}"
+        # In a user namespace the caller is root there, and 0 is the only owner that means anything.
+        if info.st_uid not in (0, os.geteuid()):
+            raise Untrusted(f"{what} is owned by uid {info.st_uid}, not by root")
+        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise Untrusted(f"{what} can be written to by others")
+        if place == real_base:
+            break
+    return real
+
+
+def read(path: Path, base: Path) -> str:
+    """The text of *path*, a regular file of at most 64 KiB that `check` accepts.
+
+    Raises Untrusted, also for text that is not UTF-8, and OSError.
+    """
+    real = check(path, base)
+    descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise Untrusted("it is not a regular file")
+        if info.st_size > MAX_BYTES:
+            raise Untrusted(f"it is larger than {MAX_BYTES} bytes")
+        try:
+            return file.read(MAX_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Untrusted(f"it is not UTF-8 at byte {error.start}") from None
