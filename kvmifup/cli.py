@@ -136,6 +136,8 @@ def command(
     try:
         store = Store(options.run_dir)
         outcomes = work(Session(kernel, store, options.run_dir, settings, dry=options.plan))
+        if background and not options.plan:
+            announce_later(outcomes, store, background)
     finally:
         kernel.close()
     if options.json:
@@ -145,8 +147,6 @@ def command(
     if options.verbose:
         lines = report.remark_lines(outcomes) if options.plan else report.verbose_lines(outcomes)
         stderr.writelines(f"{line}\n" for line in lines)
-    if background and not options.plan:
-        announce_later(outcomes, store, background)
     return 0
 
 

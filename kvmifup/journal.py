@@ -168,7 +168,7 @@ def encode(journal: Journal) -> dict[str, Any]:
     """*journal* as JSON's types."""
     return {
         "version": VERSION,
-        "nic": dataclasses.asdict(journal.nic) | {"ip": [str(prefix) for prefix in journal.nic.ip]},
+        "nic": shallow(journal.nic) | {"ip": [str(prefix) for prefix in journal.nic.ip]},
         "ifindex": journal.ifindex,
         "phase": journal.phase.name.lower(),
         "entries": [encode_entry(entry) for entry in journal.entries],
@@ -178,7 +178,12 @@ def encode(journal: Journal) -> dict[str, Any]:
 
 def encode_entry(entry: Entry) -> dict[str, Any]:
     """*entry* as JSON's types."""
-    return {"op": entry.op.kind, **dataclasses.asdict(entry.op), "prior": entry.prior}
+    return {"op": entry.op.kind, **shallow(entry.op), "prior": entry.prior}
+
+
+def shallow(data: Nic | Op) -> dict[str, Any]:
+    """The fields of *data*, without the deep copy that `dataclasses.asdict` takes its time for."""
+    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
 
 
 def decode(data: dict[str, Any]) -> Journal:
