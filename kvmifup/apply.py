@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from kvmifup.errors import KvmIfupError, RollbackError, VanishedError
+from kvmifup.errors import KvmIfupError, ProgramError, RollbackError, VanishedError
 from kvmifup.journal import Entry, Journal, Store
 from kvmifup.ops import Op, Value
 from kvmifup.signals import checkpoint
@@ -54,15 +54,18 @@ class Job:
         return tuple(change for change in self.changes if change.needed)
 
 
-def survey(ops: Sequence[Op], node: Node) -> tuple[Change, ...]:
-    """Read what the node has for each of *ops*; nothing is written. Raises VanishedError, KernelError."""
+def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tuple[Change, ...]:
+    """Find out what the node has for each of *ops*; nothing is written. Raises VanishedError, KernelError.
+
+    What cannot be read was done if *before*, the journal, says so.
+    """
     changes: list[Change] = []
     for op in ops:
         if op.after_change:
             due = getattr(op, "force", False) or any(change.needed for change in changes)
             changes.append(Change(op, None, due))
         else:
-            now = node.read(op)
+            now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
             changes.append(Change(op, now, now != op.wanted))
     return tuple(changes)
 
@@ -83,7 +86,12 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
             for change in job.needed:
                 checkpoint()
                 written.append(change)  # before the attempt: a failed write may have been half done
-                node.write(change.op)
+                try:
+                    node.write(change.op)
+                except ProgramError as error:
+                    if error.untouched:
+                        written.pop()
+                    raise
         for job in jobs:
             commit(job, store)
     except BaseException as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from kvmifup import __version__, config, inputs
+from kvmifup import __version__, config, ganeti, inputs
 from kvmifup.errors import BugError, KvmIfupError, NicError, PrivilegeError, UsageError, shown
 from kvmifup.model import Nic, Phase
 
@@ -115,15 +116,10 @@ def command(
 ) -> int:
     """Parse, gather, and only then load what speaks to the kernel. Raises KvmIfupError."""
     options = parser(program, stdout).parse_args(list(argv))
-    if program == "kvm-ifup":
-        settings = config.load(options.config)
-        work: Callable[[Session], list[Outcome]] = collect
-    else:
-        prepared = hook(program, options, environ)
-        if prepared is None:
-            return 0
-        work = prepared
-        settings = config.load(options.config)
+    work = collect if program == "kvm-ifup" else hook(program, options, environ)
+    if work is None:
+        return 0
+    settings = config.load(options.config)
     if os.geteuid() != 0 and not options.plan:
         raise PrivilegeError("not root", hint="run it as root; --plan needs no privileges")
 
@@ -185,7 +181,7 @@ def raising(
 ) -> Callable[[Session], list[Outcome]]:
     """pre or post, for NICs that have been found and validated. Raises NicError."""
     if tap is None:
-        nics = inputs.nics_of_instance(options.instance, options.run_dir)
+        nics = inputs.nics_of_instance(options.instance, options.run_dir) or ganeti.nics_of_instance(options.instance)
         if not nics:
             raise NicError("there are no NIC files for it", hint=f"see {options.run_dir}/nic", where=options.instance)
     else:
@@ -201,7 +197,8 @@ def raising(
     def work(session: Session) -> list[Outcome]:
         from kvmifup import run
 
-        return run.up(PHASES[program], nics, session, announce=options.announce)
+        wired = [inputs.as_wired(nic, session.config) for nic in nics]
+        return run.up(PHASES[program], wired, session, announce=options.announce)
 
     return work
 
@@ -211,6 +208,10 @@ def lowering(
 ) -> Callable[[Session], list[Outcome]]:
     """down: the journal says what to undo, so a NIC file is only looked at where there is no journal."""
 
+    def described(one: str, session: Session) -> Nic | None:
+        nic = nic_of(one, options.run_dir, environ)
+        return nic and inputs.as_wired(nic, session.config)
+
     def work(session: Session) -> list[Outcome]:
         from kvmifup import run
 
@@ -219,7 +220,7 @@ def lowering(
         failures: list[KvmIfupError] = []
         for one in taps:
             try:
-                outcomes.append(run.down(one, lambda t=one: nic_of(t, options.run_dir, environ), session))  # type: ignore[misc]
+                outcomes.append(run.down(one, partial(described, one, session), session))
             except KvmIfupError as error:
                 failures.append(error)
         if failures:
@@ -230,7 +231,7 @@ def lowering(
 
 
 def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str]) -> Nic | None:
-    """The NIC on *tap*: from the environment, its NIC file, or the journal of an earlier phase.
+    """The NIC on *tap*: from the environment, its NIC file, the journal of an earlier phase, or Ganeti's files.
 
     None when nothing describes it. Raises NicError, JournalError.
     """
@@ -241,11 +242,11 @@ def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str]) -> Nic | None:
         return nic
     from kvmifup.journal import Store
 
-    return Store(run_dir).nic_of_live(tap)
+    return Store(run_dir).nic_of_live(tap) or ganeti.nic_of_tap(tap)
 
 
 def announce_later(outcomes: Sequence[Outcome], store: Store, background: Background) -> None:
     """Hand over the later rounds of whatever was announced; they stop when the guest leaves."""
     for outcome in outcomes:
         if outcome.announced:
-            background(outcome.announced, lambda tap=outcome.tap: store.is_posted(tap))  # type: ignore[misc]
+            background(outcome.announced, partial(store.is_posted, outcome.tap))

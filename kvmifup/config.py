@@ -11,11 +11,12 @@ import tomli
 
 from kvmifup import trust
 from kvmifup.errors import ConfigError, NicError, shown
-from kvmifup.inputs import device, nearest
-from kvmifup.model import BridgedConfig, Config, RoutedConfig
+from kvmifup.inputs import device, nearest, routing_table
+from kvmifup.model import BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
 
 DIRECTORY = Path("/etc/kvm-ifup")
 MAX_SECONDS = 3600
+EXT_MODES = ("bridged", "routed", "openvswitch")
 RP_FILTERS = ("strict", "loose", "off", "keep")
 
 
@@ -57,10 +58,12 @@ def section(current: Any, data: Mapping[str, Any], name: str) -> Any:
     changes: dict[str, Any] = {}
     for key, value in data.items():
         full = f"{name}.{key}" if name else key
-        if key not in known:
+        if key not in known and not (isinstance(current, ExtConfig) and isinstance(value, dict)):
             raise ConfigError(f"unknown key {shown(full)}", hint=nearest(key, known))
-        inner = getattr(current, key)
-        if is_dataclass(inner):
+        inner = getattr(current, key, None)
+        if isinstance(current, ExtConfig) and isinstance(value, dict):
+            changes["networks"] = (*changes.get("networks", current.networks), (key, ext_network(full, value)))
+        elif is_dataclass(inner):
             if not isinstance(value, dict):
                 raise ConfigError(f"{full} must be a table", hint=f"[{full}]")
             changes[key] = section(inner, value, full)
@@ -99,10 +102,26 @@ def rp_filter(key: str, value: Any) -> str:
     return value
 
 
+def ext_network(key: str, data: Mapping[str, Any]) -> ExtNetwork:
+    """`[ext.NAME]`: mode, and the link that the mode needs."""
+    for name in data:
+        if name not in ("mode", "link"):
+            raise ConfigError(f"unknown key {shown(f'{key}.{name}')}", hint="the keys are mode, link")
+    mode, link = data.get("mode"), data.get("link")
+    if mode not in EXT_MODES:
+        raise ConfigError(f"{key}.mode must be one of {', '.join(EXT_MODES)}")
+    if link is None and mode == "routed":
+        return ExtNetwork(mode, None)
+    if not isinstance(link, str):
+        raise ConfigError(f"{key}.link must be a string", hint='like link = "br0"')
+    return ExtNetwork(mode, routing_table(link) if mode == "routed" else device(link, f"{key}.link"))
+
+
 CHECKS: dict[tuple[type[Any], str], Callable[[str, Any], Any]] = {
     (Config, "lock_timeout"): seconds,
     (BridgedConfig, "forwarding_timeout"): seconds,
     (RoutedConfig, "uplinks"): uplinks,
     (RoutedConfig, "rule_priority"): rule_priority,
     (RoutedConfig, "rp_filter"): rp_filter,
+    (ExtConfig, "timeout"): seconds,
 }

@@ -11,6 +11,7 @@
     ├── RollbackError      70  something failed, and so did putting it back
     ├── KernelError        71  the kernel refused; all was put back
     │   └── VanishedError  71  the device is not there any more
+    ├── ProgramError       71  a program that we run for the node failed; all was put back
     ├── LockTimeoutError   75  another run holds the lock
     ├── InterruptedRun     75  a signal arrived; all was put back
     ├── PrivilegeError     77  not root, or not enough of it
@@ -88,6 +89,19 @@ class KernelError(KvmIfupError):
 
 class VanishedError(KernelError):
     """The device that is to be read or written does not exist (any more)."""
+
+
+class ProgramError(KvmIfupError):
+    """ovs-vsctl or an administrator's program failed or took too long. What had been done was put back.
+
+    *untouched*: it ended by itself and so left things as it found them; there is nothing of it to undo.
+    """
+
+    code = 71
+
+    def __init__(self, cause: str, *, untouched: bool = False) -> None:
+        super().__init__(cause)
+        self.untouched = untouched
 
 
 class LockTimeoutError(KvmIfupError):

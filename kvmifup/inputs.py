@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tomli
 
 from kvmifup import trust
 from kvmifup.errors import KvmIfupError, NicError, UsageError, shown
-from kvmifup.model import LOCAL_TABLE, MODES, Nic, Prefix
+from kvmifup.model import LOCAL_TABLE, MODES, Config, Nic, Prefix
 
 KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "incoming")
 MAX_TABLE = 2**32 - 1
@@ -135,6 +136,21 @@ def routing_table(text: str) -> str:
     return str(int(text)) if text.isdigit() else text
 
 
+def program_name(text: str) -> str:
+    """*text* if it can name a program in /etc/kvm-ifup/ext. Raises NicError."""
+    if not _TABLE_NAME.fullmatch(text) or text in (".", ".."):
+        raise NicError(f"link {shown(text)} is no name for a program")
+    return text
+
+
+LINKS: dict[str, Callable[[str], str]] = {
+    "bridged": lambda text: device(text, "link"),
+    "openvswitch": lambda text: device(text, "link"),
+    "routed": routing_table,
+    "ext": program_name,
+}
+
+
 def assemble(
     *,
     tap: str,
@@ -152,27 +168,44 @@ def assemble(
     if mode not in MODES:
         raise NicError(f"mode {shown(mode)} is not one of {', '.join(MODES)}")
     if link is not None:
-        link = routing_table(link) if mode == "routed" else device(link, "link")
+        link = LINKS[mode](link)
     elif mode != "routed":
         raise NicError(f"link is missing: a NIC in mode {mode} needs one")
-    found = prefixes(ip)
-    if mode == "routed":
-        if not found:
-            raise NicError("ip is missing: a routed NIC needs an address", hint='ip = ["192.0.2.8"]')
-        if vlan is not None:
-            raise NicError("vlan means nothing on a routed NIC", hint="remove it")
-    return Nic(
+    nic = Nic(
         tap=device(tap, "tap"),
         mac=guest_mac(mac),
         mode=mode,
         link=link,
-        ip=found,
+        ip=prefixes(ip),
         vlan=None if vlan is None else vlans(vlan),
         incoming=incoming,
         instance=None if instance is None else instance_name(instance),
         index=index,
         source=source,
     )
+    return consistent(nic)
+
+
+def consistent(nic: Nic) -> Nic:
+    """*nic*, if its values go together. Raises NicError."""
+    if nic.mode == "routed":
+        if not nic.ip:
+            raise NicError("ip is missing: a routed NIC needs an address", hint='ip = ["192.0.2.8"]')
+        if nic.vlan is not None:
+            raise NicError("vlan means nothing on a routed NIC", hint="remove it")
+    return nic
+
+
+def as_wired(nic: Nic, config: Config) -> Nic:
+    """*nic* in the mode that the configuration gives to its ext network, if it does. Raises NicError."""
+    network = dict(config.ext.networks).get(nic.link or "") if nic.mode == "ext" else None
+    if network is None:
+        return nic
+    try:
+        return consistent(replace(nic, mode=network.mode, link=network.link))
+    except NicError as error:
+        error.at(nic.label)
+        raise
 
 
 # --- the environment ----------------------------------------------------------------------------------
@@ -328,7 +361,8 @@ def nics_of_instance(instance: str, run_dir: Path) -> list[Nic]:
     files = sorted((run_dir / "nic" / instance_name(instance)).glob("*.toml"))
     nics = [read_nic(path, run_dir) for path in files]
     taps = [nic.tap for nic in nics]
-    for tap in taps:
-        if taps.count(tap) > 1:
-            raise NicError(f"two of its NIC files name {tap}", where=instance)
+    addresses = [str(one) for nic in nics if nic.mode == "routed" for one in nic.ip]
+    for name in (*taps, *addresses):
+        if taps.count(name) > 1 or addresses.count(name) > 1:
+            raise NicError(f"two of its NIC files name {name}", where=instance)
     return sorted(nics, key=lambda nic: nic.tap)

@@ -202,6 +202,7 @@ def decode(data: dict[str, Any]) -> Journal:
 def decode_entry(data: dict[str, Any]) -> Entry:
     """The entry that `encode_entry` gave."""
     values = {key: value for key, value in data.items() if key not in ("op", "prior")}
-    if "selectors" in values:
-        values["selectors"] = tuple((str(name), value) for name, value in values["selectors"])
+    for name in ("selectors", "environment"):
+        if name in values:
+            values[name] = tuple((str(key), value) for key, value in values[name])
     return Entry(KINDS[data["op"]](**values), data["prior"])

@@ -14,8 +14,8 @@ from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
 
-from kvmifup import announce, tables
-from kvmifup.errors import KernelError, NotReadyError, PrivilegeError, VanishedError
+from kvmifup import announce, ovs, programs, tables
+from kvmifup.errors import KernelError, NotReadyError, PrivilegeError, ProgramError, VanishedError
 from kvmifup.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
 from kvmifup.ops import (
     AddrGenMode,
@@ -27,7 +27,9 @@ from kvmifup.ops import (
     LinkUp,
     Neighbour,
     Op,
+    OvsPort,
     PortForwarding,
+    Program,
     ProxyNeighbour,
     Route,
     Rule,
@@ -99,7 +101,8 @@ class Kernel:
         has_ipv6 = (SYSCTL / "net/ipv6").is_dir()
         facts = NodeFacts(
             tap=self._tap(nic.tap),
-            bridge=self._bridge(nic.link, nic.tap) if nic.mode == "bridged" and nic.link else None,
+            bridge=self._bridge(nic) if nic.mode in ("bridged", "openvswitch") else None,
+            program=programs.find(programs.DIRECTORY, nic.link) if nic.mode == "ext" and nic.link else None,
             rules=tuple(rule for f in (4, 6)[: 1 + has_ipv6] for rule in self._rules_of(f) if rule.iif == nic.tap),
             ipv6=has_ipv6,
         )
@@ -131,11 +134,14 @@ class Kernel:
             return None
         return Tap(ifindex=link["index"], is_tap=kind(link) == "tun" and link["ifi_type"] == ARPHRD_ETHER)
 
-    def _bridge(self, name: str, tap: str) -> Bridge | None:
+    def _bridge(self, nic: Nic) -> Bridge | None:
         try:
-            link = self._link(name)
+            link = self._link(nic.link or "")
         except VanishedError:
             return None
+        if nic.mode == "openvswitch":
+            is_bridge = ovs.has_bridge(nic.link or "")
+            return Bridge(is_bridge, True, link.get_attr("IFLA_ADDRESS"), link.get_attr("IFLA_MTU"), False, 0.0, False)
         data = nested(link, "IFLA_LINKINFO", "IFLA_INFO_DATA")
         is_bridge = kind(link) == "bridge"
         return Bridge(
@@ -145,7 +151,7 @@ class Kernel:
             mtu=link.get_attr("IFLA_MTU"),
             stp=is_bridge and bool(data.get_attr("IFLA_BR_STP_STATE")),
             forward_delay=data.get_attr("IFLA_BR_FORWARD_DELAY") / 100 if is_bridge else 0.0,
-            adopts=is_bridge and self._adopts(link, tap),
+            adopts=is_bridge and self._adopts(link, nic.tap),
         )
 
     def _adopts(self, bridge: Any, tap: str) -> bool:
@@ -280,6 +286,10 @@ class Kernel:
                 return str(found.get_attr("NDA_LLADDR")) if found and found["state"] & NUD_PERMANENT else None
             case ProxyNeighbour():
                 return self._neighbour(op.dev, op.address, flags=NTF_PROXY) is not None
+            case OvsPort():
+                return ovs.port(op.dev)
+            case Program():
+                return "unknown"
             case Route():
                 prefix, index = ipaddress.ip_network(op.prefix), self._index(op.dev)
                 routes = self._routes_of(prefix.version, op.table)
@@ -345,6 +355,10 @@ class Kernel:
                 self._write_proxy(op)
             case Route():
                 self._write_route(op)
+            case OvsPort():
+                ovs.put(op.dev, op.want)
+            case Program():
+                run_program(op)
             case Announce():
                 announce.send(op.messages)
             case _:
@@ -410,6 +424,17 @@ class Kernel:
                         priority=route.get_attr("RTA_PRIORITY"),
                         **arguments,
                     )
+
+
+def run_program(op: Program) -> None:
+    """Run an administrator's program for its phase, or to undo pre. Raises ProgramError."""
+    if not op.want and op.phase == "post":
+        return  # undoing pre comes next, and tells the program to take everything down
+    environ = dict(op.environment) | {"KVM_IFUP_PHASE": op.phase if op.want else "down"}
+    result = programs.run((op.program,), environ, op.timeout)
+    if result.code:
+        said = result.complaint or "it says nothing"
+        raise ProgramError(f"{op.program} failed with exit code {result.code}: {said}", untouched=True)
 
 
 # --- errors -------------------------------------------------------------------------------------------

@@ -71,12 +71,29 @@ class RoutedConfig:
 
 
 @dataclass(frozen=True)
+class ExtNetwork:
+    """`[ext.NAME]`: a NIC in mode ext with link NAME is wired in this mode, with this link."""
+
+    mode: str
+    link: str | None
+
+
+@dataclass(frozen=True)
+class ExtConfig:
+    """`[ext]`: *timeout* is how many seconds a program may take; *networks* are the names that need none."""
+
+    timeout: float = 30.0
+    networks: tuple[tuple[str, ExtNetwork], ...] = ()
+
+
+@dataclass(frozen=True)
 class Config:
     """The administrator's settings; the defaults are right for a plain node. Times are in seconds."""
 
     lock_timeout: float = 10.0
     bridged: BridgedConfig = BridgedConfig()
     routed: RoutedConfig = RoutedConfig()
+    ext: ExtConfig = ExtConfig()
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class Bridge:
-    """The device that a bridged NIC's `link` names. *forward_delay* is in seconds.
+    """The bridge, Linux's or Open vSwitch's, that a NIC's `link` names. *forward_delay* is in seconds.
 
     *adopts*: the bridge would take over the tap's MAC (it has no other port and no address of its own).
     """
@@ -127,7 +144,8 @@ class NodeFacts:
 
     *table* is the number that `link` stands for, None when no such name is known. *rules* are all policy
     rules that name the tap. *taken* says of a prefix or address why it cannot be the guest's.
-    *ipv6*: the kernel has IPv6 at all; *ipv6_mend*: the sysctl settings that it takes to have it on the tap.
+    *program* is what wires an ext NIC. *ipv6*: the kernel has IPv6 at all; *ipv6_mend*: the sysctl settings that
+    it takes to have it on the tap.
     """
 
     tap: Tap | None
@@ -136,5 +154,6 @@ class NodeFacts:
     rules: tuple[Rule, ...] = ()
     uplinks: tuple[Uplink, ...] = ()
     taken: tuple[tuple[str, str], ...] = ()
+    program: str | None = None
     ipv6: bool = True
     ipv6_mend: tuple[str, ...] = ()

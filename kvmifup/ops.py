@@ -22,11 +22,13 @@ class Op:
     `outlives_tap`: the effect stays when the tap disappears, so somebody has to undo it.
     `undoable`: there is a value to go back to; an op that is not is never journalled.
     `after_change`: the op is only worth doing when an earlier one in the same run changed something.
+    `readable`: the node can be asked for the value; where it cannot, the journal tells what was done.
     """
 
     kind: ClassVar[str]
     undoable: ClassVar[bool] = True
     after_change: ClassVar[bool] = False
+    readable: ClassVar[bool] = True
 
     @property
     def outlives_tap(self) -> bool:
@@ -49,6 +51,10 @@ class Op:
         """The value that makes a further run a no-op."""
         want: Value = getattr(self, "want")  # noqa: B009 (declared by each subclass with its own type)
         return want
+
+    def before_us(self, found: Value) -> Value:
+        """What to leave when the guest has gone, if *found* was there when it came."""
+        return found
 
     def turned(self, want: Value) -> Op:
         """The same op with another value wanted: how an undo is expressed."""
@@ -272,6 +278,54 @@ class ProxyNeighbour(Op):
 
 
 @dataclass(frozen=True)
+class OvsPort(Op):
+    """The Open vSwitch port *dev*: "BRIDGE" or "BRIDGE VLANS" in Ganeti's notation, None for no port.
+
+    It is in Open vSwitch's database, outlives the tap, and takes the next tap of that name.
+    """
+
+    kind = "ovs-port"
+    dev: str
+    want: str | None
+
+    @property
+    def outlives_tap(self) -> bool:
+        return True
+
+    def before_us(self, _found: Value) -> Value:
+        return None  # a port that was there before the guest was a dead guest's
+
+    def subject(self) -> str:
+        return f"Open vSwitch port {self.dev}"
+
+
+@dataclass(frozen=True)
+class Program(Op):
+    """The administrator's *program* has been run for *phase*, pre or post, with *environment*.
+
+    Undoing pre runs it with KVM_IFUP_PHASE=down, which undoes post as well. *timeout* is in seconds.
+    """
+
+    kind = "program"
+    readable = False
+    program: str
+    phase: str
+    environment: tuple[tuple[str, str], ...]
+    timeout: float
+    want: bool
+
+    @property
+    def outlives_tap(self) -> bool:
+        return True
+
+    def subject(self) -> str:
+        return f"{self.program} {self.phase}"
+
+    def say(self, value: Value) -> str:
+        return "done" if value else "not done"
+
+
+@dataclass(frozen=True)
 class Announce(Op):
     """Tell the uplinks' neighbours where the addresses are: gratuitous ARP, unsolicited NA.
 
@@ -308,6 +362,8 @@ KINDS: dict[str, type[Op]] = {
         Neighbour,
         Route,
         ProxyNeighbour,
+        OvsPort,
+        Program,
         Announce,
     )
 }

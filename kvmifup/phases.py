@@ -29,7 +29,9 @@ from kvmifup.ops import (
     LinkUp,
     Neighbour,
     Op,
+    OvsPort,
     PortForwarding,
+    Program,
     ProxyNeighbour,
     Route,
     Rule,
@@ -75,8 +77,10 @@ def wiring(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
         yield from bridged(nic, config, facts)
     elif nic.mode == "routed":
         yield from routed(nic, config, facts, announce=announce)
+    elif nic.mode == "openvswitch":
+        yield from openvswitch(nic, facts)
     else:
-        raise NotReadyError(f"mode {nic.mode} is not supported by this version")
+        yield from external(nic, config, facts)
 
 
 def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
@@ -113,6 +117,45 @@ def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> 
             hint=f"`ip link set {name} type bridge stp_state 0`, or a shorter forward_delay",
         )
     return bridge
+
+
+def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
+    """A port of an Open vSwitch bridge, its VLANs set in the same transaction that adds it."""
+    assert nic.link is not None  # kvmifup.inputs sees to it
+    if facts.bridge is None or not facts.bridge.is_bridge:
+        raise NotReadyError(f"no such Open vSwitch bridge: {nic.link}", hint=f"`ovs-vsctl add-br {nic.link}`")
+    if facts.ipv6:
+        yield PRE, AddrGenMode(nic.tap, ADDR_GEN_MODE_NONE)
+    yield PRE, LinkAddress(nic.tap, nic.tap_mac)
+    # Before it becomes a port: the switch lowers its own MTU to the lowest among the ports.
+    yield PRE, LinkMtu(nic.tap, facts.bridge.mtu)
+    yield PRE, OvsPort(nic.tap, f"{nic.link} {canonical(nic.vlan)}" if nic.vlan else nic.link)
+    yield PRE, LinkUp(nic.tap, True)
+
+
+def canonical(vlan: str) -> str:
+    """VLANs in Ganeti's notation with the trunks in order, so that equal sets compare equal."""
+    access, *trunks = vlan.split(":")
+    access = access and f".{int(access[1:])}"
+    return access + "".join(f":{one}" for one in sorted(int(trunk) for trunk in trunks))
+
+
+def external(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
+    """The administrator's own program, told the phase and the NIC."""
+    assert facts.program is not None  # kvmifup.programs.find has refused a missing one
+    given = {
+        "INTERFACE": nic.tap,
+        "MODE": nic.mode,
+        "LINK": nic.link,
+        "MAC": nic.mac,
+        "IP": " ".join(bare(prefix) if is_host(prefix) else str(prefix) for prefix in nic.ip),
+        "VLAN": nic.vlan,
+        "INSTANCE": nic.instance,
+        "INTERFACE_INDEX": None if nic.index is None else str(nic.index),
+    }
+    environment = tuple((name, value) for name, value in given.items() if value)
+    for since, phase in ((PRE, "pre"), (POST, "post")):
+        yield since, Program(facts.program, phase, environment, config.ext.timeout, True)
 
 
 def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Iterator[Step]:

@@ -94,7 +94,7 @@ def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tupl
     before = journal or Journal(nic, facts.tap.ifindex)
     kept = {op.key for op in everything}
     obsolete = [entry.undo for entry in reversed(before.entries) if entry.op.key not in kept]
-    changes = survey((*obsolete, *ops), session.kernel)
+    changes = survey((*obsolete, *ops), session.kernel, before)
     after = replace(
         before,
         nic=nic,
@@ -124,7 +124,7 @@ def remembered(
         if earlier is not None:
             entries.append(Entry(op, earlier.prior))
         elif change.needed:
-            entries.append(change.entry)
+            entries.append(Entry(op, op.before_us(change.now)))
     # pre, called once more after post, takes nothing away from a guest that runs here.
     entries += [entry for entry in before.entries if entry.op.key in kept - planned]
     return tuple(entries)
@@ -242,8 +242,14 @@ def revert(journal: Journal, entries: Sequence[Entry], session: Session) -> tupl
         changes.append(Change(entry.undo, now, now != entry.prior))
     problems = [] if session.dry else undo(mine, session.kernel)
     if problems:
-        left = tuple(entry for entry in mine if entry in [problem for problem, _ in problems])
-        session.store.save(replace(journal, entries=left, pending=()))
+        done = [entry for entry in entries if entry not in [entry for entry, _ in problems]]
+        session.store.save(
+            replace(
+                journal,
+                entries=tuple(entry for entry in journal.entries if entry not in done),
+                pending=tuple(entry for entry in journal.pending if entry not in done),
+            )
+        )
         raise RollbackError(
             f"could not put back: {'; '.join(text for _, text in problems)}", hint="`kvm-ifup gc` tries again"
         ).at(journal.nic.label)

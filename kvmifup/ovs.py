@@ -1,0 +1,81 @@
+"""Ports of an Open vSwitch bridge, through ovs-vsctl: one transaction for each change."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kvmifup import programs
+from kvmifup.errors import NotReadyError, ProgramError
+
+TIMEOUT = 10  # seconds that ovs-vsctl waits for the switch
+
+
+def has_bridge(name: str) -> bool:
+    """Whether the switch has a bridge *name*. Raises NotReadyError when it does not answer."""
+    try:
+        result = vsctl("br-exists", name)
+    except ProgramError as error:
+        raise NotReadyError(f"Open vSwitch: {error}", hint="install openvswitch-switch") from None
+    if result.code not in (0, 2):
+        raise NotReadyError(f"Open vSwitch: {result.complaint}", hint="`systemctl start openvswitch-switch`")
+    return result.code == 0
+
+
+def port(name: str) -> str | None:
+    """Where the port *name* is and which VLANs it has: "ovs0" or "ovs0 .100:200"; None if there is no such port.
+
+    Raises ProgramError.
+    """
+    rows = json.loads(done("--format=json", "--columns=tag,trunks,vlan_mode", "find", "Port", f'name="{name}"'))["data"]
+    if not rows:
+        return None
+    tag, trunks, mode = (members(cell) for cell in rows[0])
+    vlan = "".join(f".{one}" for one in tag) + "".join(f":{one}" for one in sorted(trunks))
+    # A mode that is not the one we would set makes it another value.
+    other = "" if not mode or mode == [vlan_mode(vlan)] else f" {mode[0]}"
+    bridge = done("port-to-br", name).strip()
+    return f"{bridge} {vlan}{other}".strip() if vlan or other else bridge
+
+
+def put(name: str, value: str | None) -> None:
+    """Make *name* the port that *value* says, or no port; whatever port it was is replaced. Raises ProgramError."""
+    remove = ("--", "--if-exists", "del-port", name)
+    if value is None:
+        done(*remove)
+        return
+    bridge, _, vlan = value.partition(" ")
+    access, *trunks = vlan.split(":") if vlan else ("",)
+    columns = [f"tag={access[1:]}"] if access else []
+    if trunks:
+        columns.append(f"trunks={','.join(trunks)}")
+    if vlan:
+        columns.append(f"vlan_mode={vlan_mode(vlan)}")
+    done(*remove, "--", "add-port", bridge, name, *columns)
+
+
+def vlan_mode(vlan: str) -> str:
+    """Open vSwitch's word for ".VID", ":VID:VID" and ".VID:VID"."""
+    if ":" not in vlan:
+        return "access"
+    return "native-untagged" if vlan.startswith(".") else "trunk"
+
+
+def members(cell: Any) -> list[Any]:
+    """What is in a column that holds at most one value, or a set (RFC 7047, section 5.1)."""
+    if isinstance(cell, list) and cell and cell[0] == "set":
+        return list(cell[1])
+    return [cell]
+
+
+def done(*arguments: str) -> str:
+    """The output of ovs-vsctl with *arguments*. Raises ProgramError when it fails."""
+    result = vsctl(*arguments)
+    if result.code:
+        raise ProgramError(f"ovs-vsctl failed: {result.complaint or f'exit code {result.code}'}", untouched=True)
+    return result.output
+
+
+def vsctl(*arguments: str) -> programs.Result:
+    """Run ovs-vsctl."""
+    return programs.run(("ovs-vsctl", f"--timeout={TIMEOUT}", *arguments), {}, TIMEOUT + 5)
