@@ -6,6 +6,7 @@ It knows no mode and no phase. What it is given, it makes true on the node or le
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -53,6 +54,11 @@ class Job:
         """The changes that will write."""
         return tuple(change for change in self.changes if change.needed)
 
+    @property
+    def pending(self) -> Journal:
+        """The journal while the changes are made: what a crash leaves to undo."""
+        return replace(self.before, pending=tuple(change.entry for change in undoable(self.needed)))
+
 
 def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tuple[Change, ...]:
     """Find out what the node has for each of *ops*; nothing is written. Raises VanishedError, KernelError.
@@ -79,9 +85,8 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
     written: list[Change] = []
     try:
         for job in jobs:
-            if undoable(job.needed):
-                pending = tuple(change.entry for change in undoable(job.needed))
-                store.save(replace(job.before, pending=pending))
+            if job.pending.pending:
+                store.save(job.pending)
         for job in jobs:
             for change in job.needed:
                 checkpoint()
@@ -97,6 +102,10 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
     except BaseException as error:
         problems = undo([change.entry for change in written], node)
         if problems:
+            for job in jobs:
+                # Also one that has been committed by now, or nobody would try again.
+                with suppress(KvmIfupError):  # it says so already, unless it has been committed
+                    store.save(job.pending)
             raise RollbackError(
                 f"{cause(error)}; and could not put back: {'; '.join(text for _, text in problems)}",
                 hint="`kvm-ifup gc` tries again",

@@ -168,7 +168,9 @@ def hook(
     if (tap or environ.get("INTERFACE", "")).startswith(inputs.GANETI_OWN):
         return None
     inputs.refuse_contradiction(program, tap, environ)
-    if options.instance is None:
+    if options.instance is not None:
+        inputs.instance_name(options.instance)
+    else:
         tap = tap or environ.get("INTERFACE")
         if tap is None:
             raise UsageError("which tap?", hint="give TAP or --instance NAME, or set INTERFACE")

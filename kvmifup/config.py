@@ -44,7 +44,7 @@ def merged(config: Config, path: Path, base: Path) -> Config:
         raise ConfigError(
             f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
         ) from None
-    except (tomli.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise ConfigError(f"not TOML: {shown(str(error))}", where=str(path)) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
@@ -54,7 +54,9 @@ def merged(config: Config, path: Path, base: Path) -> Config:
 
 def section(current: Any, data: Mapping[str, Any], name: str) -> Any:
     """The frozen settings *current* with the keys of *data* set. Raises ConfigError, naming the key."""
-    known = [field.name for field in fields(current)]
+    known = [
+        f.name for f in fields(current) if (type(current), f.name) in CHECKS or is_dataclass(getattr(current, f.name))
+    ]
     changes: dict[str, Any] = {}
     for key, value in data.items():
         full = f"{name}.{key}" if name else key

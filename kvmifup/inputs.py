@@ -263,7 +263,7 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
     """The NIC that the TOML *text* describes. Raises NicError, naming the key."""
     try:
         data = tomli.loads(text)
-    except (tomli.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise NicError(f"not TOML: {shown(str(error))}") from None
     for key in data:
         if key not in KEYS:

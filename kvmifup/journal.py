@@ -72,10 +72,15 @@ class Store:
         """The journal of *tap*, None if it has none. Raises JournalError."""
         path = self.path(tap)
         try:
-            return decode(json.loads(path.read_bytes()))
+            journal = decode(json.loads(path.read_bytes()))
+            if journal.nic.tap != tap:
+                raise ValueError
+            return journal
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except PermissionError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise JournalError(
                 f"the journal {path} cannot be read ({type(error).__name__})",
                 hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
@@ -148,7 +153,7 @@ class Store:
                     found = self.load(path.stem)
                     if found is not None:
                         yield found
-            except (FileNotFoundError, JournalError):
+            except (OSError, JournalError):
                 continue
 
     def _sync(self) -> None:
@@ -205,4 +210,6 @@ def decode_entry(data: dict[str, Any]) -> Entry:
     for name in ("selectors", "environment"):
         if name in values:
             values[name] = tuple((str(key), value) for key, value in values[name])
+    if not all(isinstance(value, str | int | float | tuple | None) for value in (*values.values(), data["prior"])):
+        raise TypeError
     return Entry(KINDS[data["op"]](**values), data["prior"])

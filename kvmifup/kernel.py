@@ -1,5 +1,7 @@
-"""The node itself: the only place that speaks netlink and touches /proc/sys. It reads, writes and
-names errors; it decides nothing."""
+"""The node itself: the only place that speaks netlink and touches /proc/sys.
+
+It reads, writes and names errors; it decides nothing.
+"""
 
 from __future__ import annotations
 

@@ -44,13 +44,13 @@ def put(name: str, value: str | None) -> None:
     if value is None:
         done(*remove)
         return
-    bridge, _, vlan = value.partition(" ")
+    bridge, vlan, mode, *_ = (*value.split(" "), "", "")
     access, *trunks = vlan.split(":") if vlan else ("",)
     columns = [f"tag={access[1:]}"] if access else []
     if trunks:
         columns.append(f"trunks={','.join(trunks)}")
     if vlan:
-        columns.append(f"vlan_mode={vlan_mode(vlan)}")
+        columns.append(f"vlan_mode={mode or vlan_mode(vlan)}")
     done(*remove, "--", "add-port", bridge, name, *columns)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmifup import inputs, locks, phases
 from kvmifup.apply import Change, Job, apply, survey, undo
-from kvmifup.errors import JournalError, KvmIfupError, RollbackError
+from kvmifup.errors import JournalError, KvmIfupError, RollbackError, VanishedError
 from kvmifup.journal import Entry, Journal, Store
 from kvmifup.model import Config, Nic, NodeFacts, Phase
 from kvmifup.ops import Announce, Op
@@ -93,8 +93,9 @@ def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tupl
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
     before = journal or Journal(nic, facts.tap.ifindex)
     kept = {op.key for op in everything}
-    obsolete = [entry.undo for entry in reversed(before.entries) if entry.op.key not in kept]
-    changes = survey((*obsolete, *ops), session.kernel, before)
+    dropped = [entry for entry in before.entries if entry.op.key not in kept]
+    obsolete = undoing(unshared(before, dropped, session), session)
+    changes = (*obsolete, *survey(ops, session.kernel, before))
     after = replace(
         before,
         nic=nic,
@@ -227,32 +228,35 @@ def revert(journal: Journal, entries: Sequence[Entry], session: Session) -> tupl
     live tap needs it.
     """
     live = alive(journal, session)
-    mine = [
-        entry
-        for entry in entries
-        if (live or entry.op.outlives_tap)
-        and not (entry.op.shared and claimed_elsewhere(entry.op, journal.nic.tap, session))
-    ]
-    changes = []
-    for entry in reversed(mine):
-        try:
-            now = session.kernel.read(entry.undo)
-        except KvmIfupError:  # `undo` meets it again, and knows what it means
-            continue
-        changes.append(Change(entry.undo, now, now != entry.prior))
+    mine = unshared(journal, [entry for entry in entries if live or entry.op.outlives_tap], session)
+    changes = undoing(mine, session)
     problems = [] if session.dry else undo(mine, session.kernel)
     if problems:
-        done = [entry for entry in entries if entry not in [entry for entry, _ in problems]]
-        session.store.save(
-            replace(
-                journal,
-                entries=tuple(entry for entry in journal.entries if entry not in done),
-                pending=tuple(entry for entry in journal.pending if entry not in done),
-            )
-        )
+        # As pending, so that whoever comes next tries again.
+        rest = tuple(entry for entry in journal.entries if entry not in entries)
+        left = tuple(entry for entry in entries if entry in [entry for entry, _ in problems])
+        phase = journal.phase if rest else Phase.DOWN
+        session.store.save(replace(journal, entries=rest, pending=left, phase=phase))
         raise RollbackError(
             f"could not put back: {'; '.join(text for _, text in problems)}", hint="`kvm-ifup gc` tries again"
         ).at(journal.nic.label)
+    return changes
+
+
+def unshared(journal: Journal, entries: Sequence[Entry], session: Session) -> list[Entry]:
+    """Those of *entries* that no other live tap needs as well."""
+    return [
+        entry for entry in entries if not (entry.op.shared and claimed_elsewhere(entry.op, journal.nic.tap, session))
+    ]
+
+
+def undoing(entries: Sequence[Entry], session: Session) -> tuple[Change, ...]:
+    """The changes that undo *entries*, last first, without what is not there any more. Raises KernelError."""
+    changes: list[Change] = []
+    for entry in reversed(entries):
+        with suppress(VanishedError):
+            now = session.kernel.read(entry.undo)
+            changes.append(Change(entry.undo, now, now != entry.prior))
     return tuple(changes)
 
 
