@@ -1,0 +1,1 @@
+"""The lab: live-migrates a real QEMU guest between two nodes and measures what the network sees."""

@@ -1,0 +1,177 @@
+"""The four migrations that are compared: bridged and routed, each with phases and without."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import clock, guest, migrate, observe
+from lab.hooks import TAP, Hook, Hooks, write_nic
+from lab.nodes import Mode, Network, guest_addresses, network
+from lab.observe import Frame, Observer, Ping, Probe
+
+Progress = Callable[[str], None]
+
+PING_TIMEOUT = 1.0  # seconds
+OBSERVED_AFTER = 3.0  # seconds from the guest's arrival; the last announcement is sent after 0.8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to wire the target's tap.
+
+    `at_start` is QEMU's script= on the target (None: the tap is set up and left unplugged); kvm-ifup-post follows
+    `post_after` seconds after the guest's arrival. The source's kvm-ifdown always comes first: its guest has left.
+    """
+
+    key: str
+    title: str
+    mode: Mode
+    at_start: Hook | None
+    incoming: bool
+    post_after: float
+
+
+CASES = (
+    Case("bridged", "bridged, with phases", "bridged", "kvm-ifup-pre", True, 0.0),
+    Case("bridged-late", "bridged, wired only afterwards", "bridged", None, True, 1.0),
+    Case("routed", "routed, with phases", "routed", "kvm-ifup-pre", True, 0.0),
+    Case("routed-early", "routed, all of it at the start", "routed", "kvm-ifup-post", False, 0.0),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one migration looked like from the client. Times are CLOCK_MONOTONIC seconds, durations are ms.
+
+    `silence` is the longest time from one IPv4 reply to the next, as its two ends (see `observe.silence`); pings go out
+    every 5 ms, so that is its resolution. `silence6_ms` is the same for IPv6, with a resolution of 20 ms. `lost` counts
+    the IPv4 pings that were not answered within `PING_TIMEOUT`: some wait in the target's tap and are answered long
+    afterwards. `announcements` are the RARP, gratuitous ARP and unsolicited NA frames that reached the client.
+    `contested` are the ARP probes that two nodes answered at the same moment (see `observe.contested`); probes are sent
+    while the migration runs, for a routed guest also until the source is withdrawn and the target is wired.
+    """
+
+    case: Case
+    started: float
+    resumed: float
+    downtime_ms: float
+    silence: tuple[float, float]
+    silence6_ms: float
+    lost: int
+    pings: tuple[Ping, ...]
+    announcements: tuple[Frame, ...]
+    probes: tuple[Probe, ...]
+    contested: tuple[Probe, ...]
+
+    @property
+    def silence_ms(self) -> float:
+        return (self.silence[1] - self.silence[0]) * 1000
+
+    @property
+    def difference_ms(self) -> float:
+        """What the network added to the guest's own downtime."""
+        return self.silence_ms - self.downtime_ms
+
+    @property
+    def nodes_answering(self) -> int:
+        """How many nodes answered ARP for the guest at the same moment: 1, or 2 when any probe was contested."""
+        return 2 if self.contested else 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A guest that runs on node a, is pinged by the client and is wired; everything is set for its move to b."""
+
+    net: Network
+    hooks: Hooks
+    image: guest.Image
+    directory: Path
+    observer: Observer
+    source: migrate.Guest
+
+    @contextlib.contextmanager
+    def target(self, script: Hook | None, incoming: bool) -> Iterator[migrate.Guest]:
+        """The QEMU on node b that waits for the guest, with its NIC file written first."""
+        write_nic(self.net.b, self.net.mode, incoming)
+        wiring = migrate.Wiring(TAP, script=None if script is None else self.hooks.path(script))
+        with migrate.start(
+            self.net.b,
+            self.image,
+            guest_addresses(self.net.mode),
+            wiring,
+            self.directory / "b",
+            incoming=True,
+        ) as target:
+            yield target
+
+
+@contextlib.contextmanager
+def stage(net: Network, hooks: Hooks, image: guest.Image, progress: Progress) -> Iterator[Stage]:
+    """Boots the guest on node a and waits until the client has its replies; ended when the block ends.
+
+    Raises LabError.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvm-ifup-lab-") as scratch:
+        directory = Path(scratch)
+        progress("booting the guest on node a")
+        write_nic(net.a, net.mode, incoming=False)
+        wiring = migrate.Wiring(TAP, script=hooks.path("kvm-ifup-post"))
+        with (
+            migrate.start(net.a, image, guest_addresses(net.mode), wiring, directory / "a") as source,
+            observe.observer(net) as observer,
+        ):
+            source.wait_booted()
+            observer.wait_for_replies(clock.now(), 30, source.must_run)
+            yield Stage(net, hooks, image, directory, observer, source)
+
+
+def run(case: Case, hooks: Hooks, image: guest.Image, progress: Progress) -> Result:
+    """One live migration of a pinged guest from node a to node b, measured. Raises LabError."""
+    with network(case.mode) as net, stage(net, hooks, image, progress) as on:
+        on.observer.probe(True)
+        time.sleep(0.3)
+        begin = clock.now()
+        progress(f"starting the target on node b with script={case.at_start or 'no'}")
+        with on.target(case.at_start, case.incoming) as target:
+            if case.at_start is None:
+                on.net.b.run("ip", "link", "set", TAP, "up")
+            progress("migrating")
+            started = on.source.order_migration(target)
+            migrated = on.source.wait_migrated(target, started)
+            if case.mode == "bridged":
+                # From here on an answer to the prober would teach the switch what the product has to teach it.
+                on.observer.probe(False)
+            progress(f"the guest runs on node b, its own downtime was {migrated.downtime_ms:.0f} ms; wiring")
+            on.hooks.run("kvm-ifdown", on.net.a)
+            time.sleep(max(0.0, migrated.resumed + case.post_after - clock.now()))
+            on.hooks.run("kvm-ifup-post", on.net.b)
+            on.source.quit()
+            progress("waiting until the client has its replies")
+            # Neighbour caches take up to 53 s to find out: 45 reachable, 5 delay, 3 probing; and then they ask anew.
+            on.observer.wait_for_replies(clock.now(), 90, target.must_run)
+            if case.mode == "routed":
+                on.observer.probe(False)
+            time.sleep(max(0.0, migrated.resumed + OBSERVED_AFTER + PING_TIMEOUT - clock.now()))
+            record = on.observer.record()
+    gap6 = observe.silence(record.pings6, migrated.resumed)
+    sent = [p for p in record.pings if begin <= p.sent < record.pings[-1].sent - PING_TIMEOUT]
+    return Result(
+        case=case,
+        started=migrated.started,
+        resumed=migrated.resumed,
+        downtime_ms=migrated.downtime_ms,
+        silence=observe.silence(record.pings, migrated.resumed),
+        silence6_ms=(gap6[1] - gap6[0]) * 1000,
+        lost=sum(p.replied is None or p.replied - p.sent > PING_TIMEOUT for p in sent),
+        pings=record.pings,
+        announcements=tuple(
+            f for f in record.at_client if f.at >= begin and f.seen.kind in ("rarp", "garp", "unsolicited-na")
+        ),
+        probes=record.probes,
+        contested=observe.contested(record.probes),
+    )

@@ -1,0 +1,192 @@
+"""The guest: Debian's cloud kernel and a busybox initramfs that configures one NIC and then keeps quiet.
+
+The guest sends nothing of its own accord: no DAD, no router solicitations, no neighbour probes, no daemons.
+Whatever leaves it is an answer, or an announcement after a migration: QEMU's RARP, and the gratuitous ARP and
+unsolicited NA of its own virtio-net driver, which QEMU asks for (GUEST_ANNOUNCE, left at QEMU's default).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.errors import LabError
+
+KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
+READY = "guest ready"
+
+# In the order in which they can be inserted: each needs the ones before it.
+MODULES = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "failover",
+    "net_failover",
+    "virtio_net",
+)
+
+INIT = f"""#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sysfs /sys
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+/bin/busybox --install -s /bin
+export PATH=/bin
+
+# What the kernel command line says for lab.$1.
+arg() {{ tr ' ' '\\n' </proc/cmdline | sed -n "s/^lab\\.$1=//p"; }}
+set -e
+trap 'echo guest failed' EXIT
+
+for module in $(cat /modules/order); do insmod /modules/$module.ko; done
+ip link set lo up
+sysctl -qw net.ipv6.conf.eth0.accept_ra=0 net.ipv6.conf.eth0.dad_transmits=0
+# Its own questions about the gateway would teach the switch where it is; a guest that is asked nothing keeps quiet.
+sysctl -qw net.ipv4.neigh.eth0.delay_first_probe_time=3600 net.ipv6.neigh.eth0.delay_first_probe_time=3600
+ip link set eth0 up
+ip addr add "$(arg ip4)" dev eth0
+ip route add "$(arg gw4)/32" dev eth0
+ip route add default via "$(arg gw4)"
+ip -6 addr add "$(arg ip6)" dev eth0
+ip -6 route add "$(arg gw6)/128" dev eth0
+ip -6 route add default via "$(arg gw6)" dev eth0
+echo "{READY}"
+while :; do sleep 3600; done
+"""
+
+
+@dataclass(frozen=True)
+class Image:
+    """What QEMU boots."""
+
+    kernel: Path
+    initrd: Path
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """How the guest's NIC is configured. `ip4` and `ip6` carry a prefix length, the gateways do not."""
+
+    mac: str
+    ip4: str
+    gw4: str
+    ip6: str
+    gw6: str
+
+
+def command_line(addresses: Addresses) -> str:
+    """The kernel command line that makes the guest take `addresses` (its MAC comes from QEMU)."""
+    a = addresses
+    return (
+        "console=ttyS0 quiet panic=-1 tsc=reliable net.ifnames=0 "
+        f"lab.ip4={a.ip4} lab.gw4={a.gw4} lab.ip6={a.ip6} lab.gw6={a.gw6}"
+    )
+
+
+def build(progress: Callable[[str], None]) -> Image:
+    """Returns the guest's kernel and initramfs, from the cache when this version was built before.
+
+    Raises LabError when the kernel package or a tool is missing.
+    """
+    package, version = _kernel_package()
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        raise LabError("busybox is not installed", "apt-get install busybox-static")
+    recipe = hashlib.sha256("\n".join((INIT, *MODULES)).encode() + Path(busybox).read_bytes()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvm-ifup-lab"
+    done = cache / f"{package}_{version}_{recipe[:12]}".replace(":", "%")
+    if not done.is_dir():
+        progress(f"building the guest from {package} {version} (once; kept in {cache})")
+        cache.mkdir(parents=True, exist_ok=True)
+        # A half-built guest is never seen: it gets its name only when it is whole.
+        with tempfile.TemporaryDirectory(dir=cache, prefix="tmp-") as tmp:
+            _build_into(Path(tmp), f"{package}={version}", Path(busybox))
+            try:
+                (Path(tmp) / "image").rename(done)
+            except OSError as e:
+                if not done.is_dir():
+                    raise LabError(f"cannot keep the guest in {done}: {e}", "is the cache writable?") from e
+                # Somebody else built the same guest in the meantime; theirs is as good.
+    return Image(kernel=done / "vmlinuz", initrd=done / "initrd")
+
+
+def _kernel_package() -> tuple[str, str]:
+    """Name and version of the concrete kernel package that the metapackage stands for today."""
+    hint = "run apt-get update; the lab needs Debian's package archive"
+    shown = _tool(["apt-cache", "show", "--no-all-versions", KERNEL_METAPACKAGE], hint)
+    found = re.search(r"^Depends:.*?(linux-image-[^ ,]+) \(= ([^)]+)\)", shown, re.MULTILINE)
+    if found is None:
+        raise LabError(f"{KERNEL_METAPACKAGE} names no kernel package", hint)
+    return found[1], found[2]
+
+
+def _build_into(tmp: Path, package: str, busybox: Path) -> None:
+    _tool(["apt-get", "-q", "download", package], "is the Debian archive reachable?", cwd=tmp)
+    unpacked, root, image = tmp / "unpacked", tmp / "root", tmp / "image"
+    (deb,) = tmp.glob("*.deb")
+    _tool(["dpkg", "-x", str(deb), str(unpacked)], "is there room in the cache's file system?")
+    for directory in (image, root / "bin", root / "modules"):
+        directory.mkdir(parents=True)
+
+    (kernel,) = (unpacked / "boot").glob("vmlinuz-*")
+    shutil.copyfile(kernel, image / "vmlinuz")
+    needed = [name for name in MODULES if _copy_module(unpacked, name, root / "modules")]
+    (root / "modules/order").write_text("".join(f"{name}\n" for name in needed))
+    shutil.copy(busybox, root / "bin/busybox")
+    (root / "init").write_text(INIT)
+    (root / "init").chmod(0o755)
+
+    names = sorted(str(p.relative_to(root)) for p in root.rglob("*"))
+    with (image / "initrd").open("wb") as out:
+        _tool(
+            ["cpio", "--quiet", "--create", "--format=newc", "--owner=0:0"],
+            "apt-get install cpio",
+            cwd=root,
+            stdin="\n".join(names),
+            stdout=out.fileno(),
+        )
+
+
+def _copy_module(unpacked: Path, name: str, to: Path) -> bool:
+    """Copies one module, decompressed. False when this kernel has it built in."""
+    # Debian 12 is not merged-/usr inside the package, Debian 13 is; a file may be .ko or .ko.xz.
+    for found in unpacked.rglob(f"{name}.ko*"):
+        data = found.read_bytes()
+        (to / f"{name}.ko").write_bytes(lzma.decompress(data) if found.suffix == ".xz" else data)
+        return True
+    for builtin in unpacked.rglob("modules.builtin"):
+        if f"/{name}.ko" in builtin.read_text():
+            return False
+    raise LabError(f"the kernel package has no module {name}", "adapt MODULES in lab/guest.py to this kernel")
+
+
+def _tool(
+    argv: Sequence[str],
+    hint: str,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+    stdout: int = subprocess.PIPE,
+) -> str:
+    """Runs one tool and returns its output; LabError with its last line when it fails or is missing."""
+    env = dict(os.environ, LC_ALL="C")
+    try:
+        done = subprocess.run(
+            argv, cwd=cwd, env=env, input=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, check=True
+        )
+    except FileNotFoundError as e:
+        raise LabError(f"{argv[0]} is not installed", f"apt-get install {argv[0]}") from e
+    except subprocess.CalledProcessError as e:
+        last = (e.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LabError(f"{' '.join(argv[:3])} failed: {last}", hint) from e
+    return done.stdout or ""

@@ -1,0 +1,134 @@
+"""The picture of the four migrations: what the client got from the guest, second by second."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from lab.cases import OBSERVED_AFTER, PING_TIMEOUT, Result
+
+# Okabe and Ito's palette: told apart with any colour vision, and in grey.
+REPLY, LOST, SILENT, DOWN = "#0072B2", "#D55E00", "#F6DDA8", "#4D4D4D"
+BEFORE, AFTER = 3.0, OBSERVED_AFTER  # seconds around the guest's arrival
+# Heights in the panels, in ms on their logarithmic axis: below the replies what was lost, above them who announced.
+BOTTOM, LOST_AT, TOP = 0.1, 0.16, 150000.0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one kind of announcement is drawn."""
+
+    label: str
+    shape: str
+    colour: str
+    height: float
+
+
+MARKS = {
+    "rarp": Mark("RARP (QEMU)", "v", "#CC79A7", 80000.0),
+    "garp": Mark("gratuitous ARP", "o", "#009E73", 28000.0),
+    "unsolicited-na": Mark("unsolicited NA (IPv6)", "x", "#000000", 10000.0),
+}
+
+
+def save(results: Sequence[Result], directory: Path) -> list[Path]:
+    """Draws one panel for each result and writes migration.png and migration.svg; returns their paths."""
+    style = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "kvm-ifup",  # the same data give the same file
+        "svg.fonttype": "none",
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(len(results), 1, figsize=(9, 2.15 * len(results) + 0.9), sharex=True, squeeze=False)
+        for panel, result in zip(axes[:, 0], results, strict=True):
+            _panel(panel, result)
+        axes[-1, 0].set_xlabel("seconds since the guest runs on the target node")
+        figure.suptitle(
+            "A live migration as the client sees it (a ping every 5 ms)", x=0.01, ha="left", weight="bold", size=12
+        )
+        figure.legend(
+            handles=_legend(), loc="lower center", ncols=4, frameon=False, handletextpad=0.5, columnspacing=2.0
+        )
+        figure.tight_layout(rect=(0, 0.05, 1, 0.995), h_pad=1.0)
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = [directory / "migration.png", directory / "migration.svg"]
+        for path in paths:
+            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
+    return paths
+
+
+def _panel(axes: Any, result: Result) -> None:
+    zero = result.resumed
+    silent = [at - zero for at in result.silence]
+    axes.set_xlim(-BEFORE, AFTER)
+    axes.set_yscale("log")
+    axes.set_ylim(BOTTOM, TOP)
+    axes.set_yticks([1, 10, 100, 1000], ["1 ms", "10 ms", "100 ms", "1 s"])
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_ylabel("reply took")
+
+    axes.axvspan(silent[0], min(silent[1], AFTER), color=SILENT, linewidth=0)
+    axes.axvspan(-result.downtime_ms / 1000, 0, color=DOWN, linewidth=0, ymin=0.09, ymax=0.77)
+
+    axes.axvline(result.started - zero, color=DOWN, linewidth=0.8, linestyle=(0, (2, 2)))
+
+    # Replies stand where they arrived, lost pings where they were sent.
+    replies = [(p.replied - zero, (p.replied - p.sent) * 1000) for p in result.pings if p.replied is not None]
+    replies = [(x, y) for x, y in replies if -BEFORE <= x <= AFTER]
+    axes.scatter([x for x, _ in replies], [y for _, y in replies], s=5, color=REPLY, linewidths=0, rasterized=True)
+    lost = [p.sent - zero for p in result.pings if p.replied is None or p.replied - p.sent > PING_TIMEOUT]
+    lost = [x for x in lost if -BEFORE <= x <= AFTER]
+    axes.plot(lost, [LOST_AT] * len(lost), "|", color=LOST, markersize=5, rasterized=True)
+    for kind, mark in MARKS.items():
+        at = [f.at - zero for f in result.announcements if f.seen.kind == kind and -BEFORE <= f.at - zero <= AFTER]
+        face = {"markerfacecolor": "none"} if mark.shape == "o" else {}
+        axes.plot(at, [mark.height] * len(at), mark.shape, color=mark.colour, markersize=5, **face)
+
+    nodes = "one node answers ARP" if result.nodes_answering == 1 else "TWO nodes answer ARP"
+    axes.set_title(result.case.title, loc="left", weight="bold", size=10)
+    axes.set_title(
+        f"guest down {milliseconds(result.downtime_ms)}  ·  client without reply "
+        f"{milliseconds(result.silence_ms)}  ·  {nodes}",
+        loc="right",
+        size=9.5,
+    )
+    if silent[1] > AFTER:
+        axes.text(AFTER - 0.06, 60, f"no reply until +{silent[1]:.1f} s  ▶", ha="right", va="center", size=9.5)
+
+
+def _legend() -> list[Any]:
+    def dot(label: str, shape: str, colour: str, **more: Any) -> Line2D:
+        return Line2D([], [], linestyle="", marker=shape, color=colour, markersize=5, label=label, **more)
+
+    return [
+        dot("reply", "o", REPLY, markeredgewidth=0),
+        dot("ping lost (no reply in 1 s)", "|", LOST),
+        Line2D([], [], color=DOWN, linewidth=0.8, linestyle=(0, (2, 2)), label="migration ordered"),
+        Patch(color=SILENT, label="client without reply"),
+        Patch(color=DOWN, label="guest down"),
+        *(
+            dot(m.label, m.shape, m.colour, markerfacecolor="none" if m.shape == "o" else m.colour)
+            for m in MARKS.values()
+        ),
+    ]
+
+
+def milliseconds(value: float) -> str:
+    """A duration in ms for people: `61 ms`, `22.3 s`."""
+    return f"{value:.0f} ms" if value < 1000 else f"{value / 1000:.1f} s"

@@ -1,0 +1,1 @@
+"""The scripts as a process manager runs them, and real migrations."""
