@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from kvmifup import __version__, config, ganeti, inputs
-from kvmifup.errors import BugError, KvmIfupError, NicError, PrivilegeError, UsageError, shown
+from kvmifup.errors import BugError, KernelError, KvmIfupError, NicError, PrivilegeError, UsageError
 from kvmifup.model import Nic, Phase
 
 if TYPE_CHECKING:  # what imports pyroute2 waits until the input has been found good
@@ -91,7 +91,11 @@ def main(
     except KvmIfupError as error:
         failure = error
     except PermissionError as error:
-        failure = PrivilegeError(f"not permitted: {shown(error.filename)}", hint="run it as root")
+        failure = PrivilegeError(f"not permitted: {error.filename}", hint="run it as root")
+    except OSError as error:
+        failure = KernelError(
+            f"{error.filename}: {error.strerror}" if error.filename else str(error), errno=error.errno or 0
+        )
     except Exception as error:
         failure = BugError(
             f"unexpected {type(error).__name__}: {error}", hint="please report it; KVM_IFUP_DEBUG=1 shows where"

@@ -46,6 +46,8 @@ def merged(config: Config, path: Path, base: Path) -> Config:
         ) from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise ConfigError(f"not TOML: {shown(str(error))}", where=str(path)) from None
+    except PermissionError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (ConfigError, NicError) as error:

@@ -319,6 +319,8 @@ def read_nic(path: Path, run_dir: Path) -> Nic:
         raise NicError(
             f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
         ) from None
+    except PermissionError:
+        raise
     except OSError as error:
         raise NicError(f"cannot be read: {error.strerror}", where=str(path)) from None
 

@@ -22,11 +22,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kvmifup import trust
 from kvmifup.errors import JournalError, KernelError, PrivilegeError
 from kvmifup.model import Nic, Phase
 from kvmifup.ops import KINDS, Op, Value
 
 VERSION = 1
+MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Store:
     file is overwritten by the next."""
 
     def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.directory = run_dir / "state"
 
     def path(self, tap: str) -> Path:
@@ -72,7 +75,7 @@ class Store:
         """The journal of *tap*, None if it has none. Raises JournalError."""
         path = self.path(tap)
         try:
-            journal = decode(json.loads(path.read_bytes()))
+            journal = decode(json.loads(trust.read(path, self.run_dir, MAX_BYTES)))
             if journal.nic.tap != tap:
                 raise ValueError
             return journal
@@ -80,9 +83,19 @@ class Store:
             return None
         except PermissionError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (
+            trust.Untrusted,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            why = error if isinstance(error, trust.Untrusted) else type(error).__name__
             raise JournalError(
-                f"the journal {path} cannot be read ({type(error).__name__})",
+                f"the journal {path} cannot be read: {why}",
                 hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
             ) from None
 

@@ -49,7 +49,7 @@ def put(name: str, value: str | None) -> None:
     columns = [f"tag={access[1:]}"] if access else []
     if trunks:
         columns.append(f"trunks={','.join(trunks)}")
-    if vlan:
+    if vlan or mode:
         columns.append(f"vlan_mode={mode or vlan_mode(vlan)}")
     done(*remove, "--", "add-port", bridge, name, *columns)
 

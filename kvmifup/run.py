@@ -229,7 +229,7 @@ def revert(journal: Journal, entries: Sequence[Entry], session: Session) -> tupl
     """
     live = alive(journal, session)
     mine = unshared(journal, [entry for entry in entries if live or entry.op.outlives_tap], session)
-    changes = undoing(mine, session)
+    changes = undoing(mine, session, past=KvmIfupError)  # `undo` meets it again, and reports it
     problems = [] if session.dry else undo(mine, session.kernel)
     if problems:
         # As pending, so that whoever comes next tries again.
@@ -250,11 +250,11 @@ def unshared(journal: Journal, entries: Sequence[Entry], session: Session) -> li
     ]
 
 
-def undoing(entries: Sequence[Entry], session: Session) -> tuple[Change, ...]:
-    """The changes that undo *entries*, last first, without what is not there any more. Raises KernelError."""
+def undoing(entries: Sequence[Entry], session: Session, past: type[KvmIfupError] = VanishedError) -> tuple[Change, ...]:
+    """The changes that undo *entries*, last first, without what cannot be read for the reason *past*."""
     changes: list[Change] = []
     for entry in reversed(entries):
-        with suppress(VanishedError):
+        with suppress(past):
             now = session.kernel.read(entry.undo)
             changes.append(Change(entry.undo, now, now != entry.prior))
     return tuple(changes)

@@ -35,8 +35,8 @@ def check(path: Path, base: Path) -> Path:
     return real
 
 
-def read(path: Path, base: Path) -> str:
-    """The text of *path*, a regular file of at most 64 KiB that `check` accepts.
+def read(path: Path, base: Path, limit: int = MAX_BYTES) -> str:
+    """The text of *path*, a regular file of at most *limit* bytes that `check` accepts.
 
     Raises Untrusted, also for text that is not UTF-8, and OSError.
     """
@@ -46,9 +46,9 @@ def read(path: Path, base: Path) -> str:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise Untrusted("it is not a regular file")
-        if info.st_size > MAX_BYTES:
-            raise Untrusted(f"it is larger than {MAX_BYTES} bytes")
+        if info.st_size > limit:
+            raise Untrusted(f"it is larger than {limit} bytes")
         try:
-            return file.read(MAX_BYTES).decode("utf-8")
+            return file.read(limit).decode("utf-8")
         except UnicodeDecodeError as error:
             raise Untrusted(f"it is not UTF-8 at byte {error.start}") from None
