@@ -125,7 +125,7 @@ def command(
         return 0
     settings = config.load(options.config)
     if os.geteuid() != 0 and not options.plan:
-        raise PrivilegeError("not root", hint="run it as root; --plan needs no privileges")
+        raise PrivilegeError("not root", hint="run it as root")
 
     from kvmifup import report
     from kvmifup.journal import Store
@@ -218,6 +218,8 @@ def lowering(
         nic = nic_of(one, options.run_dir, environ)
         return nic and inputs.as_wired(nic, session.config)
 
+    instance = options.instance or (environ.get("INSTANCE") if environ.get("INTERFACE") else None)
+
     def work(session: Session) -> list[Outcome]:
         from kvmifup import run
 
@@ -226,7 +228,7 @@ def lowering(
         failures: list[KvmIfupError] = []
         for one in taps:
             try:
-                outcomes.append(run.down(one, partial(described, one, session), session))
+                outcomes.append(run.down(one, instance, partial(described, one, session), session))
             except KvmIfupError as error:
                 failures.append(error)
         if failures:

@@ -157,10 +157,11 @@ def with_claims(facts: NodeFacts, nic: Nic, session: Session) -> NodeFacts:
 # --- down -----------------------------------------------------------------------------------------------
 
 
-def down(tap: str, describe: Callable[[], Nic | None], session: Session) -> Outcome:
+def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], session: Session) -> Outcome:
     """Undo all that was done for *tap*; without a journal, withdraw the NIC that *describe* knows, if any.
 
-    Repeating it succeeds.
+    Repeating it succeeds. A tap that is another guest's than *instance*'s by now is left alone: names are
+    reused at once, and a manager may be late.
 
     Raises LockTimeoutError, JournalError, and RollbackError for what could not be undone.
     """
@@ -170,6 +171,9 @@ def down(tap: str, describe: Callable[[], Nic | None], session: Session) -> Outc
         session.kernel.refresh()
         journal = session.store.load(tap)
         if journal is not None:
+            owner = journal.nic.instance
+            if None not in (owner, instance) and owner != instance and alive(journal, session):
+                return Outcome(tap, None, tap, Phase.DOWN, remarks=(f"it is {journal.nic.label}'s now: left alone",))
             undone = revert(journal, (*journal.entries, *journal.pending), session)
             if not session.dry:
                 session.store.delete(tap)

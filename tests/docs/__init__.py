@@ -1,0 +1,1 @@
+"""Tests of what is written for people: the pages agree with the code, and their examples run as printed."""
