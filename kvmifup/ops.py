@@ -273,6 +273,10 @@ class ProxyNeighbour(Op):
     def outlives_tap(self) -> bool:
         return True
 
+    @property
+    def shared(self) -> bool:
+        return True  # a guest's new tap needs it still when its old one is cleared up after
+
     def subject(self) -> str:
         return f"proxy neighbour {self.address} dev {self.dev}"
 

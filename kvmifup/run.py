@@ -121,7 +121,10 @@ def remembered(
         op = change.op
         if op.key not in planned or not op.undoable or op.wanted is False:
             continue
-        earlier = before.prior(op.key) or (claimed_elsewhere(op, before.nic.tap, session) if op.shared else None)
+        earlier = before.prior(op.key)
+        if earlier is None and op.shared:
+            # Also from a dead NIC's journal that nobody has cleared up yet: what it found was before us, too.
+            earlier = claimed_elsewhere(op, before.nic.tap, session, dead=True)
         if earlier is not None:
             entries.append(Entry(op, earlier.prior))
         elif change.needed:
@@ -131,12 +134,15 @@ def remembered(
     return tuple(entries)
 
 
-def claimed_elsewhere(op: Op, tap: str, session: Session) -> Entry | None:
-    """Another live tap's entry about the same shared value: it knows what was there before any of us."""
-    for journal in session.store.others(tap, getattr(op, "dev", "")):
+def claimed_elsewhere(op: Op, tap: str, session: Session, *, dead: bool = False) -> Entry | None:
+    """Another live tap's entry about the same shared value: it knows what was there before any of us.
+
+    With *dead*, also the entry of a tap that is gone.
+    """
+    for journal in session.store.others(tap, getattr(op, "address", getattr(op, "dev", ""))):
         # Also what a killed run was about to do: its value was read before ours.
         for entry in (*journal.entries, *journal.pending):
-            if entry.op.key == op.key and alive(journal, session):
+            if entry.op.key == op.key and (dead or alive(journal, session)):
                 return entry
     return None
 

@@ -1,0 +1,173 @@
+"""Stands in for Ganeti's node daemon: one request from stdin, carried out by Ganeti's own code, the answer to stdout.
+
+Runs on a node of the tests, on Debian's Python, where Ganeti is installed. It holds nothing between two
+requests, as the daemon forks for each. It only calls Ganeti: nothing of what it does is done here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# Where Debian puts it, below the directory of its version.
+sys.path.insert(0, "/etc/ganeti/share")
+
+
+def module(name: str) -> Any:
+    """A module of Ganeti's, loaded when it is needed."""
+    return importlib.import_module(f"ganeti.{name}")
+
+
+def nic_of(given: dict[str, Any]) -> Any:
+    """Ganeti's NIC object."""
+    return module("objects").NIC(
+        mac=given["mac"],
+        ip=given["ip"],
+        uuid=given["uuid"],
+        nicparams={"mode": given["mode"], "link": given["link"], "vlan": ""},
+    )
+
+
+def instance_of(given: dict[str, Any]) -> Any:
+    """Ganeti's instance object: its own defaults, but for what the tests need otherwise."""
+    constants, objects = module("constants"), module("objects")
+    hvparams = {**constants.HVC_DEFAULTS[constants.HT_KVM], **given["hvparams"]}
+    beparams = {**constants.BEC_DEFAULTS, **given["beparams"]}
+    return objects.Instance(
+        name=given["name"],
+        uuid=given["uuid"],
+        nics=[nic_of(nic) for nic in given["nics"]],
+        disks=[],
+        disk_template=constants.DT_DISKLESS,
+        hypervisor=constants.HT_KVM,
+        hvparams=hvparams,
+        beparams=beparams,
+        osparams={},
+        tags=set(),
+    )
+
+
+def start(kvm: Any, instance: Any) -> None:
+    kvm.StartInstance(instance, [], False)
+
+
+def stop(kvm: Any, instance: Any) -> None:
+    kvm.StopInstance(instance, force=True)
+    kvm.CleanupInstance(instance.name)
+
+
+def reboot(kvm: Any, instance: Any) -> None:
+    kvm.RebootInstance(instance)
+
+
+def hot_add(kvm: Any, instance: Any, nic: dict[str, Any]) -> None:
+    kvm.HotAddDevice(instance, module("constants").HOTPLUG_TARGET_NIC, nic_of(nic), None, len(instance.nics))
+
+
+def hot_remove(kvm: Any, instance: Any, nic: dict[str, Any], index: int) -> None:
+    kvm.HotDelDevice(instance, module("constants").HOTPLUG_TARGET_NIC, nic_of(nic), None, index)
+
+
+def migration_info(kvm: Any, instance: Any) -> str:
+    return str(kvm.MigrationInfo(instance))
+
+
+def accept(kvm: Any, instance: Any, info: str, target: str) -> None:
+    kvm.AcceptInstance(instance, info, target)
+
+
+def migrate(kvm: Any, instance: Any, target: str) -> None:
+    kvm.MigrateInstance("cluster", instance, target, True)
+
+
+def migration_status(kvm: Any, instance: Any) -> str:
+    return str(kvm.GetMigrationStatus(instance).status)
+
+
+def finalize_source(kvm: Any, instance: Any, success: bool) -> None:
+    kvm.FinalizeMigrationSource(instance, success, True)
+
+
+def finalize_target(kvm: Any, instance: Any, info: str, success: bool) -> None:
+    kvm.FinalizeMigrationDst(instance, info, success)
+
+
+def running(kvm: Any, instance: Any) -> bool:
+    return instance.name in kvm.ListInstances()
+
+
+def hooks(kvm: Any, instance: Any, after: str) -> list[list[str]]:
+    """Run the post hooks of an operation here; returns path, result and output of each, and what Ganeti would log."""
+    constants = module("constants")
+    nics = [
+        (None, nic.uuid, nic.ip, nic.mac, nic.nicparams["mode"], nic.nicparams["link"], "", None, None)
+        for nic in instance.nics
+    ]
+    environment = module("cmdlib.instance_utils").BuildInstanceHookEnv(
+        *(instance.name, "a.example.com", ["b.example.com"], "debian", "down", 128, 128, 1, nics),
+        *(constants.DT_DISKLESS, [], instance.beparams, instance.hvparams, constants.HT_KVM, []),
+    )
+    environment = {key: value for key, value in environment.items() if not key.startswith("INSTANCE_HV_")}
+    runner = module("backend").HooksRunner()
+    words = {constants.HKR_SUCCESS: "success", constants.HKR_FAIL: "failure", constants.HKR_SKIP: "skipped"}
+    results: list[list[str]] = []
+
+    def run(nodes: Any, path: str, phase: str, env: dict[str, str]) -> Any:
+        found = runner.RunHooks(path, phase, env)
+        results.extend([script, words[result], output] for script, result, output in found)
+        return dict.fromkeys(nodes, (None, False, found))
+
+    def log(text: str, *arguments: object) -> None:
+        results.append(["log", text % arguments if arguments else text])
+
+    code = f"OP_{after.upper().replace('-', '_')}"
+    master = module("hooksmaster").HooksMaster(
+        *(code, after, ([], ["a.example.com"]), run, None, lambda: environment, None, log),
+        *(constants.HTYPE_INSTANCE, "cluster.example.com", "a.example.com"),
+    )
+    master.RunPhase(constants.HOOKS_PHASE_POST)
+    return results
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    one.__name__: one
+    for one in (
+        start,
+        stop,
+        reboot,
+        hot_add,
+        hot_remove,
+        migration_info,
+        accept,
+        migrate,
+        migration_status,
+        finalize_source,
+        finalize_target,
+        running,
+        hooks,
+    )
+}
+
+
+def main() -> None:
+    """One request: {"operation": …, "instance": {…}, "arguments": {…}}."""
+    # As the daemon runs: no terminal, nobody else's files, the root directory.
+    os.umask(0o077)
+    os.chdir("/")
+    request = json.load(sys.stdin)
+    kvm_class = module("hypervisor.hv_kvm").KVMHypervisor
+    errors = module("errors")
+    operation = functools.partial(OPERATIONS[request["operation"]], **request["arguments"])
+    try:
+        answer = {"answer": operation(kvm_class(), instance_of(request["instance"]))}
+    except errors.GenericError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+main()
