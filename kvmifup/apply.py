@@ -107,7 +107,7 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
                 with suppress(KvmIfupError):  # it says so already, unless it has been committed
                     store.save(job.pending)
             raise RollbackError(
-                f"{cause(error)}; and could not put back: {'; '.join(text for _, text in problems)}",
+                f"{cause(error)}; and could not put back: {'; '.join(cause(problem) for _, problem in problems)}",
                 hint="`kvm-ifup gc` tries again",
             ) from error
         for job in jobs:
@@ -131,12 +131,12 @@ def undoable(changes: Sequence[Change]) -> tuple[Change, ...]:
     return tuple(change for change in changes if change.op.undoable)
 
 
-def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, str]]:
+def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, Exception]]:
     """Put back what *entries* found, last first, past failures; returns what could not be, and why.
 
     What is no longer there needs no undoing.
     """
-    problems: list[tuple[Entry, str]] = []
+    problems: list[tuple[Entry, Exception]] = []
     for entry in reversed(entries):
         if not entry.op.undoable:
             continue
@@ -146,7 +146,7 @@ def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, str]]:
         except VanishedError:
             continue
         except Exception as error:  # whatever it is, the remaining ones must be tried
-            problems.append((entry, cause(error)))
+            problems.append((entry, error))
     return problems
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from kvmifup import __version__, config, ganeti, inputs
+from kvmifup import __version__, announce, config, ganeti, inputs, signals
 from kvmifup.errors import BugError, KernelError, KvmIfupError, NicError, PrivilegeError, UsageError
 from kvmifup.model import Nic, Phase
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # what imports pyroute2 waits until the input has been found 
     from kvmifup.journal import Store
     from kvmifup.run import Outcome, Session
 
+CAP_NET_ADMIN = 12  # linux/capability.h
 RUN_DIR = Path("/run/kvm-ifup")
 
 PHASES = {"kvm-ifup-pre": Phase.PRE, "kvm-ifup-post": Phase.POST, "kvm-ifdown": Phase.DOWN}
@@ -43,6 +45,14 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: object = None) -> None:
         self.out.write(message)
+
+
+def script(program: str) -> NoReturn:
+    """What each script is: this process, as *program*."""
+    signals.catch()
+    # A caller may have closed what we write to; that must not change how we end.
+    out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.exit(main(program, sys.argv[1:], os.environ, out, err, announce.repeat_detached))
 
 
 def parser(program: str, out: TextIO) -> Parser:
@@ -124,8 +134,8 @@ def command(
     if work is None:
         return 0
     settings = config.load(options.config)
-    if os.geteuid() != 0 and not options.plan:
-        raise PrivilegeError("not root", hint="run it as root")
+    if not options.plan:
+        need_privileges()
 
     from kvmifup import report
     from kvmifup.journal import Store
@@ -148,6 +158,16 @@ def command(
         lines = report.remark_lines(outcomes) if options.plan else report.verbose_lines(outcomes)
         stderr.writelines(f"{line}\n" for line in lines)
     return 0
+
+
+def need_privileges() -> None:
+    """Raise PrivilegeError unless we are root with CAP_NET_ADMIN: half of it would do half of the work."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("not root", hint="run it as root")
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    if not effective >> CAP_NET_ADMIN & 1:
+        raise PrivilegeError("root, but not permitted to change the network", hint="this takes CAP_NET_ADMIN")
 
 
 def collect(session: Session) -> list[Outcome]:
@@ -215,7 +235,7 @@ def lowering(
     """down: the journal says what to undo, so a NIC file is only looked at where there is no journal."""
 
     def described(one: str, session: Session) -> Nic | None:
-        nic = nic_of(one, options.run_dir, environ)
+        nic = nic_of(one, options.run_dir, environ, needed=False)
         return nic and inputs.as_wired(nic, session.config)
 
     instance = options.instance or (environ.get("INSTANCE") if environ.get("INTERFACE") else None)
@@ -238,14 +258,14 @@ def lowering(
     return work
 
 
-def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str]) -> Nic | None:
+def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool = True) -> Nic | None:
     """The NIC on *tap*: from the environment, its NIC file, the journal of an earlier phase, or Ganeti's files.
 
     None when nothing describes it. Raises NicError, JournalError.
     """
     if environ.get("INTERFACE"):
         return inputs.from_environment(environ)
-    nic = inputs.nic_of_tap(tap, run_dir)
+    nic = inputs.nic_of_tap(tap, run_dir, needed=needed)
     if nic is not None:
         return nic
     from kvmifup.journal import Store
@@ -257,4 +277,5 @@ def announce_later(outcomes: Sequence[Outcome], store: Store, background: Backgr
     """Hand over the later rounds of whatever was announced; they stop when the guest leaves."""
     for outcome in outcomes:
         if outcome.announced:
-            background(outcome.announced, partial(store.is_posted, outcome.tap))
+            addresses = {address for _, address, _ in outcome.announced}
+            background(outcome.announced, partial(store.has_here, outcome.tap, addresses))

@@ -48,7 +48,8 @@ def tap_argument(text: str) -> str:
 
 def instance_name(name: str) -> str:
     """*name* if it is one path component. Raises NicError."""
-    if not name or name in (".", "..") or "/" in name or not name.isprintable() or len(name) > 255:
+    size = len(name.encode("utf-8", "surrogateescape"))
+    if not 1 <= size <= 255 or name in (".", "..") or "/" in name or not name.isprintable():
         raise NicError(f"instance {shown(name)} is not a name for a directory")
     return name
 
@@ -95,6 +96,8 @@ _UNUSABLE = {
     6: _networks(
         ("::/128", "is the default route or the unspecified address"),
         ("::1/128", "is loopback"),
+        ("::/96", "is IPv4-compatible, which no network carries"),
+        ("::ffff:0:0/96", "is IPv4-mapped, which no network carries"),
         ("fe80::/10", "is link-local"),
         ("ff00::/8", "is multicast"),
     ),
@@ -325,10 +328,11 @@ def read_nic(path: Path, run_dir: Path) -> Nic:
         raise NicError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
-def nic_of_tap(tap: str, run_dir: Path) -> Nic | None:
+def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
     """The NIC file of *tap*: through the symlink tap/<tap>, else the one file that names it.
 
-    None when nothing names it. Raises NicError for a file that is wrong, not to be trusted, or not alone.
+    None when nothing names it. Raises NicError for a file that is wrong, not to be trusted, or not alone;
+    if the NIC is *needed*, also for a wrong one that may be meant.
     """
     link = run_dir / "tap" / tap
     if link.exists():
@@ -352,7 +356,7 @@ def nic_of_tap(tap: str, run_dir: Path) -> Nic | None:
             hint=f"remove the old one, or point {link} at the right one",
             where=tap,
         )
-    if not found and broken:
+    if needed and not found and broken:
         # Any of these may have been meant: saying only "nothing describes it" would hide the cause.
         raise broken[0]
     return found[0] if found else None

@@ -17,7 +17,7 @@ import ipaddress
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,15 @@ class Store:
         except OSError:
             return None
 
-    def is_posted(self, tap: str) -> bool:
-        """Whether post has been done for *tap*, and not been undone."""
+    def has_here(self, tap: str, addresses: Collection[str]) -> bool:
+        """Whether post has been done for *addresses* on *tap*, not been undone, and the tap is still that one."""
         try:
             journal = self.load(tap)
-        except JournalError:
+            if journal is None or journal.phase is not Phase.POST or socket.if_nametoindex(tap) != journal.ifindex:
+                return False
+        except (JournalError, OSError):
             return False
-        return journal is not None and journal.phase is Phase.POST
+        return {str(prefix.network_address) for prefix in journal.nic.ip}.issuperset(addresses)
 
     def taps(self) -> list[str]:
         """The taps that have a journal."""

@@ -73,7 +73,7 @@ SYS_NET = Path("/sys/class/net")
 
 
 class Kernel:
-    """One netlink socket and what it has said since the last change."""
+    """One netlink socket, what it has said since the last change, and which devices the run is about."""
 
     def __init__(self) -> None:
         try:
@@ -82,6 +82,7 @@ class Kernel:
         except TypeError:  # 0.7: subscribes to nothing, and knows no such argument
             self._netlink = IPRoute(strict_check=True)
         self._links: dict[str, Any] = {}
+        self._known: dict[str, int] = {}
         self._rules: dict[int, list[Rule]] = {}
         self._routes: dict[tuple[int, int], list[Any]] = {}
 
@@ -227,7 +228,11 @@ class Kernel:
     def _link(self, name: str) -> Any:
         if name not in self._links:
             with refusals(f"reading {name}"):
-                self._links[name] = self._netlink.link("get", ifname=name)[0]
+                link = self._netlink.link("get", ifname=name)[0]
+            # A name can become another device's at any moment; then what we know and want is not about it.
+            if self._known.setdefault(name, link["index"]) != link["index"]:
+                raise VanishedError(f"{name} is another device now", errno=errno.ENODEV)
+            self._links[name] = link
         return self._links[name]
 
     def _index(self, name: str) -> int:
@@ -266,7 +271,8 @@ class Kernel:
                 return str(link.get_attr("IFLA_ADDRESS")) if pinned else "not pinned"
             case AddrGenMode():
                 modes = nested(self._link(op.dev), "IFLA_AF_SPEC", "AF_INET6").get_attr("IFLA_INET6_ADDR_GEN_MODE")
-                return None if modes is None else int(modes)
+                # None: no IPv6 on the device at all, as below an MTU of 1280. Then nothing makes an address.
+                return op.want if modes is None else int(modes)
             case LinkMtu():
                 return int(self._link(op.dev).get_attr("IFLA_MTU"))
             case LinkMaster():
@@ -277,6 +283,7 @@ class Kernel:
             case PortForwarding():
                 return self._port_state(op)
             case Sysctl():
+                self._index(op.dev)  # the same device still?
                 value = sysctl(op.path)
                 if value is None:
                     raise VanishedError(f"no sysctl {op.path}", errno=errno.ENOENT)
@@ -341,13 +348,13 @@ class Kernel:
             case LinkMtu():
                 self._netlink.link("set", index=self._index(op.dev), mtu=op.want)
             case LinkMaster():
-                master = 0 if op.want is None else self._index(op.want)
-                self._netlink.link("set", index=self._index(op.dev), master=master)
+                self._write_master(op)
             case LinkUp():
                 self._netlink.link("set", index=self._index(op.dev), state="up" if op.want else "down")
             case PortForwarding():
                 self._await_forwarding(op)
             case Sysctl():
+                self._index(op.dev)  # the same device still?
                 (SYSCTL / op.path).write_text(op.want)
             case Rule():
                 self._write_rule(op)
@@ -365,6 +372,16 @@ class Kernel:
                 announce.send(op.messages)
             case _:
                 raise AssertionError(f"nothing to write for {op.kind}")
+
+    def _write_master(self, op: LinkMaster) -> None:
+        index = self._index(op.dev)
+        try:
+            master = 0 if op.want is None else self._index(op.want)
+        except VanishedError:
+            # To go back to a bridge that is gone is to leave this one.
+            self._netlink.link("set", index=index, master=0)
+            raise
+        self._netlink.link("set", index=index, master=master)
 
     def _await_forwarding(self, op: PortForwarding) -> None:
         deadline = time.monotonic() + op.timeout

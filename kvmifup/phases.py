@@ -171,7 +171,8 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
     hosts = [prefix for prefix in nic.ip if is_host(prefix)]
 
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
-    yield from ((PRE, op) for op in tap_sysctls(nic, config, facts))
+    yield PRE, LinkMaster(nic.tap, None)  # what comes in on a bridge port is never routed
+    yield from ((PRE, op) for op in tap_sysctls(nic, config))
     if nic.link is not None:
         for family in (4, 6) if facts.ipv6 else (4,):
             priority = config.routed.rule_priority
@@ -201,7 +202,7 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
         yield POST, Announce(messages, announce)
 
 
-def tap_sysctls(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Op]:
+def tap_sysctls(nic: Nic, config: Config) -> Iterator[Op]:
     """What makes the node the guest's router on this tap; it all dies with the tap."""
 
     def conf(family: int, name: str, value: str) -> Op:
@@ -213,7 +214,9 @@ def tap_sysctls(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Op]:
     if config.routed.rp_filter in RP_FILTER:
         yield conf(4, "rp_filter", RP_FILTER[config.routed.rp_filter])
     yield Sysctl(4, "neigh", nic.tap, "proxy_delay", False, "0")
-    if facts.ipv6:
+    # Only for a guest with IPv6: turning its forwarding on anywhere makes the kernel drop the default routes
+    # that the node has learnt from router advertisements (rt6_purge_dflt_routers).
+    if any(prefix.version == 6 for prefix in nic.ip):
         yield conf(6, "forwarding", "1")
         yield conf(6, "proxy_ndp", "1")
         yield Sysctl(6, "neigh", nic.tap, "proxy_delay", False, "0")

@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from kvmifup import inputs, locks, phases
-from kvmifup.apply import Change, Job, apply, survey, undo
-from kvmifup.errors import JournalError, KvmIfupError, RollbackError, VanishedError
+from kvmifup.apply import Change, Job, Node, apply, cause, survey, undo
+from kvmifup.errors import JournalError, KvmIfupError, PrivilegeError, RollbackError, VanishedError
 from kvmifup.journal import Entry, Journal, Store
 from kvmifup.model import Config, Nic, NodeFacts, Phase
-from kvmifup.ops import Announce, Op
-
-if TYPE_CHECKING:
-    from kvmifup.kernel import Kernel
+from kvmifup.ops import Announce, Op, Value
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,24 @@ class Outcome:
         )
 
 
+class Host(Node, Protocol):
+    """A node that can also be asked for facts: `kvmifup.kernel.Kernel`, or a stand-in."""
+
+    def facts(self, nic: Nic, config: Config) -> NodeFacts:
+        """What a plan for *nic* needs to know. Raises KernelError."""
+
+    def ifindex(self, dev: str) -> int | None:
+        """The index of *dev*, None if there is no such device."""
+
+    def refresh(self) -> None:
+        """Forget what was read: something may have changed."""
+
+
 @dataclass(frozen=True)
 class Session:
     """What a run works with. *dry*: read only: no lock is taken and nothing is written, not even a journal."""
 
-    kernel: Kernel
+    kernel: Host
     store: Store
     run_dir: Path
     config: Config
@@ -67,14 +77,14 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError and JournalError.
     """
     with ExitStack() as stack:
+        stack.enter_context(about(", ".join(nic.label for nic in nics)))
         session.locked(stack, lock_names(nics, session))
         prepared = []
         for nic in nics:
             with about(nic.label):
                 prepared.append(prepare(asked, nic, session, announce=announce))
         if not session.dry:
-            with about(", ".join(nic.label for nic in nics)):
-                apply([job for _, job in prepared], session.kernel, session.store)
+            apply([job for _, job in prepared], session.kernel, session.store)
     return [outcome for outcome, _ in prepared]
 
 
@@ -85,11 +95,11 @@ def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tupl
     undone: tuple[Change, ...] = ()
     if journal is not None:
         journal, undone = recover(journal, session)
+    if session.dry:
+        session = replace(session, kernel=Foreseen(session.kernel, undone))
     facts = with_claims(session.kernel.facts(nic, session.config), nic, session)
     everything = phases.plan(Phase.POST, nic, session.config, facts, announce=announce)
     ops = phases.plan(phase, nic, session.config, facts, announce=announce)
-    if session.dry:
-        ops = tuple(op for op in ops if op not in [change.op for change in undone])
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
     before = journal or Journal(nic, facts.tap.ifindex)
     kept = {op.key for op in everything}
@@ -180,9 +190,7 @@ def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], ses
             owner = journal.nic.instance
             if None not in (owner, instance) and owner != instance and alive(journal, session):
                 return Outcome(tap, None, tap, Phase.DOWN, remarks=(f"it is {journal.nic.label}'s now: left alone",))
-            undone = revert(journal, (*journal.entries, *journal.pending), session)
-            if not session.dry:
-                session.store.delete(tap)
+            undone = forget(journal, session)
             return Outcome(journal.nic.label, journal.nic, tap, Phase.DOWN, changes=undone)
         nic = describe()
         if nic is None:
@@ -214,13 +222,10 @@ def present(ops: Sequence[Op], facts: NodeFacts) -> list[Op]:
 def recover(journal: Journal, session: Session) -> tuple[Journal | None, tuple[Change, ...]]:
     """Undo what a killed run was doing, or all that a dead NIC left; returns the journal that remains."""
     if not alive(journal, session):
-        undone = revert(journal, (*journal.entries, *journal.pending), session)
-        if not session.dry:
-            session.store.delete(journal.nic.tap)
-        return None, undone
+        return None, forget(journal, session)
     if not journal.pending:
         return journal, ()
-    undone = revert(journal, journal.pending, session)
+    undone = revert(journal, session)
     rest = replace(journal, pending=())
     if rest.phase is Phase.DOWN and not rest.entries:
         if not session.dry:
@@ -231,24 +236,44 @@ def recover(journal: Journal, session: Session) -> tuple[Journal | None, tuple[C
     return rest, undone
 
 
-def revert(journal: Journal, entries: Sequence[Entry], session: Session) -> tuple[Change, ...]:
-    """Undo *entries* of *journal*; returns what was undone. Raises RollbackError, and keeps what is left.
+def forget(journal: Journal, session: Session) -> tuple[Change, ...]:
+    """Undo everything that *journal* knows, then remove it; returns what was undone.
+
+    First it says that all is to be undone, so that whoever comes after a crash goes on with that.
+    Raises PrivilegeError when we may not, RollbackError for what could not be undone.
+    """
+    doomed = replace(journal, phase=Phase.DOWN, entries=(), pending=(*journal.entries, *journal.pending))
+    if session.dry:
+        return revert(doomed, session)
+    session.store.save(doomed)
+    try:
+        undone = revert(doomed, session)
+    except PrivilegeError:
+        session.store.save(journal)
+        raise
+    session.store.delete(journal.nic.tap)
+    return undone
+
+
+def revert(journal: Journal, session: Session) -> tuple[Change, ...]:
+    """Undo what is pending in *journal*; returns what was undone.
 
     On a tap that is another one now, only what outlives a tap is ours. A shared value stays while another
-    live tap needs it.
+    live tap needs it. Raises PrivilegeError when we may not, RollbackError for what could not be undone;
+    the journal then has what is left.
     """
     live = alive(journal, session)
-    mine = unshared(journal, [entry for entry in entries if live or entry.op.outlives_tap], session)
+    mine = unshared(journal, [entry for entry in journal.pending if live or entry.op.outlives_tap], session)
     changes = undoing(mine, session, past=KvmIfupError)  # `undo` meets it again, and reports it
     problems = [] if session.dry else undo(mine, session.kernel)
+    for _, error in problems:
+        if isinstance(error, PrivilegeError):
+            raise error.at(journal.nic.label)
     if problems:
-        # As pending, so that whoever comes next tries again.
-        rest = tuple(entry for entry in journal.entries if entry not in entries)
-        left = tuple(entry for entry in entries if entry in [entry for entry, _ in problems])
-        phase = journal.phase if rest else Phase.DOWN
-        session.store.save(replace(journal, entries=rest, pending=left, phase=phase))
+        left = tuple(entry for entry in mine if entry in [entry for entry, _ in problems])
+        session.store.save(replace(journal, pending=left))
         raise RollbackError(
-            f"could not put back: {'; '.join(text for _, text in problems)}", hint="`kvm-ifup gc` tries again"
+            f"could not put back: {'; '.join(cause(error) for _, error in problems)}", hint="`kvm-ifup gc` tries again"
         ).at(journal.nic.label)
     return changes
 
@@ -298,6 +323,35 @@ def gc(session: Session) -> list[Outcome]:
     if failures:
         raise failures[0]
     return outcomes
+
+
+class Foreseen:
+    """The node as it will be once *undone* is undone: what a dry run plans on."""
+
+    def __init__(self, kernel: Host, undone: Sequence[Change]) -> None:
+        self._kernel = kernel
+        self._values = {change.op.key: change.op.wanted for change in undone}
+
+    def refresh(self) -> None:
+        """As the kernel's."""
+        self._kernel.refresh()
+
+    def ifindex(self, dev: str) -> int | None:
+        """As the kernel's."""
+        return self._kernel.ifindex(dev)
+
+    def write(self, op: Op) -> None:
+        """Never: a dry run has nothing to write."""
+        raise AssertionError(f"a dry run writes {op}")
+
+    def read(self, op: Op) -> Value:
+        """The value that will be there. Raises what the kernel raises."""
+        return self._values[op.key] if op.key in self._values else self._kernel.read(op)
+
+    def facts(self, nic: Nic, config: Config) -> NodeFacts:
+        """The facts, without the policy rules that will be gone."""
+        facts = self._kernel.facts(nic, config)
+        return replace(facts, rules=tuple(rule for rule in facts.rules if self._values.get(rule.key, True)))
 
 
 # --- helpers ----------------------------------------------------------------------------------------------
