@@ -335,7 +335,7 @@ def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
     if the NIC is *needed*, also for a wrong one that may be meant.
     """
     link = run_dir / "tap" / tap
-    if link.exists():
+    if leads_somewhere(link):
         nic = read_nic(link, run_dir)
         if nic.tap != tap:
             raise NicError(f"it leads to a NIC file for {nic.tap}", hint="write it anew", where=str(link))
@@ -360,6 +360,19 @@ def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
         # Any of these may have been meant: saying only "nothing describes it" would hide the cause.
         raise broken[0]
     return found[0] if found else None
+
+
+def leads_somewhere(link: Path) -> bool:
+    """Whether there is something at *link*, if only a loop; a link to what has been removed is none."""
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        raise
+    except OSError:
+        return True
+    return True
 
 
 def nics_of_instance(instance: str, run_dir: Path) -> list[Nic]:
