@@ -1,0 +1,31 @@
+"""The whole process leaves the host's namespaces when this is imported: before there is any test to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import netns
+
+netns.isolate()
+
+
+@pytest.fixture
+def node() -> Iterator[netns.Node]:
+    """A node with nothing on it but lo."""
+    with netns.fresh_node() as fresh:
+        yield fresh
+
+
+@pytest.fixture
+def uplinked(node: netns.Node) -> netns.Node:
+    """A node with an uplink to the client, ready for routed guests."""
+    node.uplink()
+    return node
+
+
+@pytest.fixture(autouse=True)
+def on_our_own() -> None:
+    """No test runs where the run was started."""
+    netns.guard()

@@ -1,0 +1,253 @@
+"""Announcements: after the route and the proxy entry, five rounds, only when something changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tests import netns, wire
+from tests.netns import CLIENT_IP4, GUEST_IP4, GUEST_IP6, NODE_MAC, Node, call, check, hook
+
+ROUNDS = 5
+IPS = [GUEST_IP4, GUEST_IP6]
+
+
+def garps(frames: Sequence[bytes], address: str = GUEST_IP4) -> list[wire.Arp]:
+    """The ARP messages that claim *address*."""
+    return [one for one in map(wire.arp, frames) if one and one.sender == address]
+
+
+def nas(frames: Sequence[bytes], address: str = GUEST_IP6) -> list[wire.Advertisement]:
+    """The neighbour advertisements about *address*."""
+    return [one for one in map(wire.advertisement, frames) if one and one.target == address]
+
+
+@pytest.fixture
+def routed(uplinked: Node) -> Node:
+    """A node with a tap and the file of a routed NIC that comes in."""
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=IPS, incoming=True)
+    return uplinked
+
+
+@pytest.fixture
+def client(routed: Node) -> wire.Wire:
+    """What the client hears."""
+    return routed.listen()
+
+
+def test_post_sends_five_rounds_of_gratuitous_arp_and_unsolicited_na(routed: Node, client: wire.Wire) -> None:
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    netns.wait_for_children()
+    heard = routed.fence(client)
+    assert garps(heard) == [wire.Arp("ff:ff:ff:ff:ff:ff", 1, NODE_MAC, GUEST_IP4, GUEST_IP4)] * ROUNDS
+    assert len(nas(heard)) == ROUNDS
+    (na,) = set(nas(heard))
+    assert (na.target_frame, na.destination, na.hop_limit) == ("33:33:00:00:00:01", "ff02::1", 255)
+    assert na.source.startswith("fe80:")
+    assert (na.solicited, na.override, na.mac) == (False, True, NODE_MAC)
+    assert na.checksum_right
+
+
+def test_without_a_link_local_address_on_the_uplink_the_na_comes_from_the_guests_own(routed: Node) -> None:
+    netns.ip("-6 addr flush dev eth0 scope link")
+    client = routed.listen()
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert [one.source for one in nas(routed.fence(client))] == [GUEST_IP6]
+
+
+def test_the_clients_kernel_moves_the_guest_to_the_nodes_mac(routed: Node) -> None:
+    """Its neighbour cache judges whether the messages are valid, the NA's checksum and Override included."""
+    with routed.client:
+        for address in IPS:
+            netns.ip(f"neigh replace {address} lladdr 02:00:00:00:00:99 nud stale dev eth0")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    with routed.client:
+        assert {one["dst"]: one["lladdr"] for one in netns.ask("neigh show dev eth0") if one["dst"] in IPS} == {
+            GUEST_IP4: NODE_MAC,
+            GUEST_IP6: NODE_MAC,
+        }
+
+
+def test_announcements_are_sent_after_the_route_and_the_proxy_entry_are_in(routed: Node, client: wire.Wire) -> None:
+    seen: list[bool] = []
+
+    def look(_number: int, op: Any) -> None:
+        if type(op).__name__ == "Announce":
+            assert garps(routed.fence(client)) == []
+            seen.append(netns.routes("tap0") == set(IPS) == netns.proxies("eth0"))
+
+    with netns.disturbed(before=look):
+        check(call("kvm-ifup-post", "tap0"), 0)
+    assert seen == [True]
+    assert len(garps(routed.fence(client))) == 1
+
+
+def test_a_post_that_fails_before_it_announces_is_silent_on_the_wire(routed: Node, client: wire.Wire) -> None:
+    def look(number: int, op: Any) -> None:
+        if type(op).__name__ == "Announce":
+            netns.refuse(number)(number, op)
+
+    with netns.disturbed(before=look):
+        check(call("kvm-ifup-post", "tap0"), 71)
+    heard = routed.fence(client)
+    assert garps(heard) == []
+    assert nas(heard) == []
+
+
+@pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post"])
+def test_a_no_op_is_silent_on_the_wire_and_announce_is_not(routed: Node, program: str) -> None:
+    netns.write_nic(mode="routed", ip=IPS)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    client = routed.listen()
+    check(hook(program, "tap0"), 0)
+    netns.wait_for_children()
+    heard = routed.fence(client)
+    assert garps(heard) == []
+    assert nas(heard) == []
+    before = netns.snapshot()
+    check(hook(program, "--announce", "tap0"), 0)
+    netns.wait_for_children()
+    heard = routed.fence(client)
+    assert len(garps(heard)) == ROUNDS
+    assert len(nas(heard)) == ROUNDS
+    assert netns.changes(before, netns.snapshot()) == []
+
+
+def test_announce_with_pre_on_an_incoming_nic_says_nothing(routed: Node, client: wire.Wire) -> None:
+    """The guest still runs elsewhere, whatever is asked for."""
+    check(hook("kvm-ifup-pre", "--announce", "tap0"), 0)
+    netns.wait_for_children()
+    heard = routed.fence(client)
+    assert garps(heard) == []
+    assert nas(heard) == []
+
+
+def test_a_prefix_is_not_announced(routed: Node, client: wire.Wire) -> None:
+    netns.write_nic(mode="routed", ip=["198.51.100.0/29", "2001:db8:1::/64"])
+    check(call("kvm-ifup-post", "tap0"), 0)
+    heard = routed.fence(client)
+    assert not [one for one in map(wire.arp, heard) if one and one.sender.startswith("198.51.100.")]
+    assert not [one for one in map(wire.advertisement, heard) if one and one.target.startswith("2001:db8:1:")]
+
+
+# --- the later rounds -----------------------------------------------------------------------------------
+
+Later = list[tuple[Sequence[tuple[str, str, str]], Callable[[], bool]]]
+
+
+def post(later: Later, *argv: str) -> None:
+    """Run post in this process; what would be repeated in the background goes to *later*."""
+    import io
+
+    from kvmifup import cli
+
+    err = io.StringIO()
+    code = cli.main(
+        "kvm-ifup-post", ["tap0", *argv], {}, io.StringIO(), err, lambda messages, true: later.append((messages, true))
+    )
+    assert code == 0, err.getvalue()
+
+
+def test_the_later_rounds_are_for_what_was_announced(routed: Node) -> None:
+    later: Later = []
+    post(later)
+    ((messages, still_true),) = later
+    assert {(dev, address) for dev, address, _ in messages} == {("eth0", address) for address in IPS}
+    assert still_true()
+    post(later)
+    assert len(later) == 1
+
+
+def test_announcements_stop_when_kvm_ifdown_ran_in_between(routed: Node) -> None:
+    later: Later = []
+    post(later)
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert not later[0][1]()
+
+
+def test_announcements_stop_when_the_tap_is_gone(routed: Node) -> None:
+    """QEMU was killed, and the guest may already run on another node: this one must not claim it back."""
+    later: Later = []
+    post(later)
+    netns.ip("link del tap0")
+    assert not later[0][1]()
+
+
+def test_announcements_stop_when_the_tap_is_another_guests(routed: Node) -> None:
+    """Tap names are reused at once."""
+    later: Later = []
+    post(later)
+    check(call("kvm-ifdown", "tap0"), 0)
+    netns.ip("link del tap0")
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=["192.0.2.99"], mac="aa:00:00:00:00:99")
+    post(later)
+    assert not later[0][1]()
+    assert later[1][1]()
+
+
+def test_announcements_stop_when_the_live_guest_has_another_address(routed: Node) -> None:
+    later: Later = []
+    post(later)
+    netns.write_nic(mode="routed", ip=["192.0.2.99"])
+    post(later)
+    assert not later[0][1]()
+
+
+def test_real_announcements_stop_when_kvm_ifdown_ran_in_between(routed: Node, client: wire.Wire) -> None:
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    check(call("kvm-ifdown", "tap0"), 0)
+    routed.fence(client)
+    netns.wait_for_children()
+    # At most the round that had begun.
+    assert len(garps(routed.fence(client))) <= 1
+
+
+def test_the_hook_does_not_keep_stdout_and_stderr_open(routed: Node, client: wire.Wire) -> None:
+    """A process manager reads to EOF. Here the background child cannot end before the reader has seen it."""
+    gate = netns.scratch() / "gate"
+    os.mkfifo(gate)
+    program = f"""
+import sys
+sys.path.insert(0, {str(netns.ROOT)!r})
+from kvmifup import announce, cli
+
+def gated(messages, still_true):
+    announce.repeat_detached(messages, lambda: bool(open({str(gate)!r}).read()) and still_true())
+
+sys.exit(cli.main("kvm-ifup-post", ["tap0"], {{}}, sys.stdout, sys.stderr, gated))
+"""
+    process = subprocess.Popen(
+        [netns.command("")[0], "-I", "-c", program],
+        env=netns.CLEAN,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    check(netns.finish(process), 0)
+    assert len(garps(routed.fence(client))) == 1
+    gate.write_text("go")
+    client.until(lambda frame: bool(garps([frame])))
+
+
+def test_the_answer_to_the_node_is_the_guests(routed: Node) -> None:
+    """After post a ping from the client reaches the guest's tap."""
+    guest = wire.attach("tap0")
+    routed.taps.append(guest)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    with routed.client:
+        pinging = subprocess.Popen(
+            ["ping", "-c", "3", "-W", "1", GUEST_IP4], stdout=subprocess.DEVNULL, env=netns.CLEAN
+        )
+    frame = guest.until(lambda one: one[12:14] == b"\x08\x00" and one[23] == 1)[-1]
+    pinging.kill()
+    pinging.wait()
+    assert frame[:6].hex(":") == netns.GUEST_MAC
+    assert frame[6:12].hex(":") == netns.TAP_MAC
+    assert frame[26:30] == bytes(map(int, CLIENT_IP4.split(".")))

@@ -1,0 +1,144 @@
+"""NICs in mode ext: an administrator's program, told the phase; or any other mode, named in the configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import netns
+from tests.netns import GUEST_IP4, GUEST_MAC, Node, changes, check, hook, link, snapshot
+
+CONFIGURATION = Path("/etc/kvm-ifup")
+CALLS = Path("/run/calls")
+
+
+@pytest.fixture
+def programs(uplinked: Node) -> Iterator[Path]:
+    """The directory of the programs, in an /etc/kvm-ifup that only this test sees and starts empty; tap0 is there."""
+    netns.add_tap()
+    with netns.private_etc():
+        shutil.rmtree(CONFIGURATION, ignore_errors=True)
+        (CONFIGURATION / "ext").mkdir(parents=True)
+        yield CONFIGURATION / "ext"
+
+
+def put(directory: Path, body: str = "", name: str = "blue") -> Path:
+    """A program that notes how it was called, and then does *body*."""
+    program = directory / name
+    note = 'echo "$KVM_IFUP_PHASE $INTERFACE $MODE $LINK $MAC $IP $INSTANCE $INTERFACE_INDEX"'
+    program.write_text(f"#!/bin/sh\n{note} >> {CALLS}\n{body}\n")
+    program.chmod(0o755)
+    return program
+
+
+def phases() -> list[str]:
+    """The phases it was called with."""
+    return [line.split()[0] for line in CALLS.read_text().splitlines()] if CALLS.exists() else []
+
+
+def test_each_phase_calls_the_program_once(programs: Path) -> None:
+    put(programs)
+    netns.write_nic(mode="ext", link="blue", ip=[GUEST_IP4], incoming=True)
+    check(hook("kvm-ifup-pre", "tap0"), 0)
+    assert CALLS.read_text() == f"pre tap0 ext blue {GUEST_MAC} {GUEST_IP4} web1.example.com 0\n"
+    for _ in range(2):
+        check(hook("kvm-ifup-post", "tap0"), 0)
+        assert phases() == ["pre", "post"]
+    for _ in range(2):
+        check(hook("kvm-ifdown", "tap0"), 0)
+        assert phases() == ["pre", "post", "down"]
+
+
+def test_a_fresh_start_runs_both_phases(programs: Path) -> None:
+    put(programs)
+    netns.write_nic(mode="ext", link="blue")
+    check(hook("kvm-ifup-pre", "tap0"), 0)
+    assert phases() == ["pre", "post"]
+
+
+def test_the_program_of_a_vanished_tap_is_told_down(programs: Path) -> None:
+    put(programs)
+    netns.write_nic(mode="ext", link="blue", incoming=True)
+    check(hook("kvm-ifup-pre", "tap0"), 0)
+    netns.ip("link del tap0")
+    check(hook("kvm-ifup", "gc"), 0)
+    assert phases() == ["pre", "down"]
+
+
+def test_what_it_says_last_is_in_our_error(programs: Path) -> None:
+    put(programs, "echo one >&2; echo out of cables >&2; exit 3")
+    netns.write_nic(mode="ext", link="blue")
+    before = snapshot()
+    check(hook("kvm-ifup-pre", "tap0"), 71, "exit code 3: out of cables")
+    assert changes(before, snapshot()) == []
+    assert phases() == ["pre"]  # what fails by itself leaves nothing to take down
+
+
+def test_a_failing_post_takes_down_what_the_same_run_did_in_pre(programs: Path) -> None:
+    put(programs, '[ "$KVM_IFUP_PHASE" != post ]')
+    netns.write_nic(mode="ext", link="blue")
+    check(hook("kvm-ifup-post", "tap0"), 71)
+    assert phases() == ["pre", "post", "down"]
+
+
+def test_a_late_program_is_ended_with_its_children_and_taken_down(programs: Path) -> None:
+    put(programs, '[ "$KVM_IFUP_PHASE" = down ] || { sleep 1000 & echo $! > /run/child; wait; }')
+    netns.write_nic(mode="ext", link="blue")
+    # The time limit is the subject here, not a measurement.
+    (CONFIGURATION / "config.toml").write_text("[ext]\ntimeout = 0.5\n")
+    check(hook("kvm-ifup-pre", "tap0"), 71, "did not end within 0.5 s")
+    assert phases() == ["pre", "down"]
+    child = Path("/proc", Path("/run/child").read_text().strip(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_program_that_is_not_there_or_cannot_be_executed_is_69(programs: Path) -> None:
+    netns.write_nic(mode="ext", link="blue")
+    check(hook("kvm-ifup-pre", "tap0"), 69, "no such program: /etc/kvm-ifup/ext/blue")
+    put(programs).chmod(0o644)
+    check(hook("kvm-ifup-pre", "tap0"), 69, "not an executable file")
+    assert phases() == []
+
+
+@pytest.mark.parametrize("what", ["program", "directory", "link"])
+def test_a_program_that_others_can_change_is_78(programs: Path, what: str) -> None:
+    program = put(programs)
+    if what == "link":
+        shutil.move(program, "/run/blue")
+        program.symlink_to("/run/blue")
+    else:
+        (program if what == "program" else programs).chmod(0o777)
+    netns.write_nic(mode="ext", link="blue")
+    check(hook("kvm-ifup-pre", "tap0"), 78, "not to be trusted")
+    assert phases() == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "target"), [("bridged", "br0"), ("routed", "100"), ("routed", None)], ids=["bridged", "table", "routed"]
+)
+def test_a_network_in_the_configuration_is_wired_in_its_mode(programs: Path, mode: str, target: str | None) -> None:
+    netns.add_bridge()
+    lines = [f"mode = {json.dumps(mode)}", *([f"link = {json.dumps(target)}"] if target else [])]
+    (CONFIGURATION / "config.toml").write_text("[ext.blue]\n" + "\n".join(lines) + "\n")
+    environ = netns.ganeti(MODE="ext", LINK="blue", IP=GUEST_IP4)
+    check(hook("kvm-ifup-pre", environ={**environ, "MIGRATION_PHASE": "pre", "ACTION": "up"}), 0)
+    assert netns.routes("tap0") == set()
+    assert link("tap0").get("master") == ("br0" if mode == "bridged" else None)
+    check(hook("kvm-ifup-post", environ={**environ, "MIGRATION_PHASE": "post", "ACTION": "up"}), 0)
+    table = target if mode == "routed" and target else "main"
+    assert netns.routes("tap0", table) == ({GUEST_IP4} if mode == "routed" else set())
+    check(hook("kvm-ifdown", environ={**environ, "ACTION": "down"}), 0)
+    assert netns.routes("tap0") == set()
+    assert link("tap0").get("master") is None
+
+
+def test_a_network_without_what_its_mode_needs_is_refused(programs: Path) -> None:
+    (CONFIGURATION / "config.toml").write_text('[ext.blue]\nmode = "routed"\n')
+    netns.write_nic(mode="ext", link="blue")
+    check(hook("kvm-ifup-pre", "tap0"), 65, "ip is missing")
+    (CONFIGURATION / "config.toml").write_text('[ext.blue]\nmode = "bridged"\n')
+    check(hook("kvm-ifup-pre", "tap0"), 78, "ext.blue.link must be a string")

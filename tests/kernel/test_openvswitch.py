@@ -1,0 +1,148 @@
+"""Open vSwitch NICs, on a real switch: its own ovsdb-server and ovs-vswitchd, with the userspace datapath."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import netns
+from tests.netns import CLEAN, TAP_MAC, Node, changes, check, hook, link, snapshot
+
+SWITCH = Path("/run/openvswitch")
+SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
+
+
+def vsctl(*arguments: str) -> str:
+    """The answer of ovs-vsctl."""
+    return netns.run("ovs-vsctl", "--timeout=20", *arguments).strip()
+
+
+def database(*arguments: str) -> None:
+    """Start a daemon of the switch in the foreground of nobody; it ends with the test, by its pid file."""
+    # Not `netns.run`: the daemons keep what they were given open.
+    subprocess.run(
+        arguments,
+        env={**CLEAN, "OVS_LOGDIR": str(SWITCH), "OVS_DBDIR": str(SWITCH)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+        timeout=netns.PATIENCE,
+    )
+
+
+@pytest.fixture
+def switch(node: Node) -> Iterator[Node]:
+    """A node with the Open vSwitch bridge ovs0, MTU 1400."""
+    SWITCH.mkdir()
+    database("ovsdb-tool", "create", str(SWITCH / "conf.db"), SCHEMA)
+    database("ovsdb-server", str(SWITCH / "conf.db"), f"--remote=punix:{SWITCH}/db.sock", "--pidfile", "--detach")
+    vsctl("--no-wait", "init")
+    database("ovs-vswitchd", "--pidfile", "--detach")
+    vsctl("add-br", "ovs0", "--", "set", "bridge", "ovs0", "datapath_type=netdev")
+    # Requested, because a switch that was asked for no MTU changes it with its ports.
+    vsctl("set", "Interface", "ovs0", "mtu_request=1400")
+    netns.ip("link set ovs0 up")
+    netns.add_tap()
+    yield node
+    for file in SWITCH.glob("*.pid"):
+        os.kill(int(file.read_text()), 15)
+
+
+def port(name: str = "tap0") -> tuple[str, str, str, str]:
+    """Bridge, tag, trunks and mode of a port."""
+    return (
+        vsctl("port-to-br", name),
+        *(vsctl("get", "Port", name, column) for column in ("tag", "trunks", "vlan_mode")),
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("vlan", "expected"),
+    [
+        (None, ("ovs0", "[]", "[]", "[]")),
+        (".100", ("ovs0", "100", "[]", "access")),
+        (":300:200", ("ovs0", "[]", "[200, 300]", "trunk")),
+        (".100:200:300", ("ovs0", "100", "[200, 300]", "native-untagged")),
+    ],
+)
+@pytest.mark.parametrize("incoming", [True, False])
+def test_pre_makes_the_tap_a_port_with_its_vlans(
+    switch: Node, vlan: str | None, expected: tuple[str, ...], incoming: bool
+) -> None:
+    netns.write_nic(mode="openvswitch", link="ovs0", vlan=vlan, incoming=incoming)
+    check(hook("kvm-ifup-pre", "tap0"), 0)
+    assert port() == expected
+    tap = link("tap0")
+    assert (tap["address"], tap["mtu"], tap["inet6_addr_gen_mode"]) == (TAP_MAC, 1400, "none")
+    assert "UP" in tap["flags"]
+    assert link("ovs0")["mtu"] == 1400
+
+
+def test_the_second_run_writes_nothing(switch: Node) -> None:
+    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".100:300:200")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    uuid = vsctl("get", "Port", "tap0", "_uuid")
+    again = hook("kvm-ifup-post", "tap0", "--json")
+    assert (again.code, again.needed) == (0, [])
+    assert vsctl("get", "Port", "tap0", "_uuid") == uuid
+
+
+def test_a_port_that_a_dead_guest_left_is_replaced_and_not_put_back(switch: Node) -> None:
+    vsctl("add-br", "ovs1", "--", "set", "bridge", "ovs1", "datapath_type=netdev")
+    vsctl("add-port", "ovs1", "tap0", "tag=7")
+    netns.write_nic(mode="openvswitch", link="ovs0")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert port() == ("ovs0", "[]", "[]", "[]")
+    check(hook("kvm-ifdown", "tap0"), 0)
+    assert "tap0" not in vsctl("list-ports", "ovs0") + vsctl("list-ports", "ovs1")
+
+
+def test_a_changed_vlan_is_set_by_the_next_run(switch: Node) -> None:
+    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".200")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert port() == ("ovs0", "200", "[]", "access")
+
+
+def test_the_port_of_a_vanished_tap_is_removed_by_gc(switch: Node) -> None:
+    netns.write_nic(mode="openvswitch", link="ovs0")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    netns.ip("link del tap0")
+    assert vsctl("list-ports", "ovs0") == "tap0"
+    check(hook("kvm-ifup", "gc"), 0)
+    assert vsctl("list-ports", "ovs0") == ""
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_failing_at_any_op_leaves_node_and_switch_unchanged(switch: Node, number: int, when: str) -> None:
+    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
+    before = snapshot()
+    disturbance = netns.refuse(number)
+    with netns.disturbed(**{when: disturbance}) as written:
+        check(netns.call("kvm-ifup-post", "tap0"), 71, f"injected at write {number}")
+    assert len(written) >= number
+    assert changes(before, snapshot()) == []
+    assert vsctl("list-ports", "ovs0") == ""
+
+
+def test_a_bridge_that_the_switch_does_not_have_is_refused(switch: Node) -> None:
+    netns.add_bridge("br0")
+    for name in ("br0", "ovs9"):
+        netns.write_nic(mode="openvswitch", link=name)
+        before = snapshot()
+        check(hook("kvm-ifup-pre", "tap0"), 69, f"no such Open vSwitch bridge: {name}")
+        assert changes(before, snapshot()) == []
+
+
+def test_a_switch_that_does_not_run_is_refused(node: Node) -> None:
+    netns.add_tap()
+    netns.add_bridge("br0")
+    netns.write_nic(mode="openvswitch", link="br0")
+    check(hook("kvm-ifup-pre", "tap0"), 69, "Open vSwitch", "db.sock")

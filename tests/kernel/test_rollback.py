@@ -1,0 +1,199 @@
+"""Whatever stops a run, the node is as it was: refusals by the kernel, signals, a tap that vanishes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from tests import netns
+from tests.kernel.staging import NICS, Scene, scenes
+from tests.netns import GUEST_IP4, Node, call, call_in_child, check, disturbed, refuse
+
+WHEN = ("before", "after")
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("scene", scenes(), ids=str)
+def test_failing_at_op_k_leaves_the_snapshot_unchanged_for_every_k(uplinked: Node, scene: Scene, when: str) -> None:
+    """The error comes before the write or after it; the run directory is part of the snapshot."""
+    scene.set_up()
+    before = netns.snapshot()
+    for number in itertools.count(1):
+        with disturbed(**{when: refuse(number)}) as written:
+            result = call(scene.program, "tap0")
+        if result:
+            break
+        check(result, 71, "web1.example.com/0 (tap0)", "injected")
+        assert netns.changes(before, netns.snapshot()) == [], f"{when} write {number}: {written[number - 1]}"
+    assert number > scene.least
+
+
+@pytest.mark.parametrize("scene", scenes(elsewhere=False), ids=str)
+def test_a_signal_between_two_ops_leaves_the_snapshot_unchanged(uplinked: Node, scene: Scene) -> None:
+    from kvmifup import signals
+
+    scene.set_up()
+    before = netns.snapshot()
+
+    def stop(at: int, _op: Any) -> None:
+        if at == 1:
+            signals.catch()
+        if at == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for number in itertools.count(1):
+        with disturbed(before=stop):
+            code = call_in_child(scene.program, "tap0")
+        if code == 0:  # it came too late
+            break
+        assert code == 75
+        assert netns.changes(before, netns.snapshot()) == [], f"before write {number}"
+    assert number >= scene.least
+
+
+@pytest.mark.parametrize("scene", scenes(), ids=str)
+def test_when_the_rollback_fails_as_well_gc_completes_it(uplinked: Node, scene: Scene) -> None:
+    """From write k on the kernel refuses everything: 70, both causes told, the journal still knows."""
+    scene.set_up()
+    before = netns.snapshot()
+    for number in itertools.count(2):
+
+        def refuse_from(at: int, op: Any, first: int = number) -> None:
+            if at >= first:
+                refuse(at)(at, op)
+
+        with disturbed(before=refuse_from) as written:
+            result = call(scene.program, "tap0")
+        if result:
+            break
+        if result.code == 71:  # nothing had been changed that needed undoing
+            continue
+        check(result, 70, f"injected at write {number}", "could not put back", "`kvm-ifup gc`")
+        check(call("kvm-ifup", "gc"), 0)
+        assert netns.changes(before, netns.snapshot()) == [], f"from write {number}: {written[number - 1]}"
+    assert number > scene.least
+
+
+@pytest.mark.parametrize(
+    ("scene", "clean"),
+    [
+        (Scene("bridged"), ("kvm-ifup", "gc")),
+        (Scene("routed, table"), ("kvm-ifup", "gc")),
+        (Scene("routed, table", earlier="kvm-ifup-pre"), ("kvm-ifdown", "tap0")),
+        (Scene("routed"), ("kvm-ifdown", "tap0")),
+    ],
+    ids=str,
+)
+def test_deleting_the_tap_half_way_leaves_nothing_behind(uplinked: Node, scene: Scene, clean: tuple[str, str]) -> None:
+    """Before op k, for every k; the node is then as one that never had the tap."""
+    scene.set_up()
+    check(call("kvm-ifdown", "tap0"), 0)
+    netns.ip("link del tap0")
+    without = netns.snapshot()
+
+    def vanish(at: int, _op: Any) -> None:
+        if at == number:
+            netns.ip("link del tap0")
+
+    for number in itertools.count(1):
+        scene.make_tap()
+        scene.prepare()
+        with disturbed(before=vanish) as written:
+            result = call(scene.program, "tap0")
+        if len(written) < number:
+            break
+        assert result.code in (0, 71), result.err
+        check(call(*clean), 0)
+        assert netns.changes(without, netns.snapshot()) == [], f"before write {number}: {written[number - 1]}"
+    assert number > scene.least
+
+
+@pytest.mark.parametrize("nic", NICS)
+def test_a_tap_that_is_replaced_half_way_keeps_nothing_of_the_dead_nic(uplinked: Node, nic: str) -> None:
+    """Tap names are reused at once: the next guest's hook waits for our lock while we still work on its tap."""
+    netns.add_bridge("br0", mtu=9000)
+    netns.add_tap()
+    other: dict[str, Any] = {"mode": "routed", "ip": ["192.0.2.99"], "mac": "aa:00:00:00:00:99"}
+    netns.write_nic(**other)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    fresh = netns.snapshot()
+    check(call("kvm-ifdown", "tap0"), 0)
+
+    def replace(at: int, _op: Any) -> None:
+        if at == number:
+            netns.ip("link del tap0")
+            netns.add_tap()
+
+    def comparable(found: netns.Snapshot) -> netns.Snapshot:
+        """Without the journal, which tells the two taps apart by their index."""
+        return netns.Snapshot({line: count for line, count in found.items() if "/state/tap0.json" not in line})
+
+    for number in itertools.count(1):
+        netns.ip("link del tap0")
+        netns.add_tap()
+        netns.write_nic(**NICS[nic])
+        with disturbed(before=replace) as written:
+            call("kvm-ifup-post", "tap0")
+        if len(written) < number:
+            break
+        netns.write_nic(**other)
+        check(call("kvm-ifup-post", "tap0"), 0)
+        differences = netns.changes(comparable(fresh), comparable(netns.snapshot()))
+        assert differences == [], f"before write {number}: {written[number - 1]}"
+        check(call("kvm-ifdown", "tap0"), 0)
+
+
+RULES = [
+    "iif tap0 lookup 100",
+    "iif tap0 lookup 100 priority 10000",
+    "iif tap0 lookup 200 priority 10000",
+    "iif tap0 lookup 1000",
+    "iif tap0 from 10.0.0.0/8 to 10.1.0.0/16 lookup 100",
+    "iif tap0 tos 0x10 lookup 100",
+    "iif tap0 fwmark 0x10/0xff lookup 100",
+    "iif tap0 oif eth0 lookup 100",
+    "not iif tap0 lookup 100",
+    "iif tap0 prohibit",
+    "iif tap0 blackhole",
+    "iif tap0 goto 32767",
+    "iif tap0 nop",
+    "iif tap0 lookup 100 suppress_prefixlength 0",
+    "iif tap0 lookup 100 protocol 99",
+    "iif tap0 ipproto tcp sport 1024-2048 dport 80 lookup 100",
+    "iif tap0 uidrange 0-0 lookup 100",
+    "iif tap0 tun_id 7 lookup 100",
+]
+
+
+@pytest.mark.parametrize(("nic", "rule"), [("bridged", RULES[0]), *(("routed, table", rule) for rule in RULES)])
+def test_a_stale_rule_is_removed_and_put_back_when_the_run_fails_but_not_by_ifdown(
+    uplinked: Node, nic: str, rule: str
+) -> None:
+    """A shell script leaves `iif tap0 lookup 100` behind, and it then applies to the next guest on tap0."""
+    scene = Scene(nic)
+    scene.set_up()
+    clean = netns.snapshot()
+    netns.ip(f"rule add {rule}")
+    before = netns.snapshot()
+    with disturbed(after=refuse(3)):
+        check(call("kvm-ifup-post", "tap0"), 71, "injected")
+    assert netns.changes(before, netns.snapshot()) == []
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert netns.rules() == ([(4, 10000, "100"), (6, 10000, "100")] if NICS[nic]["mode"] == "routed" else [])
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert netns.changes(clean, netns.snapshot()) == []
+
+
+def test_a_rule_about_another_device_is_left_alone(uplinked: Node) -> None:
+    Scene("routed, table").set_up()
+    netns.taps(["tap1", "tap00"])
+    for other in ("iif tap1 lookup 100", "iif tap00 lookup 100", "oif tap0 lookup 100", f"from {GUEST_IP4} lookup 100"):
+        netns.ip(f"rule add {other}")
+    before = netns.snapshot()
+    check(call("kvm-ifup-post", "tap0"), 0)
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert netns.changes(before, netns.snapshot()) == []

@@ -1,0 +1,437 @@
+"""Routed NICs: what may be true on two nodes at once in pre; routes, proxies and announcements in post only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import netns, wire
+from tests.netns import (
+    CLIENT_IP4,
+    CLIENT_MAC,
+    GUEST_IP4,
+    GUEST_IP6,
+    GUEST_MAC,
+    NODE_MAC,
+    TAP_MAC,
+    Node,
+    call,
+    check,
+    hook,
+)
+
+HOSTS = [GUEST_IP4, "192.0.2.9", GUEST_IP6, "2001:db8::9"]
+PREFIXES = ["198.51.100.0/29", "2001:db8:1::/64"]
+TAP_SYSCTLS = {
+    "ipv4/conf/tap0/forwarding": "1",
+    "ipv4/conf/tap0/proxy_arp": "1",
+    "ipv4/conf/tap0/send_redirects": "0",
+    "ipv4/conf/tap0/rp_filter": "1",
+    "ipv4/neigh/tap0/proxy_delay": "0",
+    "ipv6/conf/tap0/forwarding": "1",
+    "ipv6/conf/tap0/proxy_ndp": "1",
+    "ipv6/neigh/tap0/proxy_delay": "0",
+}
+UPLINK_SYSCTLS = {
+    "ipv4/neigh/eth0/proxy_delay": "0",
+    "ipv6/neigh/eth0/proxy_delay": "0",
+    "ipv6/conf/eth0/proxy_ndp": "1",
+}
+
+
+@pytest.fixture
+def table_name(node: Node) -> Iterator[str]:
+    """A name for table 100, in an rt_tables of this mount namespace's own."""
+    file = netns.scratch() / "rt_tables"
+    file.write_text("254 main\n# a comment\n0x64\tguests # another\n")
+    target = Path("/etc/iproute2/rt_tables")
+    netns.bind_mount(file, target)
+    yield "guests"
+    netns.unmount(target)
+
+
+def current(wanted: dict[str, str]) -> dict[str, str]:
+    """The present values of the sysctls in *wanted*."""
+    return {path: netns.sysctl(path) for path in wanted}
+
+
+def announced(frames: list[bytes]) -> list[str]:
+    """The guest's addresses among the senders of ARP and the targets of NAs."""
+    found = [one.sender for one in map(wire.arp, frames) if one] + [
+        one.target for one in map(wire.advertisement, frames) if one
+    ]
+    return [address for address in found if address in HOSTS]
+
+
+@pytest.mark.parametrize("link", [None, "100", "254", "4294967295"])
+def test_pre_on_an_incoming_nic_never_installs_a_host_route_a_proxy_entry_or_an_announcement_and_post_does(
+    uplinked: Node, link: str | None
+) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", link=link, ip=HOSTS + PREFIXES, incoming=True)
+    client = uplinked.listen()
+
+    check(hook("kvm-ifup-pre", "tap0"), 0)
+    assert netns.routes("tap0") == set()
+    assert netns.proxies() == set()
+    assert announced(uplinked.fence(client)) == []
+    assert current(TAP_SYSCTLS) == TAP_SYSCTLS
+    assert {**current(UPLINK_SYSCTLS), **UPLINK_SYSCTLS} != current(UPLINK_SYSCTLS)
+    tap = netns.link("tap0")
+    assert tap["address"] == TAP_MAC
+    assert "UP" in tap["flags"]
+    assert netns.neighbours() == dict.fromkeys(HOSTS, GUEST_MAC)
+    table = {None: None, "254": "main"}.get(link, link)
+    assert netns.rules() == ([(4, 10000, table), (6, 10000, table)] if table else [])
+
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert netns.routes("tap0", link or "main") == {*HOSTS, *PREFIXES}
+    assert netns.proxies("eth0") == set(HOSTS)
+    assert current(TAP_SYSCTLS | UPLINK_SYSCTLS) == TAP_SYSCTLS | UPLINK_SYSCTLS
+    assert set(announced(uplinked.fence(client))) == set(HOSTS)
+
+
+def test_a_table_can_be_named(uplinked: Node, table_name: str) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", link=table_name, ip=HOSTS)
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert netns.routes("tap0", table_name) == set(HOSTS)
+    assert [(family, priority) for family, priority, _ in netns.rules()] == [(4, 10000), (6, 10000)]
+
+
+@pytest.mark.parametrize("incoming", [False, True])
+def test_post_alone_is_a_full_start(uplinked: Node, incoming: bool) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=HOSTS, incoming=incoming)
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert netns.routes("tap0") == set(HOSTS)
+    assert netns.proxies("eth0") == set(HOSTS)
+    assert current(TAP_SYSCTLS) == TAP_SYSCTLS
+
+
+def test_pre_on_a_nic_that_is_not_incoming_goes_on_to_post(uplinked: Node) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=HOSTS)
+    client = uplinked.listen()
+    check(hook("kvm-ifup-pre", "tap0"), 0)
+    assert netns.routes("tap0") == set(HOSTS)
+    assert netns.proxies("eth0") == set(HOSTS)
+    assert set(announced(uplinked.fence(client))) == set(HOSTS)
+
+
+def test_post_finds_the_nic_in_the_journal_of_pre(uplinked: Node) -> None:
+    """Ganeti's environment is there at pre; a person who calls post by hand has only the tap."""
+    netns.add_tap()
+    environ = netns.ganeti(MODE="routed", IP=GUEST_IP4, MIGRATION_PHASE="pre")
+    check(hook("kvm-ifup-pre", "tap0", environ=environ), 0)
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert netns.routes("tap0") == {GUEST_IP4}
+
+
+@pytest.mark.parametrize(("rp_filter", "value"), [("strict", "1"), ("loose", "2"), ("off", "0"), ("keep", "7")])
+def test_rp_filter_is_the_administrators(uplinked: Node, rp_filter: str, value: str) -> None:
+    netns.add_tap()
+    netns.sysctl("ipv4/conf/tap0/rp_filter", 7)
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(call("kvm-ifup-post", "tap0", netns.configuration(routed={"rp_filter": rp_filter})), 0)
+    assert netns.sysctl("ipv4/conf/tap0/rp_filter") == value
+
+
+def test_without_an_uplink_there_is_the_host_route_alone_and_a_remark(node: Node) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    result = call("kvm-ifup-post", "-v", "tap0")
+    assert result
+    assert "no IPv4 uplink found" in result.err
+    assert netns.routes("tap0") == {GUEST_IP4}
+    assert netns.proxies() == set()
+
+
+def test_several_uplinks_and_one_with_a_dot_in_its_name(uplinked: Node) -> None:
+    netns.ip("link add eth1.100 type veth peer name far")
+    netns.ip("link set eth1.100 up")
+    netns.sysctl("ipv4/conf/eth1.100/forwarding", 1)
+    netns.sysctl("ipv6/conf/eth1.100/forwarding", 1)
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    config = netns.configuration(routed={"uplinks": ["eth0", "eth1.100"]})
+    before = netns.snapshot()
+    check(call("kvm-ifup-post", "tap0", config), 0)
+    assert netns.proxies("eth0") == netns.proxies("eth1.100") == {GUEST_IP4, GUEST_IP6}
+    check(call("kvm-ifdown", "tap0", config), 0)
+    assert netns.changes(before, netns.snapshot()) == []
+
+
+def test_uplinks_are_the_default_routes_of_the_nics_table(uplinked: Node) -> None:
+    netns.ip("link add eth1 type veth peer name far")
+    netns.ip("link set eth1 up")
+    netns.sysctl("ipv4/conf/eth1/forwarding", 1)
+    netns.ip("route add default dev eth1 table 100")
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4], link="100")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert netns.proxies("eth1") == {GUEST_IP4}
+    assert netns.proxies("eth0") == set()
+
+
+def test_both_devices_of_a_multipath_default_route_are_uplinks(uplinked: Node) -> None:
+    netns.ip("link add eth1 type veth peer name far")
+    netns.ip("link set eth1 up")
+    netns.ip("addr add 203.0.113.2/24 dev eth1")
+    netns.sysctl("ipv4/conf/eth1/forwarding", 1)
+    netns.ip("link set far up")
+    netns.ip("route del default")
+    netns.ip(f"route add default nexthop via {CLIENT_IP4} dev eth0 nexthop via 203.0.113.1 dev eth1")
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert netns.proxies("eth0") == netns.proxies("eth1") == {GUEST_IP4}
+
+
+def test_an_uplink_without_carrier_is_no_obstacle(uplinked: Node) -> None:
+    """A pulled cable must not keep a guest from starting."""
+    with uplinked.client:
+        netns.ip("link set eth0 down")
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    check(call("kvm-ifup-post", "tap0", netns.configuration(routed={"uplinks": ["eth0"]})), 0)
+    assert netns.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
+
+
+def test_the_first_packet_reaches_the_guest_without_a_question(uplinked: Node) -> None:
+    """The permanent neighbour entry saves the first ARP round; the node answers for the guest on the uplink."""
+    guest = uplinked.guest()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(call("kvm-ifup-post", "tap0"), 0)
+    with uplinked.client:
+        netns.run("sh", "-c", f"ping -c 1 -W 1 {GUEST_IP4} >/dev/null 2>&1 || true")
+    (*earlier, _) = guest.until(lambda frame: frame[12:14] == b"\x08\x00" and frame[30:34] == bytes([192, 0, 2, 8]))
+    assert [one for one in map(wire.arp, earlier) if one and one.target == GUEST_IP4] == []
+
+
+@pytest.mark.parametrize("link", [None, "100"])
+def test_the_node_answers_arp_and_ndp_for_the_guest_on_the_uplink_only_after_post(
+    uplinked: Node, link: str | None
+) -> None:
+    """In table 100 the administrator's own rule brings the uplink's traffic in."""
+    if link:
+        for family in (4, 6):
+            netns.ip(f"-{family} rule add iif eth0 lookup {link} priority 9999")
+    netns.add_tap()
+    netns.write_nic(mode="routed", link=link, ip=[GUEST_IP4, GUEST_IP6], incoming=True)
+    # If the node were to answer, it would do so at once and not after the fence.
+    netns.sysctl("ipv4/neigh/eth0/proxy_delay", 0)
+    netns.sysctl("ipv6/neigh/eth0/proxy_delay", 0)
+    client = uplinked.listen()
+    with uplinked.client:
+        (local,) = [
+            info["local"]
+            for one in netns.ask("addr show dev eth0")
+            for info in one["addr_info"]
+            if info["scope"] == "link"
+        ]
+    asking = (wire.arp_request(CLIENT_MAC, CLIENT_IP4, GUEST_IP4), wire.solicitation(CLIENT_MAC, local, GUEST_IP6))
+    # The node's own address, as proof that it has seen the question before.
+    control = (
+        wire.arp_request(CLIENT_MAC, CLIENT_IP4, netns.NODE_IP4),
+        wire.solicitation(CLIENT_MAC, local, netns.NODE_IP6),
+    )
+
+    def arp_of(address: str, frame: bytes) -> bool:
+        answer = wire.arp(frame)
+        return bool(answer and answer.op == 2 and answer.sender == address and answer.mac == NODE_MAC)
+
+    def na_of(address: str, frame: bytes) -> bool:
+        answer = wire.advertisement(frame)
+        return bool(answer and answer.solicited and answer.target == address and answer.mac == NODE_MAC)
+
+    check(call("kvm-ifup-pre", "tap0"), 0)
+    for question in (*asking, *control):
+        client.send(question)
+    seen = client.until(lambda frame: na_of(netns.NODE_IP6, frame)) + uplinked.fence(client)
+    assert any(arp_of(netns.NODE_IP4, frame) for frame in seen)
+    assert not any(arp_of(GUEST_IP4, frame) or na_of(GUEST_IP6, frame) for frame in seen)
+
+    check(call("kvm-ifup-post", "tap0"), 0)
+    for question, answered in zip(asking, (arp_of, na_of), strict=True):
+        client.send(question)
+        address = GUEST_IP4 if answered is arp_of else GUEST_IP6
+        client.until(lambda frame, answered=answered, address=address: answered(address, frame))  # type: ignore[misc]
+
+    check(call("kvm-ifdown", "tap0"), 0)
+    netns.reap()
+    uplinked.fence(client)
+    for question in (*asking, *control):
+        client.send(question)
+    seen = client.until(lambda frame: na_of(netns.NODE_IP6, frame)) + uplinked.fence(client)
+    assert not any(arp_of(GUEST_IP4, frame) or na_of(GUEST_IP6, frame) for frame in seen)
+
+
+def test_an_ipv4_nic_leaves_the_nodes_autoconfigured_ipv6_default_route_alone(node: Node) -> None:
+    """Forwarding on any one device makes the kernel drop the default routes that routers advertise."""
+    node.uplink()
+    netns.sysctl("ipv6/conf/all/forwarding", 0)
+    netns.sysctl("ipv6/conf/eth0/accept_ra", 1)
+    netns.ip("-6 route del default")
+    client = node.listen()
+    client.send(wire.router_advertisement(CLIENT_MAC, "fe80::1"))
+    node.fence(client)
+    while not (default := netns.ask("-6 route show default")):
+        client.send(wire.router_advertisement(CLIENT_MAC, "fe80::1"))
+    assert default[0]["protocol"] == "ra"
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert [route["gateway"] for route in netns.ask("-6 route show default")] == ["fe80::1"]
+
+
+def test_a_tap_that_is_still_a_port_of_a_bridge_is_taken_off_it(uplinked: Node) -> None:
+    """What comes in at a bridge port is the bridge's: the guest would not reach the node's routes."""
+    netns.add_bridge("br1")
+    netns.add_tap()
+    netns.ip("link set tap0 master br1 up")
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    before = netns.snapshot()
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert "master" not in netns.link("tap0")
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert netns.changes(before, netns.snapshot()) == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "2001:DB8:0:0:0:0:0:8",
+        "64:ff9b::192.0.2.8",
+        "::ffff:192.0.2.8",
+        "::192.0.2.8",
+        "::2",
+        "2001:db8:0:1:1:1:1:1",
+        "169.254.7.7",
+        "240.0.0.1",
+        "192.0.2.8/31",
+        "2001:db8::/127",
+    ],
+)
+def test_an_address_is_refused_or_the_second_run_finds_it_there(uplinked: Node, address: str) -> None:
+    """An address has several spellings, and the kernel's need not be Python's."""
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[address])
+    before = netns.snapshot()
+    first = call("kvm-ifup-post", "tap0")
+    if first.code == 65:
+        return
+    check(first, 0)
+    wired = netns.snapshot()
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert netns.changes(wired, netns.snapshot()) == []
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert netns.changes(before, netns.snapshot()) == []
+
+
+# --- admission ------------------------------------------------------------------------------------------
+
+
+def _forwarding_off(path: str) -> None:
+    netns.sysctl(path, 0)
+
+
+ADMISSION: dict[str, tuple[Callable[[], object], dict[str, Any], dict[str, Any], list[str]]] = {
+    "own IPv4 address": (lambda: None, {"ip": [netns.NODE_IP4]}, {}, ["192.0.2.11/32", "this node's own address"]),
+    "own IPv6 address": (lambda: None, {"ip": [netns.NODE_IP6]}, {}, ["2001:db8::11/128", "this node's own address"]),
+    "broadcast address": (lambda: None, {"ip": ["192.0.2.255"]}, {}, ["192.0.2.255/32", "broadcast"]),
+    "IPv4 routed elsewhere": (
+        lambda: netns.ip(f"route add {GUEST_IP4} via {CLIENT_IP4}"), {"ip": [GUEST_IP4]}, {},
+        ["192.0.2.8/32", "already routed out of eth0"],
+    ),
+    "IPv6 routed elsewhere": (
+        lambda: netns.ip(f"-6 route add {GUEST_IP6} via {netns.CLIENT_IP6}"), {"ip": [GUEST_IP6]}, {},
+        ["2001:db8::8/128", "already routed out of eth0"],
+    ),
+    "routed elsewhere in the table": (
+        lambda: netns.ip(f"route add {GUEST_IP4} via {CLIENT_IP4} table 100"), {"ip": [GUEST_IP4], "link": "100"}, {},
+        ["already routed out of eth0 in table 100"],
+    ),
+    "blackholed": (
+        lambda: netns.ip(f"route add blackhole {GUEST_IP4}"), {"ip": [GUEST_IP4]}, {}, ["192.0.2.8/32"],
+    ),
+    "connected prefix": (lambda: None, {"ip": ["192.0.2.0/24"]}, {}, ["already routed out of eth0"]),
+    "IPv4 forwarding off on the uplink": (
+        lambda: _forwarding_off("ipv4/conf/eth0/forwarding"), {"ip": [GUEST_IP4]}, {},
+        ["IPv4 forwarding is off on uplink eth0", "sysctl -w net.ipv4.conf.eth0.forwarding=1"],
+    ),
+    "IPv6 forwarding off on the uplink": (
+        lambda: _forwarding_off("ipv6/conf/eth0/forwarding"), {"ip": [GUEST_IP6]}, {},
+        ["IPv6 forwarding is off on uplink eth0", "net.ipv6.conf.eth0.forwarding=1"],
+    ),
+    "IPv6 forwarding off for all": (
+        lambda: _forwarding_off("ipv6/conf/all/forwarding"), {"ip": [GUEST_IP6]}, {},
+        ["net.ipv6.conf.all.forwarding=1"],
+    ),
+    "IPv6 off on the tap": (
+        lambda: netns.sysctl("ipv6/conf/tap0/disable_ipv6", 1), {"ip": [GUEST_IP6]}, {},
+        ["IPv6 is off on tap0", "net.ipv6.conf.tap0.disable_ipv6=0"],
+    ),
+    "unknown table": (lambda: None, {"ip": [GUEST_IP4], "link": "nosuch"}, {}, ["no such routing table: nosuch"]),
+    "uplink missing": (
+        lambda: None, {"ip": [GUEST_IP4]}, {"routed": {"uplinks": ["eth7"]}}, ["no such uplink: eth7"],
+    ),
+    "uplink down": (
+        lambda: netns.ip("link set eth0 down"), {"ip": [GUEST_IP4]}, {"routed": {"uplinks": ["eth0"]}},
+        ["uplink eth0 is down", "ip link set eth0 up"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post"])
+@pytest.mark.parametrize("case", ADMISSION)
+def test_what_would_make_post_fail_is_found_by_pre_and_nothing_changes(uplinked: Node, program: str, case: str) -> None:
+    setup, nic, settings, words = ADMISSION[case]
+    netns.add_tap()
+    setup()
+    netns.write_nic(mode="routed", incoming=True, **nic)
+    config = netns.configuration(**settings)
+    client = uplinked.listen()
+    before = netns.snapshot()
+    check(call(program, "tap0", config), 69, "web1.example.com/0 (tap0)", *words)
+    assert netns.changes(before, netns.snapshot()) == []
+    if "IPv4" in case:  # the link is up there
+        assert announced(uplinked.fence(client)) == []
+
+
+def test_the_hint_about_forwarding_is_right(uplinked: Node) -> None:
+    """A command in a hint does what it promises, also for a name with a dot."""
+    netns.ip("link add eth1.100 type veth peer name far")
+    netns.ip("link set eth1.100 up")
+    netns.sysctl("ipv6/conf/eth1.100/disable_ipv6", 1)
+    netns.sysctl("ipv6/conf/all/forwarding", 0)
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    config = netns.configuration(routed={"uplinks": ["eth1.100"]})
+    for _ in range(3):
+        result = call("kvm-ifup-pre", "tap0", config)
+        if result:
+            break
+        assert result.code == 69
+        netns.run(*result.err.split("`")[1].split())
+    assert result, result.err
+    assert netns.proxies("eth1.100") == {GUEST_IP4, GUEST_IP6}
+
+
+@pytest.mark.parametrize("phase", ["kvm-ifup-pre", "kvm-ifup-post"])
+def test_an_address_held_by_another_live_tap_is_refused_until_that_tap_is_gone(uplinked: Node, phase: str) -> None:
+    netns.taps(["tap0", "tap1"])
+    netns.write_nic("tap0", "web1", mode="routed", ip=[GUEST_IP4], incoming=True)
+    netns.write_nic("tap1", "web2", mode="routed", ip=["192.0.2.9", GUEST_IP4], incoming=True, link="100")
+    check(call(phase, "tap0"), 0)
+    netns.reap()
+    before = netns.snapshot()
+    for program in ("kvm-ifup-pre", "kvm-ifup-post"):
+        check(call(program, "tap1"), 69, "192.0.2.8/32", "web1/0 (tap0)")
+        assert netns.changes(before, netns.snapshot()) == []
+    netns.ip("link del tap0")
+    check(call("kvm-ifup-post", "tap1"), 0)
+    assert netns.routes("tap1") == {"192.0.2.9", GUEST_IP4}

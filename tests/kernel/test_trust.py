@@ -1,0 +1,189 @@
+"""Files that somebody else could have written, and users who may not change the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import netns
+from tests.netns import GUEST_IP4, Node, call, check, hook
+
+
+def group_writable(file: Path) -> None:
+    file.chmod(0o664)
+
+
+def world_writable(file: Path) -> None:
+    file.chmod(0o606)
+
+
+def in_a_writable_directory(file: Path) -> None:
+    file.parent.chmod(0o777)
+
+
+def in_a_sticky_directory(file: Path) -> None:
+    file.parent.chmod(0o1777)
+
+
+def owned_by_another_uid(file: Path) -> None:
+    if not own(file, 1234):
+        # In a user namespace there is nobody else; but what the host's root owns looks like nobody's.
+        netns.bind_mount(Path("/etc/passwd"), file)
+
+
+def a_symlink_out(file: Path) -> None:
+    target = Path("/run/elsewhere.toml")
+    file.rename(target)
+    file.symlink_to(target)
+
+
+def a_symlink_loop(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file)
+
+
+def a_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file, 0o600)
+
+
+def a_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def huge(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"#" * 70000)
+
+
+def sparse_and_huge(file: Path) -> None:
+    os.truncate(file, 1 << 40)
+
+
+def not_utf8(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe" + file.read_bytes())
+
+
+def own(place: Path, uid: int) -> bool:
+    """Give *place* to *uid*; False where there is no such user."""
+    try:
+        os.chown(place, uid, uid)
+    except OSError:
+        return False
+    return True
+
+
+CASES: list[Callable[[Path], None]] = [
+    group_writable, world_writable, in_a_writable_directory, in_a_sticky_directory, owned_by_another_uid,
+    a_symlink_out, a_symlink_loop, a_fifo, a_directory, huge, sparse_and_huge, not_utf8,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"])
+def test_a_nic_file_that_is_not_to_be_trusted_is_65(
+    uplinked: Node, spoil: Callable[[Path], None], program: str
+) -> None:
+    netns.add_tap()
+    file = netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    spoil(file)
+    before = netns.snapshot_of_kernel()
+    check(call(program, "tap0"), 65, str(netns.RUN_DIR))
+    assert netns.changes(before, netns.snapshot_of_kernel()) == []
+
+
+@pytest.mark.parametrize("level", ["", "nic"])
+def test_a_directory_above_that_others_can_write_to_is_65(uplinked: Node, level: str) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    (netns.RUN_DIR / level).chmod(0o777)
+    check(call("kvm-ifup-post", "tap0"), 65, "can be written to by others")
+
+
+def test_a_symlink_within_the_run_directory_is_fine(uplinked: Node) -> None:
+    netns.add_tap()
+    file = netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    file.rename(file.with_name("7.toml"))
+    file.symlink_to("7.toml")
+    check(call("kvm-ifup-post", "tap0"), 0)
+
+
+def test_the_run_directory_itself_may_be_reached_through_a_symlink(uplinked: Node) -> None:
+    """/var/run is one."""
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    Path("/run/alias").symlink_to("/run")
+    check(call("kvm-ifup-post", "tap0", "--run-dir=/run/alias/kvm-ifup"), 0)
+
+
+@pytest.mark.parametrize("spoil", CASES, ids=lambda case: case.__name__)
+def test_a_configuration_that_is_not_to_be_trusted_is_78(uplinked: Node, spoil: Callable[[Path], None]) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    option = netns.configuration(lock_timeout=1)
+    file = Path(option.partition("=")[2])
+    spoil(file)
+    before = netns.snapshot()
+    for program in (["kvm-ifup-pre", "tap0"], ["kvm-ifdown", "tap0"], ["kvm-ifup", "gc"]):
+        check(call(*program, option), 78, str(file))
+    assert netns.changes(before, netns.snapshot()) == []
+
+
+@pytest.mark.parametrize("option", ["--config=/nonexistent.toml", "--config=/run/no/such/dir.toml", "--config=/run"])
+def test_a_missing_configuration_is_78(uplinked: Node, option: str) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(call("kvm-ifup-post", "tap0", option), 78)
+
+
+@pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"])
+def test_root_without_cap_net_admin_is_77_and_nothing_changes(uplinked: Node, program: str) -> None:
+    """Root in a container that may not change the network."""
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    if program == "kvm-ifdown":
+        check(call("kvm-ifup-post", "tap0"), 0)
+    before = netns.snapshot()
+    result = without_privileges(["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"], program, "tap0")
+    # To be found before the first change: some sysctls root may write without it, and then half would be undone.
+    check(result, 77, "CAP_NET_ADMIN")
+    assert netns.changes(before, netns.snapshot()) == []
+
+
+@pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"])
+def test_not_root_is_77_and_nothing_changes(uplinked: Node, program: str) -> None:
+    """In a user namespace without any user the hook runs as nobody, and has no power over this network."""
+    netns.add_tap()
+    file = netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    file.chmod(0o644)
+    before = netns.snapshot()
+    check(without_privileges(["unshare", "--user"], program, "tap0"), 77, "root")
+    assert netns.changes(before, netns.snapshot()) == []
+
+
+def without_privileges(wrapper: list[str], program: str, *argv: str) -> netns.Result:
+    """Run a hook through *wrapper*."""
+    import subprocess
+
+    done = subprocess.run(
+        [*wrapper, *netns.command(program, *argv)],
+        env=netns.CLEAN,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=netns.PATIENCE,
+    )
+    return netns.Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_plan_needs_no_privileges(uplinked: Node) -> None:
+    """The NIC's file belongs to root and may be read by everybody."""
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4]).chmod(0o644)
+    expected = hook("kvm-ifup-post", "--plan", "tap0")
+    without_power = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+    assert without_privileges(without_power, "kvm-ifup-post", "--plan", "tap0") == expected
+    assert expected

@@ -1,0 +1,1 @@
+"""The packages, on fresh Debian systems."""

@@ -1,0 +1,1 @@
+"""What needs no privileges, no kernel and no pyroute2."""

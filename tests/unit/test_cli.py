@@ -1,0 +1,372 @@
+"""The commands as functions: any arguments, any environment, and a documented exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmifup import __version__, cli, config, ganeti
+
+from .conftest import ROOT
+from .nodes import FakeKernel
+from .samples import MAC
+from .test_inputs import ENVIRONMENT, contents, nic_toml, put, variables
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+HOOKS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown")
+PROGRAMS = (*HOOKS, "kvm-ifup")
+every_program = pytest.mark.parametrize("program", PROGRAMS)
+every_hook = pytest.mark.parametrize("program", HOOKS)
+DOCUMENTED = {0, 64, 65, 69, 70, 71, 75, 77, 78}
+
+
+class Ran:
+    """How a command ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+class Shell:
+    """Runs commands on a node in memory, with empty directories of their own."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.kernel = FakeKernel("tap0", "tap1")
+        self.later: list[Any] = []
+
+    def __call__(self, program: str, *argv: str, environ: Mapping[str, str] | None = None) -> Ran:
+        out, err = io.StringIO(), io.StringIO()
+        arguments = ["--run-dir", str(self.run_dir), *argv]
+        code = cli.main(program, arguments, environ or {}, out, err, lambda *args: self.later.append(args))
+        return Ran(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def module_shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    shell = Shell(tmp_path_factory.mktemp("run"))
+    with pytest.MonkeyPatch.context() as patch:
+        fake = types.ModuleType("kvmifup.kernel")
+        fake.Kernel = lambda: shell.kernel  # type: ignore[attr-defined]
+        patch.setitem(sys.modules, "kvmifup.kernel", fake)
+        patch.setattr(config, "DIRECTORY", tmp_path_factory.mktemp("etc"))
+        patch.setattr(ganeti, "DIRECTORY", tmp_path_factory.mktemp("ganeti"))
+        patch.setattr("kvmifup.cli.os", types.SimpleNamespace(geteuid=lambda: 0))
+        yield shell
+
+
+@pytest.fixture
+def shell(module_shell: Shell, tmp_path: Path) -> Shell:
+    module_shell.__init__(tmp_path)  # type: ignore[misc]
+    return module_shell
+
+
+# --- nothing ever escapes -----------------------------------------------------------------------------
+
+words = st.text(max_size=8) | st.sampled_from(
+    [
+        "tap0",
+        "b'tap0'",
+        "--instance",
+        "web1",
+        "--json",
+        "-v",
+        "--announce",
+        "--",
+        "-",
+        "--version",
+        "--help",
+        "gc",
+        "--pl",
+        "\udcff",
+        "--config",
+        "/dev/null",
+        "gnt.com.0",
+        "é" * 130,
+    ]
+)
+
+
+@every_program
+@given(argv=st.lists(words, max_size=5), environ=st.dictionaries(variables, contents))
+def test_any_arguments_in_any_environment(
+    module_shell: Shell, program: str, argv: list[str], environ: dict[str, str]
+) -> None:
+    ran = module_shell(program, "--plan", *argv, environ=environ)
+    assert ran.code in DOCUMENTED - {70, 71, 75, 77} or "\0" in "".join(argv)
+    assert len(ran.err.splitlines()) == (ran.code != 0) or "-v" in argv
+    assert module_shell.kernel.writes == []
+
+
+@every_hook
+@given(changes=st.dictionaries(variables, contents))
+def test_almost_ganetis_environment(module_shell: Shell, program: str, changes: dict[str, str]) -> None:
+    ran = module_shell(program, "--plan", environ=ENVIRONMENT | changes)
+    assert ran.code in {0, 64, 65, 69}
+    assert bool(ran.err) == bool(ran.code)
+
+
+def test_the_unforeseen_is_a_bug_with_a_trace_on_request(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell.kernel, "facts", lambda *_: 1 // 0)
+    quiet = shell("kvm-ifup-pre", environ=ENVIRONMENT)
+    assert quiet.code == 70
+    assert quiet.err.startswith("kvm-ifup-pre: unexpected ZeroDivisionError")
+    assert len(quiet.err.splitlines()) == 1
+    loud = shell("kvm-ifup-pre", environ=ENVIRONMENT | {"KVM_IFUP_DEBUG": "1"})
+    assert loud.code == 70
+    assert "Traceback" in loud.err
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+@every_program
+def test_help_and_version(program: str, shell: Shell) -> None:
+    ran = shell(program, "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert program in ran.out
+    assert "exit codes" in ran.out
+    ran = shell(program, "--version")
+    assert (ran.code, ran.out, ran.err) == (0, f"{program} {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "environ"),
+    [
+        ("kvm-ifup-pre", [], {}),
+        ("kvm-ifdown", [], {}),
+        ("kvm-ifup-pre", ["tap0", "tap1"], {}),
+        ("kvm-ifup-pre", ["--nonsense"], {}),
+        ("kvm-ifup-pre", ["--pla", "tap0"], {}),
+        ("kvm-ifup-pre", ["--instance"], {}),
+        ("kvm-ifdown", ["--announce", "tap0"], {}),
+        ("kvm-ifup-pre", ["tap0", "--instance", "web1"], {}),
+        ("kvm-ifup-pre", ["--instance", "web1"], ENVIRONMENT),
+        ("kvm-ifup-pre", ["tap1"], ENVIRONMENT),
+        ("kvm-ifup-post", [], ENVIRONMENT | {"MIGRATION_PHASE": "pre"}),
+        ("kvm-ifup", [], {}),
+        ("kvm-ifup", ["nonsense"], {}),
+    ],
+)
+def test_usage(program: str, argv: Sequence[str], environ: dict[str, str], shell: Shell) -> None:
+    ran = shell(program, *argv, environ=environ)
+    assert (ran.code, ran.out) == (64, "")
+    assert ran.err.startswith(f"{program}: ")
+    assert len(ran.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "code"),
+    [
+        (["a/b"], {}, 65),
+        (["tap0"], {}, 65),  # nothing describes it
+        (["--instance", "web1"], {}, 65),
+        (["--instance", "../x"], {}, 65),
+        ([], ENVIRONMENT | {"MAC": ""}, 65),
+        ([], ENVIRONMENT | {"INTERFACE": "tap7"}, 69),
+        ([], ENVIRONMENT | {"LINK": "nosuchtable"}, 69),
+        (["--config", "/nonexistent.toml"], ENVIRONMENT, 78),
+        # The NIC is looked at first: without it nothing else matters.
+        (["--config", "/nonexistent.toml"], ENVIRONMENT | {"MAC": ""}, 65),
+    ],
+)
+def test_refusals(argv: Sequence[str], environ: dict[str, str], code: int, shell: Shell) -> None:
+    ran = shell("kvm-ifup-post", *argv, environ=environ)
+    assert (ran.code, ran.out) == (code, "")
+    assert len(ran.err.splitlines()) == 1
+    assert shell.kernel.writes == []
+
+
+def test_an_error_as_json(shell: Shell) -> None:
+    ran = shell("kvm-ifup-post", "--json", "a/b")
+    assert json.loads(ran.out)["code"] == ran.code == 65
+    assert len(ran.err.splitlines()) == 1
+
+
+@every_hook
+def test_who_is_not_root(program: str, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmifup.cli.os", types.SimpleNamespace(geteuid=lambda: 1000))
+    ran = shell(program, environ=ENVIRONMENT)
+    assert ran.code == 77
+    assert "run it as root" in ran.err
+    assert shell.kernel.writes == []
+    assert shell(program, "--plan", environ=ENVIRONMENT).code == 0
+
+
+@pytest.mark.parametrize("argv", [["gnt.com.0"], []])
+@every_hook
+def test_ganetis_own_taps_are_left_alone(program: str, argv: Sequence[str], shell: Shell) -> None:
+    ran = shell(program, *argv, environ={"INTERFACE": "gnt.com.0"})
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert shell.kernel.reads == []
+
+
+# --- what is done -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [[], ["tap0"], ["b'tap0'"]])
+def test_a_whole_life_in_silence(argv: Sequence[str], shell: Shell) -> None:
+    for program, more in (
+        ("kvm-ifup-pre", {"MIGRATION_PHASE": "pre"}),
+        ("kvm-ifup-post", {"MIGRATION_PHASE": "post"}),
+        ("kvm-ifdown", {"ACTION": "down"}),
+        ("kvm-ifdown", {"ACTION": "down"}),
+    ):
+        ran = shell(program, *argv, environ=ENVIRONMENT | more)
+        assert (ran.code, ran.out, ran.err) == (0, "", ""), program
+    assert shell.kernel.writes
+    assert shell.kernel.values == {}
+
+
+def test_later_rounds_go_out_only_while_the_guest_is_here(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmifup.journal.socket.if_nametoindex", lambda name: shell.kernel.indexes[name])
+    shell("kvm-ifup-pre", environ=ENVIRONMENT | {"MIGRATION_PHASE": "pre"})
+    shell("kvm-ifup-post", "--plan", environ=ENVIRONMENT)
+    assert shell.later == []
+    shell("kvm-ifup-post", environ=ENVIRONMENT)
+    ((messages, still_true),) = shell.later
+    assert messages == (("eth0", "192.0.2.8", "192.0.2.8"),)
+    assert still_true()
+    shell("kvm-ifup-post", environ=ENVIRONMENT)
+    assert len(shell.later) == 1, "nothing had changed"
+    shell("kvm-ifup-post", "--announce", environ=ENVIRONMENT)
+    assert len(shell.later) == 2
+    shell("kvm-ifdown", environ=ENVIRONMENT)
+    assert not still_true()
+
+
+def test_the_plan_is_what_is_done(shell: Shell) -> None:
+    plan = shell("kvm-ifup-post", "--plan", "-v", environ=ENVIRONMENT)
+    assert plan.code == 0
+    assert shell.kernel.writes == []
+    assert not list(shell.run_dir.iterdir())
+    planned = [line.removeprefix("  do     ") for line in plan.out.splitlines() if line.startswith("  do ")]
+    done = shell("kvm-ifup-post", "-v", environ=ENVIRONMENT)
+    assert [line.strip() for line in done.err.splitlines()[1:]] == planned
+    assert len(shell.kernel.writes) == len(planned)
+
+
+def test_json(shell: Shell) -> None:
+    ran = shell("kvm-ifup-post", "--json", environ=ENVIRONMENT)
+    assert [one["tap"] for one in json.loads(ran.out)] == ["tap0"]
+    assert ran.err == ""
+
+
+def test_a_missing_uplink_is_told_with_v_alone(shell: Shell) -> None:
+    shell.kernel.uplinks = ()
+    assert "no IPv4 uplink" in shell("kvm-ifup-post", "--plan", "-v", environ=ENVIRONMENT).err
+    assert shell("kvm-ifup-post", environ=ENVIRONMENT).err == ""
+
+
+def test_an_instance(shell: Shell) -> None:
+    put(shell.run_dir, "web1/0.toml", nic_toml())
+    put(shell.run_dir, "web1/1.toml", nic_toml(tap='"tap1"', incoming="true"))
+    assert shell("kvm-ifup-pre", "--instance", "web1").code == 0
+    assert [path.name for path in sorted((shell.run_dir / "state").iterdir())] == ["tap0.json", "tap1.json"]
+    assert shell("kvm-ifdown", "--instance", "web1").code == 0
+    assert shell.kernel.values == {}
+
+
+def test_the_nic_file_comes_before_the_journal_and_the_environment_first(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mode(environ: Mapping[str, str]) -> str:
+        return str(json.loads(shell("kvm-ifup-post", "--plan", "--json", "tap0", environ=environ).out)[0]["mode"])
+
+    monkeypatch.setattr("kvmifup.journal.socket.if_nametoindex", lambda name: shell.kernel.indexes[name])
+    shell("kvm-ifup-post", environ=ENVIRONMENT)
+    assert mode({}) == "routed", "from the journal"
+    path = put(shell.run_dir, "web1/0.toml", nic_toml())
+    assert mode({}) == "bridged", "from the file"
+    assert mode(ENVIRONMENT) == "routed"
+    path.unlink()
+    shell.kernel.replace_tap("tap0")
+    assert shell("kvm-ifup-post", "--plan", "tap0").code == 65, "the journal is about a dead NIC"
+
+
+def test_down_needs_no_description_where_there_is_a_journal(shell: Shell) -> None:
+    shell("kvm-ifup-post", environ=ENVIRONMENT)
+    ran = shell("kvm-ifdown", environ={"INTERFACE": "tap0"})
+    assert (ran.code, ran.err) == (0, "")
+    assert shell.kernel.values == {}
+
+
+def test_down_goes_on_past_a_failure(shell: Shell) -> None:
+    put(shell.run_dir, "web1/0.toml", nic_toml())
+    put(shell.run_dir, "web1/1.toml", nic_toml(tap='"tap1"'))
+    shell("kvm-ifup-post", "--instance", "web1")
+    (shell.run_dir / "state" / "tap0.json").write_text("{")
+    ran = shell("kvm-ifdown", "--instance", "web1")
+    assert ran.code == 70
+    assert "tap0" in ran.err
+    assert {key[1] for key in shell.kernel.values} == {"tap0"}
+
+
+def test_gc(shell: Shell) -> None:
+    shell("kvm-ifup-post", environ=ENVIRONMENT)
+    shell.kernel.remove_tap("tap0")
+    assert "undo" in shell("kvm-ifup", "gc", "--plan").out
+    ran = shell("kvm-ifup", "gc")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert shell.kernel.values == {}
+
+
+def test_an_ext_network_is_wired_as_configured(shell: Shell) -> None:
+    settings = shell.run_dir / "config.toml"
+    settings.write_text('[ext.site]\nmode = "bridged"\nlink = "br0"\n')
+    settings.chmod(0o644)
+    environ = {"INTERFACE": "tap0", "MODE": "ext", "LINK": "site", "MAC": MAC}
+    ran = shell("kvm-ifup-post", "--plan", "--json", "--config", str(settings), environ=environ)
+    assert json.loads(ran.out)[0]["mode"] == "bridged"
+
+
+# --- what is loaded -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "environ", "code"),
+    [
+        ("kvm-ifup-pre", ["a/b"], {}, 65),
+        ("kvm-ifup-pre", ["tap0"], {}, 65),
+        ("kvm-ifup-post", [], ENVIRONMENT | {"MAC": "nonsense"}, 65),
+        ("kvm-ifup-post", [], ENVIRONMENT | {"MIGRATION_PHASE": "pre"}, 64),
+        ("kvm-ifup-post", ["--config", "/nonexistent"], ENVIRONMENT, 78),
+        ("kvm-ifdown", ["a/b"], {}, 65),
+        ("kvm-ifdown", ["--instance", "../x"], {}, 65),
+        ("kvm-ifup", ["--config", "/nonexistent", "gc"], {}, 78),
+        ("kvm-ifdown", ["gnt.com.0"], {}, 0),
+    ],
+)
+def test_what_is_refused_never_loads_what_speaks_to_the_kernel(
+    program: str, argv: Sequence[str], environ: dict[str, str], code: int, tmp_path: Path
+) -> None:
+    script = (
+        f"import io, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from kvmifup import cli\n"
+        f"argv = ['--plan', '--run-dir', {str(tmp_path)!r}, *{list(argv)!r}]\n"
+        f"code = cli.main({program!r}, argv, {environ!r}, io.StringIO(), io.StringIO())\n"
+        "print(code, *sorted({'pyroute2', 'kvmifup.kernel'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(code)]
+
+
+def test_the_scripts_are_executable_and_isolated() -> None:
+    for program in PROGRAMS:
+        script = ROOT / "scripts" / program
+        assert os.access(script, os.X_OK)
+        run = subprocess.run([sys.executable, "-I", script, "--version"], capture_output=True, text=True, check=True)
+        assert run.stdout == f"{program} {__version__}\n"
+        assert script.read_text().startswith("#!/usr/bin/python3 -I")

@@ -1,0 +1,243 @@
+"""The administrator's settings: every key, every refusal, and the file that is installed."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmifup import config
+from kvmifup.errors import ConfigError
+from kvmifup.model import BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
+
+from .conftest import ROOT
+from .test_inputs import toml_values
+
+INSTALLED = (ROOT / "etc" / "config.toml").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty /etc/kvm-ifup."""
+    monkeypatch.setattr(config, "DIRECTORY", tmp_path)
+    (tmp_path / "conf.d").mkdir(mode=0o755)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o644)
+    return path
+
+
+def loaded(tmp_path: Path, text: str) -> Config:
+    return config.load(write(tmp_path / "given.toml", text))
+
+
+# --- the installed file -------------------------------------------------------------------------------
+
+
+def test_the_installed_file_shows_the_defaults(tmp_path: Path) -> None:
+    assert loaded(tmp_path, INSTALLED) == Config()
+    shown = loaded(tmp_path, re.sub(r"^#(?=\S)", "", INSTALLED, flags=re.MULTILINE))
+    # Of these there is an example, because the default is that there are none.
+    assert shown.routed.uplinks == ("eth0",)
+    assert shown.ext.networks == (("NAME", ExtNetwork("routed", "100")),)
+    routed = replace(shown.routed, uplinks=Config().routed.uplinks)
+    assert replace(shown, routed=routed, ext=replace(shown.ext, networks=())) == Config()
+
+
+def keys(settings: Any, prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        found |= keys(value, f"{field.name}.") if is_dataclass(value) else {prefix + field.name}
+    return found
+
+
+def test_the_installed_file_has_every_key() -> None:
+    data = tomli.loads(re.sub(r"^#(?=\S)", "", INSTALLED, flags=re.MULTILINE))
+    shown = {f"{name}.{key}" for name, table in data.items() if isinstance(table, dict) for key in table}
+    shown |= {name for name, value in data.items() if not isinstance(value, dict)}
+    assert shown - {"ext.NAME"} == keys(Config()) - {"ext.networks"}
+
+
+# --- values -------------------------------------------------------------------------------------------
+
+EVERYTHING = """
+lock_timeout = 3
+[bridged]
+forwarding_timeout = 1.5
+[routed]
+uplinks = ["eth0", "bond0.7"]
+rule_priority = 32765
+rp_filter = "keep"
+[ext]
+timeout = 7
+[ext.lan]
+mode = "bridged"
+link = "br0"
+[ext.wan]
+mode = "routed"
+"""
+
+
+def test_every_key_is_read(tmp_path: Path) -> None:
+    assert loaded(tmp_path, EVERYTHING) == Config(
+        lock_timeout=3.0,
+        bridged=BridgedConfig(1.5),
+        routed=RoutedConfig(("eth0", "bond0.7"), 32765, "keep"),
+        ext=ExtConfig(7.0, (("lan", ExtNetwork("bridged", "br0")), ("wan", ExtNetwork("routed", None)))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("lock_timeout = 0", 0.0),
+        ("lock_timeout = 3600", 3600.0),
+        ("[routed]\nuplinks = []", ()),
+        ("[routed]\nrule_priority = 1", 1),
+    ],
+)
+def test_edges(text: str, value: object, tmp_path: Path) -> None:
+    settings = loaded(tmp_path, text)
+    assert value in (settings.lock_timeout, settings.routed.uplinks, settings.routed.rule_priority)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("lock_timeout = -1", "lock_timeout"),
+        ("lock_timeout = 3601", "lock_timeout"),
+        ("lock_timeout = nan", "lock_timeout"),
+        ("lock_timeout = inf", "lock_timeout"),
+        ("lock_timeout = true", "lock_timeout"),
+        ('lock_timeout = "1"', "lock_timeout"),
+        ("bridged = 1", "bridged must be a table"),
+        ("[[bridged]]", "bridged must be a table"),
+        ('[bridged]\nforwarding_timeout = "5"', "bridged.forwarding_timeout"),
+        ('[routed]\nuplinks = "eth0"', "routed.uplinks"),
+        ("[routed]\nuplinks = [1]", "routed.uplinks"),
+        ('[routed]\nuplinks = ["eth0", "eth0"]', "twice"),
+        ('[routed]\nuplinks = ["a/b"]', "routed.uplinks"),
+        ("[routed]\nrule_priority = 0", "routed.rule_priority"),
+        ("[routed]\nrule_priority = 32766", "routed.rule_priority"),
+        ("[routed]\nrule_priority = true", "routed.rule_priority"),
+        ("[routed]\nrule_priority = 1.0", "routed.rule_priority"),
+        ('[routed]\nrp_filter = "Strict"', "routed.rp_filter"),
+        ("[routed]\nrp_filter = 1", "routed.rp_filter"),
+        ("[routed]\nrp_filter = []", "routed.rp_filter"),
+        ("[ext]\ntimeout = -1", "ext.timeout"),
+        ("[ext]\nnetworks = 5", "ext.networks"),
+        ("[ext]\nlan = 5", "ext.lan"),
+        ("[ext.lan]", "ext.lan.mode"),
+        ('[ext.lan]\nmode = "ext"\nlink = "a"', "ext.lan.mode"),
+        ("[ext.lan]\nmode = []", "ext.lan.mode"),
+        ('[ext.lan]\nmode = "bridged"', "ext.lan.link"),
+        ('[ext.lan]\nmode = "bridged"\nlink = "a/b"', "ext.lan.link"),
+        ('[ext.lan]\nmode = "routed"\nlink = "local"', "link local"),
+        ('[ext.lan]\nmode = "bridged"\nlink = "br0"\nvlan = ".7"', "ext.lan.vlan"),
+        ("lock_timeout", "not TOML"),
+        pytest.param("a = " + "[" * 5000, "not TOML", id="deep nesting"),
+        pytest.param("lock_timeout = " + "1" * 5000, "not TOML", id="huge number"),
+    ],
+)
+def test_refused(text: str, names: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(names)) as caught:
+        loaded(tmp_path, text)
+    assert caught.value.code == 78
+    assert caught.value.where == str(tmp_path / "given.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "near"),
+    [
+        ("lock_timout = 1", "lock_timout", "lock_timeout"),
+        ("[route]\nuplinks = []", "route", "routed"),
+        ("[routed]\nuplink = []", "routed.uplink", "uplinks"),
+        ("[bridged]\nqqqq = 1", "bridged.qqqq", "forwarding_timeout"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, key: str, near: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"'{key}'")) as caught:
+        loaded(tmp_path, text)
+    assert near in caught.value.hint
+
+
+def dotted_keys() -> st.SearchStrategy[str]:
+    known = sorted(
+        keys(Config()) - {"ext.networks"} | {"bridged", "routed", "ext", "ext.lan", "ext.lan.mode", "ext.lan.link"}
+    )
+    return st.sampled_from(known)
+
+
+@given(st.dictionaries(dotted_keys(), toml_values, max_size=3))
+def test_any_value_is_settings_or_an_error(tmp_path_factory: pytest.TempPathFactory, values: dict[str, str]) -> None:
+    text = "".join(f"{key} = {value}\n" for key, value in values.items())
+    with suppress(ConfigError):
+        assert isinstance(loaded(tmp_path_factory.getbasetemp(), text), Config)
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_needed(etc: Path) -> None:
+    assert config.load(None) == Config()
+    (etc / "conf.d").rmdir()
+    assert config.load(None) == Config()
+
+
+def test_later_files_win(etc: Path) -> None:
+    write(
+        etc / "config.toml", "lock_timeout = 1\n[routed]\nrule_priority = 5\n[ext.lan]\nmode = 'bridged'\nlink = 'br0'"
+    )
+    write(etc / "conf.d" / "20-b.toml", "lock_timeout = 3\n[ext.lan]\nmode = 'routed'")
+    write(etc / "conf.d" / "10-a.toml", "lock_timeout = 2\n[bridged]\nforwarding_timeout = 9")
+    write(etc / "conf.d" / "30-c.toml.disabled", "lock_timeout = 4")
+    settings = config.load(None)
+    assert (settings.lock_timeout, settings.routed.rule_priority, settings.bridged.forwarding_timeout) == (3.0, 5, 9.0)
+    assert dict(settings.ext.networks) == {"lan": ExtNetwork("routed", None)}
+
+
+def test_a_named_file_stands_alone(etc: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    write(etc / "config.toml", "lock_timeout = 1")
+    assert config.load(write(tmp_path_factory.mktemp("own") / "mine.toml", "")) == Config()
+
+
+@pytest.mark.parametrize("place", ["config.toml", "conf.d/10.toml"])
+def test_a_file_that_others_can_write(place: str, etc: Path) -> None:
+    write(etc / place, "").chmod(0o666)
+    with pytest.raises(ConfigError, match="trusted") as caught:
+        config.load(None)
+    assert caught.value.code == 78
+    assert caught.value.where == str(etc / place)
+    assert caught.value.hint
+
+
+def test_a_symlink_that_leads_out(etc: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (etc / "config.toml").symlink_to(write(tmp_path_factory.mktemp("out") / "x.toml", ""))
+    with pytest.raises(ConfigError, match="leads out"):
+        config.load(None)
+
+
+def test_a_dangling_symlink_is_no_missing_file(etc: Path) -> None:
+    (etc / "config.toml").symlink_to(etc / "nowhere")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(None)
+
+
+@pytest.mark.parametrize("what", ["missing", "directory"])
+def test_a_named_file_must_be_there(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    if what == "directory":
+        path.mkdir(mode=0o755)
+    with pytest.raises(ConfigError):
+        config.load(path)

@@ -1,0 +1,279 @@
+"""What is on disk: it comes back as it was, or is refused as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmifup import journal
+from kvmifup.errors import JournalError, KernelError, PrivilegeError
+from kvmifup.journal import Entry, Journal, Store
+from kvmifup.model import Phase
+from kvmifup.ops import LinkMtu, Rule
+
+from .samples import DUAL, ROUTED
+from .strategies import journals
+
+SAMPLE = Journal(
+    DUAL,
+    7,
+    Phase.POST,
+    (Entry(LinkMtu("tap0", 9000), 1500), Entry(Rule(4, "tap0", 100, 10000, (("src", "192.0.2.0"),), True), False)),
+    (Entry(LinkMtu("tap0", 9000), 1400),),
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "run")
+
+
+@given(journals)
+def test_any_journal_comes_back(one: Journal) -> None:
+    assert journal.decode(json.loads(json.dumps(journal.encode(one)))) == one
+
+
+def test_on_disk(store: Store) -> None:
+    assert store.load("tap0") is None
+    store.save(SAMPLE)
+    assert store.load("tap0") == SAMPLE
+    assert store.taps() == ["tap0"]
+    store.delete("tap0")
+    assert store.load("tap0") is None
+    store.delete("tap0")
+
+
+def test_only_root_can_read_it_and_nothing_else_is_left(store: Store) -> None:
+    store.save(SAMPLE)
+    assert [path.name for path in store.directory.iterdir()] == ["tap0.json"]
+    assert store.path("tap0").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_format_that_the_docstring_promises(store: Store) -> None:
+    store.save(SAMPLE)
+    data = json.loads(store.path("tap0").read_text())
+    assert data.keys() == {"version", "nic", "ifindex", "phase", "entries", "pending"}
+    assert data["entries"][0] == {"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}
+    assert (data["version"], data["ifindex"], data["phase"]) == (1, 7, "post")
+
+
+def test_a_dotted_tap_has_its_own_files(store: Store) -> None:
+    """tap0.1 and tap0.2 must not share a temporary file."""
+    names = ("tap0", "tap0.1", "tap0.2")
+    for tap in names:
+        store.save(Journal(DUAL.__class__(tap, DUAL.mac, "bridged", "br0"), 7))
+    assert store.taps() == sorted(names)
+    assert [(found.nic.tap if (found := store.load(tap)) else None) for tap in names] == list(names)
+
+
+def test_the_leftover_of_a_killed_run_is_overwritten(store: Store) -> None:
+    store.save(SAMPLE)
+    store.path("tap0").with_suffix(".new").write_text("{half")
+    assert store.load("tap0") == SAMPLE
+    assert store.taps() == ["tap0"]
+    store.save(SAMPLE)
+    assert [path.name for path in store.directory.iterdir()] == ["tap0.json"]
+
+
+def test_nobody_is_led_elsewhere_by_a_symlink(store: Store, tmp_path: Path) -> None:
+    store.directory.mkdir(parents=True)
+    store.path("tap0").with_suffix(".new").symlink_to(tmp_path / "victim")
+    with pytest.raises(KernelError):
+        store.save(SAMPLE)
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(PermissionError(13, "no"), PrivilegeError), (OSError(28, "full"), KernelError)]
+)
+def test_a_disk_that_refuses(
+    error: OSError, expected: type[Exception], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(SAMPLE)
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(expected):
+        store.save(Journal(DUAL, 8))
+    monkeypatch.undo()
+    assert store.load("tap0") == SAMPLE
+
+
+def test_the_content_is_on_disk_before_it_has_its_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a power cut could leave an empty journal."""
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def spy_fsync(descriptor: int) -> None:
+        calls.append("fsync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def spy_rename(source: Path, target: Path) -> None:
+        calls.append(f"rename {source.name} {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "rename", spy_rename)
+    store.save(SAMPLE)
+    assert calls == ["fsync tap0.new", "rename tap0.new tap0.json", "fsync state"]
+
+
+# --- unreadable ones ----------------------------------------------------------------------------------
+
+
+def load(store: Store, content: bytes) -> Journal | None:
+    store.directory.mkdir(parents=True, exist_ok=True)
+    store.path("tap0").write_bytes(content)
+    return store.load("tap0")
+
+
+def refuse(store: Store, content: bytes) -> None:
+    with pytest.raises(JournalError) as caught:
+        load(store, content)
+    assert caught.value.code == 70
+    assert "kvm-ifup gc" in caught.value.hint
+    assert str(store.path("tap0")) in str(caught.value)
+
+
+def test_a_truncated_journal_never_passes_for_a_whole_one(store: Store) -> None:
+    whole = json.dumps(journal.encode(SAMPLE)).encode()
+    assert load(store, whole) == SAMPLE
+    for length in range(0, len(whole), 7):
+        refuse(store, whole[:length])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"\xff\xfe", b"null", b"7", b'"x"', b"[1]", b"{}"),
+        pytest.param(b"[" * 100_000, id="deep nesting"),
+        pytest.param(b"1" * 5000, id="huge number"),
+    ],
+)
+def test_what_is_no_journal(content: bytes, store: Store) -> None:
+    refuse(store, content)
+
+
+def changed(path: list[str | int], value: object) -> bytes:
+    data: Any = json.loads(json.dumps(journal.encode(SAMPLE)))
+    inner = data
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    return json.dumps(data).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["version"], 2),
+        (["version"], None),
+        (["nic"], None),
+        (["nic"], []),
+        (["nic", "extra"], 1),
+        (["nic", "ip"], ["nonsense"]),
+        (["nic", "ip"], 5),
+        (["nic", "tap"], None),
+        (["nic", "tap"], "tap1"),
+        (["ifindex"], "x"),
+        (["ifindex"], None),
+        (["ifindex"], float("inf")),
+        (["phase"], "mid"),
+        (["phase"], 1),
+        (["entries"], 5),
+        (["entries"], [5]),
+        (["entries", 0, "op"], "no-such-op"),
+        (["entries", 0, "op"], []),
+        (["entries", 0, "extra"], 1),
+        (["entries", 0, "dev"], ["tap0"]),
+        (["entries", 1, "selectors"], 5),
+        (["pending"], None),
+    ],
+)
+def test_a_journal_with_a_wrong_part(path: list[str | int], value: object, store: Store) -> None:
+    refuse(store, changed(path, value))
+
+
+@pytest.mark.parametrize("part", ["nic", "ifindex", "phase", "entries", "pending"])
+def test_a_journal_without_a_part(part: str, store: Store) -> None:
+    data = journal.encode(SAMPLE)
+    del data[part]
+    refuse(store, json.dumps(data).encode())
+
+
+def test_a_journal_that_is_a_directory(store: Store) -> None:
+    store.path("tap0").mkdir(parents=True)
+    with pytest.raises(JournalError):
+        store.load("tap0")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+whole_sample = journal.encode(SAMPLE)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(whole_sample)), anything, max_size=3))
+def test_any_json_is_a_journal_or_an_error(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
+    store = Store(tmp_path_factory.getbasetemp())
+    with suppress(JournalError):
+        assert isinstance(load(store, json.dumps(whole_sample | changes).encode()), Journal)
+
+
+@pytest.mark.parametrize("place", ["state/tap0.json", "state", "."])
+def test_a_journal_that_others_can_write(place: str, store: Store) -> None:
+    """Or anybody could have root undo what was never done."""
+    store.save(SAMPLE)
+    path = store.run_dir / place
+    path.chmod(path.stat().st_mode | 0o002)
+    with pytest.raises(JournalError, match="written to by others"):
+        store.load("tap0")
+    assert list(store.others("tap9", "tap0")) == []
+
+
+def test_set_aside(store: Store) -> None:
+    refuse(store, b"{")
+    assert store.set_aside("tap0").read_bytes() == b"{"
+    assert store.taps() == []
+    assert store.load("tap0") is None
+
+
+# --- looking through all of them ----------------------------------------------------------------------
+
+
+def test_others(store: Store) -> None:
+    store.save(SAMPLE)
+    store.save(Journal(ROUTED.__class__("tap1", ROUTED.mac, "routed", ip=ROUTED.ip), 8))
+    (store.directory / "tap2.json").write_text('"192.0.2.8/32"')
+
+    def found(tap: str, text: str) -> list[str]:
+        return sorted(one.nic.tap for one in store.others(tap, text))
+
+    assert found("tap9", "192.0.2.8/32") == ["tap0", "tap1"]
+    assert found("tap0", "192.0.2.8/32") == ["tap1"]
+    assert found("tap9", "2001:db8::8/128") == ["tap0"]
+    assert found("tap9", "192.0.2.8/3") == []
+    assert list(Store(store.directory / "missing").others("tap0", "x")) == []
+
+
+def test_the_nic_of_a_live_tap(store: Store) -> None:
+    """lo is the one device whose index is known everywhere."""
+    nic = DUAL.__class__("lo", DUAL.mac, "bridged", "br0")
+    assert store.nic_of_live("lo") is None
+    store.save(Journal(nic, 1))
+    assert store.nic_of_live("lo") == nic
+    store.save(Journal(nic, 2))
+    assert store.nic_of_live("lo") is None
+    store.save(SAMPLE)
+    assert store.nic_of_live("tap0") is None, "there is no such device, or another one"

@@ -1,0 +1,224 @@
+"""Programs that are not ours, and ovs-vsctl in particular."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from kvmifup import ovs, programs
+from kvmifup.errors import ConfigError, NotReadyError, ProgramError
+
+
+def shell(script: str, environ: dict[str, str] | None = None, timeout: float = 60.0) -> programs.Result:
+    return programs.run(("/bin/sh", "-c", script), environ or {}, timeout)
+
+
+def test_the_result() -> None:
+    assert shell("echo out; echo first >&2; echo last >&2; exit 3") == programs.Result(3, "out\n", "last")
+    assert shell("printf '\\377'").output == "\ufffd"
+
+
+def test_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    lines = programs.run(("/usr/bin/env",), {"MAC": "y"}, 60).output.splitlines()
+    assert sorted(lines) == ["LC_ALL=C", "MAC=y", f"PATH={programs.PATH}"]
+
+
+def test_nothing_to_read_and_nowhere_to_be() -> None:
+    assert shell("pwd; cat").output == "/\n"
+
+
+def test_no_shell_in_between() -> None:
+    assert programs.run(("/bin/echo", "$HOME; `id`"), {}, 60).output == "$HOME; `id`\n"
+
+
+def test_a_late_program_is_killed_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = tmp_path / "pid"
+
+    class Late(subprocess.Popen[bytes]):
+        """Its time is up as soon as it has a child, however slow this machine is."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            while timeout is not None:
+                if pid.exists():
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                time.sleep(0.01)
+            return super().wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Late)
+    with pytest.raises(ProgramError, match="did not end within 60 s") as caught:
+        shell(f"sleep 600 & echo $! >{tmp_path}/new; mv {tmp_path}/new {pid}; wait")
+    assert caught.value.code == 71
+    assert not caught.value.untouched, "it may have got half-way"
+    child = Path("/proc") / pid.read_text().strip() / "stat"
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)  # the signal is on its way; a test that hangs here has found it missing
+
+
+def test_a_child_left_behind_keeps_nobody_waiting() -> None:
+    result = shell("sleep 60 & echo $!")
+    programs.run(("/bin/kill", result.output.strip()), {}, 60)
+    assert result.code == 0
+
+
+def test_a_program_that_cannot_be_started() -> None:
+    with pytest.raises(ProgramError, match="/nowhere cannot be started"):
+        programs.run(("/nowhere",), {}, 60)
+
+
+# --- the administrator's programs ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    place = tmp_path / "etc" / "ext"
+    place.mkdir(parents=True)
+    (place / "site").write_text("#!/bin/sh\n")
+    (place / "site").chmod(0o755)
+    return place
+
+
+def test_found(directory: Path) -> None:
+    assert programs.find(directory, "site") == str(directory / "site")
+
+
+def test_missing(directory: Path) -> None:
+    with pytest.raises(NotReadyError, match="no such program") as caught:
+        programs.find(directory, "other")
+    assert "[ext.other]" in caught.value.hint
+
+
+def test_not_executable(directory: Path) -> None:
+    (directory / "site").chmod(0o644)
+    with pytest.raises(NotReadyError, match="not an executable"):
+        programs.find(directory, "site")
+    (directory / "sub").mkdir()
+    with pytest.raises(NotReadyError, match="not an executable"):
+        programs.find(directory, "sub")
+
+
+@pytest.mark.parametrize("place", ["site", ".", ".."])
+def test_not_trusted(place: str, directory: Path) -> None:
+    (directory / place).chmod(0o777)
+    with pytest.raises(ConfigError, match="trusted") as caught:
+        programs.find(directory, "site")
+    assert caught.value.where == str(directory / "site")
+
+
+# --- Open vSwitch -------------------------------------------------------------------------------------
+
+
+class Switch:
+    """Answers for ovs-vsctl, and remembers what it was asked."""
+
+    def __init__(self, *results: programs.Result) -> None:
+        self.results = list(results)
+        self.asked: list[tuple[str, ...]] = []
+
+    def __call__(self, *arguments: str) -> programs.Result:
+        self.asked.append(arguments)
+        return self.results.pop(0)
+
+
+@pytest.fixture
+def switch(monkeypatch: pytest.MonkeyPatch) -> Switch:
+    fake = Switch()
+    monkeypatch.setattr(ovs, "vsctl", fake)
+    return fake
+
+
+def ok(output: str = "") -> programs.Result:
+    return programs.Result(0, output, "")
+
+
+REMOVE = ("--", "--if-exists", "del-port", "tap0")
+EMPTY = ["set", []]
+
+
+@pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        ("ovs0", ()),
+        ("ovs0 .100", ("tag=100", "vlan_mode=access")),
+        ("ovs0 :20:300", ("trunks=20,300", "vlan_mode=trunk")),
+        ("ovs0 .5:20:300", ("tag=5", "trunks=20,300", "vlan_mode=native-untagged")),
+    ],
+)
+def test_a_port_is_replaced_in_one_transaction(value: str, columns: tuple[str, ...], switch: Switch) -> None:
+    switch.results = [ok()]
+    ovs.put("tap0", value)
+    assert switch.asked == [(*REMOVE, "--", "add-port", "ovs0", "tap0", *columns)]
+
+
+def test_a_port_is_removed(switch: Switch) -> None:
+    switch.results = [ok()]
+    ovs.put("tap0", None)
+    assert switch.asked == [REMOVE]
+
+
+@pytest.mark.parametrize(
+    ("row", "value"),
+    [
+        ([EMPTY, EMPTY, EMPTY], "ovs0"),
+        ([100, EMPTY, EMPTY], "ovs0 .100"),
+        ([100, EMPTY, "access"], "ovs0 .100"),
+        ([EMPTY, ["set", [300, 20]], "trunk"], "ovs0 :20:300"),
+        ([EMPTY, 20, "trunk"], "ovs0 :20"),
+        ([5, ["set", [20, 300]], "native-untagged"], "ovs0 .5:20:300"),
+        ([5, 20, "native-tagged"], "ovs0 .5:20 native-tagged"),
+    ],
+)
+def test_what_a_port_is(row: list[object], value: str, switch: Switch) -> None:
+    switch.results = [ok(json.dumps({"data": [row]})), ok("ovs0\n")]
+    assert ovs.port("tap0") == value
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ([5, 20, "native-tagged"], ("tag=5", "trunks=20", "vlan_mode=native-tagged")),
+        ([EMPTY, EMPTY, "dot1q-tunnel"], ("vlan_mode=dot1q-tunnel",)),
+    ],
+)
+def test_a_port_in_a_mode_that_is_never_ours_can_be_put_back(
+    row: list[object], columns: tuple[str, ...], switch: Switch
+) -> None:
+    """A failed run leaves every port as it was, whoever made it."""
+    switch.results = [ok(json.dumps({"data": [row]})), ok("ovs0"), ok()]
+    ovs.put("tap0", ovs.port("tap0"))
+    assert switch.asked[-1] == (*REMOVE, "--", "add-port", "ovs0", "tap0", *columns)
+
+
+def test_no_port(switch: Switch) -> None:
+    switch.results = [ok('{"data": []}')]
+    assert ovs.port("tap0") is None
+
+
+@pytest.mark.parametrize(("code", "there"), [(0, True), (2, False)])
+def test_has_bridge(code: int, there: bool, switch: Switch) -> None:
+    switch.results = [programs.Result(code, "", "")]
+    assert ovs.has_bridge("ovs0") is there
+
+
+def test_a_switch_that_does_not_answer(switch: Switch) -> None:
+    switch.results = [programs.Result(1, "", "no socket")] * 2
+    with pytest.raises(NotReadyError, match="no socket") as caught:
+        ovs.has_bridge("ovs0")
+    assert caught.value.hint
+    with pytest.raises(ProgramError, match="no socket") as failed:
+        ovs.put("tap0", "ovs0")
+    assert failed.value.untouched
+
+
+def test_no_ovs_vsctl_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> programs.Result:
+        raise ProgramError("ovs-vsctl cannot be started: No such file")
+
+    monkeypatch.setattr(programs, "run", missing)
+    with pytest.raises(NotReadyError, match="ovs-vsctl") as caught:
+        ovs.has_bridge("ovs0")
+    assert "install" in caught.value.hint

@@ -1,0 +1,132 @@
+"""What people and programs get to read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmifup import report
+from kvmifup.apply import Change
+from kvmifup.errors import BugError, NotReadyError
+from kvmifup.model import Phase
+from kvmifup.ops import KINDS, AddrGenMode, Announce, LinkMaster, LinkMtu, LinkUp, Op, OvsPort, Route, Rule
+from kvmifup.run import Outcome
+
+from .samples import BRIDGED
+from .strategies import journalled_ops
+
+MTU = Change(LinkMtu("tap0", 9000), 1500, True)
+UP = Change(LinkUp("tap0", True), True, False)
+STALE = Change(Rule(4, "tap0", 100, 5, (), False), True, True)
+ANNOUNCE = Announce((("eth0", "192.0.2.8", "192.0.2.8"),), False)
+OUTCOME = Outcome(BRIDGED.label, BRIDGED, "tap0", Phase.PRE, (STALE,), (MTU, UP), ("it rains",))
+NOTHING = Outcome("tap1", None, "tap1", Phase.DOWN)
+
+
+def test_the_plan() -> None:
+    assert list(report.plan_lines([OUTCOME, NOTHING])) == [
+        "web1.example.com/0 (tap0): bridged, pre",
+        "  undo   rule v4 5: iif tap0 lookup 100: present -> absent",
+        "  do     tap0 MTU: 1500 -> 9000",
+        "  right  tap0 state: up",
+        "tap1: down",
+        "  nothing to do",
+    ]
+
+
+def test_verbose() -> None:
+    assert list(report.verbose_lines([OUTCOME])) == [
+        "web1.example.com/0 (tap0): bridged, pre: 2 changed",
+        "  rule v4 5: iif tap0 lookup 100: present -> absent",
+        "  tap0 MTU: 1500 -> 9000",
+        "web1.example.com/0 (tap0): it rains",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("needed", "line"),
+    [(True, "announce 192.0.2.8 on eth0"), (False, "announce 192.0.2.8 on eth0 (only after a change)")],
+)
+def test_an_announcement(needed: bool, line: str) -> None:
+    assert report.transition(Change(ANNOUNCE, None, needed)) == line
+
+
+@pytest.mark.parametrize(
+    ("op", "line"),
+    [
+        (AddrGenMode("tap0", 1), "tap0 addrgenmode: none"),
+        (AddrGenMode("tap0", 9), "tap0 addrgenmode: 9"),
+        (LinkMaster("tap0", None), "tap0 bridge: none"),
+        (LinkUp("tap0", False), "tap0 state: down"),
+        (OvsPort("tap0", None), "Open vSwitch port tap0: absent"),
+        (Route("192.0.2.8/32", "tap0", 254, False), "route 192.0.2.8/32 dev tap0 table 254: absent"),
+        (
+            Rule(4, "tap0", 100, 5, (("src", "192.0.2.0"), ("src_len", 24)), True),
+            "rule v4 5: iif tap0 src 192.0.2.0 src_len 24 lookup 100: present",
+        ),
+    ],
+)
+def test_values_that_the_golden_plans_lack(op: Op, line: str) -> None:
+    assert op.describe() == line
+
+
+def test_json() -> None:
+    first, second = json.loads(report.as_json([OUTCOME, NOTHING]))
+    assert first == {
+        "tap": "tap0",
+        "instance": "web1.example.com",
+        "index": 0,
+        "mode": "bridged",
+        "phase": "pre",
+        "undone": [
+            {"op": "rule", "about": "rule v4 5: iif tap0 lookup 100", "now": True, "want": False, "needed": True}
+        ],
+        "ops": [
+            {"op": "link-mtu", "about": "tap0 MTU", "now": 1500, "want": 9000, "needed": True},
+            {"op": "link-up", "about": "tap0 state", "now": True, "want": True, "needed": False},
+        ],
+        "remarks": ["it rains"],
+    }
+    assert (second["instance"], second["mode"], second["ops"]) == (None, None, [])
+
+
+@given(journalled_ops)
+def test_every_op_has_json(op: Op) -> None:
+    outcome = Outcome("x", None, "tap0", Phase.PRE, (), (Change(op, op.wanted, False),))
+    assert json.loads(report.as_json([outcome]))[0]["ops"][0]["op"] in KINDS
+
+
+def test_the_error_line() -> None:
+    error = NotReadyError("no such bridge: br0", hint="make it").at("web1/0 (tap0)")
+    assert report.error_line("kvm-ifup-pre", error) == "kvm-ifup-pre: web1/0 (tap0): no such bridge: br0 (make it)"
+    assert report.error_line("kvm-ifdown", BugError("oops")) == "kvm-ifdown: oops"
+
+
+def test_the_error_object() -> None:
+    error = NotReadyError("no such bridge: br0", hint="make it").at("web1/0 (tap0)")
+    assert json.loads(report.error_object(error)) == {
+        "error": "NotReadyError",
+        "code": 69,
+        "where": "web1/0 (tap0)",
+        "cause": "no such bridge: br0",
+        "hint": "make it",
+    }
+
+
+any_text = st.text(st.characters()) | st.text("\n\r\t\x1b\x85\u2028\u202e\udcffé", max_size=10)
+
+
+@given(any_text, any_text, any_text)
+def test_an_error_is_one_printable_line(cause: str, hint: str, where: str) -> None:
+    line = report.error_line("kvm-ifup", NotReadyError(cause, hint=hint, where=where))
+    assert line.isprintable()
+    assert len(line.splitlines()) == 1
+    line.encode("utf-8")  # as a terminal or a log needs it
+
+
+def test_printable_leaves_readable_text_alone() -> None:
+    assert report.printable("tap0: où? (192.0.2.8)") == "tap0: où? (192.0.2.8)"
+    assert report.printable("a\nb\x1b[2J\udcff") == "a\\nb\\x1b[2J\\udcff"
