@@ -29,6 +29,7 @@ HOOKS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown")
 PROGRAMS = (*HOOKS, "kvm-ifup")
 every_program = pytest.mark.parametrize("program", PROGRAMS)
 every_hook = pytest.mark.parametrize("program", HOOKS)
+NEED_PRIVILEGES = cli.need_privileges
 DOCUMENTED = {0, 64, 65, 69, 70, 71, 75, 77, 78}
 
 
@@ -63,7 +64,7 @@ def module_shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         patch.setitem(sys.modules, "kvmifup.kernel", fake)
         patch.setattr(config, "DIRECTORY", tmp_path_factory.mktemp("etc"))
         patch.setattr(ganeti, "DIRECTORY", tmp_path_factory.mktemp("ganeti"))
-        patch.setattr("kvmifup.cli.os", types.SimpleNamespace(geteuid=lambda: 0))
+        patch.setattr(cli, "need_privileges", lambda: None)
         yield shell
 
 
@@ -196,13 +197,27 @@ def test_an_error_as_json(shell: Shell) -> None:
 
 
 @every_hook
-def test_who_is_not_root(program: str, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmifup.cli.os", types.SimpleNamespace(geteuid=lambda: 1000))
+@pytest.mark.parametrize(("uid", "effective"), [(1000, -1), (1000, 0), (0, 0), (0, ~(1 << 12))])
+def test_who_may_not(program: str, uid: int, effective: int, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a user, nor a root without CAP_NET_ADMIN (12), whatever else either has."""
+    privileges(uid, effective, monkeypatch)
     ran = shell(program, environ=ENVIRONMENT)
-    assert ran.code == 77
-    assert "run it as root" in ran.err
-    assert shell.kernel.writes == []
+    assert (ran.code, shell.kernel.writes) == (77, [])
+    assert len(ran.err.splitlines()) == 1
     assert shell(program, "--plan", environ=ENVIRONMENT).code == 0
+
+
+def test_who_may(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    privileges(0, 1 << 12, monkeypatch)
+    assert shell("kvm-ifup-post", environ=ENVIRONMENT).code == 0
+
+
+def privileges(uid: int, effective: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what *uid* has with the capabilities *effective*."""
+    status = f"Name:\tx\nCapPrm:\t{2**41 - 1:016x}\nCapEff:\t{effective & 2**41 - 1:016x}\n"
+    monkeypatch.setattr(cli, "need_privileges", NEED_PRIVILEGES)
+    monkeypatch.setattr("kvmifup.cli.os", types.SimpleNamespace(geteuid=lambda: uid))
+    monkeypatch.setattr(cli, "open", lambda *_args, **_options: io.StringIO(status), raising=False)
 
 
 @pytest.mark.parametrize("argv", [["gnt.com.0"], []])
