@@ -69,6 +69,8 @@ def guest_mac(text: str) -> str:
 def prefix(text: str) -> Prefix:
     """An address or prefix that can be behind a NIC. Raises NicError."""
     try:
+        if "%" in text:  # a scope is a device of this node's, and no part of the guest's address
+            raise ValueError
         found = ipaddress.ip_network(text, strict=False)
         exact = ipaddress.ip_interface(text)
     except ValueError:

@@ -42,10 +42,11 @@ def read(path: Path, base: Path, limit: int = MAX_BYTES) -> str:
     """
     real = check(path, base)
     descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(descriptor)
+        raise Untrusted("it is not a regular file")
     with open(descriptor, "rb") as file:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise Untrusted("it is not a regular file")
         if info.st_size > limit:
             raise Untrusted(f"it is larger than {limit} bytes")
         try:
