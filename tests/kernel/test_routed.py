@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,16 @@ UPLINK_SYSCTLS = {
 @pytest.fixture
 def table_name(node: Node) -> Iterator[str]:
     """A name for table 100, in an rt_tables of this mount namespace's own. Debian 13 has none below /etc."""
-    with netns.private_etc():
-        file = Path("/etc/iproute2/rt_tables")
-        file.parent.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        target = Path("/etc/iproute2/rt_tables")
+        if not target.exists():
+            stack.enter_context(netns.private_etc())
+            target.parent.mkdir(exist_ok=True)
+            target.touch()
+        file = netns.scratch() / "rt_tables"
         file.write_text("254 main\n# a comment\n0x64\tguests # another\n")
+        netns.bind_mount(file, target)
+        stack.callback(netns.unmount, target)
         yield "guests"
 
 
