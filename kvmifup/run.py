@@ -99,7 +99,9 @@ def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tupl
         session = replace(session, kernel=Foreseen(session.kernel, undone))
     facts = with_claims(session.kernel.facts(nic, session.config), nic, session)
     everything = phases.plan(Phase.POST, nic, session.config, facts, announce=announce)
-    ops = phases.plan(phase, nic, session.config, facts, announce=announce)
+    ops = everything
+    if phase is not Phase.POST:
+        ops = phases.plan(phase, nic, session.config, facts, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
     before = journal or Journal(nic, facts.tap.ifindex)
     kept = {op.key for op in everything}
@@ -364,7 +366,7 @@ def lock_names(nics: Sequence[Nic], session: Session) -> list[str]:
     """
     taps = [nic.tap for nic in nics]
     routed = any(nic.mode == "routed" for nic in nics)
-    shared = routed or any(session.store.path(tap).exists() and was_routed(tap, session) for tap in taps)
+    shared = routed or any(was_routed(tap, session) for tap in taps)
     return [*map(locks.of_tap, taps), *([locks.UPLINK] if shared else [])]
 
 
