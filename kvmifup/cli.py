@@ -145,7 +145,8 @@ def command(
     kernel = Kernel()
     try:
         store = Store(options.run_dir)
-        outcomes = work(Session(kernel, store, options.run_dir, settings, dry=options.plan))
+        by = "person" if stderr.isatty() else "hook"
+        outcomes = work(Session(kernel, store, options.run_dir, settings, dry=options.plan, by=by))
         if background and not options.plan:
             announce_later(outcomes, store, background)
     finally:

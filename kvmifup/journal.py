@@ -3,9 +3,12 @@
 One JSON file per tap, `state/<tap>.json` below the run directory::
 
     {"version": 1, "nic": {...}, "ifindex": 7, "phase": "pre",
+     "since": 1790000000.25, "by": "hook", "frame": null,
      "entries": [{"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}, ...],
      "pending": [...]}
 
+`since` (seconds since 1970) is when the phase was reached or last had something to mend, `by` whom: a hook,
+a person at a terminal, or the agent at the guest's arrival, which it knew by `frame`.
 `entries` is what successful runs did, each op with the value from before the first of them. `pending` is
 what a run is about to do, or was doing when it was killed: its values are those from before that run.
 """
@@ -53,6 +56,9 @@ class Journal:
     phase: Phase = Phase.DOWN
     entries: tuple[Entry, ...] = field(default=())
     pending: tuple[Entry, ...] = field(default=())
+    since: float = 0.0
+    by: str = ""
+    frame: str | None = None
 
     def prior(self, key: tuple[object, ...]) -> Entry | None:
         """The committed entry about *key*."""
@@ -191,6 +197,9 @@ def encode(journal: Journal) -> dict[str, Any]:
         "nic": shallow(journal.nic) | {"ip": [str(prefix) for prefix in journal.nic.ip]},
         "ifindex": journal.ifindex,
         "phase": journal.phase.name.lower(),
+        "since": journal.since,
+        "by": journal.by,
+        "frame": journal.frame,
         "entries": [encode_entry(entry) for entry in journal.entries],
         "pending": [encode_entry(entry) for entry in journal.pending],
     }
@@ -216,6 +225,9 @@ def decode(data: dict[str, Any]) -> Journal:
         journal,
         entries=tuple(decode_entry(entry) for entry in data["entries"]),
         pending=tuple(decode_entry(entry) for entry in data["pending"]),
+        since=float(data["since"]),
+        by=str(data["by"]),
+        frame=None if data["frame"] is None else str(data["frame"]),
     )
 
 

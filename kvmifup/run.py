@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -54,13 +55,18 @@ class Host(Node, Protocol):
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with. *dry*: read only: no lock is taken and nothing is written, not even a journal."""
+    """What a run works with. *dry*: read only: no lock is taken and nothing is written, not even a journal.
+
+    *by* is who runs it: "hook", "person" or "agent", and *frame* what told the agent to, as in the journal.
+    """
 
     kernel: Host
     store: Store
     run_dir: Path
     config: Config
     dry: bool = False
+    by: str = "hook"
+    frame: str | None = None
 
     def locked(self, stack: ExitStack, names: Sequence[str]) -> None:
         """Hold the locks *names* until *stack* unwinds. Raises LockTimeoutError."""
@@ -115,6 +121,8 @@ def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tupl
         entries=remembered(changes, ops, kept, before, session),
         pending=(),
     )
+    if after.phase is not before.phase or any(change.needed and change.op.undoable for change in changes):
+        after = replace(after, since=time.time(), by=session.by, frame=session.frame)
     outcome = Outcome(nic.label, nic, nic.tap, phase, undone, changes, phases.remarks(phase, nic, facts))
     return outcome, Job(changes, before, journal is not None, after)
 

@@ -205,4 +205,7 @@ journals = st.builds(
     phase=st.sampled_from(Phase),
     entries=st.lists(entries(), max_size=4).map(tuple),
     pending=st.lists(entries(), max_size=4).map(tuple),
+    since=st.floats(0, 4e9),
+    by=st.sampled_from(["", "hook", "person", "agent"]),
+    frame=st.none() | st.just("RARP"),
 )

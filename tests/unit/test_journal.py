@@ -59,7 +59,17 @@ def test_only_root_can_read_it_and_nothing_else_is_left(store: Store) -> None:
 def test_the_format_that_the_docstring_promises(store: Store) -> None:
     store.save(SAMPLE)
     data = json.loads(store.path("tap0").read_text())
-    assert data.keys() == {"version", "nic", "ifindex", "phase", "entries", "pending"}
+    assert data.keys() == {
+        "version",
+        "nic",
+        "ifindex",
+        "phase",
+        "since",
+        "by",
+        "frame",
+        "entries",
+        "pending",
+    }
     assert data["entries"][0] == {"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}
     assert (data["version"], data["ifindex"], data["phase"]) == (1, 7, "post")
 
