@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -61,13 +62,21 @@ def internet_checksum(data: bytes) -> int:
 def send(messages: Sequence[Message]) -> None:
     """Send every message once, from its uplink's own MAC. Raises OSError."""
     for uplink in dict.fromkeys(message[0] for message in messages):
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as sender:
+        sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        try:
             sender.bind((uplink, 0))
             mac: bytes = sender.getsockname()[4]
             for dev, address, source in messages:
                 if dev == uplink:
                     v6 = ":" in address
                     sender.send(unsolicited_na(mac, address, source) if v6 else gratuitous_arp(mac, address))
+        finally:
+            close(sender)
+
+
+def close(packet_socket: socket.socket) -> None:
+    """Close *packet_socket*, and do not wait until it is: `packet_release` in the kernel takes 10 ms and more."""
+    threading.Thread(target=packet_socket.close, daemon=True).start()
 
 
 def repeat_detached(messages: Sequence[Message], still_true: Callable[[], bool]) -> None:

@@ -47,11 +47,13 @@ class Parser(argparse.ArgumentParser):
         self.out.write(message)
 
 
-def script(program: str) -> NoReturn:
-    """What each script is: this process, as *program*."""
+def script(program: str, note: str = "") -> NoReturn:
+    """*program* in this process. *note* says why the agent has not done it, to who asks for more (-v)."""
     signals.catch()
     # A caller may have closed what we write to; that must not change how we end.
     out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    if note and {"-v", "-vv", "--verbose"}.intersection(sys.argv[1:]):
+        err.write(f"{program}: {note}\n")
     sys.exit(main(program, sys.argv[1:], os.environ, out, err, announce.repeat_detached))
 
 

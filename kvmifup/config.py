@@ -12,7 +12,7 @@ import tomli
 from kvmifup import trust
 from kvmifup.errors import ConfigError, NicError, shown
 from kvmifup.inputs import device, nearest, routing_table
-from kvmifup.model import BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
+from kvmifup.model import AgentConfig, BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
 
 DIRECTORY = Path("/etc/kvm-ifup")
 MAX_SECONDS = 3600
@@ -76,11 +76,23 @@ def section(current: Any, data: Mapping[str, Any], name: str) -> Any:
     return replace(current, **changes)
 
 
-def seconds(key: str, value: Any) -> float:
+def seconds(key: str, value: Any, most: int = MAX_SECONDS) -> float:
     """A time limit in seconds."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SECONDS:
-        raise ConfigError(f"{key} must be a number of seconds from 0 to {MAX_SECONDS}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise ConfigError(f"{key} must be a number of seconds from 0 to {most}")
     return float(value)
+
+
+def hours(key: str, value: Any) -> float:
+    """A time limit in seconds that may be as long as a day."""
+    return seconds(key, value, 86400)
+
+
+def yes_or_no(key: str, value: Any) -> bool:
+    """A boolean."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false")
+    return value
 
 
 def uplinks(key: str, value: Any) -> tuple[str, ...]:
@@ -128,4 +140,7 @@ CHECKS: dict[tuple[type[Any], str], Callable[[str, Any], Any]] = {
     (RoutedConfig, "rule_priority"): rule_priority,
     (RoutedConfig, "rp_filter"): rp_filter,
     (ExtConfig, "timeout"): seconds,
+    (AgentConfig, "arrival_timeout"): hours,
+    (AgentConfig, "withdraw"): yes_or_no,
+    (AgentConfig, "idle_exit"): hours,
 }

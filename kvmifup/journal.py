@@ -30,6 +30,8 @@ from kvmifup.errors import JournalError, KernelError, PrivilegeError
 from kvmifup.model import Nic, Phase
 from kvmifup.ops import KINDS, Op, Value
 
+Stamp = tuple[int, int]  # of a file: inode, time of the last change in ns
+
 VERSION = 1
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
@@ -104,6 +106,14 @@ class Store:
                 f"the journal {path} cannot be read: {why}",
                 hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
             ) from None
+
+    def stamp(self, tap: str) -> Stamp | None:
+        """What changes whenever the journal of *tap* does; None if it has none."""
+        try:
+            info = self.path(tap).stat()
+        except OSError:
+            return None
+        return info.st_ino, info.st_mtime_ns
 
     def save(self, journal: Journal) -> None:
         """Write *journal* so that it is either wholly there or not at all, even after a crash.

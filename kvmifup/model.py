@@ -87,6 +87,17 @@ class ExtConfig:
 
 
 @dataclass(frozen=True)
+class AgentConfig:
+    """`[agent]`: for how many seconds it waits for a guest to arrive; whether it takes a guest's traffic off this
+    node when another one announces the guest; after how many idle seconds it exits, 0 for never.
+    """
+
+    arrival_timeout: float = 3600.0
+    withdraw: bool = True
+    idle_exit: float = 300.0
+
+
+@dataclass(frozen=True)
 class Config:
     """The administrator's settings; the defaults are right for a plain node. Times are in seconds."""
 
@@ -94,6 +105,7 @@ class Config:
     bridged: BridgedConfig = BridgedConfig()
     routed: RoutedConfig = RoutedConfig()
     ext: ExtConfig = ExtConfig()
+    agent: AgentConfig = AgentConfig()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Op:
     `outlives_tap`: the effect stays when the tap disappears, so somebody has to undo it.
     `undoable`: there is a value to go back to; an op that is not is never journalled.
     `after_change`: the op is only worth doing when an earlier one in the same run changed something.
+    `waits`: doing it can take long.
     `readable`: the node can be asked for the value; where it cannot, the journal tells what was done.
     """
 
@@ -29,6 +30,7 @@ class Op:
     undoable: ClassVar[bool] = True
     after_change: ClassVar[bool] = False
     readable: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
 
     @property
     def outlives_tap(self) -> bool:
@@ -171,6 +173,7 @@ class PortForwarding(Op):
     """The bridge port *dev* really forwards; doing it means waiting, at most *timeout* seconds."""
 
     kind = "port-forwarding"
+    waits = True
     undoable = False
     dev: str
     timeout: float
@@ -289,6 +292,7 @@ class OvsPort(Op):
     """
 
     kind = "ovs-port"
+    waits = True
     dev: str
     want: str | None
 
@@ -311,6 +315,7 @@ class Program(Op):
     """
 
     kind = "program"
+    waits = True
     readable = False
     program: str
     phase: str

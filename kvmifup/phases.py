@@ -202,6 +202,11 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
         yield POST, Announce(messages, announce)
 
 
+def only_here(op: Op) -> bool:
+    """Whether *op* draws a guest's traffic to this node, so that it must be undone as soon as the guest has left."""
+    return isinstance(op, Route | ProxyNeighbour)
+
+
 def tap_sysctls(nic: Nic, config: Config) -> Iterator[Op]:
     """What makes the node the guest's router on this tap; it all dies with the tap."""
 

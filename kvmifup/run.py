@@ -11,10 +11,17 @@ from typing import Protocol
 
 from kvmifup import inputs, locks, phases
 from kvmifup.apply import Change, Job, Node, apply, cause, survey, undo
-from kvmifup.errors import JournalError, KvmIfupError, PrivilegeError, RollbackError, VanishedError
-from kvmifup.journal import Entry, Journal, Store
+from kvmifup.errors import (
+    JournalError,
+    KvmIfupError,
+    LockTimeoutError,
+    PrivilegeError,
+    RollbackError,
+    VanishedError,
+)
+from kvmifup.journal import Entry, Journal, Stamp, Store
 from kvmifup.model import Config, Nic, NodeFacts, Phase
-from kvmifup.ops import Announce, Op, Value
+from kvmifup.ops import Announce, Op, Sysctl, Value
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,119 @@ def with_claims(facts: NodeFacts, nic: Nic, session: Session) -> NodeFacts:
     return replace(facts, taken=(*claims, *facts.taken))
 
 
+# --- arrival and departure ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """post for a NIC whose guest has yet to arrive: computed and admitted, so that only the doing is left.
+
+    *stamp* is its journal's, *devices* are those that the ops are about, with their indices.
+    """
+
+    outcome: Outcome
+    job: Job
+    stamp: Stamp | None
+    devices: tuple[tuple[str, int | None], ...]
+
+    @property
+    def waits(self) -> bool:
+        """Whether it can take long."""
+        return any(change.op.waits for change in self.job.needed)
+
+
+def ready(tap: str, session: Session) -> Ready | None:
+    """Find out what post will have to do for *tap*; None if its NIC does not wait for its guest.
+
+    Raises what `phases.plan` raises, LockTimeoutError and JournalError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        stamp = session.store.stamp(tap)
+        journal = undisturbed(tap, session)
+        if journal is None or journal.phase is not Phase.PRE:
+            return None
+        stack.enter_context(about(journal.nic.label))
+        outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
+        devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
+        return Ready(outcome, job, stamp, tuple((dev, session.kernel.ifindex(dev)) for dev in devices))
+
+
+def arrive(ready: Ready, session: Session) -> Outcome | None:
+    """Do what is *ready*; None, and nothing was done, if anything has changed since or somebody works on it.
+
+    Only what others may change at any time is read again; the rest was checked a moment ago, or will be.
+    Raises what `apply.apply` raises.
+    """
+    tap = ready.outcome.tap
+    session = replace(session, config=replace(session.config, lock_timeout=0))
+    with ExitStack() as stack:
+        stack.enter_context(about(ready.outcome.label))
+        try:
+            session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        except LockTimeoutError:
+            return None
+        same = session.store.stamp(tap) == ready.stamp and all(
+            session.kernel.ifindex(dev) == index for dev, index in ready.devices
+        )
+        shared = [change for change in ready.job.changes if isinstance(change.op, Sysctl) and change.op.shared]
+        if not same or any(session.kernel.read(change.op) != change.now for change in shared):
+            return None
+        assert ready.job.after is not None
+        after = replace(ready.job.after, since=time.time(), by=session.by, frame=session.frame)
+        apply([replace(ready.job, after=after)], session.kernel, session.store)
+    return ready.outcome
+
+
+def settle(tap: str, session: Session) -> Outcome | None:
+    """post for the NIC whose journal *tap* has, whoever wired it; None if nothing is wired there any more.
+
+    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError and JournalError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        journal = undisturbed(tap, session)
+        if journal is None or journal.phase is Phase.DOWN:
+            return None
+        stack.enter_context(about(journal.nic.label))
+        outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
+        apply([job], session.kernel, session.store)
+        return outcome
+
+
+def undisturbed(tap: str, session: Session) -> Journal | None:
+    """The journal of *tap*, if its tap is still that one and no killed run has left something to undo."""
+    journal = session.store.load(tap)
+    return journal if journal and not journal.pending and alive(journal, session) else None
+
+
+def withdraw(tap: str, session: Session) -> Outcome | None:
+    """Undo what draws the traffic of the guest on *tap* here: it has left. The rest stays, as it was after pre.
+
+    None if there is nothing to undo. Raises LockTimeoutError, JournalError, RollbackError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        session.kernel.refresh()
+        journal = undisturbed(tap, session)
+        if journal is None or journal.phase is not Phase.POST:
+            return None
+        away = tuple(entry for entry in journal.entries if phases.only_here(entry.op))
+        if not away:
+            return None
+        rest = tuple(entry for entry in journal.entries if entry not in away)
+        now = time.time()
+        waiting = replace(journal, phase=Phase.PRE, entries=rest, since=now, by=session.by, frame=session.frame)
+        doomed = replace(waiting, pending=away)
+        session.store.save(doomed)
+        undone = revert(doomed, session)
+        session.store.save(waiting)
+        return Outcome(journal.nic.label, journal.nic, tap, Phase.PRE, undone)
+
+
 # --- down -----------------------------------------------------------------------------------------------
 
 
@@ -310,11 +430,11 @@ def alive(journal: Journal, session: Session) -> bool:
     return session.kernel.ifindex(journal.nic.tap) == journal.ifindex
 
 
-def gc(session: Session) -> list[Outcome]:
-    """Clear up after every dead NIC and every killed run; goes on past failures, then raises the first."""
+def gc(session: Session, taps: Sequence[str] | None = None) -> list[Outcome]:
+    """Clear up after dead NICs and killed runs, of *taps* or of all; goes on past failures, then raises the first."""
     outcomes: list[Outcome] = []
     failures: list[KvmIfupError] = []
-    for tap in session.store.taps():
+    for tap in session.store.taps() if taps is None else taps:
         try:
             with ExitStack() as stack:
                 session.locked(stack, [locks.of_tap(tap), locks.UPLINK])

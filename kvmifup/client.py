@@ -1,0 +1,118 @@
+"""The start of every command: let the agent do it, else load all that it takes to do it here.
+
+A script runs this with next to nothing imported: each module costs a VM start that much more. So no
+`os`, `socket` or `struct`, and the fields of a message are separated by NULs, which neither arguments
+nor variables can contain.
+
+A request is a length (4 bytes, big-endian) and that many bytes, `PROTOCOL` and the version first. The agent
+answers with `ALIVE` at once and then every `HEARTBEAT` seconds, and in the end with `DONE`, the exit code
+(1 byte), and twice a length (4 bytes) and what goes to stdout and stderr; or it answers `REFUSED` and hangs up.
+"""
+
+import _socket
+import sys
+from posix import _exit, environ, isatty, stat, write
+
+from kvmifup import __version__
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+SOCKET = "/run/kvm-ifup/agent.sock"
+PROTOCOL = b"1"
+ALIVE, DONE, REFUSED = b".", b"=", b"!"
+HEARTBEAT = 0.5  # seconds
+PATIENCE = 2  # whole seconds without a sign of life after which the agent counts as stuck
+NAMESPACE = "/proc/self/ns/net"
+
+# What these name may be relative to our own directory; and whoever uses them wants just that to be read.
+OURSELVES = ("--config", "--run-dir")
+
+
+def script(program: str) -> "NoReturn":
+    """What each script is: this process, as *program*."""
+    why = "--config or --run-dir given"
+    if not any(argument.startswith(OURSELVES) for argument in sys.argv[1:]):
+        try:
+            _exit(by_agent(program, sys.argv[1:]))
+        except (FileNotFoundError, ConnectionRefusedError):
+            why = "there is none"
+        except BlockingIOError:
+            why = "it does not answer"
+        except (NotUs, OSError) as error:
+            why = str(error)
+    if sys.flags.no_site:
+        import site
+
+        site.main()
+    from kvmifup import cli
+
+    cli.script(program, f"done without the agent: {why}")
+
+
+class NotUs(Exception):
+    """Why the agent has not done it."""
+
+
+def by_agent(program: str, argv: list[str]) -> int:
+    """Have the agent run *program*; returns the exit code. Raises NotUs or OSError if it has not run it."""
+    with _Connection() as connection:
+        connection.send(request(program, argv))
+        while (sign := connection.exactly(1)) == ALIVE:
+            pass
+        if sign != DONE:
+            raise NotUs("it refuses: another version, or another network namespace")
+        code = connection.exactly(1)[0]
+        for descriptor in (1, 2):
+            output = connection.exactly(int.from_bytes(connection.exactly(4), "big"))
+            try:
+                while output:
+                    output = output[write(descriptor, output) :]
+            except OSError:  # nobody reads it: that does not change what was done
+                pass
+    return code
+
+
+def request(program: str, argv: list[str]) -> bytes:
+    """The request to run *program* with *argv* and our environment, with its length."""
+    terminals = "".join("y" if isatty(descriptor) else "n" for descriptor in (1, 2))
+    head = (__version__, str(stat(NAMESPACE).st_ino), terminals, program, str(len(argv)), *argv)
+    fields = [PROTOCOL, *(field.encode("utf-8", "surrogateescape") for field in head)]
+    fields += [name + b"=" + value for name, value in environ.items()]
+    body = b"\0".join(fields)
+    return len(body).to_bytes(4, "big") + body
+
+
+class _Connection:
+    """A connection to the agent."""
+
+    def __init__(self) -> None:
+        self._socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        if self._socket.fileno() <= 2:
+            raise NotUs("a standard stream is closed")
+        # Not settimeout: that would poll before each call.
+        patience = PATIENCE.to_bytes(8, sys.byteorder) + bytes(8)  # struct timeval
+        for option in (_socket.SO_RCVTIMEO, _socket.SO_SNDTIMEO):
+            self._socket.setsockopt(_socket.SOL_SOCKET, option, patience)
+        self._socket.connect(SOCKET)
+
+    def __enter__(self) -> "_Connection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def send(self, data: bytes) -> None:
+        """Send all of *data*."""
+        self._socket.sendall(data)
+
+    def exactly(self, size: int) -> bytes:
+        """The next *size* bytes. Raises NotUs when the agent ends, BlockingIOError when it is stuck."""
+        data = b""
+        while len(data) < size:
+            more: bytes = self._socket.recv(size - len(data))
+            if not more:
+                raise NotUs("it ended")
+            data += more
+        return data

@@ -1,0 +1,138 @@
+"""One event loop: descriptors, timers, and work that threads do for it.
+
+Not asyncio: what threads do here may block (a lock, a bridge that learns, pyroute2), and some of it is done in
+the loop's own thread, where pyroute2 0.9 could not run inside another asyncio loop.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import selectors
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+THREADS = 64
+
+
+@dataclass(order=True)
+class Timer:
+    """Something to do at *due*, in seconds of the monotonic clock; *action* None once it is cancelled."""
+
+    due: float
+    number: int
+    action: Callable[[], None] | None = field(compare=False)
+
+    def cancel(self) -> None:
+        """Do not do it."""
+        self.action = None
+
+
+class Loop:
+    """Runs what is due, one thing at a time, in the thread that called `run`."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[Timer] = []
+        self._numbers = itertools.count()
+        self._soon: deque[Callable[[], None]] = deque()
+        self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._threads = ThreadPoolExecutor(THREADS, "worker")
+        self._running = True
+        self.working = 0
+        self.watch(self._woken, self._wake)
+        self._signals: dict[int, Callable[[], None]] = {}
+        # Python's own handler only notes that a signal has come, and tells us through this.
+        self._signalled, self._tell = socket.socketpair()
+        for end in (self._signalled, self._tell):
+            end.setblocking(False)
+        self.watch(self._signalled, self._signal)
+
+    def watch(self, source: Any, action: Callable[[], None]) -> None:
+        """Call *action* whenever *source*, a descriptor or a socket, has something to read."""
+        self._selector.register(source, selectors.EVENT_READ, action)
+
+    def ignore(self, source: Any) -> None:
+        """Watch *source* no longer."""
+        self._selector.unregister(source)
+
+    def on_signal(self, number: int, action: Callable[[], None]) -> None:
+        """Call *action* in the loop after signal *number* has come."""
+        signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
+        signal.signal(number, lambda _number, _frame: None)
+        self._signals[number] = action
+
+    def later(self, delay: float, action: Callable[[], None]) -> Timer:
+        """Call *action* in *delay* seconds."""
+        timer = Timer(time.monotonic() + delay, next(self._numbers), action)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Call *action* in the loop. For other threads."""
+        self._soon.append(action)
+        os.eventfd_write(self._woken, 1)
+
+    def work(self, task: Callable[[], T], then: Callable[[T], None] | None = None) -> None:
+        """Let a thread do *task*, which must not raise, and then the loop *then* with its result."""
+
+        def in_thread() -> None:
+            result = task()
+            self.soon(lambda: done(result))
+
+        def done(result: T) -> None:
+            self.working -= 1
+            if then:
+                then(result)
+
+        self.working += 1
+        self._threads.submit(in_thread)
+
+    def stop(self) -> None:
+        """Let `run` return."""
+        self._running = False
+
+    def run(self) -> None:
+        """Until `stop` is called."""
+        while self._running:
+            # One event of each source, then timers: whoever sends a lot cannot keep the others from their turn.
+            for key, _ in self._selector.select(self._wait()):
+                if key.fd in self._selector.get_map():  # an earlier event may have ended it
+                    key.data()
+            now = time.monotonic()
+            while self._timers and self._timers[0].due <= now:
+                action = heapq.heappop(self._timers).action
+                if action:
+                    action()
+
+    def close(self) -> None:
+        """Wait for the threads, then let go of everything."""
+        self._threads.shutdown()
+        if self._signals:
+            signal.set_wakeup_fd(-1)
+        self._selector.close()
+        self._signalled.close()
+        self._tell.close()
+        os.close(self._woken)
+
+    def _wait(self) -> float | None:
+        while self._timers and self._timers[0].action is None:
+            heapq.heappop(self._timers)
+        return max(0.0, self._timers[0].due - time.monotonic()) if self._timers else None
+
+    def _signal(self) -> None:
+        for number in set(self._signalled.recv(4096)):
+            self._signals[number]()
+
+    def _wake(self) -> None:
+        os.eventfd_read(self._woken)
+        for _ in range(len(self._soon)):
+            self._soon.popleft()()
