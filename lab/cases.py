@@ -1,4 +1,4 @@
-"""The four migrations that are compared: bridged and routed, each with phases and without."""
+"""The migrations that are compared: bridged and routed, with phases and without, with the agent and without."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import clock, guest, migrate, observe
+from lab.agent import agent
 from lab.hooks import TAP, Hook, Hooks, write_nic
-from lab.nodes import Mode, Network, guest_addresses, network
+from lab.nodes import Mode, Namespace, Network, guest_addresses, network
 from lab.observe import Frame, Observer, Ping, Probe
 
 Progress = Callable[[str], None]
 
 PING_TIMEOUT = 1.0  # seconds
+HANDOVER = 0.1  # seconds from the guest's arrival within which the agents see to it that the right node answers
 OBSERVED_AFTER = 3.0  # seconds from the guest's arrival; the last announcement is sent after 0.8
 
 
@@ -25,7 +27,8 @@ class Case:
     """One way to wire the target's tap.
 
     `at_start` is QEMU's script= on the target (None: the tap is set up and left unplugged); kvm-ifup-post follows
-    `post_after` seconds after the guest's arrival. The source's kvm-ifdown always comes first: its guest has left.
+    `post_after` seconds after the guest's arrival. The source's kvm-ifdown always comes first: its guest has left. With
+    `agent`, both nodes have a kvm-ifupd, and kvm-ifdown comes as late as kvm-ifup-post.
     """
 
     key: str
@@ -34,12 +37,14 @@ class Case:
     at_start: Hook | None
     incoming: bool
     post_after: float
+    agent: bool = False
 
 
 CASES = (
     Case("bridged", "bridged, with phases", "bridged", "kvm-ifup-pre", True, 0.0),
     Case("bridged-late", "bridged, wired only afterwards", "bridged", None, True, 1.0),
     Case("routed", "routed, with phases", "routed", "kvm-ifup-pre", True, 0.0),
+    Case("routed-agent", "routed, with phases and the agent", "routed", "kvm-ifup-pre", True, 1.0, agent=True),
     Case("routed-early", "routed, all of it at the start", "routed", "kvm-ifup-post", False, 0.0),
 )
 
@@ -53,7 +58,8 @@ class Result:
     the IPv4 pings that were not answered within `PING_TIMEOUT`: some wait in the target's tap and are answered long
     afterwards. `announcements` are the RARP, gratuitous ARP and unsolicited NA frames that reached the client.
     `contested` are the ARP probes that two nodes answered at the same moment (see `observe.contested`); probes are sent
-    while the migration runs, for a routed guest also until the source is withdrawn and the target is wired.
+    while the migration runs, for a routed guest also until the source is withdrawn and the target is wired. Where
+    nobody but the agents arranges that, those of the first `HANDOVER` seconds are not counted.
     """
 
     case: Case
@@ -95,17 +101,14 @@ class Stage:
     source: migrate.Guest
 
     @contextlib.contextmanager
-    def target(self, script: Hook | None, incoming: bool) -> Iterator[migrate.Guest]:
-        """The QEMU on node b that waits for the guest, with its NIC file written first."""
-        write_nic(self.net.b, self.net.mode, incoming)
+    def target(self, script: Hook | None, incoming: bool, node: Namespace | None = None) -> Iterator[migrate.Guest]:
+        """The QEMU on node b, or on `node`, that waits for the guest, with its NIC file written first."""
+        node = node or self.net.b
+        write_nic(node, self.net.mode, incoming)
         wiring = migrate.Wiring(TAP, script=None if script is None else self.hooks.path(script))
+        directory = Path(tempfile.mkdtemp(prefix="target-", dir=self.directory))
         with migrate.start(
-            self.net.b,
-            self.image,
-            guest_addresses(self.net.mode),
-            wiring,
-            self.directory / "b",
-            incoming=True,
+            node, self.image, guest_addresses(self.net.mode), wiring, directory, incoming=True
         ) as target:
             yield target
 
@@ -132,7 +135,7 @@ def stage(net: Network, hooks: Hooks, image: guest.Image, progress: Progress) ->
 
 def run(case: Case, hooks: Hooks, image: guest.Image, progress: Progress) -> Result:
     """One live migration of a pinged guest from node a to node b, measured. Raises LabError."""
-    with network(case.mode) as net, stage(net, hooks, image, progress) as on:
+    with network(case.mode) as net, agents(case, net, hooks), stage(net, hooks, image, progress) as on:
         on.observer.probe(True)
         time.sleep(0.3)
         begin = clock.now()
@@ -147,6 +150,8 @@ def run(case: Case, hooks: Hooks, image: guest.Image, progress: Progress) -> Res
                 # From here on an answer to the prober would teach the switch what the product has to teach it.
                 on.observer.probe(False)
             progress(f"the guest runs on node b, its own downtime was {migrated.downtime_ms:.0f} ms; wiring")
+            if case.agent:
+                time.sleep(max(0.0, migrated.resumed + case.post_after - clock.now()))
             on.hooks.run("kvm-ifdown", on.net.a)
             time.sleep(max(0.0, migrated.resumed + case.post_after - clock.now()))
             on.hooks.run("kvm-ifup-post", on.net.b)
@@ -173,5 +178,18 @@ def run(case: Case, hooks: Hooks, image: guest.Image, progress: Progress) -> Res
             f for f in record.at_client if f.at >= begin and f.seen.kind in ("rarp", "garp", "unsolicited-na")
         ),
         probes=record.probes,
-        contested=observe.contested(record.probes),
+        contested=tuple(
+            p
+            for p in observe.contested(record.probes)
+            if not (case.agent and migrated.resumed <= p.sent < migrated.resumed + HANDOVER)
+        ),
     )
+
+
+@contextlib.contextmanager
+def agents(case: Case, net: Network, hooks: Hooks) -> Iterator[None]:
+    """The agents of both nodes, if the case has any."""
+    with contextlib.ExitStack() as stack:
+        for node in (net.a, net.b) if case.agent else ():
+            stack.enter_context(agent(node, hooks))
+        yield

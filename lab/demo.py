@@ -1,4 +1,4 @@
-"""The demonstration: `python -m lab.demo` migrates a guest four times and shows what its client noticed."""
+"""The demonstration: `python -m lab.demo` migrates a guest five times and shows what its client noticed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def table(results: Sequence[cases.Result]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs all four cases, prints the table and writes the pictures. 0 when everything was measured, else 1."""
+    """Runs all cases, prints the table and writes the pictures. 0 when everything was measured, else 1."""
     parser = argparse.ArgumentParser(prog="lab.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="directory for the pictures (%(default)s)")
     parser.add_argument("--scripts", type=Path, default=REPOSITORY / "scripts", help="directory of kvm-ifup-pre etc.")

@@ -1,4 +1,4 @@
-"""The product as the lab uses it: NIC files in a node's /run, and the three scripts as QEMU and a manager run them."""
+"""The product as the lab uses it: NIC files in a node's /run, and the scripts as QEMU and a manager run them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSTANCE = "web1.example.com"
 TAP = "tap0"
 
 Hook = Literal["kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"]
-HOOKS: tuple[Hook, ...] = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown")
+SCRIPTS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown", "kvm-ifup", "kvm-ifupd")
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Hooks:
 
     directory: Path
 
-    def path(self, hook: Hook) -> Path:
-        """The file to give to QEMU as `script=`."""
-        return self.directory / hook
+    def path(self, script: str) -> Path:
+        """A script's file, such as QEMU takes for `script=`."""
+        return self.directory / script
 
     def run(self, hook: Hook, node: Namespace) -> None:
         """Runs one script for the guest's tap as a process manager does; LabError with its words on failure."""
@@ -38,15 +38,17 @@ def hooks(directory: Path, interpreter: Path | None, scratch: Path) -> Hooks:
 
     Raises LabError when a script is not there or cannot be executed.
     """
-    for name in HOOKS:
+    for name in SCRIPTS:
         if not (directory / name).is_file():
             raise LabError(f"there is no {name} in {directory}", "name the right directory with --scripts")
     if interpreter is None:
         return Hooks(directory.resolve())
     scratch.mkdir(parents=True, exist_ok=True)
-    for name in HOOKS:
-        # -I as in the scripts' own first line: nothing from the caller's environment or directory is imported.
-        command = shlex.join([str(interpreter), "-I", str(directory.resolve() / name)])
+    for name in SCRIPTS:
+        script = directory.resolve() / name
+        # -I or -IS, as in the script's own first line: nothing from the caller's environment or directory is imported.
+        options = script.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+        command = shlex.join([str(interpreter), *options, str(script)])
         (scratch / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (scratch / name).chmod(0o755)
     return Hooks(scratch)

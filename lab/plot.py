@@ -1,4 +1,4 @@
-"""The picture of the four migrations: what the client got from the guest, second by second."""
+"""The picture of the migrations: what the client got from the guest, second by second."""
 
 from __future__ import annotations
 

@@ -1,0 +1,61 @@
+"""The node agent in the lab: kvm-ifupd on a node, from its start until the block ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lab import clock
+from lab.errors import LabError
+from lab.hooks import Hooks
+from lab.nodes import Namespace, end
+
+
+class Agent:
+    """A running kvm-ifupd. Made by `agent`."""
+
+    def __init__(self, node: Namespace, hooks: Hooks, log: Path) -> None:
+        self._node, self._hooks, self._log = node, hooks, log
+        self.start()
+
+    def start(self) -> None:
+        """Starts it and returns when it takes hooks. LabError when it does not get there."""
+        before = self.said().count(": ready")
+        with self._log.open("a") as log:
+            self.process: subprocess.Popen[str] = self._node.popen([str(self._hooks.path("kvm-ifupd"))], stderr=log)
+        deadline = clock.now() + 20
+        while self.said().count(": ready") == before:
+            if self.process.poll() is not None or clock.now() > deadline:
+                raise LabError(f"the agent on {self._node.name} does not start: {self.said()}", "run it by hand")
+            time.sleep(0.01)
+
+    def said(self) -> str:
+        """All that it has written, across restarts."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def kill(self) -> None:
+        """Ends it in the worst way."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Ends it as systemd does."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        end(self.process, seconds=10)
+
+
+@contextlib.contextmanager
+def agent(node: Namespace, hooks: Hooks) -> Iterator[Agent]:
+    """The agent of `node`; it ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="kvm-ifup-agent-") as scratch:
+        one = Agent(node, hooks, Path(scratch) / f"{node.name}.log")
+        try:
+            yield one
+        finally:
+            one.stop()
