@@ -99,6 +99,14 @@ class Agent:
         loop.on_signal(signal.SIGHUP, self._reload)
         loop.work(partial(self._collect, None), self._begin)
         loop.later(RESYNC, self._periodically)
+        # sd_watchdog_enabled(3): systemd ends and restarts an agent that it has not heard for twice as long.
+        self._watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+        self._watched()
+
+    def _watched(self) -> None:
+        if self._watchdog:
+            notify("WATCHDOG=1")
+            self.loop.later(self._watchdog, self._watched)
 
     def _begin(self, _: object) -> None:
         """Once the past has been cleared up."""
@@ -459,6 +467,7 @@ def main(argv: Sequence[str], run_dir: Path = cli.RUN_DIR) -> None:
         prog=PROGRAM,
         description="The node's agent: runs hooks without the time that Python takes to start, wires an incoming "
         "guest when its first frame arrives, and clears up when a tap disappears. Stays in the foreground.",
+        epilog=cli.EPILOG,
         allow_abbrev=False,
     )
     parser.out = sys.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MAN = ROOT / "man"
-COMMANDS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown", "kvm-ifup")
+COMMANDS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown", "kvm-ifup", "kvm-ifupd")
 PAGES = tuple(sorted(path.stem for path in MAN.glob("*.scd")))
 
 

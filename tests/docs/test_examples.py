@@ -139,6 +139,18 @@ def quit_in_order(node: Machine, pidfile: str = "/run/web1.pid") -> None:
 # --- kvm-ifup-post(8) -------------------------------------------------------------------------------------
 
 
+@example("kvm-ifupd.8", "Without systemd")
+def _agent(machines: Machines, blocks: list[str]) -> None:
+    node = machines.node
+    bridge(node)
+    tap(node)
+    node.run(blocks[0])
+    until(node, "grep -q ready /run/kvm-ifupd.log")
+    done = node.run("INTERFACE=tap0 MODE=bridged LINK=br0 MAC=aa:00:00:35:ac:01 kvm-ifup-post -v")
+    assert "without the agent" not in done.stderr
+    wired(node)
+
+
 @example(*BRIDGED)
 def _bridged(machines: Machines, blocks: list[str]) -> None:
     (start,) = blocks

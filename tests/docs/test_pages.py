@@ -184,6 +184,8 @@ def test_every_setting_is_explained_with_its_default() -> None:
     for key, default in settings().items():
         if isinstance(default, float | int | str):
             said = f'"{default}"' if isinstance(default, str) else str(default)
+            if isinstance(default, bool):
+                said = said.lower()
             assert documented[key].endswith(f"Default: {said}"), key
 
 
