@@ -1,0 +1,61 @@
+"""One kind of picture for all: every measured value as a dot, its median as a line, one row for each thing compared."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+DOT, MEDIAN = "#0072B2", "#D55E00"  # Okabe and Ito's palette, as in lab.plot
+
+
+def save(name: str, title: str, unit: str, rows: Mapping[str, Sequence[float]], directory: Path) -> list[Path]:
+    """Draws `rows` (label to values in `unit`) from top to bottom and writes name.png and name.svg; their paths."""
+    style = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "kvm-ifup",  # the same data give the same file
+        "svg.fonttype": "none",
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.5))
+        for row, values in enumerate(rows.values()):
+            spread = [row + (index / max(len(values) - 1, 1) - 0.5) * 0.4 for index in range(len(values))]
+            axes.scatter(values, spread, s=9, color=DOT, alpha=0.6, linewidths=0)
+            median = statistics.median(values)
+            axes.plot([median, median], [row - 0.32, row + 0.32], color=MEDIAN, linewidth=2)
+            axes.annotate(f"{median:.3g} {unit}", (median, row - 0.34), ha="center", va="bottom", size=9, color=MEDIAN)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.4, -0.75)
+        axes.set_xlabel(f"{unit}, logarithmic; dots: every run, lines: medians")
+        axes.grid(axis="x", which="both", color="#E6E6E6", linewidth=0.6)
+        axes.set_axisbelow(True)
+        figure.suptitle(title, x=0.01, ha="left", weight="bold", size=12)
+        figure.tight_layout(rect=(0, 0, 1, 0.99))
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = [directory / f"{name}.png", directory / f"{name}.svg"]
+        for path in paths:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
+    return paths
+
+
+def table(unit: str, rows: Mapping[str, Sequence[float]], reference: str) -> str:
+    """Minimum, median and maximum of each row, and the median's ratio to that of the row `reference`."""
+    width = max(map(len, rows))
+    base = statistics.median(rows[reference])
+    lines = [f"{'':{width}}  {'min':>8} {'median':>8} {'max':>8} {'ratio':>6}   runs"]
+    for label, values in rows.items():
+        median = statistics.median(values)
+        cells = " ".join(f"{value:8.2f}" for value in (min(values), median, max(values)))
+        lines.append(f"{label:{width}}  {cells} {median / base:6.2f}   {len(values)}  ({unit})")
+    return "\n".join(lines)
