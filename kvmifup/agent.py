@@ -30,7 +30,7 @@ from select import select
 from typing import NoReturn
 
 from kvmifup import __version__, announce, cli, config, packets, report, run
-from kvmifup.errors import JournalError, KvmIfupError, LockTimeoutError, UsageError
+from kvmifup.errors import BugError, JournalError, KvmIfupError, LockTimeoutError, UsageError
 from kvmifup.events import DirectoryEvents, LinkEvents
 from kvmifup.journal import Stamp, Store
 from kvmifup.kernel import Kernel
@@ -87,7 +87,7 @@ class Agent:
         self.config = config.load(None)
         self.activated = activated
         self.taps: dict[str, Watched] = {}
-        self.uplinks: dict[str, socket.socket] = {}
+        self.uplinks: dict[tuple[str, int], socket.socket] = {}  # by device and family
         self.counts: Counter[str] = Counter()
         self.announcing = 0
         self._looking = self._look_again = False
@@ -97,7 +97,9 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, loop.stop)
         loop.on_signal(signal.SIGHUP, self._reload)
-        loop.work(partial(self._collect, None), self._begin)
+        self.began = time.time()
+        loop.work(partial(self._collect, None))
+        self.look()
         loop.later(RESYNC, self._periodically)
         # sd_watchdog_enabled(3): systemd ends and restarts an agent that it has not heard for twice as long.
         self._watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
@@ -107,10 +109,6 @@ class Agent:
         if self._watchdog:
             notify("WATCHDOG=1")
             self.loop.later(self._watchdog, self._watched)
-
-    def _begin(self, _: object) -> None:
-        """Once the past has been cleared up."""
-        self.look(ask=True)
 
     def close(self) -> None:
         """Take no more hooks, and let those that run come to their end."""
@@ -122,16 +120,16 @@ class Agent:
 
     # --- what there is to watch -------------------------------------------------------------------------
 
-    def look(self, *, ask: bool = False) -> None:
-        """See what has changed in the journals. *ask*: guests that have arrived unheard are to say so."""
+    def look(self) -> None:
+        """See what has changed in the journals."""
         if self._looking:
             self._look_again = True
             return
         self._looking = True
         known = {tap: one.stamp for tap, one in self.taps.items()}
-        self.loop.work(partial(self._find, known, ask=ask), self._found)
+        self.loop.work(partial(self._find, known), self._found)
 
-    def _find(self, known: dict[str, Stamp], *, ask: bool) -> tuple[set[str], dict[str, Watched]]:
+    def _find(self, known: dict[str, Stamp]) -> tuple[set[str], dict[str, Watched]]:
         """In a thread: all taps that have a journal, and what is new of them."""
         taps = set(self.store.taps())
         news = {}
@@ -156,18 +154,18 @@ class Agent:
             )
             news[tap] = one
             if one.phase is Phase.PRE and not one.pending and self._time_left(one) > 0:
-                self._arm(one, ask=ask)
+                self._arm(one)
         return taps, news
 
     def _time_left(self, one: Watched) -> float:
         return one.since + self.config.agent.arrival_timeout - time.time()
 
-    def _arm(self, one: Watched, *, ask: bool) -> None:
+    def _arm(self, one: Watched) -> None:
         """In a thread: listen first, so that nothing gets lost while post is prepared."""
         tap = one.nic.tap
         try:
-            one.listener = packets.listen(tap, packets.from_the_guest(one.nic.mac))
-            if ask:
+            one.listener = packets.guest_listener(tap, one.nic.mac)
+            if one.since < self.began:  # it may have arrived while nobody listened
                 packets.send(tap, packets.questions(one.nic))
         except OSError as error:
             self.say(f"{one.nic.label}: cannot listen: {error.strerror}")
@@ -177,6 +175,8 @@ class Agent:
                 one.ready = run.ready(tap, session)
             except KvmIfupError as error:
                 self.say(report.error_line("not ready for its arrival", error))
+            except Exception as error:
+                self.say(f"{one.nic.label}: unexpected {type(error).__name__}: {error}")
 
     def _found(self, result: tuple[set[str], dict[str, Watched]]) -> None:
         taps, news = result
@@ -247,40 +247,42 @@ class Agent:
         one = self.taps[tap]
         assert one.listener
         try:
-            frame = packets.name_of(one.listener.recv(packets.SNAP))
+            data, sent = packets.receive(one.listener)
         except BlockingIOError:
             return
         except OSError:  # the device has gone down, or away
             self._disarm(one)
             return
-        self._disarm(one)
-        begun = time.monotonic()
+        frame = packets.name_of(data)
         if one.ready and not one.ready.waits:
-            with self.session("agent", frame) as session:
-                try:
-                    outcome = run.arrive(one.ready, session)
-                except KvmIfupError as error:
-                    self._not_arrived(tap, error)
-                    return
+            outcome = self._attempt(partial(run.arrive, one.ready), frame)
             if outcome:
-                self._arrived(tap, begun, outcome)
+                self._disarm(one)
+                self._arrived(tap, sent, outcome)
                 return
-        self.loop.work(partial(self._settle, tap, frame), partial(self._arrived, tap, begun))
+        self._disarm(one)
+        self.loop.work(partial(self._settle, tap, frame), partial(self._arrived, tap, sent))
 
     def _settle(self, tap: str, frame: str | None) -> Outcome | KvmIfupError | None:
         """In a thread: post, from the beginning."""
-        with self.session("agent", frame) as session:
-            try:
-                return run.settle(tap, session)
-            except KvmIfupError as error:
-                return error
+        return self._attempt(partial(run.settle, tap), frame)
 
-    def _arrived(self, tap: str, begun: float, outcome: Outcome | KvmIfupError | None) -> None:
+    def _attempt(self, what: Callable[[Session], Outcome | None], frame: str | None) -> Outcome | KvmIfupError | None:
+        """Do *what* in a session of ours; an error is a result as well."""
+        try:
+            with self.session("agent", frame) as session:
+                return what(session)
+        except KvmIfupError as error:
+            return error
+        except Exception as error:  # one NIC's trouble is not the others'
+            return BugError(f"unexpected {type(error).__name__}: {error}", hint="please report it")
+
+    def _arrived(self, tap: str, sent: float, outcome: Outcome | KvmIfupError | None) -> None:
         if isinstance(outcome, KvmIfupError):
             self._not_arrived(tap, outcome)
         elif outcome:
             self.counts["arrivals"] += 1
-            self.say(f"{outcome.label}: arrived; wired in {1000 * (time.monotonic() - begun):.1f} ms")
+            self.say(f"{outcome.label}: arrived; wired {1000 * (time.time() - sent):.1f} ms after its first frame")
             self._announce(outcome)
             self.loop.later(RECHECK, partial(self.loop.work, partial(self._settle, tap, None), self._rechecked))
 
@@ -335,32 +337,34 @@ class Agent:
 
     def _watch_uplinks(self) -> None:
         """Listen on every uplink where this node answers for a guest."""
-        wanted = (
-            {uplink for one in self.taps.values() for uplink, _ in one.proxied} if self.config.agent.withdraw else set()
-        )
-        for uplink in self.uplinks.keys() - wanted:
-            self._leave_uplink(uplink)
-        for uplink in wanted - self.uplinks.keys():
+        wanted: set[tuple[str, int]] = set()
+        if self.config.agent.withdraw:
+            for one in self.taps.values():
+                wanted |= {(uplink, 6 if ":" in address else 4) for uplink, address in one.proxied}
+        for which in self.uplinks.keys() - wanted:
+            self._leave_uplink(which)
+        for which in wanted - self.uplinks.keys():
             with suppress(OSError):
-                self.uplinks[uplink] = packets.listen(uplink, packets.ANNOUNCEMENTS)
-                self.loop.watch(self.uplinks[uplink], partial(self._heard_of, uplink))
+                self.uplinks[which] = packets.uplink_listener(*which)
+                self.loop.watch(self.uplinks[which], partial(self._heard_of, which))
 
-    def _leave_uplink(self, uplink: str) -> None:
-        listener = self.uplinks.pop(uplink)
+    def _leave_uplink(self, which: tuple[str, int]) -> None:
+        listener = self.uplinks.pop(which)
         self.loop.ignore(listener)
         announce.close(listener)
 
-    def _heard_of(self, uplink: str) -> None:
-        """Somebody on *uplink* announces something: perhaps a guest of ours."""
+    def _heard_of(self, which: tuple[str, int]) -> None:
+        """Somebody on an uplink announces something: perhaps a guest of ours."""
         for _ in range(FRAMES):
             try:
-                found = packets.announced(self.uplinks[uplink].recv(packets.SNAP))
+                found = packets.announced(self.uplinks[which].recv(packets.SNAP))
             except BlockingIOError:
                 return
             except OSError:  # gone, or down; the next look at the journals opens another
-                self._leave_uplink(uplink)
+                self._leave_uplink(which)
                 return
             if found:
+                uplink = which[0]
                 address, mac = found
                 for tap, one in self.taps.items():
                     if (uplink, address) in one.proxied:
@@ -409,7 +413,7 @@ class Agent:
         with self.session("agent") as session:
             try:
                 outcomes = run.gc(session, taps)
-            except (KvmIfupError, OSError) as error:
+            except Exception as error:
                 self.say(f"clearing up: {error}")
                 return
         for outcome in outcomes:
@@ -439,7 +443,7 @@ def is_device(name: str, index: int) -> bool:
 
 def answers(nic: Nic, seconds: float) -> bool:
     """Whether the guest of *nic* is heard on its tap within *seconds*, when it is asked. Raises OSError."""
-    listener = packets.listen(nic.tap, packets.from_the_guest(nic.mac))
+    listener = packets.guest_listener(nic.tap, nic.mac)
     try:
         packets.send(nic.tap, packets.questions(nic))
         return bool(select([listener], [], [], seconds)[0])

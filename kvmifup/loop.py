@@ -47,6 +47,7 @@ class Loop:
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._threads = ThreadPoolExecutor(THREADS, "worker")
         self._running = True
+        self._broken: BaseException | None = None
         self.working = 0
         self.watch(self._woken, self._wake)
         self._signals: dict[int, Callable[[], None]] = {}
@@ -82,11 +83,16 @@ class Loop:
         os.eventfd_write(self._woken, 1)
 
     def work(self, task: Callable[[], T], then: Callable[[T], None] | None = None) -> None:
-        """Let a thread do *task*, which must not raise, and then the loop *then* with its result."""
+        """Let a thread do *task*, and then the loop *then* with its result. What *task* raises, `run` raises."""
 
         def in_thread() -> None:
-            result = task()
-            self.soon(lambda: done(result))
+            try:
+                result = task()
+            except BaseException as error:
+                self._broken = error
+                self.soon(self.stop)
+            else:
+                self.soon(lambda: done(result))
 
         def done(result: T) -> None:
             self.working -= 1
@@ -105,13 +111,15 @@ class Loop:
         while self._running:
             # One event of each source, then timers: whoever sends a lot cannot keep the others from their turn.
             for key, _ in self._selector.select(self._wait()):
-                if key.fd in self._selector.get_map():  # an earlier event may have ended it
+                if self._selector.get_map().get(key.fd) is key:  # an earlier event may have ended it
                     key.data()
             now = time.monotonic()
             while self._timers and self._timers[0].due <= now:
                 action = heapq.heappop(self._timers).action
                 if action:
                     action()
+        if self._broken:
+            raise self._broken
 
     def close(self) -> None:
         """Wait for the threads, then let go of everything."""

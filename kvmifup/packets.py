@@ -1,7 +1,6 @@
 """Packet sockets that the kernel filters: a guest's own frames on its tap, and announcements on an uplink.
 
-All are bound to every ethertype: a bridge takes a port's frames away before a socket for one ethertype would
-get them (`__netif_receive_skb_core` in net/core/dev.c). The filters are classic BPF (linux/filter.h).
+The filters are classic BPF (linux/filter.h).
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
+import time
 from array import array
 from contextlib import suppress
 
@@ -16,7 +16,7 @@ from kvmifup.announce import ALL_NODES, ETH_P_ARP, ETH_P_IPV6, close, internet_c
 from kvmifup.model import Nic
 
 ETH_P_ALL = 3  # linux/if_ether.h
-SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+SO_ATTACH_FILTER, SO_TIMESTAMPNS = 26, 35  # asm-generic/socket.h
 NAMES = {0x0800: "IPv4", ETH_P_ARP: "ARP", 0x8035: "RARP", ETH_P_IPV6: "IPv6"}
 NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 135, 136  # RFC 4861
 SNAP = 128  # bytes of a frame that we look at, at most
@@ -44,16 +44,15 @@ def from_the_guest(mac: str) -> list[Instruction]:
 
 
 # What another node sends when a guest has arrived there: ARP whose sender is its target, and advertisements.
-ANNOUNCEMENTS: list[Instruction] = [
-    (LOAD_WORD, 0, 0, PACKET_TYPE),
-    (IF_EQUAL, 12, 0, PACKET_OUTGOING),
-    (LOAD_HALF, 0, 0, 12),
-    (IF_EQUAL, 0, 4, ETH_P_ARP),
+GRATUITOUS_ARP: list[Instruction] = [
     (LOAD_WORD, 0, 0, 28),
     (TO_X, 0, 0, 0),
     (LOAD_WORD, 0, 0, 38),
-    (IF_EQUAL_X, 5, 6, 0),
-    (IF_EQUAL, 0, 5, ETH_P_IPV6),
+    (IF_EQUAL_X, 0, 1, 0),
+    (RETURN, 0, 0, SNAP),
+    (RETURN, 0, 0, 0),
+]
+ADVERTISEMENTS: list[Instruction] = [
     (LOAD_BYTE, 0, 0, 20),
     (IF_EQUAL, 0, 3, socket.IPPROTO_ICMPV6),
     (LOAD_BYTE, 0, 0, 54),
@@ -63,19 +62,49 @@ ANNOUNCEMENTS: list[Instruction] = [
 ]
 
 
-def listen(dev: str, program: list[Instruction]) -> socket.socket:
-    """A non-blocking socket for the frames on *dev* that *program* lets through. Raises OSError."""
+def guest_listener(tap: str, mac: str) -> socket.socket:
+    """A non-blocking socket for what the guest with *mac* sends on *tap*. Raises OSError.
+
+    For every ethertype: a bridge takes a port's frames away before a socket for one ethertype would get them
+    (`__netif_receive_skb_core` in net/core/dev.c).
+    """
+    listener = _listen(tap, ETH_P_ALL, from_the_guest(mac))
+    listener.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    return listener
+
+
+def uplink_listener(uplink: str, family: int) -> socket.socket:
+    """A non-blocking socket for announcements of *family*, 4 or 6, that come in on *uplink*. Raises OSError.
+
+    For one ethertype: it costs the uplink's other traffic nothing, and never shows what we send.
+    """
+    if family == 4:
+        return _listen(uplink, ETH_P_ARP, GRATUITOUS_ARP)
+    return _listen(uplink, ETH_P_IPV6, ADVERTISEMENTS)
+
+
+def _listen(dev: str, ethertype: int, program: list[Instruction]) -> socket.socket:
     listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
     try:
         code = array("B", b"".join(struct.pack("=HBBI", *line) for line in program))
         listener.setsockopt(
             socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program), code.buffer_info()[0])
         )
-        listener.bind((dev, ETH_P_ALL))  # only now: before the filter everything would get in
+        listener.bind((dev, ethertype))  # only now: before the filter everything would get in
     except OSError:
         listener.close()
         raise
     return listener
+
+
+def receive(listener: socket.socket) -> tuple[bytes, float]:
+    """A frame of a `guest_listener`, and when the kernel got it, in seconds since 1970. Raises OSError."""
+    frame, ancillary, _flags, _address = listener.recvmsg(SNAP, 64)
+    for level, kind, value in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
+            seconds, nanoseconds = struct.unpack("@ll", value[:16])
+            return frame, seconds + nanoseconds / 1e9
+    return frame, time.time()
 
 
 def name_of(frame: bytes) -> str:
