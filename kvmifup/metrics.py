@@ -1,0 +1,75 @@
+"""What the agent counts, in the text format that Prometheus and its node exporter read."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from pathlib import Path
+
+Labels = tuple[tuple[str, str], ...]
+
+# name -> type and what it is, in the order in which they are written
+FAMILIES = {
+    "kvm_ifup_runs_total": ("counter", "Runs of hooks through the agent, by command and exit code."),
+    "kvm_ifup_run_seconds": ("summary", "How long they took."),
+    "kvm_ifup_rollbacks_total": ("counter", "Runs that failed after they had changed something, which was put back."),
+    "kvm_ifup_arrivals_total": ("counter", "Guests that arrived and were wired by the agent, by their first frame."),
+    "kvm_ifup_arrival_seconds": ("summary", "From a guest's first frame until it was wired and announced."),
+    "kvm_ifup_arrival_failures_total": ("counter", "Attempts to wire a guest that had arrived, which failed."),
+    "kvm_ifup_withdrawals_total": ("counter", "Guests that were found to have left and were withdrawn."),
+    "kvm_ifup_leftovers_total": ("counter", "Leftovers of dead NICs and killed runs that were undone."),
+    "kvm_ifup_nics": ("gauge", "NICs that have a journal, by the phase that they have reached."),
+    "kvm_ifup_armed": ("gauge", "NICs whose guest is waited for."),
+}
+
+
+class Metrics:
+    """Counters that several threads add to."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[tuple[str, Labels], float]] = {name: defaultdict(float) for name in FAMILIES}
+
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Count *amount* of *name*."""
+        with self._lock:
+            self._values[name]["", tuple(labels.items())] += amount
+
+    def took(self, name: str, seconds: float, **labels: str) -> None:
+        """One more that took *seconds*."""
+        with self._lock:
+            self._values[name]["_sum", tuple(labels.items())] += seconds
+            self._values[name]["_count", tuple(labels.items())] += 1
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """What *name* is now."""
+        with self._lock:
+            self._values[name]["", tuple(labels.items())] = value
+
+    def text(self) -> str:
+        """All of it."""
+        lines = []
+        with self._lock:
+            for name, (kind, meaning) in FAMILIES.items():
+                lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+                for (suffix, labels), value in self._values[name].items():
+                    inside = ",".join(f'{key}="{escaped(text)}"' for key, text in labels)
+                    lines.append(
+                        f"{name}{suffix}{{{inside}}} {value:.10g}" if inside else f"{name}{suffix} {value:.10g}"
+                    )
+        return "".join(f"{line}\n" for line in lines)
+
+    def write(self, path: Path) -> None:
+        """Put all of it into *path*, which is never there by halves. Raises OSError."""
+        temporary = path.with_suffix(".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(descriptor, 0o644)  # whatever the umask: the exporter is not root
+            file.write(self.text())
+        os.rename(temporary, path)
+
+
+def escaped(text: str) -> str:
+    """A label's value between its quotes."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,56 @@
+"""Events reach whoever watches, and nobody waits for a watcher."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from kvmifup import live
+
+EVENT = {"label": "web1/0 (tap0)", "ops": ["route", "proxy neighbour"]}
+
+
+def test_every_watcher_gets_every_event(tmp_path: Path) -> None:
+    with live.watching(tmp_path) as events:
+        live.tell(tmp_path, EVENT)
+        live.tell(tmp_path, {"label": "second"})
+        assert next(events) == EVENT
+        assert next(events) == {"label": "second"}
+    assert list((tmp_path / "watch").iterdir()) == []
+
+
+def test_with_no_watcher_nothing_happens(tmp_path: Path) -> None:
+    live.tell(tmp_path, EVENT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_root_may_tell(tmp_path: Path) -> None:
+    with live.watching(tmp_path):
+        assert (tmp_path / "watch").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_watcher_that_was_killed_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "watch").mkdir()
+    dead = tmp_path / "watch/99.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+        one.bind(str(dead))
+    with live.watching(tmp_path) as events:
+        live.tell(tmp_path, EVENT)
+        assert next(events) == EVENT
+    assert not dead.exists()
+
+
+def test_a_watcher_that_does_not_read_holds_nobody_up(tmp_path: Path) -> None:
+    with live.watching(tmp_path) as events:
+        for number in range(5000):
+            live.tell(tmp_path, {"number": number, "filler": "x" * 500})
+        assert next(events)["number"] == 0
+
+
+def test_what_is_not_an_event_is_left_out(tmp_path: Path) -> None:
+    with live.watching(tmp_path) as events:
+        (path,) = (tmp_path / "watch").iterdir()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"{half", str(path))
+        live.tell(tmp_path, EVENT)
+        assert next(events) == EVENT
