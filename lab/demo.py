@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
                 results.append(cases.run(case, scripts, image, lambda line: progress(f"    {line}")))
         progress("drawing")
         pictures = plot.save(results, options.out)
+        phased = [result for result in results if result.case.at_start == "kvm-ifup-pre"]
+        pictures += plot.save_frames(phased, options.out)
     except LabError as e:
         print(f"lab.demo: {e}", file=sys.stderr)
         return 1

@@ -71,6 +71,65 @@ def save(results: Sequence[Result], directory: Path) -> list[Path]:
     return paths
 
 
+# The first second from close by: what is in the frames' lanes, from top to bottom.
+LANES = ("guest", "rarp", "garp", "unsolicited-na", "reply")
+NAMES = {"guest": "guest runs", "reply": "reply to a ping", **{kind: mark.label for kind, mark in MARKS.items()}}
+
+
+def save_frames(results: Sequence[Result], directory: Path) -> list[Path]:
+    """Draws the second around each arrival, frame by frame; writes frames.png and frames.svg, returns their paths."""
+    style = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "svg.hashsalt": "kvm-ifup",
+        "svg.fonttype": "none",
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(len(results), 1, figsize=(9, 1.75 * len(results) + 0.8), sharex=True, squeeze=False)
+        for panel, result in zip(axes[:, 0], results, strict=True):
+            _lanes(panel, result)
+        axes[-1, 0].set_xlabel("milliseconds since the guest runs on the target node")
+        figure.suptitle("The frames at the client", x=0.01, ha="left", weight="bold", size=12)
+        figure.tight_layout(rect=(0, 0, 1, 0.995), h_pad=1.0)
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = [directory / "frames.png", directory / "frames.svg"]
+        for path in paths:
+            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
+    return paths
+
+
+def _lanes(axes: Any, result: Result) -> None:
+    def ms(at: float) -> float:
+        return (at - result.resumed) * 1000
+
+    axes.set_xlim(-150, 900)
+    axes.set_ylim(len(LANES) - 0.5, -0.7)
+    axes.set_yticks(range(len(LANES)), [NAMES[lane] for lane in LANES])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title(result.case.title, loc="left", weight="bold", size=10)
+    axes.set_title(f"silence {milliseconds(result.silence_ms)}", loc="right", size=9.5)
+    axes.axvspan(*(ms(at) for at in result.silence), color=SILENT, linewidth=0)
+    axes.axvline(0, color=DOWN, linewidth=0.8)
+    axes.barh(0, 150 - result.downtime_ms, left=-150, height=0.3, color=DOWN)
+    axes.barh(0, 900, left=0, height=0.3, color=DOWN)
+    for kind, mark in MARKS.items():
+        at = [ms(f.at) for f in result.announcements if f.seen.kind == kind]
+        lane = LANES.index(kind)
+        axes.plot(at, [lane] * len(at), mark.shape, color=mark.colour, markersize=6)
+        # The last of a burst says when, so that the numbers do not cover each other.
+        for x, after in zip(at, [*at, float("inf")][1:], strict=True):
+            if -150 < x < 880 and after - x > 40:
+                axes.annotate(f"{x:.0f}", (x, lane), (5, 0), textcoords="offset points", va="center", size=8)
+    replies = [ms(p.replied) for p in result.pings if p.replied is not None]
+    axes.plot(replies, [LANES.index("reply")] * len(replies), "|", color=REPLY, markersize=6)
+
+
 def _panel(axes: Any, result: Result) -> None:
     zero = result.resumed
     silent = [at - zero for at in result.silence]
