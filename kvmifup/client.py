@@ -17,6 +17,7 @@ from kvmifup import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import NoReturn
 
 SOCKET = "/run/kvm-ifup/agent.sock"
@@ -35,7 +36,7 @@ def script(program: str) -> "NoReturn":
     why = "--config or --run-dir given"
     if not any(argument.startswith(OURSELVES) for argument in sys.argv[1:]):
         try:
-            _exit(by_agent(program, sys.argv[1:]))
+            _exit(by_agent(program, sys.argv[1:], environ))
         except (FileNotFoundError, ConnectionRefusedError):
             why = "there is none"
         except BlockingIOError:
@@ -55,10 +56,13 @@ class NotUs(Exception):
     """Why the agent has not done it."""
 
 
-def by_agent(program: str, argv: list[str]) -> int:
-    """Have the agent run *program*; returns the exit code. Raises NotUs or OSError if it has not run it."""
+def by_agent(program: str, argv: list[str], environment: "Mapping[bytes, bytes]") -> int:
+    """Have the agent run *program*; returns the exit code. Raises NotUs or OSError if it has not run it.
+
+    What it says goes to our stdout and stderr.
+    """
     with _Connection() as connection:
-        connection.send(request(program, argv))
+        connection.send(request(program, argv, environment))
         while (sign := connection.exactly(1)) == ALIVE:
             pass
         if sign != DONE:
@@ -74,12 +78,12 @@ def by_agent(program: str, argv: list[str]) -> int:
     return code
 
 
-def request(program: str, argv: list[str]) -> bytes:
-    """The request to run *program* with *argv* and our environment, with its length."""
+def request(program: str, argv: list[str], environment: "Mapping[bytes, bytes]") -> bytes:
+    """The request to run *program* with *argv* and *environment*, with its length."""
     terminals = "".join("y" if isatty(descriptor) else "n" for descriptor in (1, 2))
     head = (__version__, str(stat(NAMESPACE).st_ino), terminals, program, str(len(argv)), *argv)
     fields = [PROTOCOL, *(field.encode("utf-8", "surrogateescape") for field in head)]
-    fields += [name + b"=" + value for name, value in environ.items()]
+    fields += [name + b"=" + value for name, value in environment.items()]
     body = b"\0".join(fields)
     return len(body).to_bytes(4, "big") + body
 

@@ -440,6 +440,20 @@ def test_a_live_migration_of_a_routed_guest(hosts: Hosts) -> None:
     assert target.nic_files() == []
 
 
+def test_with_the_agent_nobody_has_to_say_that_a_guest_has_arrived(hosts: Hosts) -> None:
+    source, target = pair(hosts)
+    for host in (source, target):
+        host.node.run("kvm-ifupd >/tmp/agent 2>&1 & until grep -q ready /tmp/agent; do sleep 0.1; done")
+    source.start(guest(ROUTED))
+    source.virsh(migration(source, target))
+    target.node.run(
+        "for _ in $(seq 200); do grep -q arrived /tmp/agent && exit; sleep 0.1; done; cat /tmp/agent; false"
+    )
+    assert target.node.routes("tap0") == {"192.0.2.8", "2001:db8::8"}
+    assert target.node.proxies() == {("eth0", "192.0.2.8"), ("eth0", "2001:db8::8")}
+    assert journals(source.node) == []
+
+
 def test_a_target_that_cannot_take_the_guest_refuses_before_it_moves(hosts: Hosts) -> None:
     source, target = pair(hosts)
     source.start(guest(ROUTED))

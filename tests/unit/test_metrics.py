@@ -54,10 +54,12 @@ def test_any_label_can_be_read_back() -> None:
 
 def test_threads_do_not_lose_each_others_counts() -> None:
     metrics = Metrics()
-    threads = [
-        threading.Thread(target=lambda: [metrics.add("kvm_ifup_leftovers_total") for _ in range(2000)])
-        for _ in range(4)
-    ]
+
+    def count() -> None:
+        for _ in range(2000):
+            metrics.add("kvm_ifup_leftovers_total")
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
