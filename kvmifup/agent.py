@@ -474,9 +474,12 @@ def main(argv: Sequence[str], run_dir: Path = cli.RUN_DIR) -> None:
         epilog=cli.EPILOG,
         allow_abbrev=False,
     )
-    parser.out = sys.stdout
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.parse_args(list(argv))
+    try:
+        parser.parse_args(list(argv))
+    except cli.Told as told:
+        sys.stdout.write(str(told))
+        return
     cli.need_privileges()
     run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with only_one(run_dir):

@@ -15,25 +15,28 @@ what a run is about to do, or was doing when it was killed: its values are those
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kvmifup import trust
 from kvmifup.errors import JournalError, KernelError, PrivilegeError
 from kvmifup.model import Nic, Phase
-from kvmifup.ops import KINDS, Op, Value
+from kvmifup.ops import KINDS, Op, Value, field_names
 
 Stamp = tuple[int, int]  # of a file: inode, time of the last change in ns
 
 VERSION = 1
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
+TICK = 20_000_000  # ns: longer than two changes of a file can have one time (a jiffy is 10 ms at most)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,94 @@ class Journal:
         return next((entry for entry in self.entries if entry.op.key == key), None)
 
 
+@dataclass(frozen=True)
+class Known:
+    """A file as it was when it was read last: *stamp* tells it from another, *journal* None for an unreadable one.
+
+    *settled*: it had not just been written, so that a later write must give it another time.
+    """
+
+    stamp: tuple[int, ...]
+    settled: bool
+    text: str
+    journal: Journal | None
+
+    @property
+    def names(self) -> set[str]:
+        """What `Store.others` finds the journal by."""
+        if self.journal is None:
+            return set()
+        nic, entries = self.journal.nic, (*self.journal.entries, *self.journal.pending)
+        subjects = (getattr(e.op, "address", None) or getattr(e.op, "dev", None) for e in entries)
+        return {name for name in (nic.instance, *map(str, nic.ip), *subjects) if name}
+
+
+class Index:
+    """The journals in one directory, each read again only when its file is another; for all threads.
+
+    A full node has hundreds, and every hook must know which address is on which of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, Known] = {}
+        self._taps: dict[str, set[str]] = {}  # by name
+
+    def update(self, store: Store) -> None:
+        """Look at every file, and read those that have changed."""
+        with self._lock:
+            there: set[str] = set()
+            try:
+                trust.check(store.directory, store.run_dir)
+                with os.scandir(store.directory) as files:
+                    for file in files:
+                        if file.name.endswith(".json"):
+                            tap = file.name[:-5]
+                            there.add(tap)
+                            self._look_at(tap, file, store)
+            except (trust.Untrusted, OSError):
+                there.clear()
+            for tap in self._known.keys() - there:
+                self._forget(tap)
+
+    def _look_at(self, tap: str, file: os.DirEntry[str], store: Store) -> None:
+        try:
+            info = file.stat(follow_symlinks=False)
+        except OSError:
+            self._forget(tap)
+            return
+        stamp = (info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
+        known = self._known.get(tap)
+        if known and known.settled and known.stamp == stamp:
+            return
+        now = time.time_ns()
+        try:
+            text = store.text(tap)
+            journal = known.journal if known and known.text == text else store.decoded(tap, text)
+        except (OSError, JournalError):
+            text, journal = "", None
+        self._forget(tap)
+        self._known[tap] = found = Known(stamp, now - info.st_mtime_ns > TICK, text, journal)
+        for name in found.names:
+            self._taps.setdefault(name, set()).add(tap)
+
+    def _forget(self, tap: str) -> None:
+        known = self._known.pop(tap, None)
+        for name in known.names if known else ():
+            self._taps[name].discard(tap)
+            if not self._taps[name]:
+                del self._taps[name]
+
+    def naming(self, name: str) -> list[tuple[str, Journal]]:
+        """The journals that *name* is in, with their taps."""
+        with self._lock:
+            found = [(tap, self._known[tap].journal) for tap in sorted(self._taps.get(name, ()))]
+        return [(tap, journal) for tap, journal in found if journal]
+
+
+_index_of: Callable[[Path], Index] = cache(lambda _directory: Index())
+
+
 class Store:
     """The journals below *run_dir*. Writing is atomic and survives a power cut; a dead run's temporary
     file is overwritten by the next."""
@@ -74,6 +165,12 @@ class Store:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.directory = run_dir / "state"
+        self._index = _index_of(self.directory)
+        self._local = threading.local()  # fresh: this thread has updated the index since it had to
+
+    def refresh(self) -> None:
+        """Forget what this thread has found out about other taps: something may have changed."""
+        self._local.fresh = False
 
     def path(self, tap: str) -> Path:
         """Where the journal of *tap* is."""
@@ -81,31 +178,38 @@ class Store:
 
     def load(self, tap: str) -> Journal | None:
         """The journal of *tap*, None if it has none. Raises JournalError."""
-        path = self.path(tap)
         try:
-            journal = decode(json.loads(trust.read(path, self.run_dir, MAX_BYTES)))
-            if journal.nic.tap != tap:
-                raise ValueError
-            return journal
+            os.lstat(self.path(tap))  # most hooks find none, and this is quicker than what it takes to trust one
+            return self.decoded(tap, self.text(tap))
         except FileNotFoundError:
             return None
         except PermissionError:
             raise
-        except (
-            trust.Untrusted,
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            why = error if isinstance(error, trust.Untrusted) else type(error).__name__
-            raise JournalError(
-                f"the journal {path} cannot be read: {why}",
-                hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
-            ) from None
+        except OSError as error:
+            raise self._unreadable(tap, type(error).__name__) from None
+
+    def text(self, tap: str) -> str:
+        """What the file of *tap* says. Raises JournalError, OSError."""
+        try:
+            return trust.read(self.path(tap), self.run_dir, MAX_BYTES)
+        except trust.Untrusted as error:
+            raise self._unreadable(tap, str(error)) from None
+
+    def decoded(self, tap: str, text: str) -> Journal:
+        """The journal in *text*, if it is one and about *tap*. Raises JournalError."""
+        try:
+            journal = decode(json.loads(text))
+            if journal.nic.tap != tap:
+                raise ValueError
+            return journal
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise self._unreadable(tap, type(error).__name__) from None
+
+    def _unreadable(self, tap: str, why: str) -> JournalError:
+        return JournalError(
+            f"the journal {self.path(tap)} cannot be read: {why}",
+            hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
+        )
 
     def stamp(self, tap: str) -> Stamp | None:
         """What changes whenever the journal of *tap* does; None if it has none."""
@@ -123,10 +227,12 @@ class Store:
         path = self.path(journal.nic.tap)
         temporary = path.with_suffix(".new")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        self.refresh()
         try:
             self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             with open(os.open(temporary, flags, 0o600), "wb") as file:
-                file.write(json.dumps(encode(journal), indent=1).encode())
+                # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
+                file.write(json.dumps(encode(journal)).encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(temporary, path)
@@ -138,6 +244,7 @@ class Store:
 
     def delete(self, tap: str) -> None:
         """Forget *tap*."""
+        self.refresh()
         self.path(tap).unlink(missing_ok=True)
         self._sync()
 
@@ -169,28 +276,22 @@ class Store:
         """The taps that have a journal."""
         return sorted(path.stem for path in self.directory.glob("*.json"))
 
-    def others(self, tap: str, text: str) -> Iterator[Journal]:
-        """The readable journals of other taps that contain *text*; an unreadable one is its own tap's trouble.
+    def others(self, tap: str, name: str) -> Iterator[Journal]:
+        """The readable journals of other taps that name *name*: an instance, an address or prefix, or what an op
+        is about. An unreadable one is its own tap's trouble.
 
-        *text* is looked for first because decoding every journal of a full node would take longer than
-        the whole hook.
+        They are as they were at the first call since `refresh`, `save` or `delete`.
         """
-        wanted = json.dumps(text).encode()
-        for path in self.directory.glob("*.json"):
-            if path.stem == tap:
-                continue
-            try:
-                if wanted in path.read_bytes():
-                    found = self.load(path.stem)
-                    if found is not None:
-                        yield found
-            except (OSError, JournalError):
-                continue
+        if not getattr(self._local, "fresh", False):
+            self._index.update(self)
+            self._local.fresh = True
+        yield from (journal for other, journal in self._index.naming(name) if other != tap)
 
     def _sync(self) -> None:
-        if not self.directory.is_dir():
+        try:
+            descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
             return
-        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
         finally:
@@ -222,7 +323,7 @@ def encode_entry(entry: Entry) -> dict[str, Any]:
 
 def shallow(data: Nic | Op) -> dict[str, Any]:
     """The fields of *data*, without the deep copy that `dataclasses.asdict` takes its time for."""
-    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    return {name: getattr(data, name) for name in field_names(data)}
 
 
 def decode(data: dict[str, Any]) -> Journal:

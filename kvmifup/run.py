@@ -79,6 +79,7 @@ class Session:
         """Hold the locks *names* until *stack* unwinds. Raises LockTimeoutError."""
         if not self.dry:
             stack.enter_context(locks.hold(self.run_dir, names, self.config.lock_timeout))
+        self.store.refresh()
 
 
 # --- up -------------------------------------------------------------------------------------------------
