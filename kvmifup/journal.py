@@ -21,7 +21,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ from kvmifup.errors import JournalError, KernelError, PrivilegeError
 from kvmifup.model import Nic, Phase
 from kvmifup.ops import KINDS, Op, Value, field_names
 
-Stamp = tuple[int, int]  # of a file: inode, time of the last change in ns
+Stamp = tuple[int, ...]  # of a file: what changes when it is replaced or written
 
 VERSION = 1
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
@@ -77,19 +78,18 @@ class Known:
     *settled*: it had not just been written, so that a later write must give it another time.
     """
 
-    stamp: tuple[int, ...]
+    stamp: Stamp
     settled: bool
     text: str
     journal: Journal | None
 
     @property
-    def names(self) -> set[str]:
+    def names(self) -> set[Hashable]:
         """What `Store.others` finds the journal by."""
         if self.journal is None:
             return set()
         nic, entries = self.journal.nic, (*self.journal.entries, *self.journal.pending)
-        subjects = (getattr(e.op, "address", None) or getattr(e.op, "dev", None) for e in entries)
-        return {name for name in (nic.instance, *map(str, nic.ip), *subjects) if name}
+        return {nic.instance, *map(str, nic.ip), *(entry.op.key for entry in entries if entry.op.shared)}
 
 
 class Index:
@@ -101,7 +101,7 @@ class Index:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
-        self._taps: dict[str, set[str]] = {}  # by name
+        self._taps: dict[Hashable, set[str]] = {}  # by name
 
     def update(self, store: Store) -> None:
         """Look at every file, and read those that have changed."""
@@ -109,24 +109,19 @@ class Index:
             there: set[str] = set()
             try:
                 trust.check(store.directory, store.run_dir)
-                with os.scandir(store.directory) as files:
+                with opened(store.directory) as directory, os.scandir(directory) as files:
                     for file in files:
-                        if file.name.endswith(".json"):
-                            tap = file.name[:-5]
-                            there.add(tap)
-                            self._look_at(tap, file, store)
+                        tap = file.name.removesuffix(".json")
+                        if tap != file.name:
+                            with suppress(FileNotFoundError):  # its guest has just left
+                                self._look_at(tap, stamp_of(file.stat(follow_symlinks=False)), store)
+                                there.add(tap)
             except (trust.Untrusted, OSError):
                 there.clear()
             for tap in self._known.keys() - there:
                 self._forget(tap)
 
-    def _look_at(self, tap: str, file: os.DirEntry[str], store: Store) -> None:
-        try:
-            info = file.stat(follow_symlinks=False)
-        except OSError:
-            self._forget(tap)
-            return
-        stamp = (info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
+    def _look_at(self, tap: str, stamp: Stamp, store: Store) -> None:
         known = self._known.get(tap)
         if known and known.settled and known.stamp == stamp:
             return
@@ -137,7 +132,7 @@ class Index:
         except (OSError, JournalError):
             text, journal = "", None
         self._forget(tap)
-        self._known[tap] = found = Known(stamp, now - info.st_mtime_ns > TICK, text, journal)
+        self._known[tap] = found = Known(stamp, now - stamp[0] > TICK, text, journal)
         for name in found.names:
             self._taps.setdefault(name, set()).add(tap)
 
@@ -148,11 +143,16 @@ class Index:
             if not self._taps[name]:
                 del self._taps[name]
 
-    def naming(self, name: str) -> list[tuple[str, Journal]]:
+    def naming(self, name: Hashable) -> list[tuple[str, Journal]]:
         """The journals that *name* is in, with their taps."""
         with self._lock:
             found = [(tap, self._known[tap].journal) for tap in sorted(self._taps.get(name, ()))]
         return [(tap, journal) for tap, journal in found if journal]
+
+
+def stamp_of(info: os.stat_result) -> Stamp:
+    """The stamp of a file, its time in ns first."""
+    return info.st_mtime_ns, info.st_ctime_ns, info.st_ino, info.st_size
 
 
 _index_of: Callable[[Path], Index] = cache(lambda _directory: Index())
@@ -217,7 +217,7 @@ class Store:
             info = self.path(tap).stat()
         except OSError:
             return None
-        return info.st_ino, info.st_mtime_ns
+        return stamp_of(info)
 
     def save(self, journal: Journal) -> None:
         """Write *journal* so that it is either wholly there or not at all, even after a crash.
@@ -276,9 +276,9 @@ class Store:
         """The taps that have a journal."""
         return sorted(path.stem for path in self.directory.glob("*.json"))
 
-    def others(self, tap: str, name: str) -> Iterator[Journal]:
-        """The readable journals of other taps that name *name*: an instance, an address or prefix, or what an op
-        is about. An unreadable one is its own tap's trouble.
+    def others(self, tap: str, name: Hashable) -> Iterator[Journal]:
+        """The readable journals of other taps that name *name*: an instance, an address or prefix of the NIC, or
+        the key of a shared op. An unreadable one is its own tap's trouble.
 
         They are as they were at the first call since `refresh`, `save` or `delete`.
         """
@@ -288,14 +288,18 @@ class Store:
         yield from (journal for other, journal in self._index.naming(name) if other != tap)
 
     def _sync(self) -> None:
-        try:
-            descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        try:
+        with suppress(FileNotFoundError), opened(self.directory) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[int]:
+    """A descriptor of *directory*. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 # --- JSON ---------------------------------------------------------------------------------------------

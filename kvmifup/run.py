@@ -167,7 +167,7 @@ def claimed_elsewhere(op: Op, tap: str, session: Session, *, dead: bool = False)
 
     With *dead*, also the entry of a tap that is gone.
     """
-    for journal in session.store.others(tap, getattr(op, "address", getattr(op, "dev", ""))):
+    for journal in session.store.others(tap, op.key):
         # Also what a killed run was about to do: its value was read before ours.
         for entry in (*journal.entries, *journal.pending):
             if entry.op.key == op.key and (dead or alive(journal, session)):
