@@ -128,13 +128,10 @@ class Index:
         now = time.time_ns()
         try:
             text = store.text(tap)
-            journal = known.journal if known and known.text == text else store.decoded(tap, text)
+            journal: Journal | None = store.decoded(tap, text)
         except (OSError, JournalError):
             text, journal = "", None
-        self._forget(tap)
-        self._known[tap] = found = Known(stamp, now - stamp[0] > TICK, text, journal)
-        for name in found.names:
-            self._taps.setdefault(name, set()).add(tap)
+        self._remember(tap, Known(stamp, now - stamp[0] > TICK, text, journal))
 
     def _forget(self, tap: str) -> None:
         known = self._known.pop(tap, None)
@@ -142,6 +139,22 @@ class Index:
             self._taps[name].discard(tap)
             if not self._taps[name]:
                 del self._taps[name]
+
+    def decoded(self, tap: str, text: str) -> Journal | None:
+        """The journal that *text* was last time, None if that was another text."""
+        known = self._known.get(tap)
+        return known.journal if known and known.text == text else None
+
+    def written(self, tap: str, text: str, journal: Journal) -> None:
+        """Remember what this process has written. The file is read again all the same: it may be another by now."""
+        with self._lock:
+            self._remember(tap, Known((), False, text, journal))
+
+    def _remember(self, tap: str, known: Known) -> None:
+        self._forget(tap)
+        self._known[tap] = known
+        for name in known.names:
+            self._taps.setdefault(name, set()).add(tap)
 
     def naming(self, name: Hashable) -> list[tuple[str, Journal]]:
         """The journals that *name* is in, with their taps."""
@@ -197,6 +210,9 @@ class Store:
 
     def decoded(self, tap: str, text: str) -> Journal:
         """The journal in *text*, if it is one and about *tap*. Raises JournalError."""
+        known = self._index.decoded(tap, text)
+        if known:
+            return known
         try:
             journal = decode(json.loads(text))
             if journal.nic.tap != tap:
@@ -230,13 +246,15 @@ class Store:
         self.refresh()
         try:
             self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
+            text = json.dumps(encode(journal))
             with open(os.open(temporary, flags, 0o600), "wb") as file:
-                # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
-                file.write(json.dumps(encode(journal)).encode())
+                file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(temporary, path)
             self._sync()
+            self._index.written(journal.nic.tap, text, journal)
         except PermissionError as error:
             raise PrivilegeError(f"cannot write {error.filename or path}", hint="run it as root") from None
         except OSError as error:

@@ -119,10 +119,7 @@ class Kernel:
 
     def ifindex(self, dev: str) -> int | None:
         """The index of *dev*, None if there is no such device."""
-        try:
-            return socket.if_nametoindex(dev)
-        except OSError:
-            return None
+        return self._netlink.index(dev)
 
     def _tap(self, name: str) -> Tap | None:
         try:
@@ -357,8 +354,7 @@ class Kernel:
                 self._await_forwarding(op)
             case Sysctl():
                 self._index(op.dev)  # the same device still?
-                with open(f"{SYSCTL}/{op.path}", "wb", buffering=0) as file:
-                    file.write(op.want.encode())
+                write_sysctl(op.path, op.want)
             case Rule():
                 self._write_rule(op)
             case Neighbour():
@@ -579,6 +575,15 @@ def content(path: str) -> str | None:
 def sysctl(path: str) -> str | None:
     """The value of a sysctl, None when there is no such."""
     return content(f"{SYSCTL}/{path}")
+
+
+def write_sysctl(path: str, value: str) -> None:
+    """Set a sysctl. Raises OSError."""
+    descriptor = os.open(f"{SYSCTL}/{path}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, value.encode())
+    finally:
+        os.close(descriptor)
 
 
 def setting(path: str, value: str) -> str:

@@ -10,6 +10,7 @@ apart. Whatever is not of our making (a foreign policy rule) still goes through 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import sys
@@ -42,6 +43,10 @@ FR_ACT_TO_TBL, FIB_RULE_INVERT, NO_PREFIX_LENGTH = 1, 0x2, b"\xff" * 4
 # linux/neighbour.h
 NDA_DST, NDA_LLADDR = 1, 2
 
+# linux/sockios.h, linux/if.h
+SIOCGIFINDEX, IFNAMSIZ = 0x8933, 16
+
+IFREQ = Struct("=16si20x")  # name, index
 NLMSGHDR = Struct("=IHHII")  # length, type, flags, sequence, port
 NLATTR = Struct("=HH")  # length, type
 IFINFOMSG = Struct("=BxHiII")  # family, type, index, flags, change
@@ -161,6 +166,19 @@ class Netlink:
         self._socket.close()
 
     # --- links ------------------------------------------------------------------------------------------
+
+    def index(self, name: str) -> int | None:
+        """The index of the device *name*, None if there is none.
+
+        Like `socket.if_nametoindex`, which opens a socket of its own each time.
+        """
+        raw = os.fsencode(name)
+        if not 0 < len(raw) < IFNAMSIZ:
+            return None
+        try:
+            return int(IFREQ.unpack(fcntl.ioctl(self._socket, SIOCGIFINDEX, IFREQ.pack(raw, 0)))[1])
+        except OSError:
+            return None
 
     def link(self, name: str) -> Link:
         """The device *name*."""
