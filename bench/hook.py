@@ -1,4 +1,4 @@
-"""A hook through the agent beside Ganeti 3.0's own kvm-ifup: `python -m bench.hook [--runs N] [--out DIR] [--json FILE]`.
+"""A hook through the agent beside Ganeti 3.0's own kvm-ifup: `python -m bench.hook [--runs N] [--out DIR]`.
 
 Whole processes, from their start to their end, in turn in one run: each wires a new tap, as a NIC of a guest that
 starts. Ganeti's script comes from Debian's package, and is run from a copy that finds its library beside itself
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import re
 import statistics
 import subprocess
@@ -45,15 +44,23 @@ def environment(kind: str, number: int) -> dict[str, str]:
     return told
 
 
-def timed(argv: Sequence[str], environ: Mapping[str, str]) -> float:
-    """Milliseconds from the start of a program, which must succeed, to its end."""
+def spawn(argv: list[str], environ: Mapping[str, str]) -> int:
+    """Start a program; its process id."""
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)]
+    return os.posix_spawn(argv[0], argv, environ, file_actions=null)
+
+
+def succeed(pid: int) -> None:
+    """Wait for a program, which must succeed."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 0, f"exit code {code}"
+
+
+def timed(argv: list[str], environ: Mapping[str, str]) -> float:
+    """Milliseconds from the start of a program, which must succeed, to its end."""
     started = time.perf_counter()
-    pid = os.posix_spawn(argv[0], argv, environ, file_actions=null)
-    _, status = os.waitpid(pid, 0)
-    taken = (time.perf_counter() - started) * 1000
-    assert status == 0, f"{argv}: {os.waitstatus_to_exitcode(status)}"
-    return taken
+    succeed(spawn(argv, environ))
+    return (time.perf_counter() - started) * 1000
 
 
 def script(name: str) -> str:
@@ -106,15 +113,12 @@ def one(who: str, kind: str, number: int, ganeti: str) -> float:
     """A new NIC wired by *who*: milliseconds. Nothing of it is left."""
     add_taps([number])
     environ, tap = environment(kind, number), f"tap{number}"
+    # With --run-dir the agent is not asked.
+    ours = [script("kvm-ifup-post"), tap, *([f"--run-dir={netns.RUN_DIR}"] if who == ALONE else [])]
+    taken = timed([ganeti, tap] if who == GANETI else ours, environ)
     if who == GANETI:
-        taken = timed([ganeti, tap], environ)
-    elif who == AGENT:
-        taken = timed([script("kvm-ifup-post"), tap], environ)
-    else:
-        taken = timed([script("kvm-ifup-post"), tap, f"--run-dir={netns.RUN_DIR}"], environ)
-    if who == GANETI:
-        # Its rule outlives the tap.
-        subprocess.run(["ip", "rule", "del", "iif", tap], stderr=subprocess.DEVNULL, check=False)
+        if environ.get("LINK") == TABLE:  # the rule outlives the tap
+            netns.ip(f"rule del iif {tap}")
     else:
         timed([script("kvm-ifdown"), tap], environ)
     netns.ip(f"link del {tap}")
@@ -127,10 +131,8 @@ def compare(runs: int, ganeti: str) -> dict[str, list[float]]:
     number = 4000
     for run in range(runs):
         for kind in KINDS:
-            # In another order each time; and it takes long without the agent, so not each time.
-            order = [GANETI, AGENT, *([ALONE] if run % 10 == 0 else [])]
-            random.shuffle(order)
-            for who in order:
+            # Taking turns in being first; and it takes long without the agent, so not each time.
+            for who in [*((GANETI, AGENT)[:: 1 if run % 2 else -1]), *([ALONE] if run % 10 == 0 else [])]:
                 number += 1
                 rows[f"{kind}: {who}"].append(one(who, kind, number, ganeti))
     return rows
@@ -160,9 +162,8 @@ def at_once() -> float:
     numbers = range(3000, 3000 + AT_ONCE)
     add_taps(numbers)
     started = time.perf_counter()
-    hooks = [netns.start("kvm-ifup-post", f"tap{n}", environ=environment("routed", n)) for n in numbers]
-    for hook in hooks:
-        assert hook.wait() == 0
+    for pid in [spawn([script("kvm-ifup-post"), f"tap{n}"], environment("routed", n)) for n in numbers]:
+        succeed(pid)
     return (time.perf_counter() - started) * 1000
 
 

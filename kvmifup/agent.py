@@ -47,6 +47,7 @@ FIRST_ACTIVATED = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival must not wait for hooks
 ANSWER = 0.05  # seconds that a guest has to answer before it counts as gone
 AGAIN = 0.2  # seconds between two such questions
+SETTLE = 0.02  # seconds from a change of the journals to the look at them: QEMU takes longer to start
 RECHECK = 1.0  # seconds after an arrival, or a failure, until everything is looked at in full
 KILLED = 1.0  # seconds that a run's unfinished business stays unchanged before somebody asks whether it was killed
 RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
@@ -91,7 +92,8 @@ class Agent:
         self.counts: Counter[str] = Counter()
         self.announcing = 0
         self._looking = self._look_again = False
-        self._changed = DirectoryEvents(loop, self.store.directory, self.look)
+        self._settling = False
+        self._changed = DirectoryEvents(loop, self.store.directory, self._journals_changed)
         LinkEvents(loop, self._devices_gone, self._resync)
         self.service = Service(loop, listener, self.announce_later)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -119,6 +121,16 @@ class Agent:
             source.close()
 
     # --- what there is to watch -------------------------------------------------------------------------
+
+    def _journals_changed(self) -> None:
+        """Look soon, and once: a hook writes its journal twice, and is not to share the processor with us."""
+        if not self._settling:
+            self._settling = True
+            self.loop.later(SETTLE, self._settled)
+
+    def _settled(self) -> None:
+        self._settling = False
+        self.look()
 
     def look(self) -> None:
         """See what has changed in the journals."""

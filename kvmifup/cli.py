@@ -171,6 +171,12 @@ def need_privileges() -> None:
     """Raise PrivilegeError unless we are root with CAP_NET_ADMIN: half of it would do half of the work."""
     if os.geteuid() != 0:
         raise PrivilegeError("not root", hint="run it as root")
+    need_capability()
+
+
+@cache
+def need_capability() -> None:
+    """Raise PrivilegeError without CAP_NET_ADMIN. A process that has it keeps it, so it is looked at once."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
     if not effective >> CAP_NET_ADMIN & 1:

@@ -245,7 +245,8 @@ class Store:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         self.refresh()
         try:
-            self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            if not self.directory.is_dir():
+                self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
             text = json.dumps(encode(journal))
             with open(os.open(temporary, flags, 0o600), "wb") as file:

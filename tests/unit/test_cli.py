@@ -216,6 +216,7 @@ def privileges(uid: int, effective: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """Have what *uid* has with the capabilities *effective*."""
     status = f"Name:\tx\nCapPrm:\t{2**41 - 1:016x}\nCapEff:\t{effective & 2**41 - 1:016x}\n"
     monkeypatch.setattr(cli, "need_privileges", NEED_PRIVILEGES)
+    cli.need_capability.cache_clear()
     monkeypatch.setattr("kvmifup.cli.os", types.SimpleNamespace(geteuid=lambda: uid))
     monkeypatch.setattr(cli, "open", lambda *_args, **_options: io.StringIO(status), raising=False)
 
