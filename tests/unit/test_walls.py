@@ -73,6 +73,10 @@ def test_only_kernel_imports_pyroute2() -> None:
     assert importers("pyroute2") == {"kernel"}
 
 
+def test_only_kernel_asks_and_changes_the_kernel_by_netlink() -> None:
+    assert importers("kvmifup.netlink") == {"kernel"}
+
+
 def test_only_config_and_inputs_import_a_toml_parser() -> None:
     assert importers("tomli") == {"config", "inputs"}
     assert importers("tomllib") == set()
