@@ -47,7 +47,7 @@ FIRST_ACTIVATED = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival must not wait for hooks
 ANSWER = 0.05  # seconds that a guest has to answer before it counts as gone
 AGAIN = 0.2  # seconds between two such questions
-SETTLE = 0.02  # seconds from a change of the journals to the look at them: QEMU takes longer to start
+SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
 RECHECK = 1.0  # seconds after an arrival, or a failure, until everything is looked at in full
 KILLED = 1.0  # seconds that a run's unfinished business stays unchanged before somebody asks whether it was killed
 RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
@@ -143,11 +143,11 @@ class Agent:
 
     def _find(self, known: dict[str, Stamp]) -> tuple[set[str], dict[str, Watched]]:
         """In a thread: all taps that have a journal, and what is new of them."""
-        taps = set(self.store.taps())
+        stamps = self.store.stamps()
+        taps = set(stamps)
         news = {}
-        for tap in sorted(taps):
-            stamp = self.store.stamp(tap)
-            if stamp is None or stamp == known.get(tap):
+        for tap, stamp in sorted(stamps.items()):
+            if stamp == known.get(tap):
                 continue
             try:
                 journal = self.store.load(tap)

@@ -37,6 +37,7 @@ Stamp = tuple[int, ...]  # of a file: what changes when it is replaced or writte
 
 VERSION = 1
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
+TRUSTED = 1.0  # seconds after which all files are looked at anyway: a person may have changed one
 TICK = 20_000_000  # ns: longer than two changes of a file can have one time (a jiffy is 10 ms at most)
 
 
@@ -102,23 +103,41 @@ class Index:
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
         self._taps: dict[Hashable, set[str]] = {}  # by name
+        self._token = b""
+        self._updated = 0.0
+
+    def take_over(self, before: bytes, token: bytes) -> bool:
+        """Whether nothing can have changed since this process held the lock last; it does now, as *token*."""
+        with self._lock:
+            ours = self._token == before != b"" and time.monotonic() - self._updated < TRUSTED
+            self._token = token if ours else b""
+            return ours
+
+    def vouch(self, token: bytes) -> None:
+        """It has been updated since the lock was taken as *token*."""
+        with self._lock:
+            self._token = token
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change to a file: if that fails half way, nothing is known for sure."""
+        with self._lock:
+            token, self._token = self._token, b""
+        yield
+        with self._lock:
+            self._token = token
 
     def update(self, store: Store) -> None:
         """Look at every file, and read those that have changed."""
         with self._lock:
-            there: set[str] = set()
-            try:
+            self._updated = time.monotonic()
+            there: dict[str, Stamp] = {}
+            with suppress(trust.Untrusted, OSError):
                 trust.check(store.directory, store.run_dir)
-                with opened(store.directory) as directory, os.scandir(directory) as files:
-                    for file in files:
-                        tap = file.name.removesuffix(".json")
-                        if tap != file.name:
-                            with suppress(FileNotFoundError):  # its guest has just left
-                                self._look_at(tap, stamp_of(file.stat(follow_symlinks=False)), store)
-                                there.add(tap)
-            except (trust.Untrusted, OSError):
-                there.clear()
-            for tap in self._known.keys() - there:
+                there = store.stamps()
+            for tap, stamp in there.items():
+                self._look_at(tap, stamp, store)
+            for tap in self._known.keys() - there.keys():
                 self._forget(tap)
 
     def _look_at(self, tap: str, stamp: Stamp, store: Store) -> None:
@@ -144,6 +163,11 @@ class Index:
         """The journal that *text* was last time, None if that was another text."""
         known = self._known.get(tap)
         return known.journal if known and known.text == text else None
+
+    def removed(self, tap: str) -> None:
+        """Forget what this process has removed."""
+        with self._lock:
+            self._forget(tap)
 
     def written(self, tap: str, text: str, journal: Journal) -> None:
         """Remember what this process has written. The file is read again all the same: it may be another by now."""
@@ -184,6 +208,22 @@ class Store:
     def refresh(self) -> None:
         """Forget what this thread has found out about other taps: something may have changed."""
         self._local.fresh = False
+        self._local.token = b""
+
+    def begin(self, lock: Path) -> None:
+        """A run begins that holds *lock*, without which nobody changes what taps share.
+
+        Each run leaves its own mark in it: when the last one was this process's, there is nothing to look for.
+        """
+        token = os.urandom(16)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            before = os.pread(descriptor, len(token), 0)
+            os.pwrite(descriptor, token, 0)
+        finally:
+            os.close(descriptor)
+        self._local.token = token
+        self._local.fresh = self._index.take_over(before, token)
 
     def path(self, tap: str) -> Path:
         """Where the journal of *tap* is."""
@@ -243,19 +283,18 @@ class Store:
         path = self.path(journal.nic.tap)
         temporary = path.with_suffix(".new")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.refresh()
         try:
             if not self.directory.is_dir():
                 self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
             text = json.dumps(encode(journal))
-            with open(os.open(temporary, flags, 0o600), "wb") as file:
+            with self._index.changing(), open(os.open(temporary, flags, 0o600), "wb") as file:
                 file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(temporary, path)
-            self._sync()
-            self._index.written(journal.nic.tap, text, journal)
+                os.rename(temporary, path)
+                self._sync()
+                self._index.written(journal.nic.tap, text, journal)
         except PermissionError as error:
             raise PrivilegeError(f"cannot write {error.filename or path}", hint="run it as root") from None
         except OSError as error:
@@ -263,14 +302,17 @@ class Store:
 
     def delete(self, tap: str) -> None:
         """Forget *tap*."""
-        self.refresh()
-        self.path(tap).unlink(missing_ok=True)
-        self._sync()
+        with self._index.changing():
+            self.path(tap).unlink(missing_ok=True)
+            self._sync()
+            self._index.removed(tap)
 
     def set_aside(self, tap: str) -> Path:
         """Move an unreadable journal out of the way; returns where it is now."""
         aside = self.path(tap).with_suffix(".unreadable")
-        os.rename(self.path(tap), aside)
+        with self._index.changing():
+            os.rename(self.path(tap), aside)
+            self._index.removed(tap)
         return aside
 
     def nic_of_live(self, tap: str) -> Nic | None:
@@ -293,17 +335,33 @@ class Store:
 
     def taps(self) -> list[str]:
         """The taps that have a journal."""
-        return sorted(path.stem for path in self.directory.glob("*.json"))
+        return sorted(self.stamps())
+
+    def stamps(self) -> dict[str, Stamp]:
+        """The stamps of all journals, by tap."""
+        found: dict[str, Stamp] = {}
+        with suppress(FileNotFoundError, NotADirectoryError), opened(self.directory) as directory:
+            with os.scandir(directory) as files:
+                listed = list(files)
+            for file in listed:
+                tap = file.name.removesuffix(".json")
+                if tap != file.name:
+                    with suppress(FileNotFoundError):  # its guest has just left
+                        found[tap] = stamp_of(file.stat(follow_symlinks=False))
+        return found
 
     def others(self, tap: str, name: Hashable) -> Iterator[Journal]:
         """The readable journals of other taps that name *name*: an instance, an address or prefix of the NIC, or
         the key of a shared op. An unreadable one is its own tap's trouble.
 
-        They are as they were at the first call since `refresh`, `save` or `delete`.
+        They are as they were when the run began (`begin`), or at the first call since `refresh`, but for what
+        this process has written.
         """
         if not getattr(self._local, "fresh", False):
             self._index.update(self)
             self._local.fresh = True
+            if getattr(self._local, "token", b""):
+                self._index.vouch(self._local.token)
         yield from (journal for other, journal in self._index.naming(name) if other != tap)
 
     def _sync(self) -> None:

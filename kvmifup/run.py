@@ -77,9 +77,11 @@ class Session:
 
     def locked(self, stack: ExitStack, names: Sequence[str]) -> None:
         """Hold the locks *names* until *stack* unwinds. Raises LockTimeoutError."""
+        self.store.refresh()
         if not self.dry:
             stack.enter_context(locks.hold(self.run_dir, names, self.config.lock_timeout))
-        self.store.refresh()
+            if locks.UPLINK in names:
+                self.store.begin(locks.path(self.run_dir, locks.UPLINK))
 
 
 # --- up -------------------------------------------------------------------------------------------------

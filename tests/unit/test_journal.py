@@ -7,8 +7,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import journal
+from kvmifup import journal, locks
 from kvmifup.errors import JournalError, KernelError, PrivilegeError
 from kvmifup.journal import Entry, Journal, Store
 from kvmifup.model import Phase
@@ -360,6 +360,75 @@ def test_threads_see_what_was_there_when_their_run_began(store: Store) -> None:
     thread.start()
     thread.join()
     assert fresh == [["tap0", "tap1"]]
+
+
+@contextmanager
+def no_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody looks at the files of others in here."""
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Index, "update", None)
+        yield
+
+
+def begin(store: Store) -> None:
+    """A run begins that holds the lock of what taps share."""
+    store.refresh()
+    with locks.hold(store.run_dir, [locks.UPLINK], 0.0):
+        store.begin(locks.path(store.run_dir, locks.UPLINK))
+
+
+def held(store: Store, name: Hashable) -> list[str]:
+    """The taps that such a run finds by *name*."""
+    begin(store)
+    return [one.nic.tap for one in store.others("tap9", name)]
+
+
+HOST = "192.0.2.8/32"
+
+
+def test_runs_of_one_process_after_one_another_need_not_look(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert held(store, HOST) == []
+    with no_look(monkeypatch):
+        store.save(SAMPLE)
+        assert held(store, HOST) == held(Store(store.run_dir), HOST) == ["tap0"]
+        store.delete("tap0")
+        assert held(store, HOST) == []
+        store.save(SAMPLE)
+        store.set_aside("tap0")
+        assert held(store, HOST) == []
+
+
+def test_another_process_that_held_the_lock_in_between_is_noticed(store: Store) -> None:
+    """Even if it was killed before it was through."""
+    assert held(store, HOST) == []
+    locks.path(store.run_dir, locks.UPLINK).write_bytes(b"its own token...")
+    store.directory.mkdir(parents=True)
+    by_other_hands(store, SAMPLE, "renamed")
+    assert held(store, HOST) == ["tap0"]
+
+
+def test_a_change_that_failed_half_way_is_looked_at(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(SAMPLE)
+    assert held(store, HOST) == ["tap0"]
+
+    def refuse(_store: Store) -> None:
+        raise OSError(5, "sick disk")
+
+    changes: list[Callable[[], None]] = [lambda: store.delete("tap0"), lambda: store.save(SAMPLE)]
+    for change in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "_sync", refuse)
+            with pytest.raises((OSError, KernelError)):
+                change()
+        assert held(store, HOST) == [path.stem for path in store.directory.glob("*.json")]
+
+
+def test_what_a_person_has_changed_is_noticed_after_a_moment(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(SAMPLE)
+    assert held(store, HOST) == ["tap0"]
+    store.path("tap0").unlink()
+    monkeypatch.setattr(journal, "TRUSTED", 0.0)
+    assert held(store, HOST) == []
 
 
 def test_many_threads_at_once(store: Store) -> None:
