@@ -47,6 +47,7 @@ FIRST_ACTIVATED = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival must not wait for hooks
 ANSWER = 0.05  # seconds that a guest has to answer before it counts as gone
 AGAIN = 0.2  # seconds between two such questions
+SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
 RECHECK = 1.0  # seconds after an arrival, or a failure, until everything is looked at in full
 KILLED = 1.0  # seconds that a run's unfinished business stays unchanged before somebody asks whether it was killed
 RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
@@ -91,7 +92,8 @@ class Agent:
         self.counts: Counter[str] = Counter()
         self.announcing = 0
         self._looking = self._look_again = False
-        self._changed = DirectoryEvents(loop, self.store.directory, self.look)
+        self._settling = False
+        self._changed = DirectoryEvents(loop, self.store.directory, self._journals_changed)
         LinkEvents(loop, self._devices_gone, self._resync)
         self.service = Service(loop, listener, self.announce_later)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -120,6 +122,16 @@ class Agent:
 
     # --- what there is to watch -------------------------------------------------------------------------
 
+    def _journals_changed(self) -> None:
+        """Look soon, and once: a hook writes its journal twice, and is not to share the processor with us."""
+        if not self._settling:
+            self._settling = True
+            self.loop.later(SETTLE, self._settled)
+
+    def _settled(self) -> None:
+        self._settling = False
+        self.look()
+
     def look(self) -> None:
         """See what has changed in the journals."""
         if self._looking:
@@ -131,11 +143,11 @@ class Agent:
 
     def _find(self, known: dict[str, Stamp]) -> tuple[set[str], dict[str, Watched]]:
         """In a thread: all taps that have a journal, and what is new of them."""
-        taps = set(self.store.taps())
+        stamps = self.store.stamps()
+        taps = set(stamps)
         news = {}
-        for tap in sorted(taps):
-            stamp = self.store.stamp(tap)
-            if stamp is None or stamp == known.get(tap):
+        for tap, stamp in sorted(stamps.items()):
+            if stamp == known.get(tap):
                 continue
             try:
                 journal = self.store.load(tap)
@@ -474,9 +486,12 @@ def main(argv: Sequence[str], run_dir: Path = cli.RUN_DIR) -> None:
         epilog=cli.EPILOG,
         allow_abbrev=False,
     )
-    parser.out = sys.stdout
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.parse_args(list(argv))
+    try:
+        parser.parse_args(list(argv))
+    except cli.Told as told:
+        sys.stdout.write(str(told))
+        return
     cli.need_privileges()
     run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with only_one(run_dir):

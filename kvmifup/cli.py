@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -35,16 +35,18 @@ EPILOG = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are ours, and that writes where it is told to."""
+class Told(Exception):
+    """What --help or --version has to say: parsers are shared by threads, and do not know who asks."""
 
-    out: TextIO
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are ours, and that writes nothing itself."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
 
-    def _print_message(self, message: str, file: object = None) -> None:
-        self.out.write(message)
+    def _print_message(self, message: str, file: object = None) -> NoReturn:
+        raise Told(message)
 
 
 def script(program: str, note: str = "") -> NoReturn:
@@ -57,10 +59,10 @@ def script(program: str, note: str = "") -> NoReturn:
     sys.exit(main(program, sys.argv[1:], os.environ, out, err, announce.repeat_detached))
 
 
-def parser(program: str, out: TextIO) -> Parser:
+@cache
+def parser(program: str) -> Parser:
     """The command line of *program*."""
     made = Parser(prog=program, description=DOES[program], epilog=EPILOG, allow_abbrev=False)
-    made.out = out
     if program == "kvm-ifup":
         made.add_argument("subcommand", choices=["gc"], help="gc: clear up after dead NICs and killed runs")
     else:
@@ -98,8 +100,6 @@ def main(
     as_json = "--json" in argv
     try:
         return command(program, argv, environ, stdout, stderr, background)
-    except SystemExit as leaving:  # argparse, after --help or --version
-        return int(leaving.code or 0)
     except KvmIfupError as error:
         failure = error
     except PermissionError as error:
@@ -131,7 +131,11 @@ def command(
     background: Background | None,
 ) -> int:
     """Parse, gather, and only then load what speaks to the kernel. Raises KvmIfupError."""
-    options = parser(program, stdout).parse_args(list(argv))
+    try:
+        options = parser(program).parse_args(list(argv))
+    except Told as told:
+        stdout.write(str(told))
+        return 0
     work = collect if program == "kvm-ifup" else hook(program, options, environ)
     if work is None:
         return 0
@@ -167,6 +171,12 @@ def need_privileges() -> None:
     """Raise PrivilegeError unless we are root with CAP_NET_ADMIN: half of it would do half of the work."""
     if os.geteuid() != 0:
         raise PrivilegeError("not root", hint="run it as root")
+    need_capability()
+
+
+@cache
+def need_capability() -> None:
+    """Raise PrivilegeError without CAP_NET_ADMIN. A process that has it keeps it, so it is looked at once."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
     if not effective >> CAP_NET_ADMIN & 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,7 @@ def load(file: Path | None) -> Config:
 def merged(config: Config, path: Path, base: Path) -> Config:
     """*config* with what *path* sets. Raises ConfigError."""
     try:
-        data = tomli.loads(trust.read(path, base))
-        changed: Config = section(config, data, "")
-        return changed
+        return parsed(config, trust.read(path, base))
     except trust.Untrusted as error:
         raise ConfigError(
             f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
@@ -52,6 +51,13 @@ def merged(config: Config, path: Path, base: Path) -> Config:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (ConfigError, NicError) as error:
         raise ConfigError(str(error), hint=error.hint, where=str(path)) from None
+
+
+@lru_cache(maxsize=16)
+def parsed(config: Config, text: str) -> Config:
+    """*config* with what the TOML *text* sets; the agent reads the same text for every hook. Raises ConfigError."""
+    changed: Config = section(config, tomli.loads(text), "")
+    return changed
 
 
 def section(current: Any, data: Mapping[str, Any], name: str) -> Any:

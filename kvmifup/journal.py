@@ -15,25 +15,30 @@ what a run is about to do, or was doing when it was killed: its values are those
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kvmifup import trust
 from kvmifup.errors import JournalError, KernelError, PrivilegeError
 from kvmifup.model import Nic, Phase
-from kvmifup.ops import KINDS, Op, Value
+from kvmifup.ops import KINDS, Op, Value, field_names
 
-Stamp = tuple[int, int]  # of a file: inode, time of the last change in ns
+Stamp = tuple[int, ...]  # of a file: what changes when it is replaced or written
 
 VERSION = 1
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
+TRUSTED = 1.0  # seconds after which all files are looked at anyway: a person may have changed one
+TICK = 20_000_000  # ns: longer than two changes of a file can have one time (a jiffy is 10 ms at most)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,129 @@ class Journal:
         return next((entry for entry in self.entries if entry.op.key == key), None)
 
 
+@dataclass(frozen=True)
+class Known:
+    """A file as it was when it was read last: *stamp* tells it from another, *journal* None for an unreadable one.
+
+    *settled*: it had not just been written, so that a later write must give it another time.
+    """
+
+    stamp: Stamp
+    settled: bool
+    text: str
+    journal: Journal | None
+
+    @property
+    def names(self) -> set[Hashable]:
+        """What `Store.others` finds the journal by."""
+        if self.journal is None:
+            return set()
+        nic, entries = self.journal.nic, (*self.journal.entries, *self.journal.pending)
+        return {nic.instance, *map(str, nic.ip), *(entry.op.key for entry in entries if entry.op.shared)}
+
+
+class Index:
+    """The journals in one directory, each read again only when its file is another; for all threads.
+
+    A full node has hundreds, and every hook must know which address is on which of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, Known] = {}
+        self._taps: dict[Hashable, set[str]] = {}  # by name
+        self._token = b""
+        self._updated = 0.0
+
+    def take_over(self, before: bytes, token: bytes) -> bool:
+        """Whether nothing can have changed since this process held the lock last; it does now, as *token*."""
+        with self._lock:
+            ours = self._token == before != b"" and time.monotonic() - self._updated < TRUSTED
+            self._token = token if ours else b""
+            return ours
+
+    def vouch(self, token: bytes) -> None:
+        """It has been updated since the lock was taken as *token*."""
+        with self._lock:
+            self._token = token
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change to a file: if that fails half way, nothing is known for sure."""
+        with self._lock:
+            token, self._token = self._token, b""
+        yield
+        with self._lock:
+            self._token = token
+
+    def update(self, store: Store) -> None:
+        """Look at every file, and read those that have changed."""
+        with self._lock:
+            self._updated = time.monotonic()
+            there: dict[str, Stamp] = {}
+            with suppress(trust.Untrusted, OSError):
+                trust.check(store.directory, store.run_dir)
+                there = store.stamps()
+            for tap, stamp in there.items():
+                self._look_at(tap, stamp, store)
+            for tap in self._known.keys() - there.keys():
+                self._forget(tap)
+
+    def _look_at(self, tap: str, stamp: Stamp, store: Store) -> None:
+        known = self._known.get(tap)
+        if known and known.settled and known.stamp == stamp:
+            return
+        now = time.time_ns()
+        try:
+            text = store.text(tap)
+            journal: Journal | None = store.decoded(tap, text)
+        except (OSError, JournalError):
+            text, journal = "", None
+        self._remember(tap, Known(stamp, now - stamp[0] > TICK, text, journal))
+
+    def _forget(self, tap: str) -> None:
+        known = self._known.pop(tap, None)
+        for name in known.names if known else ():
+            self._taps[name].discard(tap)
+            if not self._taps[name]:
+                del self._taps[name]
+
+    def decoded(self, tap: str, text: str) -> Journal | None:
+        """The journal that *text* was last time, None if that was another text."""
+        known = self._known.get(tap)
+        return known.journal if known and known.text == text else None
+
+    def removed(self, tap: str) -> None:
+        """Forget what this process has removed."""
+        with self._lock:
+            self._forget(tap)
+
+    def written(self, tap: str, text: str, journal: Journal) -> None:
+        """Remember what this process has written. The file is read again all the same: it may be another by now."""
+        with self._lock:
+            self._remember(tap, Known((), False, text, journal))
+
+    def _remember(self, tap: str, known: Known) -> None:
+        self._forget(tap)
+        self._known[tap] = known
+        for name in known.names:
+            self._taps.setdefault(name, set()).add(tap)
+
+    def naming(self, name: Hashable) -> list[tuple[str, Journal]]:
+        """The journals that *name* is in, with their taps."""
+        with self._lock:
+            found = [(tap, self._known[tap].journal) for tap in sorted(self._taps.get(name, ()))]
+        return [(tap, journal) for tap, journal in found if journal]
+
+
+def stamp_of(info: os.stat_result) -> Stamp:
+    """The stamp of a file, its time in ns first."""
+    return info.st_mtime_ns, info.st_ctime_ns, info.st_ino, info.st_size
+
+
+_index_of: Callable[[Path], Index] = cache(lambda _directory: Index())
+
+
 class Store:
     """The journals below *run_dir*. Writing is atomic and survives a power cut; a dead run's temporary
     file is overwritten by the next."""
@@ -74,6 +202,28 @@ class Store:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.directory = run_dir / "state"
+        self._index = _index_of(self.directory)
+        self._local = threading.local()  # fresh: this thread has updated the index since it had to
+
+    def refresh(self) -> None:
+        """Forget what this thread has found out about other taps: something may have changed."""
+        self._local.fresh = False
+        self._local.token = b""
+
+    def begin(self, lock: Path) -> None:
+        """A run begins that holds *lock*, without which nobody changes what taps share.
+
+        Each run leaves its own mark in it: when the last one was this process's, there is nothing to look for.
+        """
+        token = os.urandom(16)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            before = os.pread(descriptor, len(token), 0)
+            os.pwrite(descriptor, token, 0)
+        finally:
+            os.close(descriptor)
+        self._local.token = token
+        self._local.fresh = self._index.take_over(before, token)
 
     def path(self, tap: str) -> Path:
         """Where the journal of *tap* is."""
@@ -81,31 +231,41 @@ class Store:
 
     def load(self, tap: str) -> Journal | None:
         """The journal of *tap*, None if it has none. Raises JournalError."""
-        path = self.path(tap)
         try:
-            journal = decode(json.loads(trust.read(path, self.run_dir, MAX_BYTES)))
-            if journal.nic.tap != tap:
-                raise ValueError
-            return journal
+            os.lstat(self.path(tap))  # most hooks find none, and this is quicker than what it takes to trust one
+            return self.decoded(tap, self.text(tap))
         except FileNotFoundError:
             return None
         except PermissionError:
             raise
-        except (
-            trust.Untrusted,
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            why = error if isinstance(error, trust.Untrusted) else type(error).__name__
-            raise JournalError(
-                f"the journal {path} cannot be read: {why}",
-                hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
-            ) from None
+        except OSError as error:
+            raise self._unreadable(tap, type(error).__name__) from None
+
+    def text(self, tap: str) -> str:
+        """What the file of *tap* says. Raises JournalError, OSError."""
+        try:
+            return trust.read(self.path(tap), self.run_dir, MAX_BYTES)
+        except trust.Untrusted as error:
+            raise self._unreadable(tap, str(error)) from None
+
+    def decoded(self, tap: str, text: str) -> Journal:
+        """The journal in *text*, if it is one and about *tap*. Raises JournalError."""
+        known = self._index.decoded(tap, text)
+        if known:
+            return known
+        try:
+            journal = decode(json.loads(text))
+            if journal.nic.tap != tap:
+                raise ValueError
+            return journal
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise self._unreadable(tap, type(error).__name__) from None
+
+    def _unreadable(self, tap: str, why: str) -> JournalError:
+        return JournalError(
+            f"the journal {self.path(tap)} cannot be read: {why}",
+            hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
+        )
 
     def stamp(self, tap: str) -> Stamp | None:
         """What changes whenever the journal of *tap* does; None if it has none."""
@@ -113,7 +273,7 @@ class Store:
             info = self.path(tap).stat()
         except OSError:
             return None
-        return info.st_ino, info.st_mtime_ns
+        return stamp_of(info)
 
     def save(self, journal: Journal) -> None:
         """Write *journal* so that it is either wholly there or not at all, even after a crash.
@@ -124,13 +284,17 @@ class Store:
         temporary = path.with_suffix(".new")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with open(os.open(temporary, flags, 0o600), "wb") as file:
-                file.write(json.dumps(encode(journal), indent=1).encode())
+            if not self.directory.is_dir():
+                self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
+            text = json.dumps(encode(journal))
+            with self._index.changing(), open(os.open(temporary, flags, 0o600), "wb") as file:
+                file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(temporary, path)
-            self._sync()
+                os.rename(temporary, path)
+                self._sync()
+                self._index.written(journal.nic.tap, text, journal)
         except PermissionError as error:
             raise PrivilegeError(f"cannot write {error.filename or path}", hint="run it as root") from None
         except OSError as error:
@@ -138,13 +302,17 @@ class Store:
 
     def delete(self, tap: str) -> None:
         """Forget *tap*."""
-        self.path(tap).unlink(missing_ok=True)
-        self._sync()
+        with self._index.changing():
+            self.path(tap).unlink(missing_ok=True)
+            self._sync()
+            self._index.removed(tap)
 
     def set_aside(self, tap: str) -> Path:
         """Move an unreadable journal out of the way; returns where it is now."""
         aside = self.path(tap).with_suffix(".unreadable")
-        os.rename(self.path(tap), aside)
+        with self._index.changing():
+            os.rename(self.path(tap), aside)
+            self._index.removed(tap)
         return aside
 
     def nic_of_live(self, tap: str) -> Nic | None:
@@ -167,34 +335,48 @@ class Store:
 
     def taps(self) -> list[str]:
         """The taps that have a journal."""
-        return sorted(path.stem for path in self.directory.glob("*.json"))
+        return sorted(self.stamps())
 
-    def others(self, tap: str, text: str) -> Iterator[Journal]:
-        """The readable journals of other taps that contain *text*; an unreadable one is its own tap's trouble.
+    def stamps(self) -> dict[str, Stamp]:
+        """The stamps of all journals, by tap."""
+        found: dict[str, Stamp] = {}
+        with suppress(FileNotFoundError, NotADirectoryError), opened(self.directory) as directory:
+            with os.scandir(directory) as files:
+                listed = list(files)
+            for file in listed:
+                tap = file.name.removesuffix(".json")
+                if tap != file.name:
+                    with suppress(FileNotFoundError):  # its guest has just left
+                        found[tap] = stamp_of(file.stat(follow_symlinks=False))
+        return found
 
-        *text* is looked for first because decoding every journal of a full node would take longer than
-        the whole hook.
+    def others(self, tap: str, name: Hashable) -> Iterator[Journal]:
+        """The readable journals of other taps that name *name*: an instance, an address or prefix of the NIC, or
+        the key of a shared op. An unreadable one is its own tap's trouble.
+
+        They are as they were when the run began (`begin`), or at the first call since `refresh`, but for what
+        this process has written.
         """
-        wanted = json.dumps(text).encode()
-        for path in self.directory.glob("*.json"):
-            if path.stem == tap:
-                continue
-            try:
-                if wanted in path.read_bytes():
-                    found = self.load(path.stem)
-                    if found is not None:
-                        yield found
-            except (OSError, JournalError):
-                continue
+        if not getattr(self._local, "fresh", False):
+            self._index.update(self)
+            self._local.fresh = True
+            if getattr(self._local, "token", b""):
+                self._index.vouch(self._local.token)
+        yield from (journal for other, journal in self._index.naming(name) if other != tap)
 
     def _sync(self) -> None:
-        if not self.directory.is_dir():
-            return
-        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with suppress(FileNotFoundError), opened(self.directory) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[int]:
+    """A descriptor of *directory*. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 # --- JSON ---------------------------------------------------------------------------------------------
@@ -222,7 +404,7 @@ def encode_entry(entry: Entry) -> dict[str, Any]:
 
 def shallow(data: Nic | Op) -> dict[str, Any]:
     """The fields of *data*, without the deep copy that `dataclasses.asdict` takes its time for."""
-    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    return {name: getattr(data, name) for name in field_names(data)}
 
 
 def decode(data: dict[str, Any]) -> Journal:

@@ -1,6 +1,7 @@
-"""The node itself: the only place that speaks netlink and touches /proc/sys.
+"""The node itself: the only place that asks and changes the kernel, and touches /proc/sys.
 
-It reads, writes and names errors; it decides nothing.
+It reads, writes and names errors; it decides nothing. What every NIC needs goes through `kvmifup.netlink`;
+pyroute2 is for policy rules of others, which can say anything, and is loaded when one of them names the tap.
 """
 
 from __future__ import annotations
@@ -11,14 +12,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from pyroute2 import IPRoute, NetlinkError
-
-from kvmifup import announce, ovs, programs, tables
+from kvmifup import announce, netlink, ovs, programs, tables
 from kvmifup.errors import KernelError, NotReadyError, PrivilegeError, ProgramError, VanishedError
 from kvmifup.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
+from kvmifup.netlink import Link, NetlinkError
 from kvmifup.ops import (
     AddrGenMode,
     Announce,
@@ -44,7 +43,6 @@ from kvmifup.signals import checkpoint
 ARPHRD_ETHER = 1  # linux/if_arp.h
 IFF_UP, IFF_NOARP = 0x1, 0x80  # linux/if.h
 NUD_PERMANENT, NTF_PROXY = 0x80, 0x08  # linux/neighbour.h
-RTM_F_FIB_MATCH = 0x2000  # linux/rtnetlink.h
 RTPROT_STATIC, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 4, 253, 0
 FR_ACT_TO_TBL, FIB_RULE_INVERT = 1, 0x2  # linux/fib_rules.h
 # Of a rule's header: field, value in a plain rule, bits that belong to the rule. The other flags tell of
@@ -68,23 +66,19 @@ NOT_THE_GUESTS = {  # linux/rtnetlink.h, rtm_type
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 POLL = 0.005  # seconds between two looks at a port's state
 
-SYSCTL = Path("/proc/sys")
-SYS_NET = Path("/sys/class/net")
+SYSCTL = "/proc/sys"
+SYS_NET = "/sys/class/net"
 
 
 class Kernel:
     """One netlink socket, what it has said since the last change, and which devices the run is about."""
 
     def __init__(self) -> None:
-        try:
-            # Without groups=0, 0.9 subscribes to every event on the node and never reads them.
-            self._netlink: Any = IPRoute(groups=0, strict_check=True)
-        except TypeError:  # 0.7: subscribes to nothing, and knows no such argument
-            self._netlink = IPRoute(strict_check=True)
-        self._links: dict[str, Any] = {}
+        self._netlink = netlink.Netlink()
+        self._links: dict[str, Link] = {}
         self._known: dict[str, int] = {}
-        self._rules: dict[int, list[Rule]] = {}
-        self._routes: dict[tuple[int, int], list[Any]] = {}
+        self._rules: dict[tuple[int, str], list[Rule]] = {}
+        self._routes: dict[tuple[int, int], list[bytes]] = {}
 
     def close(self) -> None:
         """Close the socket."""
@@ -101,12 +95,12 @@ class Kernel:
     def facts(self, nic: Nic, config: Config) -> NodeFacts:
         """What a plan for *nic* needs to know. Raises KernelError."""
         self.refresh()
-        has_ipv6 = (SYSCTL / "net/ipv6").is_dir()
+        has_ipv6 = os.access(f"{SYSCTL}/net/ipv6", os.F_OK)
         facts = NodeFacts(
             tap=self._tap(nic.tap),
             bridge=self._bridge(nic) if nic.mode in ("bridged", "openvswitch") else None,
             program=programs.find(programs.DIRECTORY, nic.link) if nic.mode == "ext" and nic.link else None,
-            rules=tuple(rule for f in (4, 6)[: 1 + has_ipv6] for rule in self._rules_of(f) if rule.iif == nic.tap),
+            rules=tuple(rule for f in (4, 6)[: 1 + has_ipv6] for rule in self._rules_of(f, nic.tap)),
             ipv6=has_ipv6,
         )
         if nic.mode != "routed":
@@ -125,17 +119,14 @@ class Kernel:
 
     def ifindex(self, dev: str) -> int | None:
         """The index of *dev*, None if there is no such device."""
-        try:
-            return socket.if_nametoindex(dev)
-        except OSError:
-            return None
+        return self._netlink.index(dev)
 
     def _tap(self, name: str) -> Tap | None:
         try:
             link = self._link(name)
         except VanishedError:
             return None
-        return Tap(ifindex=link["index"], is_tap=kind(link) == "tun" and link["ifi_type"] == ARPHRD_ETHER)
+        return Tap(ifindex=link.index, is_tap=link.kind == "tun" and link.type == ARPHRD_ETHER)
 
     def _bridge(self, nic: Nic) -> Bridge | None:
         try:
@@ -143,28 +134,25 @@ class Kernel:
         except VanishedError:
             return None
         if nic.mode == "openvswitch":
-            is_bridge = ovs.has_bridge(nic.link or "")
-            return Bridge(is_bridge, True, link.get_attr("IFLA_ADDRESS"), link.get_attr("IFLA_MTU"), False, 0.0, False)
-        data = nested(link, "IFLA_LINKINFO", "IFLA_INFO_DATA")
-        is_bridge = kind(link) == "bridge"
+            return Bridge(ovs.has_bridge(nic.link or ""), True, link.address or "", link.mtu, False, 0.0, False)
+        is_bridge = link.kind == "bridge"
         return Bridge(
             is_bridge=is_bridge,
-            up=bool(link["flags"] & IFF_UP),
-            mac=link.get_attr("IFLA_ADDRESS") or "",
-            mtu=link.get_attr("IFLA_MTU"),
-            stp=is_bridge and bool(data.get_attr("IFLA_BR_STP_STATE")),
-            forward_delay=data.get_attr("IFLA_BR_FORWARD_DELAY") / 100 if is_bridge else 0.0,
-            adopts=is_bridge and self._adopts(link, nic.tap),
+            up=bool(link.flags & IFF_UP),
+            mac=link.address or "",
+            mtu=link.mtu,
+            stp=link.stp,
+            forward_delay=link.forward_delay,
+            adopts=is_bridge and self._adopts(nic.link or "", link, nic.tap),
         )
 
-    def _adopts(self, bridge: Any, tap: str) -> bool:
+    def _adopts(self, name: str, bridge: Link, tap: str) -> bool:
         """Whether *bridge* has neither an address of its own nor a port other than *tap*."""
-        sysfs = sysfs_of(bridge)
+        sysfs = sysfs_of(name, bridge)
         if sysfs is None:
             # Somebody else's /sys: a bridge without carrier has no live port that it could follow.
-            return not bridge.get_attr("IFLA_CARRIER")
-        pinned = (sysfs / "addr_assign_type").read_text().strip() == NET_ADDR_SET
-        return not pinned and not {port.name for port in (sysfs / "brif").iterdir()} - {tap}
+            return not bridge.carrier
+        return content(f"{sysfs}/addr_assign_type") != NET_ADDR_SET and not {*os.listdir(f"{sysfs}/brif")} - {tap}
 
     def _uplinks(self, nic: Nic, table: int, config: Config) -> Iterator[Uplink]:
         for family in sorted({prefix.version for prefix in nic.ip}):
@@ -174,14 +162,7 @@ class Kernel:
             yield from (self._uplink(name, family) for name in names if name != nic.tap)
 
     def _default_devices(self, family: int, table: int) -> tuple[str, ...]:
-        found: dict[str, None] = {}
-        for route in self._routes_of(family, table):
-            if route["dst_len"] == 0 and route["type"] == 1:
-                hops = route.get_attr("RTA_MULTIPATH") or ()
-                for index in (route.get_attr("RTA_OIF"), *(hop["oif"] for hop in hops)):
-                    if index:
-                        found[device_name(index)] = None
-        return tuple(found)
+        return tuple(device_name(index) for index in netlink.default_devices(self._routes_of(family, table)))
 
     def _uplink(self, name: str, family: int) -> Uplink:
         try:
@@ -196,8 +177,8 @@ class Kernel:
             name,
             family,
             present=True,
-            up=bool(link["flags"] & IFF_UP),
-            arp=link["ifi_type"] == ARPHRD_ETHER and not link["flags"] & IFF_NOARP,
+            up=bool(link.flags & IFF_UP),
+            arp=link.type == ARPHRD_ETHER and not link.flags & IFF_NOARP,
             mend=tuple(setting(path, value) for path, value in needed.items() if sysctl(path) != value),
             source=link_local(name) if family == 6 else None,
         )
@@ -208,54 +189,65 @@ class Kernel:
             why = None
             if prefix.prefixlen == prefix.max_prefixlen:
                 why = NOT_THE_GUESTS.get(self._route_type(prefix.version, str(prefix.network_address)))
-            for route in self._routes_of(prefix.version, table):
-                dev = route.get_attr("RTA_OIF")
-                if same_prefix(route, prefix) and (dev is None or device_name(dev) != nic.tap):
-                    out = "to a next hop" if dev is None else f"out of {device_name(dev)}"
+            for route in netlink.routes_to(prefix, self._routes_of(prefix.version, table)):
+                dev = None if route.oif is None else device_name(route.oif)
+                if dev != nic.tap:
+                    out = "to a next hop" if dev is None else f"out of {dev}"
                     why = why or f"is already routed {out} in table {table}"
             if why:
                 yield str(prefix), why
 
     def _route_type(self, family: int, address: str) -> int:
         try:
-            found = self._netlink.route("get", dst=address, family=FAMILIES[family], flags=RTM_F_FIB_MATCH)
+            return self._netlink.route_type(FAMILIES[family], address)
         except NetlinkError:  # no route, or an unreachable one: nobody's address
             return 0
-        return int(found[0]["type"])
 
     # --- what was read ----------------------------------------------------------------------------------
 
-    def _link(self, name: str) -> Any:
+    def _link(self, name: str) -> Link:
         if name not in self._links:
             with refusals(f"reading {name}"):
-                link = self._netlink.link("get", ifname=name)[0]
-            # A name can become another device's at any moment; then what we know and want is not about it.
-            if self._known.setdefault(name, link["index"]) != link["index"]:
-                raise VanishedError(f"{name} is another device now", errno=errno.ENODEV)
+                link = self._netlink.link(name)
+            self._same(name, link.index)
             self._links[name] = link
         return self._links[name]
 
+    def _same(self, name: str, index: int) -> None:
+        """A name can become another device's at any moment; then what we know and want is not about it."""
+        if self._known.setdefault(name, index) != index:
+            raise VanishedError(f"{name} is another device now", errno=errno.ENODEV)
+
     def _index(self, name: str) -> int:
-        return int(self._link(name)["index"])
+        """The index of *name*, asked for anew: it is still the device that this run is about."""
+        index = self.ifindex(name)
+        if index is None:
+            raise refusal(f"reading {name}", errno.ENODEV)
+        self._same(name, index)
+        return index
 
-    def _rules_of(self, family: int) -> list[Rule]:
-        """Every rule of *family* that names an incoming device."""
-        if family not in self._rules:
+    def _rules_of(self, family: int, iif: str) -> list[Rule]:
+        """Every rule of *family* that names the incoming device *iif*."""
+        if (family, iif) not in self._rules:
             with refusals("reading policy rules"):
-                dump = self._netlink.rule("dump", family=FAMILIES[family])
-            self._rules[family] = [rule_of(message, family) for message in dump if message.get_attr("FRA_IIFNAME")]
-        return self._rules[family]
+                found = self._netlink.rules(FAMILIES[family], iif)
+            self._rules[family, iif] = [rule_of(message, family, iif) for message in found]
+        return self._rules[family, iif]
 
-    def _routes_of(self, family: int, table: int) -> list[Any]:
+    def _routes_of(self, family: int, table: int) -> list[bytes]:
         if (family, table) not in self._routes:
-            try:
-                dump = self._netlink.route("dump", family=FAMILIES[family], table=table)
-            except NetlinkError as error:
-                if error.code != errno.ENOENT:  # a table that was never used
-                    raise refusal(f"reading table {table}", error.code) from None
-                dump = ()
-            self._routes[family, table] = list(dump)
+            with refusals(f"reading table {table}"):
+                self._routes[family, table] = self._netlink.routes(FAMILIES[family], table)
         return self._routes[family, table]
+
+    def _routes_here(self, op: Route) -> list[netlink.RouteEntry]:
+        """The routes that *op* is about; of a table that nobody has read yet only what the device has in it."""
+        prefix, index = ipaddress.ip_network(op.prefix), self._index(op.dev)
+        routes = self._routes.get((prefix.version, op.table))
+        if routes is None:
+            with refusals(f"reading table {op.table}"):
+                routes = self._netlink.routes(FAMILIES[prefix.version], op.table, index)
+        return [route for route in netlink.routes_to(prefix, routes) if route.oif == index]
 
     # --- ops --------------------------------------------------------------------------------------------
 
@@ -263,23 +255,23 @@ class Kernel:
         """The value that the node has now for *op*. Raises VanishedError, KernelError."""
         match op:
             case LinkAddress():
-                return str(self._link(op.dev).get_attr("IFLA_ADDRESS"))
+                return str(self._link(op.dev).address)
             case BridgeAddress():
                 link = self._link(op.dev)
-                sysfs = sysfs_of(link)
-                pinned = sysfs is not None and (sysfs / "addr_assign_type").read_text().strip() == NET_ADDR_SET
-                return str(link.get_attr("IFLA_ADDRESS")) if pinned else "not pinned"
+                sysfs = sysfs_of(op.dev, link)
+                pinned = sysfs is not None and content(f"{sysfs}/addr_assign_type") == NET_ADDR_SET
+                return str(link.address) if pinned else "not pinned"
             case AddrGenMode():
-                modes = nested(self._link(op.dev), "IFLA_AF_SPEC", "AF_INET6").get_attr("IFLA_INET6_ADDR_GEN_MODE")
+                mode = self._link(op.dev).addr_gen_mode
                 # None: no IPv6 on the device at all, as below an MTU of 1280. Then nothing makes an address.
-                return op.want if modes is None else int(modes)
+                return op.want if mode is None else mode
             case LinkMtu():
-                return int(self._link(op.dev).get_attr("IFLA_MTU"))
+                return self._link(op.dev).mtu
             case LinkMaster():
-                master = self._link(op.dev).get_attr("IFLA_MASTER")
+                master = self._link(op.dev).master
                 return device_name(master) if master else None
             case LinkUp():
-                return bool(self._link(op.dev)["flags"] & IFF_UP)
+                return bool(self._link(op.dev).flags & IFF_UP)
             case PortForwarding():
                 return self._port_state(op)
             case Sysctl():
@@ -289,10 +281,10 @@ class Kernel:
                     raise VanishedError(f"no sysctl {op.path}", errno=errno.ENOENT)
                 return value
             case Rule():
-                return any(rule.key == op.key for rule in self._rules_of(op.family))
+                return any(rule.key == op.key for rule in self._rules_of(op.family, op.iif))
             case Neighbour():
                 found = self._neighbour(op.dev, op.address, flags=0)
-                return str(found.get_attr("NDA_LLADDR")) if found and found["state"] & NUD_PERMANENT else None
+                return str(found[1]) if found and found[0] & NUD_PERMANENT else None
             case ProxyNeighbour():
                 return self._neighbour(op.dev, op.address, flags=NTF_PROXY) is not None
             case OvsPort():
@@ -300,30 +292,24 @@ class Kernel:
             case Program():
                 return "unknown"
             case Route():
-                prefix, index = ipaddress.ip_network(op.prefix), self._index(op.dev)
-                routes = self._routes_of(prefix.version, op.table)
-                return any(same_prefix(route, prefix) and route.get_attr("RTA_OIF") == index for route in routes)
+                return bool(self._routes_here(op))
         raise AssertionError(f"nothing to read for {op.kind}")
 
     def _port_state(self, op: PortForwarding) -> str:
         link = self._link(op.dev)
-        if nested(link, "IFLA_LINKINFO").get_attr("IFLA_INFO_SLAVE_KIND") != "bridge":
+        if link.port_of != "bridge":
             return "not a port"
-        if not link["flags"] & IFF_UP:
+        if not link.flags & IFF_UP:
             return "down"
-        if not link.get_attr("IFLA_CARRIER"):
+        if not link.carrier:
             return op.want  # nobody holds the tap yet; the port starts when somebody does
-        return PORT_STATES[nested(link, "IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA").get_attr("IFLA_BRPORT_STATE")]
+        return PORT_STATES[link.port_state or 0]
 
-    def _neighbour(self, dev: str, address: str, flags: int) -> Any:
-        """The entry, None if there is none."""
-        arguments = {"dst": address, "ifindex": self._index(dev), "family": family_of(address)}
-        try:
-            return self._netlink.neigh("get", flags=flags, **arguments)[0]
-        except NetlinkError as error:
-            if error.code == errno.ENOENT:
-                return None
-            raise refusal(f"reading neighbour {address} on {dev}", error.code) from None
+    def _neighbour(self, dev: str, address: str, flags: int) -> tuple[int, str | None] | None:
+        """State and MAC of the entry, None if there is none."""
+        index = self._index(dev)
+        with refusals(f"reading neighbour {address} on {dev}"):
+            return self._netlink.neighbour(index, address, flags)
 
     def write(self, op: Op) -> None:
         """Make the value that *op* wants true. Removing what is not there succeeds.
@@ -334,28 +320,41 @@ class Kernel:
             with refusals(op.describe()):
                 self._write(op)
         finally:
-            self.refresh()
+            self._forget(op)
+
+    def _forget(self, op: Op) -> None:
+        """Forget what writing *op* may have changed; with a link that can be anything."""
+        match op:
+            case Neighbour() | ProxyNeighbour() | Announce():
+                pass
+            case Rule():
+                self._rules.clear()
+            case Route() | Sysctl():  # IPv6 forwarding takes routes with it: rt6_purge_dflt_routers
+                self._routes.clear()
+            case _:
+                self.refresh()
 
     def _write(self, op: Op) -> None:
         match op:
             case LinkAddress() | BridgeAddress():
-                self._netlink.link("set", index=self._index(op.dev), address=op.want)
+                mac = netlink.attribute(netlink.IFLA_ADDRESS, netlink.mac_bytes(op.want))
+                self._netlink.set_link(self._index(op.dev), mac)
             case AddrGenMode():
                 # By netlink: writing the sysctl makes an address at once, even on a device that is down.
-                inet6 = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", op.want)]}
-                spec = {"attrs": [("AF_INET6", inet6)]}
-                self._netlink.link("set", index=self._index(op.dev), IFLA_AF_SPEC=spec)
+                inet6 = netlink.attribute(netlink.IFLA_INET6_ADDR_GEN_MODE, bytes([op.want]))
+                spec = netlink.attribute(netlink.IFLA_AF_SPEC, netlink.attribute(socket.AF_INET6, inet6))
+                self._netlink.set_link(self._index(op.dev), spec)
             case LinkMtu():
-                self._netlink.link("set", index=self._index(op.dev), mtu=op.want)
+                self._netlink.set_link(self._index(op.dev), netlink.number(netlink.IFLA_MTU, op.want))
             case LinkMaster():
                 self._write_master(op)
             case LinkUp():
-                self._netlink.link("set", index=self._index(op.dev), state="up" if op.want else "down")
+                self._netlink.set_link(self._index(op.dev), flags=IFF_UP if op.want else 0, change=IFF_UP)
             case PortForwarding():
                 self._await_forwarding(op)
             case Sysctl():
                 self._index(op.dev)  # the same device still?
-                (SYSCTL / op.path).write_text(op.want)
+                write_sysctl(op.path, op.want)
             case Rule():
                 self._write_rule(op)
             case Neighbour():
@@ -379,9 +378,9 @@ class Kernel:
             master = 0 if op.want is None else self._index(op.want)
         except VanishedError:
             # To go back to a bridge that is gone is to leave this one.
-            self._netlink.link("set", index=index, master=0)
+            self._netlink.set_link(index, netlink.number(netlink.IFLA_MASTER, 0))
             raise
-        self._netlink.link("set", index=index, master=master)
+        self._netlink.set_link(index, netlink.number(netlink.IFLA_MASTER, master))
 
     def _await_forwarding(self, op: PortForwarding) -> None:
         deadline = time.monotonic() + op.timeout
@@ -396,53 +395,40 @@ class Kernel:
             self.refresh()
 
     def _write_rule(self, op: Rule) -> None:
-        arguments: dict[str, Any] = {
-            "family": FAMILIES[op.family],
-            "iifname": op.iif,
-            "table": op.table,
-            "priority": op.priority,
-            **({"protocol": RTPROT_STATIC} if not op.selectors and op.want else {}),
-            **dict(op.selectors),
-        }
         with forgiven(errno.EEXIST if op.want else errno.ENOENT):
-            self._netlink.rule("add" if op.want else "del", **arguments)
+            if op.selectors:
+                write_foreign_rule(op)
+            elif op.want:
+                self._netlink.put_rule(FAMILIES[op.family], op.iif, op.table, op.priority, RTPROT_STATIC)
+            else:
+                self._netlink.delete_rule(FAMILIES[op.family], op.iif, op.table, op.priority)
 
     def _write_neighbour(self, op: Neighbour) -> None:
-        arguments = {"dst": op.address, "ifindex": self._index(op.dev), "family": family_of(op.address)}
+        index = self._index(op.dev)
         if op.want is None:
             with forgiven(errno.ENOENT):
-                self._netlink.neigh("del", **arguments)
+                self._netlink.delete_neighbour(index, op.address, 0)
         else:
-            self._netlink.neigh("replace", lladdr=op.want, state=NUD_PERMANENT, **arguments)
+            self._netlink.put_neighbour(index, op.address, NUD_PERMANENT, 0, op.want)
 
     def _write_proxy(self, op: ProxyNeighbour) -> None:
-        arguments = {"dst": op.address, "ifindex": self._index(op.dev), "family": family_of(op.address)}
+        index = self._index(op.dev)
         with forgiven(errno.EEXIST if op.want else errno.ENOENT):
-            self._netlink.neigh("add" if op.want else "del", flags=NTF_PROXY, **arguments)
+            if op.want:
+                self._netlink.put_neighbour(index, op.address, NUD_PERMANENT, NTF_PROXY, None)
+            else:
+                self._netlink.delete_neighbour(index, op.address, NTF_PROXY)
 
     def _write_route(self, op: Route) -> None:
         prefix = ipaddress.ip_network(op.prefix)
-        arguments = {
-            "dst": op.prefix,
-            "oif": self._index(op.dev),
-            "table": op.table,
-            "family": FAMILIES[prefix.version],
-        }
         if op.want:
             scope = RT_SCOPE_LINK if prefix.version == 4 else RT_SCOPE_UNIVERSE
-            self._netlink.route("add", proto=RTPROT_STATIC, scope=scope, **arguments)
+            self._netlink.add_route(prefix, self._index(op.dev), op.table, RTPROT_STATIC, scope)
             return
         # What is there may have been made by other hands: name it as it is, or the kernel does not find it.
-        for route in self._routes_of(prefix.version, op.table):
-            if same_prefix(route, prefix) and route.get_attr("RTA_OIF") == arguments["oif"]:
-                with forgiven(errno.ESRCH):
-                    self._netlink.route(
-                        "del",
-                        proto=route["proto"],
-                        scope=route["scope"],
-                        priority=route.get_attr("RTA_PRIORITY"),
-                        **arguments,
-                    )
+        for route in self._routes_here(op):
+            with forgiven(errno.ESRCH):
+                self._netlink.delete_route(prefix, op.table, route)
 
 
 def run_program(op: Program) -> None:
@@ -470,7 +456,7 @@ class refusals:  # noqa: N801 (a context manager reads as a function)
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, NetlinkError):
-            raise refusal(self.what, error.code) from None
+            raise refusal(self.what, error.errno or 0) from None
         if isinstance(error, OSError) and error.errno is not None:
             raise refusal(self.what, errno.ENODEV if error.errno == errno.ENOENT else error.errno) from None
 
@@ -485,7 +471,7 @@ class forgiven:  # noqa: N801
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
-        return isinstance(error, NetlinkError) and error.code == self.code
+        return isinstance(error, NetlinkError) and error.errno == self.code
 
 
 def refusal(what: str, number: int) -> KernelError | PrivilegeError:
@@ -497,52 +483,64 @@ def refusal(what: str, number: int) -> KernelError | PrivilegeError:
     return KernelError(f"{what}: {os.strerror(number)}", errno=number)
 
 
-# --- reading messages -----------------------------------------------------------------------------------
+# --- policy rules -----------------------------------------------------------------------------------------
 
 
-class _Nothing:
-    """Stands in for a nested attribute that is absent."""
-
-    def get_attr(self, _name: str) -> None:
-        return None
-
-
-def nested(message: Any, *names: str) -> Any:
-    """The attribute at the end of *names*; something that has no attributes when one is missing."""
-    for name in names:
-        message = message.get_attr(name) or _Nothing()
-    return message
-
-
-def kind(link: Any) -> str | None:
-    """The kind of a link: "bridge", "tun", ..., None for hardware."""
-    found: str | None = nested(link, "IFLA_LINKINFO").get_attr("IFLA_INFO_KIND")
-    return found
-
-
-def rule_of(message: Any, family: int) -> Rule:
+def rule_of(message: bytes, family: int, iif: str) -> Rule:
     """The policy rule in a netlink message, with all that tells it from `iif X lookup T`."""
+    plain = netlink.plain_rule(message, RTPROT_STATIC)
+    if plain is not None:
+        return Rule(family, iif, *plain, selectors=(), want=True)
+
+    from pyroute2.netlink.rtnl.fibmsg import fibmsg
+
+    found = fibmsg(message)
+    found.decode()
     selectors: dict[str, str | int] = {}
-    for field, plain, mask in RULE_FIELDS:
-        if message[field] & mask != plain:
-            selectors[field] = message[field] & mask
-    for name, value in message["attrs"]:
+    for field, usual, mask in RULE_FIELDS:
+        if found[field] & mask != usual:
+            selectors[field] = found[field] & mask
+    for name, value in found["attrs"]:
         known = name in ("FRA_TABLE", "FRA_PRIORITY", "FRA_IIFNAME", "FRA_PROTOCOL")
         unset = name == "FRA_SUPPRESS_PREFIXLEN" and value == NO_PREFIX_LENGTH
         if not known and not unset and isinstance(value, str | int):
             selectors[name.removeprefix("FRA_").lower()] = value
     # A rule of ours is known by its target alone; a foreign one keeps who made it, to be put back whole.
-    protocol = message.get_attr("FRA_PROTOCOL")
+    protocol = found.get_attr("FRA_PROTOCOL")
     if protocol not in (None, RTPROT_STATIC):
         selectors["protocol"] = protocol
     return Rule(
         family=family,
-        iif=message.get_attr("FRA_IIFNAME"),
-        table=message.get_attr("FRA_TABLE") or message["table"],
-        priority=message.get_attr("FRA_PRIORITY") or 0,
+        iif=iif,
+        table=found.get_attr("FRA_TABLE") or found["table"],
+        priority=found.get_attr("FRA_PRIORITY") or 0,
         selectors=as_selectors(selectors),
         want=True,
     )
+
+
+def write_foreign_rule(op: Rule) -> None:
+    """Add or remove a rule that says more than ours do. Raises NetlinkError."""
+    import pyroute2
+
+    try:
+        # Without groups=0, 0.9 subscribes to every event on the node and never reads them.
+        socket_: Any = pyroute2.IPRoute(groups=0, strict_check=True)
+    except TypeError:  # 0.7: subscribes to nothing, and knows no such argument
+        socket_ = pyroute2.IPRoute(strict_check=True)
+    try:
+        socket_.rule(
+            "add" if op.want else "del",
+            family=FAMILIES[op.family],
+            iifname=op.iif,
+            table=op.table,
+            priority=op.priority,
+            **dict(op.selectors),
+        )
+    except pyroute2.NetlinkError as error:
+        raise netlink.failure(error.code) from None
+    finally:
+        socket_.close()
 
 
 def as_selectors(selectors: dict[str, str | int]) -> Selectors:
@@ -550,9 +548,7 @@ def as_selectors(selectors: dict[str, str | int]) -> Selectors:
     return tuple(sorted(selectors.items()))
 
 
-def same_prefix(route: Any, prefix: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
-    """Whether *route* is for exactly *prefix*."""
-    return bool(route["dst_len"] == prefix.prefixlen and route.get_attr("RTA_DST") == str(prefix.network_address))
+# --- small reads ------------------------------------------------------------------------------------------
 
 
 def device_name(index: int) -> str:
@@ -563,17 +559,31 @@ def device_name(index: int) -> str:
         return f"#{index}"
 
 
-def family_of(address: str) -> int:
-    """AF_INET or AF_INET6."""
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
+def content(path: str) -> str | None:
+    """What a file of /proc or /sys says, None when there is none."""
+    try:
+        # Not through `open`: that takes longer than the kernel does, and a hook reads twenty.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(descriptor, 4096).decode().strip()
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return None
 
 
 def sysctl(path: str) -> str | None:
     """The value of a sysctl, None when there is no such."""
+    return content(f"{SYSCTL}/{path}")
+
+
+def write_sysctl(path: str, value: str) -> None:
+    """Set a sysctl. Raises OSError."""
+    descriptor = os.open(f"{SYSCTL}/{path}", os.O_WRONLY | os.O_CLOEXEC)
     try:
-        return (SYSCTL / path).read_text().strip()
-    except OSError:
-        return None
+        os.write(descriptor, value.encode())
+    finally:
+        os.close(descriptor)
 
 
 def setting(path: str, value: str) -> str:
@@ -581,21 +591,19 @@ def setting(path: str, value: str) -> str:
     return f"{path if '.' in path else path.replace('/', '.')}={value}"
 
 
-def sysfs_of(link: Any) -> Path | None:
-    """The device's directory in /sys, None when /sys shows another network namespace."""
-    place = SYS_NET / link.get_attr("IFLA_IFNAME")
-    try:
-        same = (place / "ifindex").read_text().strip() == str(link["index"])
-        return place if same and (place / "address").read_text().strip() == link.get_attr("IFLA_ADDRESS") else None
-    except OSError:
-        return None
+def sysfs_of(name: str, link: Link) -> str | None:
+    """The directory of the device *name* in /sys, None when /sys shows another network namespace."""
+    place = f"{SYS_NET}/{name}"
+    same = content(f"{place}/ifindex") == str(link.index) and content(f"{place}/address") == link.address
+    return place if same else None
 
 
 def link_local(dev: str) -> str | None:
     """A link-local address of *dev* that may be sent from; None if it has none."""
     tentative, link_scope = 0x40, 0x20  # linux/if_addr.h, net/ipv6.h
     try:
-        lines = Path("/proc/net/if_inet6").read_text().splitlines()
+        with open("/proc/net/if_inet6", encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
     except OSError:
         return None
     for line in lines:

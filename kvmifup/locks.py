@@ -20,6 +20,11 @@ def of_tap(tap: str) -> str:
     return f"tap.{tap}"
 
 
+def path(run_dir: Path, name: str) -> Path:
+    """The file of the lock *name*; there once the lock has been held."""
+    return run_dir / "lock" / name
+
+
 @contextmanager
 def hold(run_dir: Path, names: Sequence[str], timeout: float) -> Iterator[None]:
     """Hold the locks *names*, taken in sorted order so that two runs cannot wait for each other.

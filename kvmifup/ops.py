@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 Value = str | int | bool | None
@@ -42,11 +43,10 @@ class Op:
         """Whether several NICs may want this very value, so that the last one to leave puts it back."""
         return False
 
-    @property
+    @cached_property
     def key(self) -> tuple[object, ...]:
         """What the op is about, without the value wanted: two ops with one key concern one thing."""
-        fields = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IDENTITY)
-        return (self.kind, *fields)
+        return (self.kind, *(getattr(self, name) for name in field_names(self) if name not in _NOT_IDENTITY))
 
     @property
     def wanted(self) -> Value:
@@ -75,6 +75,12 @@ class Op:
     def describe(self) -> str:
         """The op in one line, without the value that is there now."""
         return f"{self.subject()}: {self.say(self.wanted)}"
+
+
+def field_names(data: object) -> tuple[str, ...]:
+    """The names of the fields of a dataclass, without the time that `dataclasses.fields` takes."""
+    names: tuple[str, ...] = type(data).__match_args__  # type: ignore[attr-defined]
+    return names
 
 
 _NOT_IDENTITY = frozenset({"want", "timeout", "force"})

@@ -77,8 +77,11 @@ class Session:
 
     def locked(self, stack: ExitStack, names: Sequence[str]) -> None:
         """Hold the locks *names* until *stack* unwinds. Raises LockTimeoutError."""
+        self.store.refresh()
         if not self.dry:
             stack.enter_context(locks.hold(self.run_dir, names, self.config.lock_timeout))
+            if locks.UPLINK in names:
+                self.store.begin(locks.path(self.run_dir, locks.UPLINK))
 
 
 # --- up -------------------------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ def claimed_elsewhere(op: Op, tap: str, session: Session, *, dead: bool = False)
 
     With *dead*, also the entry of a tap that is gone.
     """
-    for journal in session.store.others(tap, getattr(op, "address", getattr(op, "dev", ""))):
+    for journal in session.store.others(tap, op.key):
         # Also what a killed run was about to do: its value was read before ours.
         for entry in (*journal.entries, *journal.pending):
             if entry.op.key == op.key and (dead or alive(journal, session)):

@@ -18,11 +18,13 @@ def check(path: Path, base: Path) -> Path:
 
     Raises Untrusted; FileNotFoundError and other OSErrors pass through.
     """
-    real_base = Path(os.path.realpath(base))
-    real = Path(os.path.realpath(path))
-    if real != real_base and real_base not in real.parents:
+    real, real_base = os.path.realpath(path), str(base)
+    if real != str(path) or not real.startswith(f"{real_base}/"):  # or there is no symlink, in the base neither
+        real_base = os.path.realpath(base)
+    if real != real_base and not real.startswith(f"{real_base}/".replace("//", "/")):
         raise Untrusted(f"it leads out of {base}")
-    for place in (real, *real.parents):
+    place = real
+    while True:
         info = os.lstat(place)
         what = "it" if place == real else f"its directory {place}"
         # In a user namespace the caller is root there, and 0 is the only owner that means anything.
@@ -31,8 +33,8 @@ def check(path: Path, base: Path) -> Path:
         if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise Untrusted(f"{what} can be written to by others")
         if place == real_base:
-            break
-    return real
+            return Path(real)
+        place = os.path.dirname(place)
 
 
 def read(path: Path, base: Path, limit: int = MAX_BYTES) -> str:

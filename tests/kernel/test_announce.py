@@ -251,3 +251,35 @@ def test_the_answer_to_the_node_is_the_guests(routed: Node) -> None:
     assert frame[:6].hex(":") == netns.GUEST_MAC
     assert frame[6:12].hex(":") == netns.TAP_MAC
     assert frame[26:30] == bytes(map(int, CLIENT_IP4.split(".")))
+
+
+# --- the socket that stays open -----------------------------------------------------------------------
+
+
+def test_it_is_the_socket_of_the_namespace_that_announces(routed: Node, client: wire.Wire) -> None:
+    from kvmifup import announce
+
+    announce.send([("eth0", GUEST_IP4, GUEST_IP4)])
+    first = announce.sender.socket()
+    with routed.client:
+        announce.send([("eth0", "192.0.2.77", "192.0.2.77")])
+    announce.send([("eth0", "192.0.2.78", "192.0.2.78")])
+    assert announce.sender.socket() is not first
+    heard = routed.fence(client)
+    assert (len(garps(heard)), len(garps(heard, "192.0.2.78"))) == (1, 1)
+    # The client's own goes the other way, from its own address.
+    assert all(one.mac == netns.CLIENT_MAC for one in garps(heard, "192.0.2.77"))
+
+
+def test_an_uplink_that_is_gone_is_an_error_and_its_successor_is_not(routed: Node) -> None:
+    from kvmifup import announce
+
+    with pytest.raises(OSError, match="No such device"):
+        announce.send([("nosuch", GUEST_IP4, GUEST_IP4)])
+    netns.ip("link del eth0")
+    with pytest.raises(OSError, match="No such device"):
+        announce.send([("eth0", GUEST_IP4, GUEST_IP4)])
+    routed.uplink(addresses=False)
+    client = routed.listen()
+    announce.send([("eth0", GUEST_IP4, GUEST_IP4)])
+    assert len(garps(routed.fence(client))) == 1

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -216,6 +217,7 @@ def privileges(uid: int, effective: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """Have what *uid* has with the capabilities *effective*."""
     status = f"Name:\tx\nCapPrm:\t{2**41 - 1:016x}\nCapEff:\t{effective & 2**41 - 1:016x}\n"
     monkeypatch.setattr(cli, "need_privileges", NEED_PRIVILEGES)
+    cli.need_capability.cache_clear()
     monkeypatch.setattr("kvmifup.cli.os", types.SimpleNamespace(geteuid=lambda: uid))
     monkeypatch.setattr(cli, "open", lambda *_args, **_options: io.StringIO(status), raising=False)
 
@@ -385,3 +387,22 @@ def test_the_scripts_are_executable_and_isolated() -> None:
         run = subprocess.run([sys.executable, "-I", script, "--version"], capture_output=True, text=True, check=True)
         assert run.stdout == f"{program} {__version__}\n"
         assert script.read_text().startswith("#!/usr/bin/python3 -I")
+
+
+def test_help_goes_to_who_asked_for_it_also_from_many_threads() -> None:
+    """The parsers are shared."""
+    wrong: list[str] = []
+
+    def ask(program: str) -> None:
+        for _ in range(10):
+            out, err = io.StringIO(), io.StringIO()
+            code = cli.main(program, ["--version"], {}, out, err)
+            if (code, out.getvalue(), err.getvalue()) != (0, f"{program} {__version__}\n", ""):
+                wrong.append(program)
+
+    threads = [threading.Thread(target=ask, args=(program,)) for program in (*cli.PHASES, "kvm-ifup") * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -241,3 +241,18 @@ def test_a_named_file_must_be_there(what: str, tmp_path: Path) -> None:
         path.mkdir(mode=0o755)
     with pytest.raises(ConfigError):
         config.load(path)
+
+
+# --- read again for every hook --------------------------------------------------------------------------
+
+
+def test_a_changed_file_counts_at_once(etc: Path) -> None:
+    """Also one of the same size, in the same moment; the agent lives for long."""
+    for seconds in (3, 4, 3):
+        write(etc / "config.toml", f"lock_timeout = {seconds}")
+        assert config.load(None).lock_timeout == seconds
+    (etc / "config.toml").chmod(0o666)
+    with pytest.raises(ConfigError, match="written to by others"):
+        config.load(None)
+    (etc / "config.toml").unlink()
+    assert config.load(None) == Config()

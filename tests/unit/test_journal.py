@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import journal
+from kvmifup import journal, locks
 from kvmifup.errors import JournalError, KernelError, PrivilegeError
 from kvmifup.journal import Entry, Journal, Store
 from kvmifup.model import Phase
-from kvmifup.ops import LinkMtu, Rule
+from kvmifup.ops import LinkMtu, ProxyNeighbour, Rule
 
 from .samples import DUAL, ROUTED
 from .strategies import journals
@@ -275,6 +280,179 @@ def test_others(store: Store) -> None:
     assert found("tap9", "2001:db8::8/128") == ["tap0"]
     assert found("tap9", "192.0.2.8/3") == []
     assert list(Store(store.directory / "missing").others("tap0", "x")) == []
+
+
+def seen(store: Store, name: Hashable, tap: str = "tap9") -> list[str]:
+    """The taps that a run which begins now finds by *name*."""
+    store.refresh()
+    return [one.nic.tap for one in store.others(tap, name)]
+
+
+PROXY = ProxyNeighbour("eth0", "192.0.2.8", True)
+
+
+def test_others_are_found_by_shared_ops_and_instances(store: Store) -> None:
+    store.save(Journal(DUAL, 7, Phase.POST, (Entry(PROXY, False), Entry(LinkMtu("tap0", 9000), 1500))))
+    assert seen(store, PROXY.key) == seen(store, DUAL.instance) == ["tap0"]
+    assert seen(store, LinkMtu("tap0", 0).key) == [], "no two taps share that"
+    store.save(Journal(DUAL, 7, Phase.DOWN, (), (Entry(PROXY, False),)))
+    assert seen(store, PROXY.key) == ["tap0"], "a killed run's counts as well"
+
+
+def by_other_hands(store: Store, one: Journal, how: str) -> None:
+    """What another process does to a journal, behind the back of what is remembered."""
+    path = store.path(one.nic.tap)
+    content = json.dumps(journal.encode(one)).encode()
+    if how == "in place":
+        path.write_bytes(content)
+    else:
+        new = path.with_suffix(".other")
+        new.write_bytes(content)
+        new.chmod(0o600)
+        new.rename(path)
+
+
+@pytest.mark.parametrize("how", ["in place", "renamed"])
+@pytest.mark.parametrize("pause", [0.0, 0.03])
+def test_others_are_read_again_when_somebody_else_has_written_them(how: str, pause: float, store: Store) -> None:
+    """Also within the time that two changes of a file can share."""
+    store.save(SAMPLE)
+    for number in range(20):
+        prefix = f"198.51.100.{number}/32"
+        by_other_hands(store, replace(SAMPLE, nic=replace(DUAL, ip=(ipaddress.ip_network(prefix),))), how)
+        assert seen(store, prefix) == ["tap0"]
+        assert seen(store, f"198.51.100.{number - 1}/32") == []
+        time.sleep(pause)
+    store.path("tap0").unlink()
+    assert seen(store, prefix) == []
+
+
+def test_others_are_not_believed_once_somebody_else_could_write_them(store: Store) -> None:
+    store.save(SAMPLE)
+    time.sleep(0.03)
+    assert seen(store, "192.0.2.8/32") == ["tap0"]
+    store.path("tap0").chmod(0o666)
+    assert seen(store, "192.0.2.8/32") == []
+    store.path("tap0").chmod(0o600)
+    assert seen(store, "192.0.2.8/32") == ["tap0"]
+    store.directory.chmod(0o777)
+    assert seen(store, "192.0.2.8/32") == []
+
+
+def test_a_journal_is_decoded_once_for_the_same_text(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(SAMPLE)
+    monkeypatch.setattr(journal, "decode", None)
+    assert store.load("tap0") == SAMPLE
+    assert seen(store, "192.0.2.8/32") == ["tap0"]
+    monkeypatch.undo()
+    store.path("tap0").write_text(store.path("tap0").read_text().replace('"ifindex": 7', '"ifindex": 8'))
+    assert (found := store.load("tap0"))
+    assert found.ifindex == 8
+
+
+def test_threads_see_what_was_there_when_their_run_began(store: Store) -> None:
+    """Each on its own: the agent's share one store."""
+    store.save(SAMPLE)
+    assert seen(store, "192.0.2.8/32") == ["tap0"]
+    by_other_hands(store, Journal(replace(DUAL, tap="tap1"), 8), "renamed")
+    fresh: list[list[str]] = []
+    thread = threading.Thread(target=lambda: fresh.append([one.nic.tap for one in store.others("", "192.0.2.8/32")]))
+    thread.start()
+    thread.join()
+    assert fresh == [["tap0", "tap1"]]
+
+
+@contextmanager
+def no_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody looks at the files of others in here."""
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Index, "update", None)
+        yield
+
+
+def begin(store: Store) -> None:
+    """A run begins that holds the lock of what taps share."""
+    store.refresh()
+    with locks.hold(store.run_dir, [locks.UPLINK], 0.0):
+        store.begin(locks.path(store.run_dir, locks.UPLINK))
+
+
+def held(store: Store, name: Hashable) -> list[str]:
+    """The taps that such a run finds by *name*."""
+    begin(store)
+    return [one.nic.tap for one in store.others("tap9", name)]
+
+
+HOST = "192.0.2.8/32"
+
+
+def test_runs_of_one_process_after_one_another_need_not_look(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert held(store, HOST) == []
+    with no_look(monkeypatch):
+        store.save(SAMPLE)
+        assert held(store, HOST) == held(Store(store.run_dir), HOST) == ["tap0"]
+        store.delete("tap0")
+        assert held(store, HOST) == []
+        store.save(SAMPLE)
+        store.set_aside("tap0")
+        assert held(store, HOST) == []
+
+
+def test_another_process_that_held_the_lock_in_between_is_noticed(store: Store) -> None:
+    """Even if it was killed before it was through."""
+    assert held(store, HOST) == []
+    locks.path(store.run_dir, locks.UPLINK).write_bytes(b"its own token...")
+    store.directory.mkdir(parents=True)
+    by_other_hands(store, SAMPLE, "renamed")
+    assert held(store, HOST) == ["tap0"]
+
+
+def test_a_change_that_failed_half_way_is_looked_at(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(SAMPLE)
+    assert held(store, HOST) == ["tap0"]
+
+    def refuse(_store: Store) -> None:
+        raise OSError(5, "sick disk")
+
+    changes: list[Callable[[], None]] = [lambda: store.delete("tap0"), lambda: store.save(SAMPLE)]
+    for change in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "_sync", refuse)
+            with pytest.raises((OSError, KernelError)):
+                change()
+        assert held(store, HOST) == [path.stem for path in store.directory.glob("*.json")]
+
+
+def test_what_a_person_has_changed_is_noticed_after_a_moment(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(SAMPLE)
+    assert held(store, HOST) == ["tap0"]
+    store.path("tap0").unlink()
+    monkeypatch.setattr(journal, "TRUSTED", 0.0)
+    assert held(store, HOST) == []
+
+
+def test_many_threads_at_once(store: Store) -> None:
+    """Writing, looking and removing; nobody finds anything broken."""
+    wrong: list[BaseException] = []
+
+    def work(number: int) -> None:
+        mine = Store(store.run_dir)
+        one = Journal(replace(DUAL, tap=f"tap{number}", ip=(ipaddress.ip_network(f"198.51.100.{number}"),)), number + 2)
+        try:
+            for _ in range(20):
+                mine.save(one)
+                assert seen(mine, f"198.51.100.{number}/32", "") == [f"tap{number}"]
+                mine.delete(f"tap{number}")
+                assert seen(mine, f"198.51.100.{number}/32", "") == []
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 def test_the_nic_of_a_live_tap(store: Store) -> None:

@@ -1,0 +1,206 @@
+"""A hook through the agent beside Ganeti 3.0's own kvm-ifup: `python -m bench.hook [--runs N] [--out DIR]`.
+
+Whole processes, from their start to their end, in turn in one run: each wires a new tap, as a NIC of a guest that
+starts. Ganeti's script comes from Debian's package, and is run from a copy that finds its library beside itself
+instead of below /usr. Then the same among 100 and among 500 other routed NICs, with 64 hooks at once, and the
+agent's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench import picture
+from tests import netns
+from tests.ganeti import cluster
+
+PATIENCE = 60.0  # seconds
+AT_ONCE = 64
+TABLE = "100"
+KINDS: Mapping[str, Mapping[str, str]] = {
+    "bridged": {"MODE": "bridged", "LINK": "br0"},
+    "routed": {"MODE": "routed"},
+    "routed with a table": {"MODE": "routed", "LINK": TABLE},
+}
+GANETI, AGENT, ALONE = "Ganeti 3.0", "kvm-ifup-post", "kvm-ifup-post, no agent"
+
+
+def environment(kind: str, number: int) -> dict[str, str]:
+    """What Ganeti's node daemon says of NIC *number*."""
+    told = {**netns.CLEAN, **netns.ganeti(f"tap{number}", **KINDS[kind])}
+    told |= {"INSTANCE": f"web{number}.example.com", "MAC": f"aa:00:00:35:{number >> 8:02x}:{number & 255:02x}"}
+    if told["MODE"] == "routed":
+        told["IP"] = f"198.18.{number >> 8}.{number & 255}"
+    return told
+
+
+def spawn(argv: list[str], environ: Mapping[str, str]) -> int:
+    """Start a program; its process id."""
+    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)]
+    return os.posix_spawn(argv[0], argv, environ, file_actions=null)
+
+
+def succeed(pid: int) -> None:
+    """Wait for a program, which must succeed."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 0, f"exit code {code}"
+
+
+def timed(argv: list[str], environ: Mapping[str, str]) -> float:
+    """Milliseconds from the start of a program, which must succeed, to its end."""
+    started = time.perf_counter()
+    succeed(spawn(argv, environ))
+    return (time.perf_counter() - started) * 1000
+
+
+def script(name: str) -> str:
+    """One of our scripts, started as a manager does: by its path."""
+    return str(netns.SCRIPTS / name)
+
+
+def ganetis() -> str:
+    """Ganeti's script, where it finds its library."""
+    source = cluster.unpacked() / "usr/lib/ganeti/3.0/usr/lib/ganeti"
+    here = Path("/run/ganeti-scripts")
+    here.mkdir()
+    for name in ("kvm-ifup", "net-common"):
+        text = (source / name).read_text(encoding="utf-8")
+        (here / name).write_text(text.replace("/usr/lib/ganeti/net-common", str(here / "net-common")))
+        (here / name).chmod(0o755)
+    return str(here / "kvm-ifup")
+
+
+def add_taps(numbers: Iterable[int]) -> None:
+    """New taps, down, as a process manager makes them."""
+    batch = "".join(f"tuntap add tap{number} mode tap\n" for number in numbers)
+    subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)
+
+
+@contextmanager
+def agent() -> Iterator[int]:
+    """A running agent; its process id."""
+    process = subprocess.Popen(netns.command("kvm-ifupd"), env=netns.CLEAN, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    # It is silent from here on, but for what is wrong.
+    while b": ready" not in process.stderr.readline():
+        assert process.poll() is None
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+
+
+def memory(pid: int) -> float:
+    """The most that a process has had in memory, in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found
+    return int(found[1]) / 1024
+
+
+def one(who: str, kind: str, number: int, ganeti: str) -> float:
+    """A new NIC wired by *who*: milliseconds. Nothing of it is left."""
+    add_taps([number])
+    environ, tap = environment(kind, number), f"tap{number}"
+    # With --run-dir the agent is not asked.
+    ours = [script("kvm-ifup-post"), tap, *([f"--run-dir={netns.RUN_DIR}"] if who == ALONE else [])]
+    taken = timed([ganeti, tap] if who == GANETI else ours, environ)
+    if who == GANETI:
+        if environ.get("LINK") == TABLE:  # the rule outlives the tap
+            netns.ip(f"rule del iif {tap}")
+    else:
+        timed([script("kvm-ifdown"), tap], environ)
+    netns.ip(f"link del {tap}")
+    return taken
+
+
+def compare(runs: int, ganeti: str) -> dict[str, list[float]]:
+    """All three kinds, by Ganeti's script and by ours, in turn."""
+    rows: dict[str, list[float]] = {f"{kind}: {who}": [] for kind in KINDS for who in (GANETI, AGENT, ALONE)}
+    number = 4000
+    for run in range(runs):
+        for kind in KINDS:
+            # Taking turns in being first; and it takes long without the agent, so not each time.
+            for who in [*((GANETI, AGENT)[:: 1 if run % 2 else -1]), *([ALONE] if run % 10 == 0 else [])]:
+                number += 1
+                rows[f"{kind}: {who}"].append(one(who, kind, number, ganeti))
+    return rows
+
+
+def fill(numbers: range) -> None:
+    """Wire that many NICs, every other one with a table."""
+    add_taps(numbers)
+    for number in numbers:
+        kind = "routed with a table" if number % 2 else "routed"
+        timed([script("kvm-ifup-post"), f"tap{number}"], environment(kind, number))
+
+
+def among(others: Sequence[int], runs: int) -> dict[str, list[float]]:
+    """A hook among that many other NICs."""
+    rows: dict[str, list[float]] = {}
+    there = 0
+    for many in others:
+        fill(range(there, many))
+        there = many
+        rows[f"among {many} NICs"] = [one(AGENT, "routed with a table", 4000 + run, "") for run in range(runs)]
+    return rows
+
+
+def at_once() -> float:
+    """Milliseconds until that many hooks, started together, have all succeeded."""
+    numbers = range(3000, 3000 + AT_ONCE)
+    add_taps(numbers)
+    started = time.perf_counter()
+    for pid in [spawn([script("kvm-ifup-post"), f"tap{n}"], environment("routed", n)) for n in numbers]:
+        succeed(pid)
+    return (time.perf_counter() - started) * 1000
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, prints and draws."""
+    parser = argparse.ArgumentParser(prog="bench.hook", description=__doc__)
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
+    options = parser.parse_args(argv)
+    with netns.fresh_node() as node:
+        ganeti = ganetis()
+        node.uplink()
+        netns.add_bridge()
+        netns.ip(f"route add default via {netns.CLIENT_IP4} table {TABLE}")
+        with agent():
+            rows = compare(options.runs, ganeti)
+    with netns.fresh_node() as node:
+        node.uplink()
+        netns.ip(f"route add default via {netns.CLIENT_IP4} table {TABLE}")
+        with agent() as pid:
+            crowd = among((100, 500), options.runs)
+            together = at_once()
+            peak = memory(pid)
+    for kind in KINDS:
+        print(picture.table("ms", {k: v for k, v in rows.items() if k.startswith(f"{kind}:")}, f"{kind}: {GANETI}"))
+    print(picture.table("ms", crowd, "among 100 NICs"))
+    print(f"{AT_ONCE} hooks at once, {AT_ONCE + 500} NICs: {together:.0f} ms for all, {together / AT_ONCE:.1f} ms each")
+    print(f"the agent's memory with {AT_ONCE + 500} NICs, at most: {peak:.1f} MB")
+    if options.json:
+        options.json.write_text(json.dumps({**rows, **crowd, "64 at once": [together], "memory in MB": [peak]}))
+    ratios = [statistics.median(rows[f"{k}: {AGENT}"]) / statistics.median(rows[f"{k}: {GANETI}"]) for k in KINDS]
+    title = f"A hook, whole process: {min(ratios):.2f} to {max(ratios):.2f} of the time of Ganeti's own script"
+    for path in picture.save("bench-hook", title, "ms", {**rows, **crowd}, options.out):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
