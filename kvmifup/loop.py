@@ -45,19 +45,20 @@ class Loop:
         self._numbers = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # Hooks may all wait for one lock: what else there is to do must not wait with them.
+        self._hooks = ThreadPoolExecutor(THREADS, "hook")
         self._threads = ThreadPoolExecutor(THREADS, "worker")
         self._running = True
         self._broken: BaseException | None = None
         self.working = 0
         self.watch(self._woken, self._wake)
-        self._signals: dict[int, Callable[[], None]] = {}
-        # Python's own handler only notes that a signal has come, and tells us through this.
+        # A signal that another thread gets does not end our wait; what Python writes here does.
         self._signalled, self._tell = socket.socketpair()
         for end in (self._signalled, self._tell):
             end.setblocking(False)
-        self.watch(self._signalled, self._signal)
+        self.watch(self._signalled, lambda: self._signalled.recv(4096))
 
-    def watch(self, source: Any, action: Callable[[], None]) -> None:
+    def watch(self, source: Any, action: Callable[[], object]) -> None:
         """Call *action* whenever *source*, a descriptor or a socket, has something to read."""
         self._selector.register(source, selectors.EVENT_READ, action)
 
@@ -66,10 +67,10 @@ class Loop:
         self._selector.unregister(source)
 
     def on_signal(self, number: int, action: Callable[[], None]) -> None:
-        """Call *action* in the loop after signal *number* has come."""
+        """Call *action* in the loop after signal *number* has come; once, if it came several times meanwhile."""
         signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
-        signal.signal(number, lambda _number, _frame: None)
-        self._signals[number] = action
+        # Not by what can be read from there: when many signals come it gets full, and one of them could be lost.
+        signal.signal(number, lambda _number, _frame: self.soon(action))
 
     def later(self, delay: float, action: Callable[[], None]) -> Timer:
         """Call *action* in *delay* seconds."""
@@ -80,10 +81,14 @@ class Loop:
     def soon(self, action: Callable[[], None]) -> None:
         """Call *action* in the loop. For other threads."""
         self._soon.append(action)
-        os.eventfd_write(self._woken, 1)
+        if self._woken >= 0:
+            os.eventfd_write(self._woken, 1)
 
-    def work(self, task: Callable[[], T], then: Callable[[T], None] | None = None) -> None:
-        """Let a thread do *task*, and then the loop *then* with its result. What *task* raises, `run` raises."""
+    def work(self, task: Callable[[], T], then: Callable[[T], None] | None = None, *, hook: bool = False) -> None:
+        """Let a thread do *task*, one of those for hooks or of the others, and then the loop *then* with its result.
+
+        What *task* raises, `run` raises.
+        """
 
         def in_thread() -> None:
             try:
@@ -100,7 +105,7 @@ class Loop:
                 then(result)
 
         self.working += 1
-        self._threads.submit(in_thread)
+        (self._hooks if hook else self._threads).submit(in_thread)
 
     def stop(self) -> None:
         """Let `run` return."""
@@ -111,7 +116,8 @@ class Loop:
         while self._running:
             # One event of each source, then timers: whoever sends a lot cannot keep the others from their turn.
             for key, _ in self._selector.select(self._wait()):
-                if self._selector.get_map().get(key.fd) is key:  # an earlier event may have ended it
+                # An earlier event may have ended it, and even given its number to another one.
+                if self._selector.get_map().get(key.fd) is key:
                     key.data()
             now = time.monotonic()
             while self._timers and self._timers[0].due <= now:
@@ -123,22 +129,19 @@ class Loop:
 
     def close(self) -> None:
         """Wait for the threads, then let go of everything."""
+        self._hooks.shutdown()
         self._threads.shutdown()
-        if self._signals:
-            signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(-1)
         self._selector.close()
         self._signalled.close()
         self._tell.close()
-        os.close(self._woken)
+        woken, self._woken = self._woken, -1
+        os.close(woken)
 
     def _wait(self) -> float | None:
         while self._timers and self._timers[0].action is None:
             heapq.heappop(self._timers)
         return max(0.0, self._timers[0].due - time.monotonic()) if self._timers else None
-
-    def _signal(self) -> None:
-        for number in set(self._signalled.recv(4096)):
-            self._signals[number]()
 
     def _wake(self) -> None:
         os.eventfd_read(self._woken)

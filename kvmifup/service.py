@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import socket
@@ -21,6 +22,7 @@ from kvmifup.loop import Loop, Timer
 MAX_REQUEST = 1 << 20  # bytes
 MAX_CALLERS = 512
 TO_ASK = 5.0  # seconds that a caller may take to say what it wants
+PAUSE = 0.1  # seconds without new callers when there are no descriptors left
 CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -80,12 +82,16 @@ class Service:
         self.background = background
         self.callers: set[Caller] = set()
         self.last = time.monotonic()  # when somebody last wanted something
-        loop.watch(listener, self._accept)
+        self.closed = False
+        self._listen()
 
     def _accept(self) -> None:
         try:
             connection = self.listener.accept()[0]
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # it stays readable: that would be a busy loop
+                self.loop.ignore(self.listener)
+                self.loop.later(PAUSE, self._listen)
             return
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         _pid, uid, _gid = CREDENTIALS.unpack(credentials)
@@ -93,12 +99,25 @@ class Service:
             connection.close()
             return
         self.last = time.monotonic()
-        self.callers.add(Caller(self, connection))
+        caller = Caller(self, connection)
+        self.callers.add(caller)
+        caller.read()  # it is there already, nearly always
+
+    def _listen(self) -> None:
+        if not self.closed:
+            self.loop.watch(self.listener, self._accept)
 
     def close(self) -> None:
-        """Take no new callers."""
-        self.loop.ignore(self.listener)
+        """Take no new callers, and none that has not yet said what it wants; those that run come to their end."""
+        if self.closed:
+            return
+        self.closed = True
+        with suppress(KeyError):  # during a pause
+            self.loop.ignore(self.listener)
         self.listener.close()
+        for caller in list(self.callers):
+            if not caller.running:
+                caller.end()
 
 
 class Caller:
@@ -113,11 +132,11 @@ class Caller:
         self.running = False
         self.gone = False
         self.answering = threading.Lock()
-        self.timer: Timer | None = self.loop.later(TO_ASK, self._end)
-        self.loop.watch(connection, self._read)
-        self._read()  # it is there already, nearly always
+        self.timer: Timer | None = self.loop.later(TO_ASK, self.end)
+        self.loop.watch(connection, self.read)
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """See what the caller has sent, or that it has gone."""
         try:
             data = self.connection.recv(65536)
         except BlockingIOError:
@@ -128,15 +147,17 @@ class Caller:
             self.gone = True  # `signals.checkpoint` in the thread sees it
             self._stop_watching()
             if not self.running:
-                self._end()
+                self.end()
             return
         if self.running:
             return
         self.received += data
+        if len(self.received) < 4:
+            return
         size = int.from_bytes(self.received[:4], "big")
-        if size > MAX_REQUEST:
-            self._end()
-        elif len(self.received) >= 4 + size > 4:
+        if not 0 < size <= MAX_REQUEST:
+            self.end()
+        elif len(self.received) >= 4 + size:
             self._start(self.received[4 : 4 + size])
 
     def _start(self, body: bytes) -> None:
@@ -147,19 +168,19 @@ class Caller:
             request = parse(body)
         except Refused:
             self._send(REFUSED)
-            self._end()
+            self.end()
             return
         # A caller that we have kept waiting for too long has done it by itself: then it must not be done again.
         if not self._send(ALIVE) or self._hung_up():
-            self._end()
+            self.end()
             return
         self.running = True
         self.timer = self.loop.later(HEARTBEAT, self._beat)
-        self.loop.work(partial(self._run, request), lambda _: self._end())
+        self.loop.work(partial(self._run, request), lambda _: self.end(), hook=True)
 
     def _hung_up(self) -> bool:
         try:
-            return self.connection.recv(1, socket.MSG_PEEK) == b""
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
         except BlockingIOError:
             return False
         except OSError:
@@ -168,7 +189,8 @@ class Caller:
     def _run(self, request: Request) -> None:
         """In a thread."""
         out, err = (Stream(terminal) for terminal in request.terminals)
-        with signals.while_wanted(lambda: self.gone):
+        # Not only what the loop has noticed: after a stop (SIGSTOP) this thread may go on before it.
+        with signals.while_wanted(lambda: self.gone or self._hung_up()):
             code = cli.main(request.program, request.argv, request.environ, out, err, self.service.background)
         with self.answering, suppress(OSError):
             # From here, not from the loop, which may be busy; and long output takes the caller a while to read.
@@ -191,7 +213,8 @@ class Caller:
         with suppress(KeyError, ValueError):
             self.loop.ignore(self.connection)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Hang up."""
         if self.timer:
             self.timer.cancel()
         self._stop_watching()
