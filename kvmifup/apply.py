@@ -13,7 +13,7 @@ from typing import Protocol
 from kvmifup.errors import KvmIfupError, ProgramError, RollbackError, VanishedError
 from kvmifup.journal import Entry, Journal, Store
 from kvmifup.ops import Op, Value
-from kvmifup.signals import checkpoint
+from kvmifup.signals import checkpoint, still_wanted
 
 
 class Node(Protocol):
@@ -97,6 +97,7 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
                     if error.untouched:
                         written.pop()
                     raise
+        still_wanted()  # the last one may have taken long
         for job in jobs:
             commit(job, store)
     except BaseException as error:

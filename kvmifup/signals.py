@@ -36,6 +36,11 @@ def checkpoint() -> None:
     """Raise InterruptedRun if a signal has arrived, or nobody waits for the outcome any more."""
     if _arrived:
         raise InterruptedRun(f"interrupted by {signal.Signals(_arrived[0]).name}", hint="run it again")
+    still_wanted()
+
+
+def still_wanted() -> None:
+    """Raise InterruptedRun if nobody waits for the outcome any more."""
     gone = getattr(_callers, "gone", None)
     if gone and gone():
         raise InterruptedRun("the caller has gone", hint="run it again")
