@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,16 +24,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from select import select
+from select import POLLIN, poll
 from typing import NoReturn
 
 from kvmifup import __version__, announce, cli, config, packets, report, run
-from kvmifup.errors import BugError, JournalError, KvmIfupError, LockTimeoutError, UsageError
-from kvmifup.events import DirectoryEvents, LinkEvents
-from kvmifup.journal import Stamp, Store
+from kvmifup.errors import BugError, JournalError, KernelError, KvmIfupError, LockTimeoutError, UsageError
+from kvmifup.events import DirectoryEvents, LinkEvents, NodeEvents, Touched
+from kvmifup.journal import Journal, Stamp, Store
 from kvmifup.kernel import Kernel
 from kvmifup.loop import Loop, Timer
 from kvmifup.model import Nic, Phase
@@ -42,6 +43,7 @@ from kvmifup.service import Service
 
 PROGRAM = "kvm-ifupd"
 BACKLOG = 256
+SOCKET = "agent.sock"
 FIRST_ACTIVATED = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival must not wait for hooks
@@ -50,6 +52,9 @@ AGAIN = 0.2  # seconds between two such questions
 SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
 RECHECK = 1.0  # seconds after an arrival, or a failure, until everything is looked at in full
 KILLED = 1.0  # seconds that a run's unfinished business stays unchanged before somebody asks whether it was killed
+QUIET = 0.2  # seconds after a change on the node until what was prepared is prepared anew
+BUSY = 0.5  # seconds to wait for a lock that is not needed at once
+DONE = 0.02  # seconds between two looks whether the last hook has come to its end
 RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
 FRAMES = 64  # of one uplink at a time
 
@@ -69,10 +74,23 @@ class Watched:
     proxied: frozenset[Address]
     listener: socket.socket | None = None
     ready: Ready | None = None
-    trouble: KvmIfupError | None = None
+    said: bool = False  # whether it has been said that it is armed
+    tries: int = 0  # to undo what a killed run has left
     timers: list[Timer] = field(default_factory=list)
     asked: float = 0.0
     asking: bool = False
+
+    def is_of(self, journal: Journal) -> bool:
+        """Whether *journal* is about this guest: by now the tap may be another one's, or there for another one."""
+        return (journal.ifindex, journal.nic.mac) == (self.ifindex, self.nic.mac)
+
+    def relies_on(self, touched: Touched) -> bool:
+        """Whether what is ready may be wrong now that *touched* has changed. The tap is looked at when it is needed."""
+        if not self.ready:
+            return False
+        devices = {index for dev, index in self.ready.devices if dev != self.nic.tap} | {0}
+        routes = {str(prefix) for prefix in self.nic.ip} | {"0.0.0.0/0", "::/0", ""}
+        return not touched.devices.isdisjoint(devices) or not touched.routes.isdisjoint(routes)
 
 
 class Agent:
@@ -88,21 +106,26 @@ class Agent:
         self.config = config.load(None)
         self.activated = activated
         self.taps: dict[str, Watched] = {}
-        self.uplinks: dict[tuple[str, int], socket.socket] = {}  # by device and family
+        self.uplinks: dict[tuple[str, int], tuple[socket.socket, int]] = {}  # by device and family; with its index
         self.counts: Counter[str] = Counter()
         self.announcing = 0
         self._looking = self._look_again = False
         self._settling = False
+        self._unprepared: dict[str, Watched] = {}
+        self._meanwhile: list[Touched] = []  # what has changed while something is prepared
+        self._preparing = self._stopping = False
+        self._unreadable: dict[str, Stamp] = {}
         self._changed = DirectoryEvents(loop, self.store.directory, self._journals_changed)
         LinkEvents(loop, self._devices_gone, self._resync)
+        self._node = NodeEvents(loop, self._outdate)
         self.service = Service(loop, listener, self.announce_later)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.on_signal(number, loop.stop)
+            loop.on_signal(number, self._stop)
         loop.on_signal(signal.SIGHUP, self._reload)
         self.began = time.time()
-        loop.work(partial(self._collect, None))
+        loop.work(partial(self._collect, None, BUSY))
         self.look()
-        loop.later(RESYNC, self._periodically)
+        loop.later(min(RESYNC, self.config.agent.idle_exit or RESYNC), self._periodically)
         # sd_watchdog_enabled(3): systemd ends and restarts an agent that it has not heard for twice as long.
         self._watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
         self._watched()
@@ -112,12 +135,33 @@ class Agent:
             notify("WATCHDOG=1")
             self.loop.later(self._watchdog, self._watched)
 
-    def close(self) -> None:
-        """Take no more hooks, and let those that run come to their end."""
+    def _stop(self) -> None:
+        """Take no more hooks, and let those that run come to their end; at once if somebody insists."""
+        if self._stopping:
+            self.loop.stop()
+            return
+        self._stopping = True
+        notify("STOPPING=1")
+        if not self.activated:
+            (self.run_dir / SOCKET).unlink(missing_ok=True)  # first: whoever comes now does it by itself
         self.service.close()
-        self.loop.close()
+        self.loop.later(DONE, self._stop_when_done)
+
+    def _stop_when_done(self) -> None:
+        # The hooks want a sign of life meanwhile, and an arrival to be announced: so the loop goes on.
+        if self.service.callers or self.announcing or self.loop.working:
+            self.loop.later(DONE, self._stop_when_done)
+        else:
+            self.loop.stop()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.service.close()
         self._changed.close()
-        for source in (*self.uplinks.values(), *(one.listener for one in self.taps.values() if one.listener)):
+        self.loop.close()
+        for source in (one.listener for one in self.taps.values() if one.listener):
+            source.close()
+        for source, _ in self.uplinks.values():
             source.close()
 
     # --- what there is to watch -------------------------------------------------------------------------
@@ -152,7 +196,9 @@ class Agent:
             try:
                 journal = self.store.load(tap)
             except (JournalError, OSError) as error:
-                self.say(f"{tap}: {error}")
+                if self._unreadable.get(tap) != stamp:
+                    self.say(f"{tap}: {error}")
+                self._unreadable[tap] = stamp
                 continue
             if journal is None:
                 continue
@@ -174,21 +220,15 @@ class Agent:
 
     def _arm(self, one: Watched) -> None:
         """In a thread: listen first, so that nothing gets lost while post is prepared."""
-        tap = one.nic.tap
         try:
-            one.listener = packets.guest_listener(tap, one.nic.mac)
-            if one.since < self.began:  # it may have arrived while nobody listened
-                packets.send(tap, packets.questions(one.nic))
+            one.listener = packets.guest_listener(one.nic.tap, one.nic.mac)
         except OSError as error:
-            self.say(f"{one.nic.label}: cannot listen: {error.strerror}")
+            if is_device(one.nic.tap, one.ifindex):
+                self.say(f"{one.nic.label}: cannot listen: {error.strerror}")
             return
-        with self.session("agent") as session:
-            try:
-                one.ready = run.ready(tap, session)
-            except KvmIfupError as error:
-                self.say(report.error_line("not ready for its arrival", error))
-            except Exception as error:
-                self.say(f"{one.nic.label}: unexpected {type(error).__name__}: {error}")
+        if one.since < self.began:  # it may have arrived while nobody listened
+            with suppress(OSError):  # the tap is down: its guest cannot be here
+                packets.send(one.nic.tap, packets.questions(one.nic))
 
     def _found(self, result: tuple[set[str], dict[str, Watched]]) -> None:
         taps, news = result
@@ -196,20 +236,78 @@ class Agent:
         for tap in self.taps.keys() - taps:
             self._drop(tap)
         for tap, one in news.items():
+            old = self.taps.get(tap)
             self._drop(tap)
             self.taps[tap] = one
             if one.listener:
                 self.loop.watch(one.listener, partial(self._heard, tap))
                 one.timers.append(self.loop.later(self._time_left(one), partial(self._give_up, tap)))
-                self.say(f"{one.nic.label}: armed")
+                self._prepare(one)
             if one.pending:
-                one.timers.append(self.loop.later(KILLED, partial(self.collect, [tap])))
+                # What cannot be put back is tried less and less often.
+                one.tries = old.tries + 1 if old and old.pending else 0
+                delay = min(KILLED * 2**one.tries, RESYNC)
+                one.timers.append(self.loop.later(delay, partial(self._perhaps_killed, one)))
             elif not is_device(tap, one.ifindex):
                 self.collect([tap])
         self._watch_uplinks()
         if self._look_again:
             self._look_again = False
             self.look()
+
+    def _prepare(self, one: Watched) -> None:
+        """Have post for *one* made ready: one after the other, in a thread."""
+        self._unprepared[one.nic.tap] = one
+        if not self._preparing:
+            self._preparing = True
+            self._prepare_next(None)
+
+    def _prepare_next(self, _: object) -> None:
+        while self._unprepared:
+            tap, one = self._unprepared.popitem()
+            if self.taps.get(tap) is one and one.listener:
+                self._meanwhile.clear()
+                self.loop.work(partial(self._ready_for, one), self._prepare_next)
+                return
+        self._preparing = False
+
+    def _ready_for(self, one: Watched) -> None:
+        """In a thread."""
+        found: Ready | None = None
+        trouble: KvmIfupError | None = None
+        try:
+            # Whoever works on the tap may do so for long, and the others wait for us.
+            with self.session("agent", patience=BUSY) as session:
+                found = run.ready(one.nic.tap, session)
+        except Exception as error:
+            trouble = known(error)
+        self.loop.soon(partial(self._prepared, one, found, trouble))
+
+    def _prepared(self, one: Watched, found: Ready | None, trouble: KvmIfupError | None) -> None:
+        if self.taps.get(one.nic.tap) is not one or not one.listener:
+            return
+        one.ready = found
+        for touched in self._meanwhile:
+            self._outdate_one(one, touched)
+        if isinstance(trouble, LockTimeoutError):
+            one.timers.append(self.loop.later(RECHECK, partial(self._prepare, one)))
+        elif trouble:
+            self.say(report.error_line("not ready for its arrival", trouble))
+        if not one.said:
+            one.said = True
+            self.say(f"{one.nic.label}: armed")
+
+    def _outdate(self, touched: Touched) -> None:
+        """What is ready and relies on *touched* has to be made ready again, once all is quiet."""
+        if self._preparing:
+            self._meanwhile.append(touched)
+        for one in self.taps.values():
+            self._outdate_one(one, touched)
+
+    def _outdate_one(self, one: Watched, touched: Touched) -> None:
+        if one.listener and one.relies_on(touched):
+            one.ready = None
+            one.timers.append(self.loop.later(QUIET, partial(self._prepare, one)))
 
     def _drop(self, tap: str) -> None:
         one = self.taps.pop(tap, None)
@@ -230,12 +328,12 @@ class Agent:
         self.say(f"{one.nic.label}: the guest has not arrived in {self.config.agent.arrival_timeout:g} s: disarmed")
 
     def _periodically(self) -> None:
-        self._resync()
         idle = self.config.agent.idle_exit
-        busy = self.taps or self.service.callers or self.announcing
+        busy = self.taps or self.service.callers or self.announcing or self.loop.working
         if self.activated and idle and not busy and time.monotonic() - self.service.last > idle:
             self.say(f"nothing to look after for {idle:g} s: good-bye")
-            self.loop.stop()
+            self._stop()
+        self._resync()
         self.loop.later(min(RESYNC, idle or RESYNC), self._periodically)
 
     def _resync(self) -> None:
@@ -243,13 +341,17 @@ class Agent:
         with suppress(OSError):
             self._changed.renew()
         self.collect([tap for tap, one in self.taps.items() if not is_device(tap, one.ifindex)])
+        for one in self.taps.values():
+            if one.pending:
+                self._perhaps_killed(one)
         self.look()
 
     def _reload(self) -> None:
         try:
             self.config = config.load(None)
+            self.say("configuration read")
         except KvmIfupError as error:
-            self.say(report.error_line(PROGRAM, error))
+            self.say(report.error_line("configuration not read", error))
         self._watch_uplinks()
 
     # --- arrival ------------------------------------------------------------------------------------------
@@ -262,41 +364,45 @@ class Agent:
             data, sent = packets.receive(one.listener)
         except BlockingIOError:
             return
-        except OSError:  # the device has gone down, or away
-            self._disarm(one)
+        except OSError:  # ENETDOWN, once: the device is down, and may come up again; or it is gone, and so will be this
             return
         frame = packets.name_of(data)
+        self._node.catch_up()
         if one.ready and not one.ready.waits:
             outcome = self._attempt(partial(run.arrive, one.ready), frame)
             if outcome:
                 self._disarm(one)
-                self._arrived(tap, sent, outcome)
+                self._arrived(one, sent, outcome)
                 return
         self._disarm(one)
-        self.loop.work(partial(self._settle, tap, frame), partial(self._arrived, tap, sent))
+        self.loop.work(partial(self._settle, one.is_of, frame, tap), partial(self._arrived, one, sent))
 
-    def _settle(self, tap: str, frame: str | None) -> Outcome | KvmIfupError | None:
+    def _settle(self, wanted: Callable[[Journal], bool], frame: str | None, tap: str) -> Outcome | KvmIfupError | None:
         """In a thread: post, from the beginning."""
-        return self._attempt(partial(run.settle, tap), frame)
+        return self._attempt(partial(run.settle, tap, wanted), frame)
 
     def _attempt(self, what: Callable[[Session], Outcome | None], frame: str | None) -> Outcome | KvmIfupError | None:
         """Do *what* in a session of ours; an error is a result as well."""
         try:
             with self.session("agent", frame) as session:
                 return what(session)
-        except KvmIfupError as error:
-            return error
-        except Exception as error:  # one NIC's trouble is not the others'
-            return BugError(f"unexpected {type(error).__name__}: {error}", hint="please report it")
+        except Exception as error:
+            return known(error)
 
-    def _arrived(self, tap: str, sent: float, outcome: Outcome | KvmIfupError | None) -> None:
+    def _arrived(self, one: Watched, sent: float, outcome: Outcome | KvmIfupError | None) -> None:
         if isinstance(outcome, KvmIfupError):
-            self._not_arrived(tap, outcome)
+            self._not_arrived(one, outcome)
         elif outcome:
             self.counts["arrivals"] += 1
             self.say(f"{outcome.label}: arrived; wired {1000 * (time.time() - sent):.1f} ms after its first frame")
             self._announce(outcome)
-            self.loop.later(RECHECK, partial(self.loop.work, partial(self._settle, tap, None), self._rechecked))
+
+            # By then it may have left, and the tap wait for it or for another one.
+            def still_here(journal: Journal) -> bool:
+                return one.is_of(journal) and journal.phase is Phase.POST
+
+            recheck = partial(self._settle, still_here, None, one.nic.tap)
+            self.loop.later(RECHECK, partial(self.loop.work, recheck, self._rechecked))
 
     def _rechecked(self, outcome: Outcome | KvmIfupError | None) -> None:
         if isinstance(outcome, KvmIfupError):
@@ -304,14 +410,15 @@ class Agent:
         elif outcome:
             self._announce(outcome)
 
-    def _not_arrived(self, tap: str, error: KvmIfupError) -> None:
+    def _not_arrived(self, one: Watched, error: KvmIfupError) -> None:
         """Say it, and try again at the guest's next frame."""
         self.counts["failures"] += 1
-        self.say(report.error_line(PROGRAM, error))
+        self.say(report.error_line("not arrived", error))
 
         def again() -> None:
-            self._drop(tap)
-            self.look()
+            if self.taps.get(one.nic.tap) is one:
+                self._drop(one.nic.tap)
+                self.look()
 
         self.loop.later(RECHECK, again)
 
@@ -353,36 +460,42 @@ class Agent:
         if self.config.agent.withdraw:
             for one in self.taps.values():
                 wanted |= {(uplink, 6 if ":" in address else 4) for uplink, address in one.proxied}
-        for which in self.uplinks.keys() - wanted:
-            self._leave_uplink(which)
+        for which, (_, index) in list(self.uplinks.items()):
+            if which not in wanted or not is_device(which[0], index):
+                self._leave_uplink(which)
         for which in wanted - self.uplinks.keys():
             with suppress(OSError):
-                self.uplinks[which] = packets.uplink_listener(*which)
-                self.loop.watch(self.uplinks[which], partial(self._heard_of, which))
+                index = socket.if_nametoindex(which[0])
+                listener = packets.uplink_listener(*which)
+                self.uplinks[which] = listener, index
+                self.loop.watch(listener, partial(self._heard_of, which))
 
     def _leave_uplink(self, which: tuple[str, int]) -> None:
-        listener = self.uplinks.pop(which)
+        listener, _ = self.uplinks.pop(which)
         self.loop.ignore(listener)
         announce.close(listener)
 
     def _heard_of(self, which: tuple[str, int]) -> None:
         """Somebody on an uplink announces something: perhaps a guest of ours."""
+        uplink = which[0]
+        listener, _ = self.uplinks[which]
         for _ in range(FRAMES):
             try:
-                found = packets.announced(self.uplinks[which].recv(packets.SNAP))
-            except BlockingIOError:
+                found = packets.announced(listener.recv(packets.SNAP))
+            except OSError:  # nothing more; or ENETDOWN, once: it is down, or gone and another look finds that out
                 return
-            except OSError:  # gone, or down; the next look at the journals opens another
-                self._leave_uplink(which)
-                return
-            if found:
-                uplink = which[0]
+            # By ourselves, where two uplinks are on one segment: each hears what goes out of the other.
+            if found and found[1] not in self._own_macs():
                 address, mac = found
-                for tap, one in self.taps.items():
+                for one in self.taps.values():
                     if (uplink, address) in one.proxied:
-                        self._perhaps_gone(tap, one, f"{address} announced by {mac} on {uplink}")
+                        self._perhaps_gone(one, f"{address} announced by {mac} on {uplink}")
 
-    def _perhaps_gone(self, tap: str, one: Watched, why: str) -> None:
+    def _own_macs(self) -> set[str]:
+        """The MACs that this node announces with."""
+        return {listener.getsockname()[4].hex(":") for listener, _ in self.uplinks.values()}
+
+    def _perhaps_gone(self, one: Watched, why: str) -> None:
         now = time.monotonic()
         if one.asking or now - one.asked < AGAIN:
             return
@@ -402,8 +515,8 @@ class Agent:
                 outcome = run.withdraw(nic.tap, session)
         except OSError:
             return  # the tap is gone, and that is dealt with elsewhere
-        except KvmIfupError as error:
-            self.say(report.error_line(PROGRAM, error))
+        except Exception as error:
+            self.say(report.error_line("not withdrawn", known(error)))
             return
         if outcome:
             self.counts["withdrawals"] += 1
@@ -414,35 +527,65 @@ class Agent:
     def _devices_gone(self, indices: list[int]) -> None:
         gone = set(indices)
         self.collect([tap for tap, one in self.taps.items() if one.ifindex in gone])
+        if any(index in gone for _, index in self.uplinks.values()):
+            self._watch_uplinks()
 
-    def collect(self, taps: Sequence[str]) -> None:
-        """Undo what is left of the dead NICs among *taps*."""
+    def collect(self, taps: Sequence[str], patience: float | None = None) -> None:
+        """Undo what is left of the dead NICs and killed runs among *taps*; later if somebody works on them."""
         if taps:
-            self.loop.work(partial(self._collect, list(taps)))
+            self.loop.work(partial(self._collect, list(taps), patience), partial(self._collected, list(taps)))
 
-    def _collect(self, taps: list[str] | None) -> None:
-        """In a thread."""
-        with self.session("agent") as session:
-            try:
+    def _collected(self, taps: Sequence[str], busy: bool) -> None:
+        if busy:
+            self.loop.later(KILLED, partial(self._collect_again, taps))
+
+    def _collect_again(self, taps: Sequence[str]) -> None:
+        self.collect([tap for tap in taps if (one := self.taps.get(tap)) and not is_device(tap, one.ifindex)])
+        for tap in taps:
+            if (one := self.taps.get(tap)) and one.pending:
+                self._perhaps_killed(one)
+
+    def _perhaps_killed(self, one: Watched) -> None:
+        """A run has begun some time ago: whoever has its lock still runs."""
+        self.collect([one.nic.tap], patience=0)
+
+    def _collect(self, taps: list[str] | None, patience: float | None) -> bool:
+        """In a thread; whether somebody works on one of them."""
+        try:
+            with self.session("agent", patience=patience) as session:
                 outcomes = run.gc(session, taps)
-            except Exception as error:
-                self.say(f"clearing up: {error}")
-                return
+        except LockTimeoutError:
+            return True
+        except Exception as error:
+            self.say(report.error_line("not cleared up", known(error)))
+            return False
         for outcome in outcomes:
             self.counts["leftovers"] += len(outcome.undone)
             remarks = "".join(f"; {remark}" for remark in outcome.remarks)
             self.say(f"{outcome.label}: cleared up, {len(outcome.undone)} undone{remarks}")
+        return False
 
     # --- helpers --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def session(self, by: str, frame: str | None = None) -> Iterator[Session]:
-        """What a run of ours works with."""
+    def session(self, by: str, frame: str | None = None, patience: float | None = None) -> Iterator[Session]:
+        """What a run of ours works with. *patience*: seconds to wait for locks, if not what is configured."""
+        settings = self.config if patience is None else replace(self.config, lock_timeout=patience)
         kernel = Kernel()
         try:
-            yield Session(kernel, self.store, self.run_dir, self.config, by=by, frame=frame)
+            yield Session(kernel, self.store, self.run_dir, settings, by=by, frame=frame)
         finally:
             kernel.close()
+
+
+def known(error: Exception) -> KvmIfupError:
+    """*error* as one of ours: the agent survives whatever happens to one tap."""
+    if isinstance(error, KvmIfupError):
+        return error
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return KernelError(f"{where}{error.strerror}", errno=error.errno or 0)
+    return BugError(f"unexpected {type(error).__name__}: {error}", hint="please report it")
 
 
 def is_device(name: str, index: int) -> bool:
@@ -458,7 +601,9 @@ def answers(nic: Nic, seconds: float) -> bool:
     listener = packets.guest_listener(nic.tap, nic.mac)
     try:
         packets.send(nic.tap, packets.questions(nic))
-        return bool(select([listener], [], [], seconds)[0])
+        waiting = poll()  # not select: it knows no descriptor above 1023
+        waiting.register(listener, POLLIN)
+        return bool(waiting.poll(1000 * seconds))
     finally:
         announce.close(listener)
 
@@ -468,12 +613,14 @@ def answers(nic: Nic, seconds: float) -> bool:
 
 def script() -> NoReturn:
     """What scripts/kvm-ifupd is. Never returns; the exit codes are those of the other commands."""
+    with_standard_streams()
     try:
         main(sys.argv[1:])
         code = 0
-    except KvmIfupError as error:
-        sys.stderr.write(report.error_line(PROGRAM, error) + "\n")
-        code = error.code
+    except (KvmIfupError, OSError) as error:
+        failure = known(error)
+        say_as_is(report.error_line(PROGRAM, failure))
+        code = failure.code
     sys.exit(code)
 
 
@@ -495,10 +642,13 @@ def main(argv: Sequence[str], run_dir: Path = cli.RUN_DIR) -> None:
     cli.need_privileges()
     run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with only_one(run_dir):
-        listener = activated() or own_socket(run_dir / "agent.sock")
+        config.load(None)  # whatever is wrong with it: before there is a socket
+        more_descriptors()
+        given = activated()
+        listener = given or own_socket(run_dir / SOCKET)
         sys.setswitchinterval(SWITCH)
         loop = Loop()
-        agent = Agent(loop, listener, run_dir, say, activated=listener.fileno() == FIRST_ACTIVATED)
+        agent = Agent(loop, listener, run_dir, say, activated=given is not None)
         gc.collect()
         gc.freeze()  # what has been loaded stays: the collector need not look at it again and again
         say("ready")
@@ -506,16 +656,34 @@ def main(argv: Sequence[str], run_dir: Path = cli.RUN_DIR) -> None:
         try:
             loop.run()
         finally:
-            notify("STOPPING=1")
             if not agent.activated:
-                (run_dir / "agent.sock").unlink(missing_ok=True)
+                (run_dir / SOCKET).unlink(missing_ok=True)
             agent.close()
 
 
 def say(line: str) -> None:
     """One line for the log: systemd's journal, or whoever has started us."""
+    say_as_is(f"{PROGRAM}: {report.printable(line)}")
+
+
+def say_as_is(line: str) -> None:
+    """*line* on stderr, if anybody reads it."""
     with suppress(OSError):
-        os.write(2, f"{PROGRAM}: {report.printable(line)}\n".encode())
+        os.write(2, f"{line}\n".encode())
+
+
+def with_standard_streams() -> None:
+    """Open what is closed of 0, 1 and 2: something else would get its number, and our words."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def more_descriptors() -> None:
+    """As many as we may have: each tap that is armed takes one, each hook some."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the kernel tells unasked: which devices have gone, and that a journal has changed."""
+"""What the kernel tells unasked: which devices have gone, what a plan relied on, and that a journal has changed."""
 
 from __future__ import annotations
 
@@ -8,77 +8,184 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.loop import Loop
 
-RTMGRP_LINK = 1  # linux/rtnetlink.h
-RTM_DELLINK = 17
+RTNLGRP_LINK, RTNLGRP_ROUTE, RTNLGRP_NETCONF = (1,), (7, 11), (24, 25)  # linux/rtnetlink.h; IPv4, IPv6
+RTM_NEWLINK, RTM_DELLINK, RTM_NEWROUTE, RTM_DELROUTE, RTM_NEWNETCONF = 16, 17, 24, 25, 80
+RTA_DST = 1
+NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 BUFFER = 1 << 20  # bytes: some thousand events
 RECEIVE = 1 << 16
 
 
-class LinkEvents:
-    """Calls *gone* with the indices of devices that have disappeared, *lost* when the kernel could not tell all."""
+@dataclass(frozen=True)
+class Message:
+    """One netlink message, without its header."""
 
-    def __init__(self, loop: Loop, gone: Callable[[list[int]], None], lost: Callable[[], None]) -> None:
-        self.gone, self.lost = gone, lost
+    kind: int
+    body: bytes
+
+    def attribute(self, offset: int, wanted: int) -> bytes | None:
+        """The attribute *wanted* among those that begin at *offset*."""
+        while offset + 4 <= len(self.body):
+            length, kind = struct.unpack_from("=HH", self.body, offset)
+            if kind == wanted:
+                return self.body[offset + 4 : offset + length]
+            offset += max(length + 3 & ~3, 4)
+        return None
+
+
+class Netlink:
+    """Calls *heard* with the messages of *groups*, *lost* when the kernel could not tell all."""
+
+    def __init__(
+        self, loop: Loop, groups: tuple[int, ...], heard: Callable[[list[Message]], None], lost: Callable[[], None]
+    ) -> None:
+        self.heard, self.lost = heard, lost
         self.socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
         )
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-        self.socket.bind((0, RTMGRP_LINK))
-        loop.watch(self.socket, self._read)
+        self.socket.bind((0, sum(1 << group - 1 for group in groups)))
+        loop.watch(self.socket, self.read)
 
-    def _read(self) -> None:
+    def read(self) -> bool:
+        """Take what has come; False if there was nothing."""
         try:
-            found = removed(self.socket.recv(RECEIVE))
+            found = list(messages(self.socket.recv(RECEIVE)))
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
             self.lost()
-            return
-        if found:
-            self.gone(found)
+            return True
+        self.heard(found)
+        return True
 
 
-def removed(data: bytes) -> list[int]:
-    """The indices of the devices whose removal *data*, netlink messages, reports."""
-    found = []
+def messages(data: bytes) -> Iterator[Message]:
+    """The netlink messages in *data*."""
     offset = 0
-    while offset + HEADER.size + IFINFO.size <= len(data):
+    while offset + HEADER.size <= len(data):
         length, kind, *_ = HEADER.unpack_from(data, offset)
-        family, _type, index, _flags, _change = IFINFO.unpack_from(data, offset + HEADER.size)
-        # With another family it is not the device that goes: a port that leaves its bridge says AF_BRIDGE.
-        if kind == RTM_DELLINK and family == socket.AF_UNSPEC:
-            found.append(index)
+        yield Message(kind, data[offset + HEADER.size : offset + length])
         offset += max(length + 3 & ~3, HEADER.size)
-    return found
+
+
+class LinkEvents(Netlink):
+    """Calls *gone* with the indices of devices that have disappeared, *lost* when the kernel could not tell all."""
+
+    def __init__(self, loop: Loop, gone: Callable[[list[int]], None], lost: Callable[[], None]) -> None:
+        def heard(found: list[Message]) -> None:
+            if removed_ones := removed(found):
+                gone(removed_ones)
+
+        super().__init__(loop, RTNLGRP_LINK, heard, lost)
+
+
+def removed(found: list[Message]) -> list[int]:
+    """The indices of the devices whose removal *found* reports."""
+    links = (IFINFO.unpack_from(one.body) for one in found if one.kind == RTM_DELLINK)
+    # With another family it is not the device that goes: a port that leaves its bridge says AF_BRIDGE.
+    return [index for family, _type, index, _flags, _change in links if family == socket.AF_UNSPEC]
+
+
+@dataclass(frozen=True)
+class Touched:
+    """What has changed on the node: devices by their index, destinations of routes. 0 and "" stand for any."""
+
+    devices: frozenset[int]
+    routes: frozenset[str]
+
+
+ANYTHING = Touched(frozenset({0}), frozenset({""}))
+
+
+class NodeEvents(Netlink):
+    """Calls *changed* when something has changed that a plan may have relied on: a device, what it forwards, a route.
+
+    A socket of its own: in a storm of routes no device's end must get lost.
+    """
+
+    def __init__(self, loop: Loop, changed: Callable[[Touched], None]) -> None:
+        def heard(found: list[Message]) -> None:
+            changed(touched(found))
+
+        groups = (*RTNLGRP_LINK, *RTNLGRP_ROUTE, *RTNLGRP_NETCONF)
+        super().__init__(loop, groups, heard, lambda: changed(ANYTHING))
+
+    def catch_up(self) -> None:
+        """Take all that has come by now: a change is reported before whoever made it goes on."""
+        while self.read():
+            pass
+
+
+def touched(found: list[Message]) -> Touched:
+    """What *found* is about. A default route's destination is "0.0.0.0/0" or "::/0"."""
+    devices, routes = set(), set()
+    for one in found:
+        if one.kind in (RTM_NEWLINK, RTM_DELLINK):
+            family, _type, index, _flags, _change = IFINFO.unpack_from(one.body)
+            if family == socket.AF_UNSPEC:
+                devices.add(index)
+        elif one.kind in (RTM_NEWROUTE, RTM_DELROUTE):
+            family, length = one.body[:2]
+            packed = one.attribute(12, RTA_DST) or bytes(16 if family == socket.AF_INET6 else 4)  # struct rtmsg
+            with suppress(ValueError, OSError):  # of a family that is none of ours
+                routes.add(f"{socket.inet_ntop(family, packed)}/{length}")
+        elif one.kind == RTM_NEWNETCONF:
+            index = int.from_bytes(one.attribute(4, NETCONFA_IFINDEX) or b"", sys.byteorder, signed=True)
+            if index != NETCONFA_IFINDEX_DEFAULT:
+                devices.add(max(index, 0))  # -1 is the one for all
+    return Touched(frozenset(devices), frozenset(routes))
 
 
 class DirectoryEvents:
     """Calls *changed* after files in *directory* have come, gone or been replaced (fcntl(2), F_NOTIFY)."""
 
     def __init__(self, loop: Loop, directory: Path, changed: Callable[[], None]) -> None:
-        loop.on_signal(signal.SIGIO, changed)
         self._directory = directory
-        self._descriptor = -1
+        self._changed = changed
+        self._descriptors: tuple[int, ...] = ()
+        loop.on_signal(signal.SIGIO, self._notified)
         self.renew()
 
     def renew(self) -> None:
-        """Watch what is at the directory's path now: somebody may have removed it and made another. Raises OSError."""
+        """Watch what is at the directory's path now, and its parent: somebody may remove it and make another.
+
+        Raises OSError.
+        """
         self.close()
         self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self._descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.fcntl(self._descriptor, fcntl.F_NOTIFY, fcntl.DN_RENAME | fcntl.DN_DELETE | fcntl.DN_MULTISHOT)
+        wanted = fcntl.DN_RENAME | fcntl.DN_DELETE | fcntl.DN_MULTISHOT
+        self._descriptors = (watched(self._directory, wanted),)
+        self._descriptors += (watched(self._directory.parent, wanted | fcntl.DN_CREATE),)
 
     def close(self) -> None:
         """Watch it no longer."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = ()
+
+    def _notified(self) -> None:
+        # Only once there is another: it may still be on its way out.
+        with suppress(OSError):
+            if self._descriptors and not os.path.samestat(self._directory.stat(), os.fstat(self._descriptors[0])):
+                self.renew()
+        self._changed()
+
+
+def watched(directory: Path, events: int) -> int:
+    """A descriptor of *directory* that sends SIGIO. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.fcntl(descriptor, fcntl.F_NOTIFY, events)
+    return descriptor

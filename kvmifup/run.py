@@ -255,8 +255,8 @@ def arrive(ready: Ready, session: Session) -> Outcome | None:
     return ready.outcome
 
 
-def settle(tap: str, session: Session) -> Outcome | None:
-    """post for the NIC whose journal *tap* has, whoever wired it; None if nothing is wired there any more.
+def settle(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Outcome | None:
+    """post for the NIC whose journal *tap* has, whoever wired it; None if it is not the *wanted* one (any more).
 
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError and JournalError.
     """
@@ -264,7 +264,7 @@ def settle(tap: str, session: Session) -> Outcome | None:
         stack.enter_context(about(tap))
         session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
         journal = undisturbed(tap, session)
-        if journal is None or journal.phase is Phase.DOWN:
+        if journal is None or journal.phase is Phase.DOWN or not wanted(journal):
             return None
         stack.enter_context(about(journal.nic.label))
         outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
