@@ -1,0 +1,176 @@
+"""What the kernel's messages mean, and that a directory is watched whatever becomes of it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmifup.events import ANYTHING, DirectoryEvents, Message, messages, removed, touched
+from kvmifup.loop import Loop
+
+NEWLINK, DELLINK, NEWROUTE, DELROUTE, NEWNETCONF = 16, 17, 24, 25, 80
+AF_BRIDGE = 7
+
+
+def netlink(kind: int, body: bytes) -> bytes:
+    """A message as the kernel sends it, padded."""
+    length = 16 + len(body)
+    return struct.pack("=IHHII", length, kind, 0, 0, 0) + body + bytes(-length % 4)
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One, padded."""
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def link(kind: int, index: int, family: int = socket.AF_UNSPEC) -> bytes:
+    """About a device."""
+    return netlink(kind, struct.pack("=BxHiII", family, 1, index, 0, 0) + attribute(3, b"tap0\0"))
+
+
+def route(kind: int, destination: str, length: int) -> bytes:
+    """About a route; "" for a default one, whose destination the kernel leaves out."""
+    family = socket.AF_INET6 if ":" in destination else socket.AF_INET
+    packed = socket.inet_pton(family, destination)
+    header = struct.pack("=BBBBBBBBI", family, length, 0, 0, 254, 4, 0, 1, 0)
+    table = attribute(15, struct.pack("=I", 254))
+    return netlink(kind, header + table + (attribute(1, packed) if length else b""))
+
+
+def netconf(index: int) -> bytes:
+    """About what a device forwards."""
+    value = struct.pack("=i", index)
+    return netlink(NEWNETCONF, struct.pack("=Bxxx", 2) + attribute(1, value) + attribute(2, struct.pack("=i", 1)))
+
+
+def test_only_a_device_that_goes_is_removed() -> None:
+    data = link(NEWLINK, 3) + link(DELLINK, 4) + link(DELLINK, 5, AF_BRIDGE) + link(DELLINK, 6)
+    assert removed(list(messages(data))) == [4, 6]
+
+
+def test_what_is_touched() -> None:
+    data = (
+        link(NEWLINK, 3) + link(DELLINK, 4) + link(NEWLINK, 5, AF_BRIDGE)
+        + route(NEWROUTE, "0.0.0.0", 0) + route(DELROUTE, "::", 0)
+        + route(NEWROUTE, "192.0.2.8", 32) + route(DELROUTE, "2001:db8::8", 128) + route(NEWROUTE, "198.51.100.0", 29)
+        + netconf(9) + netconf(-2)
+    )  # fmt: skip
+    found = touched(list(messages(data)))
+    assert found.devices == {3, 4, 9}
+    assert found.routes == {"0.0.0.0/0", "::/0", "192.0.2.8/32", "2001:db8::8/128", "198.51.100.0/29"}
+
+
+def test_what_holds_for_all_devices_touches_any() -> None:
+    assert touched(list(messages(netconf(-1)))).devices & ANYTHING.devices
+
+
+@given(st.binary(max_size=200))
+def test_cut_or_senseless_messages_are_no_trouble(data: bytes) -> None:
+    for one in messages(data):
+        one.attribute(4, 1)
+    for kind in (NEWROUTE, NEWNETCONF):
+        touched([Message(kind, b"\x02\x20" + data)])
+
+
+@given(st.lists(st.tuples(st.sampled_from([NEWLINK, DELLINK]), st.integers(1, 1 << 30)), max_size=20))
+def test_every_message_of_a_bunch_is_read(bunch: list[tuple[int, int]]) -> None:
+    data = b"".join(link(kind, index) for kind, index in bunch)
+    assert removed(list(messages(data))) == [index for kind, index in bunch if kind == DELLINK]
+
+
+# --- a directory -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """A loop."""
+    before = signal.getsignal(signal.SIGIO)
+    one = Loop()
+    yield one
+    one.close()
+    signal.signal(signal.SIGIO, before)
+
+
+class Seen:
+    """What is in a directory whenever it has changed, until what is waited for is."""
+
+    def __init__(self, loop: Loop, directory: Path) -> None:
+        self.loop, self.directory, self.wanted = loop, directory, {"nothing"}
+        self.events = DirectoryEvents(loop, directory, self.changed)
+
+    def names(self) -> set[str]:
+        """Its files."""
+        return {path.name for path in self.directory.iterdir()} if self.directory.exists() else set()
+
+    def changed(self) -> None:
+        """As the agent looks."""
+        if self.names() == self.wanted:
+            self.loop.stop()
+
+    def wait(self, *wanted: str) -> None:
+        """Until just these files are there; the test hangs if nobody says so, and is ended."""
+        self.wanted = set(wanted)
+        alarm = self.loop.later(30, lambda: pytest.fail(f"nobody has said that there is {wanted}"))
+        self.loop._running = True
+        self.loop.run()
+        alarm.cancel()
+
+
+@pytest.fixture
+def seen(loop: Loop, tmp_path: Path) -> Iterator[Seen]:
+    """A directory that is watched."""
+    one = Seen(loop, tmp_path / "run" / "state")
+    yield one
+    one.events.close()
+
+
+def put(directory: Path, name: str) -> None:
+    """A file as a journal is written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "new").write_text("x")
+    (directory / "new").rename(directory / name)
+
+
+def test_files_that_come_are_replaced_and_go(seen: Seen) -> None:
+    put(seen.directory, "a")
+    seen.wait("a")
+    put(seen.directory, "b")
+    seen.wait("a", "b")
+    (seen.directory / "a").unlink()
+    seen.wait("b")
+
+
+def test_a_directory_that_was_removed_and_made_anew(seen: Seen) -> None:
+    for name in ("a", "b", "c"):
+        put(seen.directory, name)
+        seen.wait(name)
+        (seen.directory / name).unlink()
+        seen.directory.rmdir()
+        seen.wait()
+    put(seen.directory, "d")
+    seen.wait("d")
+
+
+def test_a_directory_that_was_put_in_its_place(seen: Seen) -> None:
+    other = seen.directory.parent / "other"
+    put(other, "a")
+    seen.directory.rename(seen.directory.parent / "old")
+    other.rename(seen.directory)
+    seen.wait("a")
+    put(seen.directory, "b")
+    seen.wait("a", "b")
+
+
+def test_after_the_parent_has_gone_renewing_finds_the_new_one(seen: Seen) -> None:
+    seen.directory.rmdir()
+    seen.directory.parent.rmdir()
+    seen.events.renew()
+    put(seen.directory, "a")
+    seen.wait("a")

@@ -1,0 +1,219 @@
+"""The event loop: what is due, what threads bring, signals; one thing at a time, and nobody starves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kvmifup.loop import THREADS, Loop
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """A loop, and its end; signal handlers as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGIO, signal.SIGTERM)}
+    one = Loop()
+    yield one
+    one.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_timers_run_in_the_order_in_which_they_are_due(loop: Loop) -> None:
+    done: list[str] = []
+    loop.later(0.02, lambda: done.append("late"))
+    loop.later(0, lambda: done.append("first"))
+    loop.later(-1, lambda: done.append("overdue"))
+    loop.later(0, lambda: done.append("second"))
+    loop.later(0.03, loop.stop)
+    loop.run()
+    assert done == ["overdue", "first", "second", "late"]
+
+
+def test_a_cancelled_timer_does_nothing(loop: Loop) -> None:
+    done: list[str] = []
+    loop.later(0, lambda: done.append("cancelled")).cancel()
+    timer = loop.later(0.01, lambda: done.append("cancelled"))
+    loop.later(0, timer.cancel)
+    loop.later(0.02, loop.stop)
+    loop.run()
+    assert done == []
+
+
+def test_a_timer_may_set_another(loop: Loop) -> None:
+    left = [5]
+
+    def again() -> None:
+        left[0] -= 1
+        loop.later(0, again if left[0] else loop.stop)
+
+    loop.later(0, again)
+    loop.run()
+    assert left == [0]
+
+
+def test_work_is_done_in_a_thread_and_its_result_used_in_the_loop(loop: Loop) -> None:
+    seen: list[object] = []
+    here = threading.current_thread()
+
+    def then(result: object) -> None:
+        seen.extend([result, threading.current_thread() is here, loop.working])
+        loop.stop()
+
+    loop.work(lambda: threading.current_thread() is here, then)
+    assert loop.working == 1
+    loop.run()
+    assert seen == [False, True, 0]
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_what_work_raises_the_loop_raises(loop: Loop, hook: bool) -> None:
+    """So that nobody waits for ever for a result."""
+
+    def task() -> None:
+        raise ZeroDivisionError("unforeseen")
+
+    loop.work(task, lambda _: pytest.fail("there is no result"), hook=hook)
+    with pytest.raises(ZeroDivisionError, match="unforeseen"):
+        loop.run()
+
+
+def test_hooks_that_all_wait_keep_no_other_work_from_being_done(loop: Loop) -> None:
+    free = threading.Event()
+    for _ in range(2 * THREADS):
+        loop.work(free.wait, hook=True)
+    done: list[bool] = []
+
+    def then(_: object) -> None:
+        done.append(free.is_set())
+        free.set()
+        loop.stop()
+
+    loop.work(lambda: None, then)
+    loop.run()
+    assert done == [False]
+
+
+def test_soon_from_many_threads_loses_nothing(loop: Loop) -> None:
+    done: list[int] = []
+
+    def one(number: int) -> None:
+        done.append(number)
+        if len(done) == 1000:
+            loop.stop()
+
+    def many(start: int) -> None:
+        for number in range(start, start + 100):
+            loop.soon(lambda number=number: one(number))  # type: ignore[misc]
+
+    threads = [threading.Thread(target=many, args=(100 * number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    loop.run()
+    assert sorted(done) == list(range(1000))
+    for thread in threads:
+        thread.join()
+
+
+def test_whoever_sends_all_the_time_keeps_no_timer_from_its_turn(loop: Loop) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+    calls = [0]
+
+    def never_empty() -> None:
+        calls[0] += 1
+
+    loop.watch(reading, never_empty)
+    loop.later(0.01, loop.stop)
+    loop.run()
+    assert calls[0] > 0
+    loop.ignore(reading)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_an_event_does_not_reach_whoever_got_its_descriptors_number_since(loop: Loop) -> None:
+    """Two sources are ready; the first one's action ends the second and opens another, which gets the number."""
+    pipes = [os.pipe() for _ in range(2)]
+    for _, writing in pipes:
+        os.write(writing, b"x")
+    wrong: list[int] = []
+    ended: list[int] = []
+
+    def action(mine: int, other: int) -> None:
+        os.read(mine, 1)
+        if not ended:
+            ended.append(other)
+            loop.ignore(other)
+            kept = os.dup(other)
+            os.close(other)
+            silent, _ = os.pipe()
+            if silent != other:
+                os.dup2(silent, other)
+            loop.watch(other, lambda: wrong.append(other))
+            os.close(kept)
+        loop.later(0.01, loop.stop)
+
+    first, second = pipes[0][0], pipes[1][0]
+    loop.watch(first, lambda: action(first, second))
+    loop.watch(second, lambda: action(second, first))
+    loop.run()
+    assert len(ended) == 1
+    assert wrong == []
+
+
+def test_a_signal_runs_its_action_in_the_loop(loop: Loop) -> None:
+    seen: list[bool] = []
+    here = threading.current_thread()
+    loop.on_signal(signal.SIGHUP, lambda: seen.append(threading.current_thread() is here))
+    loop.on_signal(signal.SIGTERM, loop.stop)
+    os.kill(os.getpid(), signal.SIGHUP)
+    loop.later(0.01, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    loop.run()
+    assert seen == [True]
+
+
+def test_a_signal_ends_the_wait_also_when_another_thread_gets_it(loop: Loop) -> None:
+    loop.on_signal(signal.SIGTERM, loop.stop)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def elsewhere() -> None:
+        me = threading.get_ident()
+        assert me != main
+        signal.pthread_kill(me, signal.SIGTERM)
+
+    loop.later(0, threading.Thread(target=elsewhere).start)
+    loop.run()
+
+
+def test_among_thousands_of_signals_none_is_lost(loop: Loop) -> None:
+    """The loop is busy meanwhile, so whatever tells of them is full."""
+    heard = [0]
+
+    def count() -> None:
+        heard[0] += 1
+
+    def busy() -> None:
+        for _ in range(3000):
+            os.kill(os.getpid(), signal.SIGIO)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.on_signal(signal.SIGIO, count)
+    loop.on_signal(signal.SIGTERM, loop.stop)
+    loop.later(0, busy)
+    loop.run()
+    assert heard[0] > 0
+
+
+def test_a_signal_after_the_end_does_nothing() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    loop = Loop()
+    loop.on_signal(signal.SIGHUP, lambda: pytest.fail("after the end"))
+    loop.close()
+    os.kill(os.getpid(), signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
