@@ -3,4 +3,4 @@
 import pytest
 
 # So that a failing assertion in a helper tells what it compared.
-pytest.register_assert_rewrite("tests.netns", "tests.wire")
+pytest.register_assert_rewrite("tests.agent", "tests.netns", "tests.wire")

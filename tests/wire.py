@@ -136,6 +136,13 @@ def _sum(data: bytes) -> int:
 # --- both ends ------------------------------------------------------------------------------------------
 
 
+def readable(descriptor: int, patience: float) -> bool:
+    """Wait until there is something to read. (select(2) knows no descriptor above 1023.)"""
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+    return bool(waiting.poll(1000 * patience))
+
+
 class Wire:
     """The frames that reach a device from outside, in order."""
 
@@ -152,7 +159,7 @@ class Wire:
 
     def next(self, patience: float = PATIENCE) -> bytes | None:
         """The next frame, None when none comes."""
-        while select.select([self._socket], [], [], patience)[0]:
+        while readable(self._socket.fileno(), patience):
             frame, origin = self._socket.recvfrom(65536)
             if origin[2] != socket.PACKET_OUTGOING:
                 return frame
@@ -194,7 +201,7 @@ class Tap:
         """All frames that reach the guest up to the first that *wanted* accepts."""
         seen: list[bytes] = []
         while not seen or not wanted(seen[-1]):
-            if not select.select([self.descriptor], [], [], PATIENCE)[0]:
+            if not readable(self.descriptor, PATIENCE):
                 pytest.fail(f"{self.name}: what was waited for does not come; seen: {[one.hex() for one in seen]}")
             seen.append(os.read(self.descriptor, 65536))
         return seen

@@ -1,0 +1,278 @@
+"""A guest that has left: another node announces it and it is silent here; and it may come back."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import agent as agents
+from tests import netns, wire
+from tests.agent import (
+    IPS,
+    NOT_WIRED,
+    WIRED,
+    Agent,
+    advert,
+    answering,
+    arrived,
+    garp,
+    phase,
+    rarp,
+    through,
+    until,
+    wired,
+    witness,
+)
+from tests.netns import GUEST_IP4, GUEST_IP6, NODE_MAC, Node, check, hook
+
+NIC: dict[str, Any] = {"mode": "routed", "link": "100", "ip": IPS}
+
+
+@pytest.fixture
+def agent(uplinked: Node) -> Iterator[Agent]:
+    """The node's agent."""
+    with agents.running() as one:
+        yield one
+
+
+def heard_of(agent: Agent) -> int:
+    """How often it has asked a guest since somebody else announced it."""
+    return agent.said().count("announced by")
+
+
+@pytest.mark.parametrize("announcement", [garp(), advert()], ids=["gratuitous ARP", "unsolicited NA"])
+def test_a_silent_guest_that_another_node_announces_is_withdrawn_and_wired_again_when_it_speaks(
+    uplinked: Node, agent: Agent, announcement: bytes
+) -> None:
+    guest = arrived(uplinked, agent, **NIC)
+    client = uplinked.listen()
+    in_post, tap = agents.journal(), netns.snapshot_of_kernel()
+    rules = netns.rules()
+    client.send(announcement)
+    until(lambda: phase() == "pre")
+    assert wired() == NOT_WIRED
+    # Whatever may be true on two nodes stays.
+    assert netns.rules() == rules != []
+    gone = [line for line in netns.changes(tap, netns.snapshot_of_kernel()) if "/tap0/" in line]
+    assert gone == []
+    journal = agents.journal()
+    assert journal is not None
+    assert in_post is not None
+    assert journal["by"] == "agent"
+    assert "announced by 02:00:00:00:00:0b on eth0" in journal["frame"]
+    assert journal["since"] > in_post["since"]
+    agent.armed(times=2)
+    assert agents.announcements(uplinked.fence(client), GUEST_IP4) == []
+    guest.send(rarp())
+    client.until(agents.rounds_of(*IPS))
+    until(lambda: phase() == "post")
+    assert wired() == WIRED
+    assert netns.changes(tap, netns.snapshot_of_kernel()) == []
+    check(hook("kvm-ifdown", "tap0"), 0)
+    assert (wired(), netns.rules()) == (NOT_WIRED, [])
+
+
+@pytest.mark.parametrize("announcement", [garp(), advert()], ids=["gratuitous ARP", "unsolicited NA"])
+@pytest.mark.parametrize("ip", [IPS, [GUEST_IP4], [GUEST_IP6]], ids=["both", "IPv4", "IPv6"])
+def test_a_guest_that_answers_keeps_everything(
+    uplinked: Node, agent: Agent, announcement: bytes, ip: list[str]
+) -> None:
+    if (GUEST_IP4 if announcement[12:14] == b"\x08\x06" else GUEST_IP6) not in ip:
+        announcement = garp() if ip == [GUEST_IP4] else advert()
+    guest = arrived(uplinked, agent, ip=ip)
+    client = uplinked.listen()
+    before = netns.snapshot()
+    with answering(guest):
+        client.send(announcement)
+        agent.heard("announced by", "the guest runs here")
+    assert netns.changes(before, netns.snapshot()) == []
+
+
+def test_withdrawing_puts_the_uplinks_journalled_sysctls_back_only_at_the_end(uplinked: Node, agent: Agent) -> None:
+    clean = netns.snapshot_of_kernel()
+    arrived(uplinked, agent)
+    uplinked.listen().send(garp())
+    until(lambda: phase() == "pre")
+    check(hook("kvm-ifdown", "tap0"), 0)
+    netns.ip("link del tap0")
+    assert netns.changes(clean, netns.snapshot_of_kernel()) == []
+
+
+def test_a_guest_that_was_withdrawn_and_vanishes_leaves_nothing(uplinked: Node, agent: Agent) -> None:
+    clean = netns.snapshot_of_kernel()
+    arrived(uplinked, agent, **NIC)
+    uplinked.listen().send(garp())
+    until(lambda: phase() == "pre")
+    netns.ip("link del tap0")
+    until(lambda: phase() is None)
+    assert netns.changes(clean, netns.snapshot_of_kernel()) == []
+
+
+def test_a_node_that_was_told_not_to_withdraw_does_not(uplinked: Node) -> None:
+    with agents.configured(agent={"withdraw": False}), agents.running() as agent:
+        arrived(uplinked, agent)
+        client = uplinked.listen()
+        before = netns.snapshot()
+        for frame in (garp(), advert()):
+            client.send(frame)
+        witness(uplinked, agent)
+        assert [line for line in netns.changes(before, netns.snapshot()) if "tapw" not in line] == []
+        # Until it is told otherwise.
+        agents.configure(agent={"withdraw": True})
+        agent.send(signal.SIGHUP)
+        agent.heard("configuration read")
+        client.send(garp())
+        until(lambda: phase() == "pre")
+
+
+def test_our_own_announcements_never_count(uplinked: Node, agent: Agent) -> None:
+    """Neither those that go out, nor those that come back, as from another uplink on the same segment."""
+    arrived(uplinked, agent)
+    client = uplinked.listen()
+    for _ in range(2):
+        through("kvm-ifup-post", "tap0", "--announce")
+        client.until(agents.rounds_of(*IPS))
+    client.send(garp(NODE_MAC))
+    client.send(advert(NODE_MAC))
+    witness(uplinked, agent)
+    assert heard_of(agent) == 0
+    assert wired() == WIRED
+
+
+NO_ANNOUNCEMENTS = {
+    "a question for it": wire.arp_request(agents.FOREIGN_MAC, netns.CLIENT_IP4, GUEST_IP4),
+    "a question of its own": wire.arp_request(agents.FOREIGN_MAC, GUEST_IP4, netns.CLIENT_IP4),
+    "a solicitation": wire.solicitation(agents.FOREIGN_MAC, netns.CLIENT_IP6, GUEST_IP6),
+    "an advertisement that does not override": advert(override=False),
+    "an advertisement to the node alone": advert(to=netns.NODE_IP6),
+    "RARP": rarp(),
+    "a short frame": garp()[:20],
+    "another address": garp(address="192.0.2.200"),
+    "another IPv6 address": advert(address="2001:db8::200"),
+}
+
+
+def test_what_announces_nothing_or_nobody_here_does_not_matter(uplinked: Node, agent: Agent) -> None:
+    arrived(uplinked, agent)
+    client = uplinked.listen()
+    for frame in NO_ANNOUNCEMENTS.values():
+        client.send(frame)
+    witness(uplinked, agent)
+    assert heard_of(agent) == 0
+    assert wired() == WIRED
+
+
+def test_thousands_of_announcements_of_others_hold_up_nobody(uplinked: Node, agent: Agent) -> None:
+    guest = arrived(uplinked, agent)
+    client = uplinked.listen()
+    with answering(guest):
+        for number in range(5000):
+            address = f"198.18.{number // 256}.{number % 256}"
+            client.send(garp(address=address))
+            client.send(advert(address=f"2001:db8:9::{number:x}"))
+            if number % 1000 == 0:
+                client.send(garp())
+        witness(uplinked, agent)
+    assert wired() == WIRED
+
+
+def test_thousands_of_announcements_of_the_guest_itself_are_asked_about_now_and_then(
+    uplinked: Node, agent: Agent
+) -> None:
+    guest = arrived(uplinked, agent)
+    client = uplinked.listen()
+    with answering(guest):
+        for _ in range(3000):
+            client.send(garp())
+        agent.heard("the guest runs here")
+        witness(uplinked, agent)
+    assert wired() == WIRED
+    assert heard_of(agent) < 300
+
+
+def test_an_uplink_that_went_down_and_up_is_listened_to_again(uplinked: Node, agent: Agent) -> None:
+    arrived(uplinked, agent)
+    netns.ip("link set eth0 down")
+    witness_without_uplink(agent)
+    netns.ip("link set eth0 up")
+    netns.settle("eth0")
+    client = uplinked.listen()
+
+    def told() -> bool:
+        client.send(garp())
+        return phase() == "pre"
+
+    until(told)
+
+
+def witness_without_uplink(agent: Agent) -> None:
+    """See that the agent still does what it is asked for."""
+    through("kvm-ifup", "gc")
+    assert agent.process.poll() is None
+
+
+def test_an_uplink_that_was_made_anew_is_listened_to(uplinked: Node, agent: Agent) -> None:
+    arrived(uplinked, agent)
+    netns.ip("link set eth0 down")
+    netns.ip("link del eth0")
+    uplinked.uplink()
+    for family in (4, 6):
+        netns.sysctl(f"ipv{family}/conf/eth0/forwarding", 1)
+    through("kvm-ifup-post", "tap0")
+    assert wired() == WIRED
+    client = uplinked.listen()
+
+    def told() -> bool:
+        client.send(garp())
+        return phase() == "pre"
+
+    until(told)
+
+
+def test_only_the_guest_that_is_announced_is_withdrawn(uplinked: Node, agent: Agent) -> None:
+    arrived(uplinked, agent)
+    arrived(uplinked, agent, "tap1", ip=["192.0.2.77"], mac="aa:00:00:00:00:77")
+    uplinked.listen().send(garp())
+    until(lambda: phase() == "pre")
+    assert phase("tap1") == "post"
+    assert netns.proxies() == {"192.0.2.77"}
+
+
+def test_to_and_fro(uplinked: Node, agent: Agent) -> None:
+    guest = arrived(uplinked, agent)
+    client = uplinked.listen()
+    whole = netns.snapshot_of_kernel()
+
+    def told() -> bool:
+        client.send(garp())
+        return phase() == "pre"
+
+    for _ in range(5):
+        until(told)
+        assert wired() == NOT_WIRED
+
+        def back() -> bool:
+            guest.send(rarp())
+            return phase() == "post"
+
+        until(back)
+        assert netns.changes(whole, netns.snapshot_of_kernel()) == []
+
+
+def test_a_withdrawn_guest_is_not_wired_by_the_second_look_at_its_arrival(uplinked: Node, agent: Agent) -> None:
+    guest = agents.incoming(uplinked, agent)
+    client = uplinked.listen()
+    guest.send(rarp())
+    until(lambda: phase() == "post")
+
+    def told() -> bool:
+        client.send(garp())
+        return phase() == "pre"
+
+    until(told)
+    for _ in range(4):  # the second look is due within this time
+        witness(uplinked, agent)
+    assert (phase(), wired()) == ("pre", NOT_WIRED)

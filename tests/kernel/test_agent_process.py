@@ -1,0 +1,395 @@
+"""The agent as a process: one of it, its signals, systemd's protocols, its end; and another one after it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import agent as agents
+from tests import netns, wire
+from tests.agent import IPS, NOT_WIRED, SOCKET, WIRED, Agent, answering, incoming, phase, rarp, through, until, wired
+from tests.netns import Node, Result, check, hook
+
+
+def ended(*argv: str, **more: object) -> Result:
+    """What an agent that ends by itself says, and its exit code."""
+    done = subprocess.run(
+        netns.command("kvm-ifupd", *argv),
+        env=netns.CLEAN, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=netns.PATIENCE, check=False,
+        **more,  # type: ignore[call-overload]
+    )  # fmt: skip
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+# --- one of it ------------------------------------------------------------------------------------------
+
+
+def test_a_second_agent_ends_with_75_and_the_first_goes_on(uplinked: Node) -> None:
+    with agents.running():
+        check(ended(), 75, "kvm-ifupd: another agent runs on this node", "systemctl stop")
+        through("kvm-ifup", "gc")
+    with agents.running():
+        through("kvm-ifup", "gc")
+
+
+def test_version_help_and_wrong_arguments(node: Node) -> None:
+    version = ended("--version")
+    assert (version.code, version.err) == (0, "")
+    assert version.out.split()[0] == "kvm-ifupd"
+    described = ended("--help")
+    assert (described.code, described.err) == (0, "")
+    assert "foreground" in described.out
+    for argv in (["--nonsense"], ["tap0"], ["--vers"]):
+        check(ended(*argv), 64, "kvm-ifupd: ", "kvm-ifupd --help")
+    assert not netns.RUN_DIR.exists()
+
+
+def test_without_the_privileges_it_takes_it_is_77(node: Node) -> None:
+    unprivileged = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", *netns.command("kvm-ifupd")]
+    done = subprocess.run(unprivileged, env=netns.CLEAN, capture_output=True, text=True, check=False)
+    check(Result(done.returncode, done.stdout, done.stderr), 77, "kvm-ifupd: root, but not permitted")
+
+
+def test_a_bad_configuration_is_78_and_leaves_no_socket(node: Node) -> None:
+    with agents.configured(agent={"nonsense": 1}):
+        check(ended(), 78, "kvm-ifupd: ", "agent.nonsense")
+        assert not SOCKET.exists()
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_clear_line(node: Node) -> None:
+    netns.RUN_DIR.write_text("in the way")
+    result = ended()
+    assert result.code == 71
+    assert result.err.startswith("kvm-ifupd: ")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["0<", "1>", "2>"])
+def test_a_closed_standard_stream_changes_nothing(uplinked: Node, closed: str) -> None:
+    """Its number must not go to the socket, nor what is said into something else."""
+    log = Path("/run/agent.closed.log").open("w")  # noqa: SIM115
+    line = ["sh", "-c", f'exec "$@" {closed}&-', "sh", *netns.command("kvm-ifupd")]
+    process = subprocess.Popen(line, env=netns.CLEAN, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        until(lambda: SOCKET.exists())
+        netns.add_tap()
+        netns.write_nic(mode="routed", ip=IPS)
+        until(lambda: "without the agent" not in hook("kvm-ifup", "gc", "-v").err)
+        through("kvm-ifup-post", "tap0")
+        assert (netns.RUN_DIR / "agent.lock").read_bytes() == b""
+    finally:
+        process.terminate()
+        assert process.wait(netns.PATIENCE) == 0
+        log.close()
+    assert not SOCKET.exists()
+
+
+# --- signals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_0_and_the_socket_is_gone(uplinked: Node, number: int) -> None:
+    with agents.running() as agent:
+        incoming(uplinked, agent)
+        before = netns.snapshot()
+        assert agent.end(number) == 0
+        assert not SOCKET.exists()
+        assert netns.changes(before, netns.snapshot()) == []
+
+
+def test_a_hook_that_runs_when_it_is_to_end_comes_to_its_end(uplinked: Node) -> None:
+    """For longer than a script waits for a sign of life. Whoever comes meanwhile does it without the agent."""
+    netns.add_bridge("br0", options="stp_state 1 forward_delay 200")
+    uplinked.guest()
+    netns.write_nic(mode="bridged", link="br0", incoming=True)
+    with agents.running() as agent:
+        waiting = netns.start("kvm-ifup-pre", "tap0", "-v")
+        until(lambda: "master" in netns.link("tap0"))
+        agent.send(signal.SIGTERM)
+        until(lambda: not SOCKET.exists())
+        meanwhile = hook("kvm-ifup", "gc", "--run-dir=/run/elsewhere")
+        check(meanwhile, 0)
+        assert agent.process.poll() is None
+        result = netns.finish(waiting)
+        assert result.code == 0
+        assert "without the agent" not in result.err
+        assert agent.process.wait(netns.PATIENCE) == 0
+    (port,) = netns.ask("bridge -j link show dev tap0")
+    assert port["state"] == "forwarding"
+    assert phase() == "pre"
+
+
+def test_somebody_who_is_connected_and_silent_does_not_keep_it(uplinked: Node) -> None:
+    with agents.running() as agent, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(SOCKET))
+        through("kvm-ifup", "gc")
+        assert agent.end() == 0
+        assert client.recv(1) == b""
+
+
+def test_announcements_are_finished_first(uplinked: Node) -> None:
+    client = uplinked.listen()
+    with agents.running() as agent:
+        guest = incoming(uplinked, agent)
+        guest.send(rarp())
+        heard = client.until(lambda frame: bool(agents.announcements([frame], IPS[0])))
+        assert agent.end() == 0
+    heard += uplinked.fence(client)
+    assert [len(agents.announcements(heard, address)) for address in IPS] == [5, 5]
+
+
+def test_many_signals_at_once_lose_none(uplinked: Node) -> None:
+    with agents.running() as agent:
+        for _ in range(2000):
+            agent.send(signal.SIGHUP)
+            agent.send(signal.SIGIO)
+        assert agent.end() == 0
+
+
+# --- systemd --------------------------------------------------------------------------------------------
+
+
+class Activated:
+    """An agent that is started as systemd starts it: with a socket as descriptor 3, and somebody to notify."""
+
+    def __init__(self, descriptors: str = "1") -> None:
+        self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notified.bind("/run/notify")
+        self.notified.settimeout(netns.PATIENCE)
+        netns.RUN_DIR.mkdir(exist_ok=True)
+        self.listener = socket.socket(socket.AF_UNIX)
+        SOCKET.unlink(missing_ok=True)
+        self.listener.bind(str(SOCKET))
+        SOCKET.chmod(0o600)
+        self.listener.listen(64)
+        self.descriptors = descriptors
+
+    def start(self) -> Agent:
+        """An agent."""
+        become = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+            "os.execv(sys.argv[2], sys.argv[2:])"
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            plain = netns.command
+            number = self.listener.fileno()
+            patch.setattr(
+                netns, "command", lambda *argv: [sys.executable, "-I", "-c", become, str(number), *plain(*argv)]
+            )
+            environ = {"LISTEN_FDS": self.descriptors, "NOTIFY_SOCKET": "/run/notify"}
+            return Agent(environ=environ, pass_fds=[number])
+
+    def close(self) -> None:
+        """The socket unit ends."""
+        self.notified.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def activated(uplinked: Node) -> Iterator[Activated]:
+    """systemd's side."""
+    one = Activated()
+    yield one
+    one.close()
+
+
+def test_it_takes_the_socket_that_it_is_given_and_tells_when_it_is_ready_and_when_it_ends(activated: Activated) -> None:
+    first = netns.start("kvm-ifup", "gc", "-v")  # before there is an agent: this is what starts it
+    agent = activated.start()
+    assert activated.notified.recv(100) == b"READY=1"
+    result = netns.finish(first)
+    assert result.code == 0
+    through("kvm-ifup", "gc")
+    assert agent.end() == 0
+    assert activated.notified.recv(100) == b"STOPPING=1"
+    assert SOCKET.exists()  # systemd's
+    again = activated.start()
+    through("kvm-ifup", "gc")
+    assert again.end() == 0
+
+
+def test_another_number_of_sockets_is_64(uplinked: Node) -> None:
+    for number in ("0", "2", "x"):
+        with contextlib.closing(Activated(number)) as one:
+            agent = one.start()
+            assert agent.process.wait(netns.PATIENCE) == 64
+            assert agent.said().count("\n") == 1
+        Path("/run/notify").unlink()
+
+
+def test_somebody_elses_socket_is_none_of_its_business(uplinked: Node) -> None:
+    with agents.running(environ={"LISTEN_PID": "1", "LISTEN_FDS": "1"}) as agent:
+        through("kvm-ifup", "gc")
+        assert agent.end() == 0
+    assert not SOCKET.exists()
+
+
+def test_idle_it_exits_but_only_if_there_is_nothing_to_look_after(activated: Activated) -> None:
+    with agents.configured(agent={"idle_exit": 0.2}):
+        netns.add_tap()
+        netns.write_nic(mode="routed", ip=IPS, incoming=True)
+        check(hook("kvm-ifup-pre", "tap0", "--run-dir=/run/kvm-ifup"), 0)
+        agent = activated.start().ready()
+        agent.armed()
+        until(looks_of(agent, 20))
+        assert agent.process.poll() is None
+        through("kvm-ifdown", "tap0")
+        assert agent.process.wait(netns.PATIENCE) == 0
+        assert activated.notified.recv(100) == b"READY=1"
+        assert activated.notified.recv(100) == b"STOPPING=1"
+        assert SOCKET.exists()
+
+
+def looks_of(agent: Agent, number: int) -> Callable[[], bool]:
+    """For `until`: it has waked up so often."""
+
+    def count() -> int:
+        lines = Path(f"/proc/{agent.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+    enough = count() + number
+    return lambda: count() >= enough
+
+
+def test_started_by_hand_it_stays(uplinked: Node) -> None:
+    with agents.configured(agent={"idle_exit": 0.05}), agents.running() as agent:
+        until(looks_of(agent, 10))
+        assert agent.process.poll() is None
+        through("kvm-ifup", "gc")
+
+
+# --- another one after it ---------------------------------------------------------------------------------
+
+
+def test_killed_and_started_anew_it_is_still_armed(uplinked: Node) -> None:
+    with agents.running() as first:
+        guest = incoming(uplinked, first)
+        first.end(signal.SIGKILL)
+    with agents.running() as second:
+        second.armed()
+        assert wired() == NOT_WIRED
+        guest.send(rarp())
+        until(lambda: phase() == "post")
+        assert wired() == WIRED
+
+
+@pytest.mark.parametrize("ip", [IPS, IPS[:1], IPS[1:]], ids=["both", "IPv4", "IPv6"])
+def test_a_guest_that_has_arrived_while_there_was_no_agent_is_asked_and_wired(uplinked: Node, ip: list[str]) -> None:
+    """Also when there was something else to clear up first."""
+    guest = incoming(uplinked, None, ip=ip)
+    netns.add_tap("tap1")
+    netns.write_nic("tap1", "web2", mode="routed", ip=["192.0.2.99"])
+    check(hook("kvm-ifup-post", "tap1"), 0)
+    netns.ip("link del tap1")
+    guest.send(rarp())  # nobody listens
+    with answering(guest), agents.running():
+        until(lambda: phase() == "post")
+        assert wired() == (set(ip), set(ip))
+
+
+def test_a_guest_that_has_not_arrived_is_asked_and_nothing_happens(uplinked: Node) -> None:
+    guest = incoming(uplinked)
+    with agents.running() as agent:
+        agent.armed()
+        asked = guest.until(lambda frame: bool((arp := wire.arp(frame)) and arp.target == IPS[0]))
+        arp = wire.arp(asked[-1])
+        # A probe, to the guest alone: no neighbour learns anything from it.
+        assert arp is not None
+        assert (arp.target_frame, arp.sender, arp.op) == (netns.GUEST_MAC, "0.0.0.0", 1)
+        agents.witness(uplinked, agent)
+        assert wired() == NOT_WIRED
+
+
+def test_a_guest_that_left_while_there_was_no_agent_is_withdrawn_at_the_next_announcement(uplinked: Node) -> None:
+    with agents.running() as first:
+        agents.arrived(uplinked, first)
+        first.end(signal.SIGKILL)
+    client = uplinked.listen()
+    with agents.running():
+
+        def told() -> bool:
+            client.send(agents.garp())
+            return phase() == "pre"
+
+        until(told)
+        assert wired() == NOT_WIRED
+
+
+KILLS = 25  # of each of the two
+
+
+@pytest.mark.parametrize("remedy", ["another agent", "kvm-ifup gc"])
+def test_killed_again_and_again_at_any_moment_the_node_is_in_the_end_as_before(uplinked: Node, remedy: str) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    with agents.running():
+        through("kvm-ifup", "gc")
+    before = left()
+    over = threading.Event()
+    killer = threading.Thread(target=kill_again_and_again, args=(random.Random(seed + 1), over))
+    killer.start()
+    try:
+        while not over.is_set():
+            cycle(uplinked, chance)
+    finally:
+        over.set()
+        killer.join()
+    if remedy == "kvm-ifup gc":
+        check(hook("kvm-ifup", "gc"), 0)
+        assert netns.changes(before, left()) == []
+    else:
+        with agents.running():
+            until(lambda: netns.changes(before, left()) == [])
+
+
+def left() -> netns.Snapshot:
+    """The node, without NIC files, and half a journal that the next overwrites."""
+    found = netns.snapshot()
+    return netns.Snapshot(
+        {line: n for line, n in found.items() if not any(word in line for word in ("/nic/", "/tap/", ".new: "))}
+    )
+
+
+def kill_again_and_again(chance: random.Random, over: threading.Event) -> None:
+    """An agent, killed at a moment that nobody has chosen, and the next one."""
+    for _ in range(KILLS):
+        if over.is_set():
+            break
+        agent = Agent()
+        time.sleep(chance.uniform(0.1, 1.0))
+        agent.end(signal.SIGKILL)
+    over.set()
+
+
+def cycle(node: Node, chance: random.Random) -> None:
+    """A guest comes, perhaps arrives, is perhaps wired by its manager or announced elsewhere, and goes."""
+    guest = node.guest()
+    netns.write_nic(mode="routed", link="100", ip=IPS, incoming=True)
+    # A script that loses its agent does it itself, so this never fails.
+    check(hook("kvm-ifup-pre", "tap0"), 0)
+    client = node.listen()
+    for _ in range(chance.randrange(4)):
+        guest.send(rarp())
+        time.sleep(chance.uniform(0, 0.1))
+        if chance.random() < 0.3:
+            client.send(agents.garp())
+    if chance.random() < 0.5:
+        check(hook("kvm-ifup-post", "tap0"), 0)
+    if chance.random() < 0.5:
+        check(hook("kvm-ifdown", "tap0"), 0)
+    netns.ip("link del tap0")
+    guest.close()
+    node.taps.remove(guest)
+    node.wires.remove(client)
+    client.close()
