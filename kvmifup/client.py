@@ -37,6 +37,9 @@ def script(program: str) -> "NoReturn":
     if not any(argument.startswith(OURSELVES) for argument in sys.argv[1:]):
         try:
             _exit(by_agent(program, sys.argv[1:], environ))
+        except KeyboardInterrupt:  # the agent sees that we have gone, and puts back what it has done
+            write(2, f"{program}: interrupted by SIGINT (run it again)\n".encode())
+            _exit(75)
         except (FileNotFoundError, ConnectionRefusedError):
             why = "there is none"
         except BlockingIOError:
