@@ -143,7 +143,7 @@ def test_ifdown_disarms(uplinked: Node, agent: Agent, how: str) -> None:
 
 
 def test_after_the_time_limit_a_frame_does_nothing_and_the_managers_post_does_all(uplinked: Node) -> None:
-    with agents.configured(agent={"arrival_timeout": 0.3}), agents.running() as agent:
+    with agents.configured(agent={"arrival_timeout": 1.5}), agents.running() as agent:
         guest = uplinked.guest()
         netns.write_nic(mode="routed", ip=IPS, incoming=True)
         through("kvm-ifup-pre", "tap0")
