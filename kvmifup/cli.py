@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from kvmifup import __version__, announce, config, ganeti, inputs, signals
 from kvmifup.errors import BugError, KernelError, KvmIfupError, NicError, PrivilegeError, UsageError
@@ -56,30 +58,66 @@ def script(program: str, note: str = "") -> NoReturn:
     out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     if note and {"-v", "-vv", "--verbose"}.intersection(sys.argv[1:]):
         err.write(f"{program}: {note}\n")
-    sys.exit(main(program, sys.argv[1:], os.environ, out, err, announce.repeat_detached))
+    sys.exit(main(program, sys.argv[1:], os.environ, out, err, announce.repeat_detached, sys.stdin))
 
 
 @cache
 def parser(program: str) -> Parser:
     """The command line of *program*."""
-    made = Parser(prog=program, description=DOES[program], epilog=EPILOG, allow_abbrev=False)
-    if program == "kvm-ifup":
-        made.add_argument("subcommand", choices=["gc"], help="gc: clear up after dead NICs and killed runs")
-    else:
+    found = "; check: 1 something is wrong" if program == "kvm-ifup" else ""
+    made = Parser(prog=program, description=DOES[program], epilog=EPILOG + found, allow_abbrev=False)
+    if program != "kvm-ifup":
         made.add_argument("tap", nargs="?", metavar="TAP", help="the tap; default: INTERFACE from the environment")
         made.add_argument("--instance", metavar="NAME", help="all NICs of this guest in one run, all or none")
         if program != "kvm-ifdown":
             made.add_argument("--announce", action="store_true", help="announce even if nothing changed")
-    made.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
-    made.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    made.add_argument("-v", "--verbose", action="store_true", help="tell on stderr what was done")
-    made.add_argument("--config", metavar="FILE", type=Path, help=f"this file instead of {config.DIRECTORY}")
-    made.add_argument("--run-dir", metavar="DIR", type=Path, default=RUN_DIR, help=f"instead of {RUN_DIR}")
+        made.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    add_options(made)
     made.add_argument("--version", action="version", version=f"{program} {__version__}")
+    if program == "kvm-ifup":
+        from kvmifup import shell
+
+        shell.add_subcommands(made)
     return made
 
 
+def add_options(made: Parser, *, again: bool = False) -> None:
+    """What every command and subcommand takes; *again*: after a subcommand, too, where it wins."""
+
+    def default(value: object) -> Any:
+        return argparse.SUPPRESS if again else value
+
+    made.add_argument("--json", action="store_true", default=default(False), help="print the outcome as JSON")
+    made.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=default(0),
+        help="tell on stderr what was done; twice: how long it took",
+    )
+    made.add_argument(
+        "--config", metavar="FILE", type=Path, default=default(None), help=f"this file instead of {config.DIRECTORY}"
+    )
+    made.add_argument("--run-dir", metavar="DIR", type=Path, default=default(RUN_DIR), help=f"instead of {RUN_DIR}")
+
+
 Background = Callable[[Sequence[tuple[str, str, str]], Callable[[], bool]], None]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What a command has of whoever called it: see `main`."""
+
+    environ: Mapping[str, str]
+    out: TextIO
+    err: TextIO
+    stdin: TextIO | None
+    background: Background | None
+
+    @property
+    def by(self) -> str:
+        """Who it is, for the journal and the log."""
+        return "person" if self.err.isatty() else "hook"
 
 
 def main(
@@ -89,17 +127,36 @@ def main(
     stdout: TextIO,
     stderr: TextIO,
     background: Background | None = None,
+    stdin: TextIO | None = None,
 ) -> int:
     """Run *program* with *argv* (without the program's name); returns the exit code, never raises.
 
     *background* sends the later announcements (messages, and whether they are still true); None leaves
-    them out.
+    them out. *stdin* None: there is none to read, nor are files whose path is relative.
     """
+    begun = time.monotonic()
+    caller = Caller(environ, stdout, stderr, stdin, background)
+    done: list[Outcome] = []
+    failure, code = attempt(program, argv, caller, done)
+    if done or (failure and program in PHASES and "--plan" not in argv):
+        from kvmifup import log
+
+        log.run(program, done, failure, time.monotonic() - begun, caller.by)
+    if failure is None:
+        return code
     from kvmifup import report
 
-    as_json = "--json" in argv
+    if "--json" in argv:
+        stdout.write(report.error_object(failure) + "\n")
+    stderr.write(report.error_line(program, failure) + "\n")
+    return failure.code
+
+
+def attempt(program: str, argv: Sequence[str], caller: Caller, done: list[Outcome]) -> tuple[KvmIfupError | None, int]:
+    """Run *program*; returns why it failed, and else its exit code. What it has done is added to *done*."""
+    failure: KvmIfupError
     try:
-        return command(program, argv, environ, stdout, stderr, background)
+        return None, command(program, argv, caller, done)
     except KvmIfupError as error:
         failure = error
     except PermissionError as error:
@@ -112,31 +169,25 @@ def main(
         failure = BugError(
             f"unexpected {type(error).__name__}: {error}", hint="please report it; KVM_IFUP_DEBUG=1 shows where"
         )
-        if environ.get("KVM_IFUP_DEBUG"):
+        if caller.environ.get("KVM_IFUP_DEBUG"):
             import traceback
 
-            traceback.print_exception(error, file=stderr)
-    if as_json:
-        stdout.write(report.error_object(failure) + "\n")
-    stderr.write(report.error_line(program, failure) + "\n")
-    return failure.code
+            traceback.print_exception(error, file=caller.err)
+    return failure, failure.code
 
 
-def command(
-    program: str,
-    argv: Sequence[str],
-    environ: Mapping[str, str],
-    stdout: TextIO,
-    stderr: TextIO,
-    background: Background | None,
-) -> int:
+def command(program: str, argv: Sequence[str], caller: Caller, done: list[Outcome]) -> int:
     """Parse, gather, and only then load what speaks to the kernel. Raises KvmIfupError."""
     try:
         options = parser(program).parse_args(list(argv))
     except Told as told:
-        stdout.write(str(told))
+        caller.out.write(str(told))
         return 0
-    work = collect if program == "kvm-ifup" else hook(program, options, environ)
+    if program == "kvm-ifup" and options.subcommand != "gc":
+        from kvmifup import shell
+
+        return shell.command(shell.Shell(options, caller, done))
+    work = collect if program == "kvm-ifup" else hook(program, options, caller.environ)
     if work is None:
         return 0
     settings = config.load(options.config)
@@ -147,23 +198,26 @@ def command(
     from kvmifup.journal import Store
     from kvmifup.kernel import Kernel
     from kvmifup.run import Session
+    from kvmifup.timing import Timed
 
     kernel = Kernel()
+    timed = Timed(kernel) if options.verbose > 1 else None
     try:
         store = Store(options.run_dir)
-        by = "person" if stderr.isatty() else "hook"
-        outcomes = work(Session(kernel, store, options.run_dir, settings, dry=options.plan, by=by))
-        if background and not options.plan:
-            announce_later(outcomes, store, background)
+        outcomes = work(Session(timed or kernel, store, options.run_dir, settings, dry=options.plan, by=caller.by))
+        if not options.plan:
+            done += outcomes
+            announce_later(outcomes, store, caller.background)
     finally:
         kernel.close()
     if options.json:
-        stdout.write(report.as_json(outcomes) + "\n")
+        caller.out.write(report.as_json(outcomes) + "\n")
     elif options.plan:
-        stdout.writelines(f"{line}\n" for line in report.plan_lines(outcomes))
+        caller.out.writelines(f"{line}\n" for line in report.plan_lines(outcomes))
     if options.verbose:
-        lines = report.remark_lines(outcomes) if options.plan else report.verbose_lines(outcomes)
-        stderr.writelines(f"{line}\n" for line in lines)
+        seconds = timed.seconds if timed else None
+        lines = report.remark_lines(outcomes) if options.plan else report.verbose_lines(outcomes, seconds)
+        caller.err.writelines(f"{line}\n" for line in lines)
     return 0
 
 
@@ -286,9 +340,9 @@ def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool 
     return Store(run_dir).nic_of_live(tap) or ganeti.nic_of_tap(tap)
 
 
-def announce_later(outcomes: Sequence[Outcome], store: Store, background: Background) -> None:
+def announce_later(outcomes: Sequence[Outcome], store: Store, background: Background | None) -> None:
     """Hand over the later rounds of whatever was announced; they stop when the guest leaves."""
     for outcome in outcomes:
-        if outcome.announced:
+        if outcome.announced and background:
             addresses = {address for _, address, _ in outcome.announced}
             background(outcome.announced, partial(store.has_here, outcome.tap, addresses))

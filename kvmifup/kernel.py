@@ -16,7 +16,7 @@ from typing import Any
 
 from kvmifup import announce, netlink, ovs, programs, tables
 from kvmifup.errors import KernelError, NotReadyError, PrivilegeError, ProgramError, VanishedError
-from kvmifup.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
+from kvmifup.model import LOCAL_TABLE, MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Prefix, Tap, Uplink
 from kvmifup.netlink import Link, NetlinkError
 from kvmifup.ops import (
     AddrGenMode,
@@ -189,7 +189,7 @@ class Kernel:
             why = None
             if prefix.prefixlen == prefix.max_prefixlen:
                 why = NOT_THE_GUESTS.get(self._route_type(prefix.version, str(prefix.network_address)))
-            for route in netlink.routes_to(prefix, self._routes_of(prefix.version, table)):
+            for route in self._routes_to(prefix, table):
                 dev = None if route.oif is None else device_name(route.oif)
                 if dev != nic.tap:
                     out = "to a next hop" if dev is None else f"out of {dev}"
@@ -239,6 +239,10 @@ class Kernel:
             with refusals(f"reading table {table}"):
                 self._routes[family, table] = self._netlink.routes(FAMILIES[family], table)
         return self._routes[family, table]
+
+    def _routes_to(self, prefix: Prefix, table: int) -> list[netlink.RouteEntry]:
+        """The routes of *table* to exactly *prefix*."""
+        return netlink.routes_to(prefix, self._routes_of(prefix.version, table))
 
     def _routes_here(self, op: Route) -> list[netlink.RouteEntry]:
         """The routes that *op* is about; of a table that nobody has read yet only what the device has in it."""
@@ -611,3 +615,103 @@ def link_local(dev: str) -> str | None:
         if name == dev and int(scope, 16) == link_scope and not int(flags, 16) & tentative:
             return str(ipaddress.IPv6Address(bytes.fromhex(address)))
     return None
+
+
+# --- the whole node at once -----------------------------------------------------------------------------
+
+
+class Overview(Kernel):
+    """The node as it was at the first look: one dump of each kind, however many NICs are asked about.
+
+    For reading only; nothing that happens later is noticed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        with refusals("reading devices"):
+            self._links = self._netlink.links()
+        self._named: dict[int, dict[str, list[bytes]]] = {}
+        self._prefixes: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
+        self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
+        self._defaults: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._seen: dict[tuple[str, int], Uplink] = {}
+
+    def refresh(self) -> None:
+        """Nothing: it is one look."""
+
+    def ifindex(self, dev: str) -> int | None:
+        """The index of *dev*, None if there is no such device."""
+        return self._links[dev].index if dev in self._links else None
+
+    def _link(self, name: str) -> Link:
+        if name not in self._links:
+            raise refusal(f"reading {name}", errno.ENODEV)
+        return self._links[name]
+
+    def _rules_of(self, family: int, iif: str) -> list[Rule]:
+        if family not in self._named:
+            with refusals("reading policy rules"):
+                self._named[family] = self._netlink.rules_by_iif(FAMILIES[family])
+        return [rule_of(message, family, iif) for message in self._named[family].get(iif, ())]
+
+    def _routes_to(self, prefix: Prefix, table: int) -> list[netlink.RouteEntry]:
+        key = (prefix.version, table)
+        if key not in self._prefixes:
+            self._prefixes[key] = netlink.by_prefix(self._routes_of(*key))
+        same = self._prefixes[key].get((prefix.network_address.packed, prefix.prefixlen), [])
+        return netlink.routes_to(prefix, same)
+
+    def _routes_here(self, op: Route) -> list[netlink.RouteEntry]:
+        index = self._index(op.dev)
+        return [route for route in self._routes_to(ipaddress.ip_network(op.prefix), op.table) if route.oif == index]
+
+    def _route_type(self, family: int, address: str) -> int:
+        # Without a question for each address: what the node itself has is in the table local.
+        return next((route.type for route in self._routes_to(ipaddress.ip_network(address), LOCAL_TABLE)), 0)
+
+    def _default_devices(self, family: int, table: int) -> tuple[str, ...]:
+        if (family, table) not in self._defaults:
+            self._defaults[family, table] = super()._default_devices(family, table)
+        return self._defaults[family, table]
+
+    def _uplink(self, name: str, family: int) -> Uplink:
+        if (name, family) not in self._seen:
+            self._seen[name, family] = super()._uplink(name, family)
+        return self._seen[name, family]
+
+    def _neighbour(self, dev: str, address: str, flags: int) -> tuple[int, str | None] | None:
+        if flags not in self._neighbours:
+            with refusals("reading neighbours"):
+                self._neighbours[flags] = self._netlink.neighbours(flags)
+        return self._neighbours[flags].get((self._index(dev), address))
+
+    # --- what only people ask -----------------------------------------------------------------------------
+
+    def setting(self, path: str) -> str | None:
+        """The value of a sysctl, None when there is no such."""
+        return sysctl(path)
+
+    def gateway(self, family: int, dev: str) -> str | None:
+        """The next hop of a default route out of *dev* in main: somebody who sends from there."""
+        return netlink.gateway(self._routes_of(family, MAIN_TABLE), self._index(dev))
+
+    def addresses(self, dev: str) -> list[str]:
+        """The addresses of this node's own on *dev*: IPv4, and IPv6 of link scope."""
+        found = netlink.local_addresses(self._routes_of(4, LOCAL_TABLE), self._index(dev))
+        return [*found, *filter(None, [link_local(dev)])]
+
+    def way(self, source: str, destination: str, iif: str) -> str | None:
+        """The device out of which a packet would go that comes in on *iif*, None if it would be dropped there.
+
+        Dropped because *source* is not to be expected there (reverse path filter); KernelError for any other reason.
+        """
+        with refusals(f"reading the route to {destination}"):
+            index = self._netlink.way(source, destination, self._index(iif))
+        return None if index is None else device_name(index)
+
+    def vlans(self, bridge: str) -> tuple[bool, int]:
+        """Whether *bridge* filters VLANs, and in which VLAN it puts new ports, 0 for none."""
+        sysfs = sysfs_of(bridge, self._link(bridge))
+        if sysfs is None or not os.access(f"{sysfs}/bridge/vlan_filtering", os.R_OK):
+            return False, 0
+        return content(f"{sysfs}/bridge/vlan_filtering") == "1", int(content(f"{sysfs}/bridge/default_pvid") or 0)

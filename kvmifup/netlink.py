@@ -30,8 +30,8 @@ RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RTM_F_FIB_MATCH, RTEXT_FILTER_SKIP_STATS = 0x2000, 0x8
-RTA_DST, RTA_OIF, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 4, 6, 9, 15
-RTN_UNICAST = 1
+RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 2, 3, 4, 5, 6, 9, 15
+RTN_UNICAST, RTN_LOCAL = 1, 2
 # linux/if_link.h, linux/if_bridge.h
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
 IFLA_AF_SPEC, IFLA_EXT_MASK, IFLA_CARRIER = 26, 29, 33
@@ -136,6 +136,11 @@ def text(data: bytes | None) -> str | None:
 def packed(address: str) -> bytes:
     """The bytes of an IPv4 or IPv6 address."""
     return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+
+
+def address_of(data: bytes) -> str:
+    """The address that `packed` packs."""
+    return socket.inet_ntop(socket.AF_INET if len(data) == 4 else socket.AF_INET6, data)
 
 
 def mac_bytes(mac: str) -> bytes:
@@ -265,6 +270,49 @@ class Netlink:
         """Remove the rule `iif IIF lookup TABLE`."""
         self._ask(RTM_DELRULE, NLM_F_ACK, _rule(family, iif, table, priority))
 
+    # --- everything at once -----------------------------------------------------------------------------------
+
+    def links(self) -> dict[str, Link]:
+        """Every device, by name."""
+        found = self._dump(RTM_GETLINK, IFINFOMSG.pack(0, 0, 0, 0, 0) + number(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS))
+        return {text(attributes(one, BODY + IFINFOMSG.size).get(IFLA_IFNAME)) or "": link_of(one) for one in found}
+
+    def rules_by_iif(self, family: int) -> dict[str, list[bytes]]:
+        """The policy rules that name an incoming device, as whole messages, by its name."""
+        found: dict[str, list[bytes]] = {}
+        for message in self._dump(RTM_GETRULE, FIB_RULE_HDR.pack(family, 0, 0, 0, 0, 0, 0)):
+            iif = text(attributes(message, BODY + FIB_RULE_HDR.size).get(FRA_IIFNAME))
+            if iif is not None:
+                found.setdefault(iif, []).append(message)
+        return found
+
+    def neighbours(self, flags: int) -> dict[tuple[int, str], tuple[int, str | None]]:
+        """State (NUD_*) and MAC of every entry, or with NTF_PROXY every proxy entry, by device and address."""
+        found = {}
+        for message in self._dump(RTM_GETNEIGH, NDMSG.pack(0, 0, 0, flags, 0)):
+            _family, index, state, _flags, _type = NDMSG.unpack_from(message, BODY)
+            attrs = attributes(message, BODY + NDMSG.size)
+            mac = attrs.get(NDA_LLADDR)
+            found[index, address_of(attrs.get(NDA_DST, b""))] = state, mac.hex(":") if mac else None
+        return found
+
+    def way(self, source: str, destination: str, iif: int) -> int | None:
+        """The index of the device out of which a packet would go that comes in on the device *iif*.
+
+        None if it would be dropped because *source* is not to be expected there (reverse path filter).
+        """
+        to, by = packed(destination), packed(source)
+        family = socket.AF_INET6 if ":" in destination else socket.AF_INET
+        body = RTMSG.pack(family, 8 * len(to), 8 * len(by), 0, 0, 0, 0, 0, 0)
+        body += attribute(RTA_DST, to) + attribute(RTA_SRC, by) + number(RTA_IIF, iif)
+        try:
+            answer = self._ask(RTM_GETROUTE, 0, body)
+        except NetlinkError as error:
+            if error.errno in (errno.EXDEV, errno.EINVAL):  # as the kernel's version has it: ip_route_input_slow
+                return None
+            raise
+        return u32(attributes(answer, BODY + RTMSG.size).get(RTA_OIF)) or 0
+
     # --- the socket -------------------------------------------------------------------------------------------
 
     def _send(self, kind: int, flags: int, body: bytes) -> int:
@@ -392,6 +440,35 @@ def routes_to(prefix: IPv4Network | IPv6Network, routes: list[bytes]) -> list[Ro
         attrs = attributes(message, BODY + RTMSG.size)
         if attrs.get(RTA_DST) == raw:
             found.append(RouteEntry(protocol, scope, kind, u32(attrs.get(RTA_OIF)), u32(attrs.get(RTA_PRIORITY))))
+    return found
+
+
+def by_prefix(routes: list[bytes]) -> dict[tuple[bytes, int], list[bytes]]:
+    """*routes* by destination and its length: so that `routes_to` need not look through all of them each time."""
+    found: dict[tuple[bytes, int], list[bytes]] = {}
+    for message in routes:
+        destination = attributes(message, BODY + RTMSG.size).get(RTA_DST, b"")
+        found.setdefault((destination, message[BODY + 1]), []).append(message)
+    return found
+
+
+def gateway(routes: list[bytes], index: int) -> str | None:
+    """The next hop of the first default route among *routes* that leads out of the device *index*."""
+    for message in routes:
+        if message[BODY + 1] == 0:
+            attrs = attributes(message, BODY + RTMSG.size)
+            if u32(attrs.get(RTA_OIF)) == index and RTA_GATEWAY in attrs:
+                return address_of(attrs[RTA_GATEWAY])
+    return None
+
+
+def local_addresses(routes: list[bytes], index: int) -> list[str]:
+    """The addresses that *routes*, of the table local, give to the device *index*."""
+    found = []
+    for message in routes:
+        attrs = attributes(message, BODY + RTMSG.size)
+        if message[BODY + 7] == RTN_LOCAL and u32(attrs.get(RTA_OIF)) == index:
+            found.append(address_of(attrs[RTA_DST]))
     return found
 
 

@@ -40,10 +40,14 @@ def port(name: str) -> str | None:
 
 def put(name: str, value: str | None) -> None:
     """Make *name* the port that *value* says, or no port; whatever port it was is replaced. Raises ProgramError."""
+    done(*transaction(name, value))
+
+
+def transaction(name: str, value: str | None) -> tuple[str, ...]:
+    """The arguments of ovs-vsctl for `put`."""
     remove = ("--", "--if-exists", "del-port", name)
     if value is None:
-        done(*remove)
-        return
+        return remove
     bridge, vlan, mode, *_ = (*value.split(" "), "", "")
     access, *trunks = vlan.split(":") if vlan else ("",)
     columns = [f"tag={access[1:]}"] if access else []
@@ -51,7 +55,7 @@ def put(name: str, value: str | None) -> None:
         columns.append(f"trunks={','.join(trunks)}")
     if vlan or mode:
         columns.append(f"vlan_mode={mode or vlan_mode(vlan)}")
-    done(*remove, "--", "add-port", bridge, name, *columns)
+    return (*remove, "--", "add-port", bridge, name, *columns)
 
 
 def vlan_mode(vlan: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvmifup.apply import Change
@@ -23,12 +23,20 @@ def plan_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
             yield "  nothing to do"
 
 
-def verbose_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """What was really done, and remarks: what -v prints."""
+def verbose_lines(
+    outcomes: Sequence[Outcome], seconds: Mapping[tuple[object, ...], float] | None = None
+) -> Iterator[str]:
+    """What was really done, and remarks: what -v prints. With *seconds*, by op key: every op, and how long it took."""
     for outcome in outcomes:
-        done = [change for change in (*outcome.undone, *outcome.changes) if change.needed]
+        changes = (*outcome.undone, *outcome.changes)
+        done = [change for change in changes if change.needed]
         yield f"{heading(outcome)}: {len(done)} changed"
-        yield from (f"  {transition(change)}" for change in done)
+        if seconds is None:
+            yield from (f"  {transition(change)}" for change in done)
+        else:
+            for change in changes:
+                milliseconds = 1000 * seconds.get(change.op.key, 0.0)
+                yield f"  {milliseconds:7.2f} ms  {'' if change.needed else 'right  '}{transition(change)}"
         yield from remark_lines([outcome])
 
 
@@ -82,6 +90,22 @@ def change_object(change: Change) -> dict[str, Any]:
         "want": change.op.wanted,
         "needed": change.needed,
     }
+
+
+def table(rows: Sequence[Sequence[str]], elastic: Sequence[int], width: int = 100) -> list[list[str]]:
+    """*rows*, the first being the headings, with every cell padded; the *elastic* columns give way to fit *width*."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        widest = max(elastic, key=lambda column: widths[column])
+        if widths[widest] <= len(rows[0][widest]):
+            break
+        widths[widest] -= 1
+    return [[clip(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)] for row in rows]
+
+
+def clip(text: str, size: int) -> str:
+    """*text*, or as much of it as fits into *size* characters."""
+    return text if len(text) <= size else f"{text[: size - 2]}.."
 
 
 def error_line(program: str, error: KvmIfupError) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.docs.machine import CLEAN, Machine, machine
 from tests.docs.pages import COMMANDS, ROOT
-from tests.docs.test_pages import HOOKS, help_of
+from tests.docs.test_pages import HOOKS, help_of, subcommands
 
 COMPLETION = ROOT / "completion/kvm-ifup"
 
@@ -85,8 +85,26 @@ def test_another_run_directory(node: Machine) -> None:
 
 
 def test_subcommands_and_files(node: Machine) -> None:
-    assert offered("kvm-ifup ", node) == ["gc"]
+    assert offered("kvm-ifup ", node) == sorted({path.split()[0] for path in subcommands()})
+    assert offered("kvm-ifup nic ", node) == sorted(path.split()[1] for path in subcommands() if " " in path)
+    assert offered("kvm-ifup plan ", node) == ["down", "post", "pre"]
+    assert offered("kvm-ifup gc ", node) == offered("kvm-ifup nic put web1 ", node) == []
+    assert offered("kvm-ifup nic put web1 0 etc/conf", node) == ["etc/config.toml"]
     assert offered("kvm-ifup --config etc/conf", node) == ["etc/config.toml"]
+
+
+def test_names(node: Machine) -> None:
+    names = ["db1.example.com", "tap0", "tap9", "vnet1", "web1"]
+    assert offered("kvm-ifup show ", node) == offered("kvm-ifup --json check ", node) == names
+    assert offered("kvm-ifup plan post w", node) == ["web1"]
+    assert offered("kvm-ifup --run-dir=/run/other nic put ", node) == ["elsewhere"]
+
+
+@pytest.mark.parametrize("path", ["show", "plan", "check", "gc", "nic"])
+def test_the_options_of_subcommands_are_those_of_help(path: str) -> None:
+    listed = re.findall(r"^  (-.*?)(?:  |$)", help_of("kvm-ifup", *path.split()), re.MULTILINE)
+    options = re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)", "\n".join(listed))
+    assert offered(f"kvm-ifup {path} -") == sorted(options)
 
 
 def test_nothing_there() -> None:

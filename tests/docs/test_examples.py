@@ -309,6 +309,75 @@ def _gc(machines: Machines, blocks: list[str]) -> None:
     assert journals(node) == []
 
 
+@example("kvm-ifup.8", "What is on this node, and is it right?")
+def _show(machines: Machines, blocks: list[str]) -> None:
+    (block,) = blocks
+    node = machines.node
+    bridge(node)
+    tap(node)
+    node.run(nic_file())
+    node.run("kvm-ifup-post tap0")
+    headings, row, verdict = node.run(block).stdout.splitlines()
+    assert headings.split()[:2] == ["INSTANCE", "NIC"]
+    assert row.split()[:5] == ["web1", "0", "tap0", "bridged", "br0"]
+    assert row.split()[-1] == "yes"
+    assert verdict.endswith(": right")
+
+
+@example("kvm-ifup.8", "After networking was restarted")
+def _check(machines: Machines, blocks: list[str]) -> None:
+    (block,) = blocks
+    node = machines.node
+    bridge(node)
+    tap(node)
+    node.run(nic_file())
+    node.run("kvm-ifup-post tap0")
+    node.run("ip link set tap0 nomaster")
+    said = node.run(block).stdout
+    assert "restarting the network" in said
+    assert "repaired: web1/0 (tap0): tap0 bridge: none -> br0" in said
+    wired(node)
+
+
+@example("kvm-ifup.8", "By hand")
+def _by_hand(machines: Machines, blocks: list[str]) -> None:
+    (block,) = blocks
+    node = machines.node
+    bridge(node)
+    tap(node)
+    node.run(nic_file())
+    commands = [line for line in node.run(block).stdout.splitlines() if line.startswith(" " * 11)]
+    assert node.ports() == {}
+    node.run("\n".join(commands))
+    wired(node)
+
+
+@example("kvm-ifup.8", "A NIC file")
+def _nic_put(machines: Machines, blocks: list[str]) -> None:
+    (block,) = blocks
+    node = machines.node
+    listed = node.run(block).stdout.splitlines()
+    assert listed[1].split() == ["web1", "0", "tap0", "bridged", "br0", "-", "no"]
+    bridge(node)
+    tap(node)
+    node.run("kvm-ifup-post tap0")
+    wired(node)
+
+
+@example("kvm-ifup.8", "Before a guest is migrated to this node")
+def _node(machines: Machines, blocks: list[str]) -> None:
+    (block,) = blocks
+    node = machines.node
+    node.run(nic_file())
+    done = node.attempt(block)
+    assert done.returncode == 1
+    assert "there is no bridge br0" in done.stdout
+    bridge(node)
+    node.run("kvm-ifupd > /dev/null 2>&1 &")
+    until(node, "test -S /run/kvm-ifup/agent.sock")
+    assert node.run(block).stdout.startswith("node: ready\n")
+
+
 # --- kvm-ifup.toml(5), kvm-ifup-nic(5) --------------------------------------------------------------------
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from kvmifup import config, errors, inputs, model
+from kvmifup import census, config, errors, inputs, model, shell
 from tests.docs import pages
 from tests.docs.machine import CLEAN, TOOLS, require
 from tests.docs.pages import COMMANDS, MAN, PAGES, ROOT, readme, section
@@ -97,24 +98,55 @@ def test_a_page_has_its_sections_and_leads_on(name: str) -> None:
 # --- as documentation of the commands --------------------------------------------------------------------
 
 
-def help_of(command: str) -> str:
+def help_of(command: str, *subcommand: str) -> str:
     """What --help says."""
     # A narrow terminal would break the lines that are looked for.
     environ = {**CLEAN, "COLUMNS": "200"}
-    argv = [sys.executable, str(ROOT / "scripts" / command), "--help"]
+    argv = [sys.executable, str(ROOT / "scripts" / command), *subcommand, "--help"]
     return subprocess.run(argv, env=environ, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def subcommands(*above: str) -> tuple[str, ...]:
+    """All that `kvm-ifup` can be told to do, as --help lists it: "show", ..., "nic put", ..."""
+    listed = re.findall(r"^    ([a-z]+) ", help_of("kvm-ifup", *above), re.MULTILINE)
+    found: list[str] = []
+    for name in listed:
+        below = subcommands(*above, name)
+        found += [f"{name} {one}" for one in below] or [name]
+    return tuple(found)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_options_are_those_of_help(command: str) -> None:
-    offered = re.findall(r"^  (-.*?)(?:  .*)?$", help_of(command), re.MULTILINE)
-    offered += re.findall(r"^  (TAP)\b", help_of(command), re.MULTILINE)
+    helps = [help_of(command), *(help_of(command, *path.split()) for path in subcommands() if command == "kvm-ifup")]
+    offered = {one for text in helps for one in re.findall(r"^  (-.*?)(?:  .*)?$", text, re.MULTILINE)}
+    offered |= set(re.findall(r"^  (TAP)\b", helps[0], re.MULTILINE))
     assert sorted(section(f"{command}.8", "OPTIONS").entries) == sorted(offered)
 
 
 def test_the_subcommands_are_those_of_help() -> None:
-    (offered,) = re.findall(r"^  \{(.+)\}", help_of("kvm-ifup"), re.MULTILINE)
-    assert section("kvm-ifup.8", "SUBCOMMANDS").entries == offered.split(",")
+    assert tuple(section("kvm-ifup.8", "SUBCOMMANDS").entries) == subcommands()
+    synopsis = re.sub(r"[*_]|\+\+", "", section("kvm-ifup.8", "SYNOPSIS").text)
+    for path in subcommands():
+        assert f"\nkvm-ifup {path}" in f"\n{synopsis}"
+
+
+def test_every_error_is_explained() -> None:
+    entries = re.findall(r"^\*(\w+)\* \((\d+)\)\n((?:\t.*\n)+)", section("kvm-ifup.8", "ERRORS").text, re.MULTILINE)
+    kinds, tree = [errors.KvmIfupError], dict[str, int]()
+    while kinds:
+        kinds += kinds.pop().__subclasses__()
+        tree |= {kind.__name__: kind.code for kind in kinds}
+    assert {name: int(code) for name, code, _ in entries} == tree
+    assert [name for name, _, text in entries if " Remedy: " not in " ".join(text.split())] == []
+
+
+def test_every_key_of_the_json_is_explained() -> None:
+    entries = section("kvm-ifup.8", "JSON").entries
+    documented = [name for entry in entries for name in entry.split(", ")]
+    nic = census.Known("tap0", None)
+    assert documented == list(shell.nic_object(nic, "none", census.State(None)))
 
 
 def codes() -> set[int]:
@@ -131,7 +163,9 @@ def codes() -> set[int]:
 def test_the_exit_codes_are_those_of_the_errors(command: str) -> None:
     listed = re.findall(r"^\|  (\d+)$", section(f"{command}.8", "EXIT STATUS").text, re.MULTILINE)
     assert [int(code) for code in listed] == sorted(codes())
-    assert {int(code) for code in re.findall(r"\b\d\d?\b", help_of(command).split("exit codes:")[1])} == codes()
+    check = {shell.WRONG} if command == "kvm-ifup" else set[int]()
+    said = re.findall(r"\b\d\d?\b", help_of(command).split("exit codes:")[1])
+    assert {int(code) for code in said} == codes() | check
 
 
 def test_the_readme_lists_the_same_exit_codes() -> None:

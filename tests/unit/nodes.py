@@ -138,6 +138,22 @@ class FakeKernel(MemoryNode):
     def close(self) -> None:
         """There is no socket."""
 
+    def setting(self, path: str) -> str | None:
+        """Nobody has set anything."""
+        return None
+
+    def gateway(self, family: int, dev: str) -> str | None:
+        """There is nobody on the uplinks."""
+        return None
+
+    def addresses(self, dev: str) -> list[str]:
+        """The node has none."""
+        return []
+
+    def vlans(self, bridge: str) -> tuple[bool, int]:
+        """No bridge filters."""
+        return False, 0
+
     def remove_tap(self, tap: str) -> None:
         """The guest's QEMU has gone: the tap, and all that was on it."""
         del self.indexes[tap]

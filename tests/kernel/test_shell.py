@@ -1,0 +1,467 @@
+"""`kvm-ifup show`, `plan`, `nic` and `check --node`, and the line that a hook leaves in the system's log."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import netns
+from tests.kernel.staging import Scene, scenes
+from tests.kernel.test_openvswitch import switch, vsctl  # noqa: F401 (a fixture)
+from tests.netns import GUEST_IP4, GUEST_IP6, GUEST_MAC, RUN_DIR, Node, call, check, hook, sysctl
+
+# --- plan: the commands ------------------------------------------------------------------------------------
+
+
+def commands(phase: str, name: str = "tap0") -> list[str]:
+    """The commands that `kvm-ifup plan` prints."""
+    result = call("kvm-ifup", "plan", phase, name)
+    check(result, 0)
+    found = [line.strip() for line in result.out.splitlines() if line.startswith(" " * 11)]
+    as_json = json.loads(call("kvm-ifup", "plan", phase, name, "--json").out)
+    assert found == [
+        op["command"] for one in as_json for op in (*one["undone"], *one["ops"]) if op["command"] is not None
+    ]
+    return found
+
+
+def by_hand(lines: list[str]) -> None:
+    """Type them: each is one command, with nothing for a shell to expand."""
+    for line in lines:
+        assert not re.search(r"[;&|<>$`*?(){}\n]", line)
+        netns.run(*shlex.split(line))
+
+
+def state() -> netns.Snapshot:
+    """All but what the kernel does by itself a moment later."""
+    return netns.snapshot_of_kernel()
+
+
+@pytest.mark.parametrize("scene", scenes(), ids=str)
+@pytest.mark.parametrize("phase", ["pre", "post", "down"])
+def test_the_printed_commands_make_what_the_hook_makes(scene: Scene, phase: str) -> None:
+    made = []
+    for hand in (False, True):
+        with netns.fresh_node() as node:
+            node.uplink()
+            scene.set_up()
+            if phase == "down":
+                check(call(scene.program, "tap0"), 0)
+            before = netns.snapshot()
+            if hand:
+                lines = commands(phase)
+                assert lines or scene.earlier == f"kvm-ifup-{phase}"
+                assert netns.changes(before, netns.snapshot()) == []
+                by_hand(lines)
+            else:
+                check(call({"pre": "kvm-ifup-pre", "post": "kvm-ifup-post", "down": "kvm-ifdown"}[phase], "tap0"), 0)
+            made.append(state())
+    assert netns.changes(*made) == []
+
+
+def test_a_stale_rule_by_hand(uplinked: Node) -> None:
+    Scene("routed, table").set_up()
+    netns.ip("rule add from 198.51.100.0/24 to 203.0.113.9 fwmark 0x5/0xff iif tap0 lookup 300 priority 77")
+    by_hand(commands("post"))
+    assert netns.rules() == [(4, 10000, "100"), (6, 10000, "100")]
+
+
+def test_open_vswitch_by_hand(switch: Node) -> None:  # noqa: F811
+    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".5:200:300")
+    by_hand(commands("post"))
+    assert vsctl("port-to-br", "tap0") == "ovs0"
+    assert [vsctl("get", "Port", "tap0", column) for column in ("tag", "trunks")] == ["5", "[200, 300]"]
+    # It is what the hook wants, too.
+    assert [op for op in call("kvm-ifup-post", "tap0", "--plan", "--json").needed if "switch" in op[1]] == []
+    vsctl("del-port", "tap0")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    by_hand(commands("down"))
+    assert vsctl("list-ports", "ovs0") == ""
+
+
+def test_a_program_by_hand(node: Node) -> None:
+    with netns.private_etc():
+        program = Path("/etc/kvm-ifup/ext/site")
+        program.parent.mkdir(parents=True, mode=0o755)
+        program.write_text("#!/bin/sh\nenv >> /run/said\n")
+        program.chmod(0o755)
+        netns.add_tap()
+        netns.write_nic(mode="ext", link="site")
+        check(call("kvm-ifup-post", "tap0"), 0)
+        told = [
+            line for line in Path("/run/said").read_text().splitlines() if not line.startswith(("PATH", "LC", "PWD"))
+        ]
+        Path("/run/said").unlink()
+        (RUN_DIR / "state/tap0.json").unlink()
+        by_hand(commands("post"))
+        said = [line for line in Path("/run/said").read_text().splitlines() if not line.startswith(("PATH", "PWD"))]
+        assert sorted(said) == sorted(line for line in told if not line.startswith(("SHLVL", "_=")))
+
+
+def test_a_guest_and_a_tap(node: Node) -> None:
+    netns.add_bridge()
+    netns.taps(["tap0", "tap1"])
+    netns.write_nic("tap0", mode="bridged", link="br0")
+    netns.write_nic("tap1", index=1, mode="bridged", link="br0")
+    assert call("kvm-ifup", "plan", "post", "web1.example.com").out.count("bridged, post") == 2
+    assert call("kvm-ifup", "plan", "post", "tap1").out.count("bridged, post") == 1
+    check(call("kvm-ifup", "plan", "post", "nobody"), 65, "nobody")
+    assert call("kvm-ifup", "plan", "down", "nobody").code == 0
+
+
+# --- show ---------------------------------------------------------------------------------------------------
+
+
+def shown(*argv: str) -> list[dict[str, Any]]:
+    """What `kvm-ifup show --json` says."""
+    result = call("kvm-ifup", "show", "--json", *argv)
+    check(result, 0)
+    found: list[dict[str, Any]] = json.loads(result.out)
+    return found
+
+
+def test_show(uplinked: Node) -> None:
+    netns.add_bridge()
+    netns.taps(["tap0", "tap1", "tap2"])
+    netns.write_nic("tap0", mode="bridged", link="br0")
+    netns.write_nic("tap1", "db1", mode="routed", link="100", ip=[GUEST_IP4, GUEST_IP6], incoming=True)
+    netns.write_nic("tap2", "web1.example.com", 1, mode="bridged", link="br0")
+    assert [(one["tap"], one["phase"], one["wired"]) for one in shown()] == [
+        ("tap1", "none", None), ("tap0", "none", None), ("tap2", "none", None),
+    ]  # fmt: skip
+    begun = time.time()
+    check(call("kvm-ifup-pre", "tap1"), 0)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    netns.ip("link set tap0 nomaster")
+    (pre, post, none) = shown()
+    assert (pre["phase"], pre["wired"], pre["ip"], pre["by"]) == ("pre", True, [GUEST_IP4, GUEST_IP6], "hook")
+    assert begun <= pre["since"] <= time.time()
+    assert (post["phase"], post["wired"], none["wired"]) == ("post", False, None)
+    assert [(op["op"], op["now"], op["want"]) for op in post["missing"]] == [
+        ("link-master", None, "br0"),
+        ("port-forwarding", "not a port", "forwarding"),
+    ]
+    assert [one["tap"] for one in shown("web1.example.com")] == ["tap0", "tap2"]
+    assert [one["tap"] for one in shown("tap1")] == ["tap1"]
+    netns.ip("link del tap0")
+    assert "gone" in shown("tap0")[0]["problem"]["cause"]
+    check(call("kvm-ifup", "show", "nobody"), 65, "nobody")
+
+
+def test_armed(uplinked: Node) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4], incoming=True)
+    check(call("kvm-ifup-pre", "tap0"), 0)
+    assert shown()[0]["phase"] == "pre"
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(RUN_DIR / "agent.sock"))
+        agent.listen()
+        assert shown()[0]["phase"] == "armed"
+        assert shown(netns.configuration(agent={"arrival_timeout": 0}))[0]["phase"] == "pre"
+        check(call("kvm-ifup-post", "tap0"), 0)
+        assert shown()[0]["phase"] == "post"
+
+
+class Terminal(io.StringIO):
+    """A terminal to write to."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_table(uplinked: Node) -> None:
+    from kvmifup import cli
+
+    netns.add_tap("tap-of-15-bytes")
+    name = "a-rather-long-name-of-a-guest.in-some-department.example.com"
+    addresses = ["2001:db8:1234:5678:9abc:def0:1234:5678", GUEST_IP4]
+    netns.write_nic("tap-of-15-bytes", name, 1234, mode="routed", link="100", ip=addresses)
+    check(call("kvm-ifup-post", "tap-of-15-bytes"), 0)
+    (RUN_DIR / "nic" / name / "0.toml").write_text("tap = 1")
+    headings, broken, row, trouble = call("kvm-ifup", "show").out.splitlines()
+    assert headings.split() == ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "PHASE", "SINCE", "BY", "WIRED"]
+    assert all(len(line) <= 100 for line in (headings, row))
+    for word in ("tap-of-15-bytes", "1234", "routed", " post ", "yes", "..", "hook"):
+        assert word in row
+    assert broken.startswith("nic/a-rather-")
+    assert "0.toml: mac is missing" in trouble
+    for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        out = Terminal()
+        assert cli.main("kvm-ifup", ["show"], environ, out, io.StringIO()) == 0
+        assert ("\033[32myes" in out.getvalue()) == coloured
+
+
+def test_show_changes_nothing_and_asks_once(uplinked: Node) -> None:
+    """However many NICs there are, the same number of dumps."""
+    from kvmifup.netlink import Netlink
+
+    asked: list[int] = []
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        send = Netlink._send
+
+        def counting(self: Netlink, kind: int, flags: int, body: bytes) -> int:
+            asked.append(kind)
+            return send(self, kind, flags, body)
+
+        patch.setattr(Netlink, "_send", counting)
+        for number in range(1, 4):
+            tap = f"tap{number}"
+            netns.add_tap(tap)
+            netns.write_nic(tap, f"web{number}", mode="routed", link="100", ip=[f"192.0.2.{20 + number}"])
+            check(call("kvm-ifup-post", tap), 0)
+            before = netns.snapshot()
+            asked.clear()
+            assert [one["wired"] for one in shown()] == [True] * number
+            assert netns.changes(before, netns.snapshot()) == []
+            counts.append(list(asked))
+    assert counts[0] == counts[1] == counts[2]
+
+
+# --- nic ----------------------------------------------------------------------------------------------------
+
+TOML = f'tap = "tap0"\nmac = "{GUEST_MAC}"\nmode = "bridged"\nlink = "br0"\n'
+
+
+def file(text: str) -> str:
+    """The path of a file with *text*."""
+    path = Path("/run/given.toml")
+    path.write_text(text, "utf-8", "surrogateescape")
+    return str(path)
+
+
+def test_nic_put_list_and_rm(node: Node) -> None:
+    os.umask(0o022)
+    check(call("kvm-ifup", "nic", "put", "web1", "0", file(TOML)), 0)
+    installed = RUN_DIR / "nic/web1/0.toml"
+    assert installed.read_text() == TOML
+    assert stat.S_IMODE(installed.stat().st_mode) == 0o600
+    assert (RUN_DIR / "tap/tap0").resolve() == installed
+    netns.add_bridge()
+    netns.add_tap()
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    # Another tap: the old link goes.
+    check(call("kvm-ifup", "nic", "put", "web1", "0", file(TOML.replace("tap0", "tap7"))), 0)
+    assert [path.name for path in (RUN_DIR / "tap").iterdir()] == ["tap7"]
+    check(call("kvm-ifup", "nic", "put", "web1", "1", file(TOML)), 0)
+    listed = json.loads(call("kvm-ifup", "nic", "list", "--json").out)
+    assert [(nic["instance"], nic["index"], nic["tap"], nic["ip"]) for nic in listed] == [
+        ("web1", 0, "tap7", []), ("web1", 1, "tap0", []),
+    ]  # fmt: skip
+    check(call("kvm-ifup", "nic", "rm", "web1", "0"), 0)
+    assert [path.name for path in (RUN_DIR / "tap").iterdir()] == ["tap0"]
+    check(call("kvm-ifup", "nic", "rm", "web1"), 0)
+    assert list((RUN_DIR / "nic").iterdir()) == list((RUN_DIR / "tap").iterdir()) == []
+    check(call("kvm-ifup", "nic", "rm", "web1"), 0)
+
+
+def test_nic_put_from_standard_input(node: Node) -> None:
+    process = netns.start("kvm-ifup", "nic", "put", "web1", "0", "-")
+    process.stdin = None
+    check(netns.finish(process), 65, "standard input", "is missing")  # there is nothing in it
+    script = shlex.join(netns.command("kvm-ifup", "nic", "put", "web1", "0", "-", "-v"))
+    netns.run("sh", "-c", f"printf %s {shlex.quote(TOML)} | {script}")
+    assert (RUN_DIR / "nic/web1/0.toml").read_text() == TOML
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["put", "web1", "0", "/nonexistent"], 64, ["cannot be read"]),
+        (["put", "web1", "0", "-"], 64, ["whole path"]),
+        (["put", "web1", "0", "relative.toml"], 64, ["whole path"]),
+        (["put", "web1", "x", "/run/given.toml"], 64, ["invalid int"]),
+        (["put", "web1", "10000", "/run/given.toml"], 65, ["10000"]),
+        (["put", "../x", "0", "/run/given.toml"], 65, ["directory"]),
+        (["put", "web1"], 64, ["required"]),
+        (["list", "../x"], 65, ["directory"]),
+        (["rm", "..", "1"], 65, ["directory"]),
+        ([], 64, ["VERB"]),
+    ],
+)
+def test_nic_refuses(node: Node, argv: list[str], code: int, words: list[str]) -> None:
+    file(TOML)
+    check(call("kvm-ifup", "nic", *argv), code, *words)
+    assert not RUN_DIR.exists() or not list(RUN_DIR.rglob("*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (TOML.replace("bridged", "brigded"), "brigded"),
+        (TOML + "colour = 1\n", "colour"),
+        ("\udcff", "UTF-8"),
+        ("x" * 70000, "larger"),
+        ("", "is missing"),
+    ],
+)
+def test_nic_put_refuses_a_wrong_file_and_keeps_the_old_one(node: Node, text: str, word: str) -> None:
+    check(call("kvm-ifup", "nic", "put", "web1", "0", file(TOML)), 0)
+    check(call("kvm-ifup", "nic", "put", "web1", "0", file(text)), 65, "/run/given.toml", word)
+    assert (RUN_DIR / "nic/web1/0.toml").read_text() == TOML
+    check(call("kvm-ifup", "nic", "put", "web1", "1", file(TOML)), 65, "tap0 is that of web1/0")
+
+
+def test_nic_list_names_a_wrong_file(node: Node) -> None:
+    netns.write_nic(mode="bridged", link="br0")
+    netns.write_nic("tap1", "a", mode="nonsense")
+    result = call("kvm-ifup", "nic", "list")
+    assert result.code == 65
+    assert "web1.example.com" in result.out
+    assert "nonsense" in result.err
+
+
+# --- check --node -------------------------------------------------------------------------------------------
+
+
+def readiness() -> tuple[int, str]:
+    """Exit code and output of `kvm-ifup check --node`."""
+    result = call("kvm-ifup", "check", "--node")
+    assert result.err == ""
+    as_json = json.loads(call("kvm-ifup", "check", "--node", "--json").out)
+    assert as_json["ready"] == (result.code == 0)
+    wrong = [one for one in as_json["findings"] if one["wrong"]]
+    assert all(one["why"] and one["mend"] for one in wrong)
+    assert bool(wrong) == (result.code == 1)
+    return result.code, result.out
+
+
+def test_a_node_that_is_ready_and_what_keeps_it_from_it(uplinked: Node) -> None:
+    netns.add_bridge()
+    netns.add_tap()
+    netns.write_nic(mode="bridged", link="br0")
+    netns.write_nic("tap1", "db1", mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    code, said = readiness()
+    assert code == 1
+    assert "the agent is not there" in said
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(RUN_DIR / "agent.sock"))
+        agent.listen(50)
+        code, said = readiness()
+        assert code == 0
+        assert said.startswith("node: ready\n")
+        assert "Python 3." in said
+        for plant, words, mend in (
+            ("ip link set br0 down", "br0 is down", "ip link set br0 up"),
+            ("ip link set br0 type bridge stp_state 1", "br0 runs STP: a port forwards after 30 s", None),
+            ("sysctl -qw net.ipv4.conf.eth0.forwarding=0", "IPv4 forwarding is off on uplink eth0", None),
+            ("sysctl -qw net.ipv6.conf.all.forwarding=0", "IPv6 forwarding is off on uplink eth0", None),
+            (f"chmod o+w {RUN_DIR}/nic/db1/0.toml", "others", f"chmod go-w {RUN_DIR}/nic/db1/0.toml"),
+            ("ip route del default", "no IPv4 uplink", "ip route add default via 192.0.2.1"),
+            ("ip link del br0", "there is no bridge br0", "ip link add br0 up type bridge"),
+        ):
+            netns.run(*plant.split())
+            code, said = readiness()
+            assert code == 1
+            assert words in said
+            found = re.search(r"mend: `(.*?)`", said)
+            netns.run("sh", "-c", mend or (found[1] if found else "false"))
+            assert readiness()[0] == 0, plant
+
+
+def test_a_delay_that_keeps_askers_waiting(uplinked: Node) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    assert "proxy_delay" not in readiness()[1]  # post sets it
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert "proxy_delay" not in readiness()[1]
+    sysctl("ipv4/neigh/eth0/proxy_delay", 80)
+    assert "IPv4 proxy_delay on eth0 is 80" in readiness()[1]
+    assert "up to 0.8 s" in readiness()[1]
+
+
+# --- the log, and -vv ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def log() -> Iterator[socket.socket]:
+    """The system's log."""
+    from kvmifup import log
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as reader, pytest.MonkeyPatch.context() as patch:
+        reader.bind("/run/log")
+        reader.setblocking(False)
+        patch.setattr(log, "SOCKET", "/run/log")
+        yield reader
+
+
+def logged(reader: socket.socket) -> list[str]:
+    """The lines since the last look."""
+    lines = []
+    while True:
+        try:
+            lines.append(reader.recv(4096).decode())
+        except BlockingIOError:
+            return lines
+
+
+PREFIX = r"<%d>[A-Z][a-z][a-z] [ 123]\d \d\d:\d\d:\d\d %s\[\d+\]: %s"
+
+
+def test_a_line_in_the_log_for_every_phase(uplinked: Node) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    label = re.escape("web1.example.com/0 (tap0): routed, ")
+    with log() as reader:
+        check(call("kvm-ifup-post", "tap0"), 0)
+        (line,) = logged(reader)
+        assert re.fullmatch(PREFIX % (30, "kvm-ifup-post", rf"{label}post: \d\d ops, \d+ ms, by hook"), line)
+        check(call("kvm-ifup-post", "tap0"), 0)
+        assert "post: 0 ops" in logged(reader)[0]
+        for quiet in (("kvm-ifup-post", "tap0", "--plan"), ("kvm-ifup", "show"), ("kvm-ifup", "check", "--repair")):
+            call(*quiet)
+            assert logged(reader) == []
+        netns.ip(f"route del {GUEST_IP4} dev tap0")
+        call("kvm-ifup", "check", "--repair")
+        (line,) = logged(reader)
+        assert "kvm-ifup[" in line
+        assert "post: 2 ops" in line  # with the announcement
+        sysctl("ipv4/conf/eth0/forwarding", 0)
+        check(call("kvm-ifup-pre", "tap0"), 69)
+        (line,) = logged(reader)
+        assert line.startswith("<27>")
+        for word in (
+            "kvm-ifup-pre[",
+            "web1.example.com/0 (tap0): code 69: ",
+            "forwarding is off",
+            "(`sysctl -w ",
+            "by hook",
+        ):
+            assert word in line
+        check(call("kvm-ifdown", "tap0"), 0)
+        assert "routed, down: " in logged(reader)[0]
+
+
+def test_no_log_and_a_log_that_is_stuck_hold_up_nothing(uplinked: Node) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    with log() as reader:
+        for _ in range(400):  # nobody reads
+            assert call("kvm-ifup-post", "--config", "/nonexistent", "tap0").code == 78
+        assert logged(reader)
+        reader.close()
+        check(call("kvm-ifup-post", "tap0"), 0)
+
+
+def test_twice_verbose_tells_how_long_each_op_took(uplinked: Node) -> None:
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    ops = call("kvm-ifup-post", "tap0", "--plan", "--json").outcomes[0]["ops"]
+    for _ in range(2):
+        heading, *lines = call("kvm-ifup-post", "tap0", "-vv").err.splitlines()
+        assert heading.endswith(" changed")
+        assert len(lines) == len(ops)
+        assert all(re.match(r" +\d+\.\d\d ms  ", line) for line in lines)
+    assert all("right" in line or "announce" in line for line in lines)
