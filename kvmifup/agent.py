@@ -30,16 +30,18 @@ from pathlib import Path
 from select import POLLIN, poll
 from typing import NoReturn
 
-from kvmifup import __version__, announce, cli, config, packets, report, run
+from kvmifup import __version__, announce, cli, config, live, log, packets, report, run
 from kvmifup.errors import BugError, JournalError, KernelError, KvmIfupError, LockTimeoutError, UsageError
 from kvmifup.events import DirectoryEvents, LinkEvents, NodeEvents, Touched
 from kvmifup.journal import Journal, Stamp, Store
 from kvmifup.kernel import Kernel
 from kvmifup.loop import Loop, Timer
+from kvmifup.metrics import Metrics
 from kvmifup.model import Nic, Phase
 from kvmifup.ops import ProxyNeighbour
 from kvmifup.run import Outcome, Ready, Session
 from kvmifup.service import Service
+from kvmifup.timing import Timed
 
 PROGRAM = "kvm-ifupd"
 BACKLOG = 256
@@ -55,6 +57,8 @@ KILLED = 1.0  # seconds that a run's unfinished business stays unchanged before 
 QUIET = 0.2  # seconds after a change on the node until what was prepared is prepared anew
 BUSY = 0.5  # seconds to wait for a lock that is not needed at once
 DONE = 0.02  # seconds between two looks whether the last hook has come to its end
+COUNT = 15.0  # seconds between two writings of the metrics
+METRICS = "metrics.prom"
 RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
 FRAMES = 64  # of one uplink at a time
 
@@ -100,14 +104,14 @@ class Agent:
         self, loop: Loop, listener: socket.socket, run_dir: Path, say: Callable[[str], None], *, activated: bool
     ) -> None:
         self.loop = loop
-        self.say = say
+        self._say = say
         self.run_dir = run_dir
         self.store = Store(run_dir)
         self.config = config.load(None)
         self.activated = activated
         self.taps: dict[str, Watched] = {}
         self.uplinks: dict[tuple[str, int], tuple[socket.socket, int]] = {}  # by device and family; with its index
-        self.counts: Counter[str] = Counter()
+        self.metrics = Metrics()
         self.announcing = 0
         self._looking = self._look_again = False
         self._settling = False
@@ -118,7 +122,7 @@ class Agent:
         self._changed = DirectoryEvents(loop, self.store.directory, self._journals_changed)
         LinkEvents(loop, self._devices_gone, self._resync)
         self._node = NodeEvents(loop, self._outdate)
-        self.service = Service(loop, listener, self.announce_later)
+        self.service = Service(loop, listener, self.announce_later, self._ran)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, self._stop)
         loop.on_signal(signal.SIGHUP, self._reload)
@@ -126,9 +130,36 @@ class Agent:
         loop.work(partial(self._collect, None, BUSY))
         self.look()
         loop.later(min(RESYNC, self.config.agent.idle_exit or RESYNC), self._periodically)
+        self._count()
         # sd_watchdog_enabled(3): systemd ends and restarts an agent that it has not heard for twice as long.
         self._watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
         self._watched()
+
+    def say(self, line: str, nic: str = "") -> None:
+        """Tell the log, and whoever watches. From any thread."""
+        self._say(f"{nic}: {line}" if nic else line)
+        live.tell(self.run_dir, PROGRAM, {"nic": nic, "what": f"{nic}: {line}" if nic else line})
+
+    def _ran(self, program: str, code: int, seconds: float, failure: KvmIfupError | None) -> None:
+        """A hook has come to its end. From its thread."""
+        if program in cli.PHASES:
+            self.metrics.add("kvm_ifup_runs_total", program=program, code=str(code))
+            self.metrics.took("kvm_ifup_run_seconds", seconds, program=program)
+        self._failed(failure)
+
+    def _failed(self, failure: KvmIfupError | None) -> None:
+        if failure and failure.undone:
+            self.metrics.add("kvm_ifup_rollbacks_total")
+
+    def _count(self) -> None:
+        """Write down what has been counted, for the node exporter."""
+        phases = Counter(one.phase for one in self.taps.values())
+        for phase in (Phase.PRE, Phase.POST):
+            self.metrics.set("kvm_ifup_nics", phases[phase], phase=phase.name.lower())
+        self.metrics.set("kvm_ifup_armed", sum(one.listener is not None for one in self.taps.values()))
+        with suppress(OSError):
+            self.metrics.write(self.run_dir / METRICS)
+        self.loop.later(COUNT, self._count)
 
     def _watched(self) -> None:
         if self._watchdog:
@@ -156,6 +187,7 @@ class Agent:
 
     def close(self) -> None:
         """Let go of everything."""
+        self._count()
         self.service.close()
         self._changed.close()
         self.loop.close()
@@ -224,7 +256,7 @@ class Agent:
             one.listener = packets.guest_listener(one.nic.tap, one.nic.mac)
         except OSError as error:
             if is_device(one.nic.tap, one.ifindex):
-                self.say(f"{one.nic.label}: cannot listen: {error.strerror}")
+                self.say(f"cannot listen: {error.strerror}", one.nic.label)
             return
         if one.since < self.began:  # it may have arrived while nobody listened
             with suppress(OSError):  # the tap is down: its guest cannot be here
@@ -295,7 +327,7 @@ class Agent:
             self.say(report.error_line("not ready for its arrival", trouble))
         if not one.said:
             one.said = True
-            self.say(f"{one.nic.label}: armed")
+            self.say("armed", one.nic.label)
 
     def _outdate(self, touched: Touched) -> None:
         """What is ready and relies on *touched* has to be made ready again, once all is quiet."""
@@ -325,7 +357,7 @@ class Agent:
     def _give_up(self, tap: str) -> None:
         one = self.taps[tap]
         self._disarm(one)
-        self.say(f"{one.nic.label}: the guest has not arrived in {self.config.agent.arrival_timeout:g} s: disarmed")
+        self.say(f"the guest has not arrived in {self.config.agent.arrival_timeout:g} s: disarmed", one.nic.label)
 
     def _periodically(self) -> None:
         idle = self.config.agent.idle_exit
@@ -372,10 +404,10 @@ class Agent:
             outcome = self._attempt(partial(run.arrive, one.ready), frame)
             if outcome:
                 self._disarm(one)
-                self._arrived(one, sent, outcome)
+                self._arrived(one, frame, sent, outcome)
                 return
         self._disarm(one)
-        self.loop.work(partial(self._settle, one.is_of, frame, tap), partial(self._arrived, one, sent))
+        self.loop.work(partial(self._settle, one.is_of, frame, tap), partial(self._arrived, one, frame, sent))
 
     def _settle(self, wanted: Callable[[Journal], bool], frame: str | None, tap: str) -> Outcome | KvmIfupError | None:
         """In a thread: post, from the beginning."""
@@ -384,17 +416,26 @@ class Agent:
     def _attempt(self, what: Callable[[Session], Outcome | None], frame: str | None) -> Outcome | KvmIfupError | None:
         """Do *what* in a session of ours; an error is a result as well."""
         try:
+            begun = time.monotonic()
             with self.session("agent", frame) as session:
-                return what(session)
+                outcome = what(session)
         except Exception as error:
             return known(error)
+        if outcome and any(change.needed for change in outcome.changes):
+            seconds = time.monotonic() - begun
+            log.run(PROGRAM, [outcome], None, seconds, "agent")
+            ops = session.kernel.seconds if isinstance(session.kernel, Timed) else None
+            live.run(self.run_dir, PROGRAM, [outcome], None, seconds, "agent", ops)
+        return outcome
 
-    def _arrived(self, one: Watched, sent: float, outcome: Outcome | KvmIfupError | None) -> None:
+    def _arrived(self, one: Watched, frame: str, sent: float, outcome: Outcome | KvmIfupError | None) -> None:
         if isinstance(outcome, KvmIfupError):
             self._not_arrived(one, outcome)
         elif outcome:
-            self.counts["arrivals"] += 1
-            self.say(f"{outcome.label}: arrived; wired {1000 * (time.time() - sent):.1f} ms after its first frame")
+            seconds = time.time() - sent
+            self.metrics.add("kvm_ifup_arrivals_total", frame=frame)
+            self.metrics.took("kvm_ifup_arrival_seconds", seconds)
+            self.say(f"arrived, first frame {frame}; wired {1000 * seconds:.1f} ms after it", outcome.label)
             self._announce(outcome)
 
             # By then it may have left, and the tap wait for it or for another one.
@@ -412,7 +453,8 @@ class Agent:
 
     def _not_arrived(self, one: Watched, error: KvmIfupError) -> None:
         """Say it, and try again at the guest's next frame."""
-        self.counts["failures"] += 1
+        self.metrics.add("kvm_ifup_arrival_failures_total")
+        self._failed(error)
         self.say(report.error_line("not arrived", error))
 
         def again() -> None:
@@ -441,6 +483,9 @@ class Agent:
                     number = len(announce.SCHEDULE)
                 else:
                     announce.send(messages)
+                    told = ", ".join(f"{address} on {uplink}" for uplink, address, _ in messages)
+                    what = f"announced, round {number + 1} of {len(announce.SCHEDULE)}: {told}"
+                    live.tell(self.run_dir, PROGRAM, {"nic": "", "what": what})
             except OSError:  # the uplink has gone
                 number = len(announce.SCHEDULE)
             if number + 1 < len(announce.SCHEDULE):
@@ -509,7 +554,7 @@ class Agent:
         """In a thread."""
         try:
             if answers(nic, ANSWER):
-                self.say(f"{nic.label}: {why}, but the guest runs here: nothing done")
+                self.say(f"{why}, but the guest runs here: nothing done", nic.label)
                 return
             with self.session("agent", why) as session:
                 outcome = run.withdraw(nic.tap, session)
@@ -519,8 +564,8 @@ class Agent:
             self.say(report.error_line("not withdrawn", known(error)))
             return
         if outcome:
-            self.counts["withdrawals"] += 1
-            self.say(f"{nic.label}: {why}, and the guest does not answer here: route and proxy entries withdrawn")
+            self.metrics.add("kvm_ifup_withdrawals_total")
+            self.say(f"{why}, and the guest does not answer here: route and proxy entries withdrawn", nic.label)
 
     # --- leftovers ----------------------------------------------------------------------------------------------
 
@@ -560,9 +605,9 @@ class Agent:
             self.say(report.error_line("not cleared up", known(error)))
             return False
         for outcome in outcomes:
-            self.counts["leftovers"] += len(outcome.undone)
+            self.metrics.add("kvm_ifup_leftovers_total", sum(change.needed for change in outcome.undone))
             remarks = "".join(f"; {remark}" for remark in outcome.remarks)
-            self.say(f"{outcome.label}: cleared up, {len(outcome.undone)} undone{remarks}")
+            self.say(f"cleared up, {len(outcome.undone)} undone{remarks}", outcome.label)
         return False
 
     # --- helpers --------------------------------------------------------------------------------------------------
@@ -572,8 +617,10 @@ class Agent:
         """What a run of ours works with. *patience*: seconds to wait for locks, if not what is configured."""
         settings = self.config if patience is None else replace(self.config, lock_timeout=patience)
         kernel = Kernel()
+        # Somebody who watches wants to know how long each op takes.
+        timed = Timed(kernel) if live.watched(self.run_dir) else kernel
         try:
-            yield Session(kernel, self.store, self.run_dir, settings, by=by, frame=frame)
+            yield Session(timed, self.store, self.run_dir, settings, by=by, frame=frame)
         finally:
             kernel.close()
 

@@ -101,6 +101,8 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
         for job in jobs:
             commit(job, store)
     except BaseException as error:
+        if isinstance(error, KvmIfupError):
+            error.undone = bool(written)
         problems = undo([change.entry for change in written], node)
         if problems:
             for job in jobs:

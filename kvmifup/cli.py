@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -104,6 +104,18 @@ def add_options(made: Parser, *, again: bool = False) -> None:
 Background = Callable[[Sequence[tuple[str, str, str]], Callable[[], bool]], None]
 
 
+@dataclass
+class Done:
+    """What a command has done to NICs so far, below which run directory, and how long each op took, by its key."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    run_dir: Path = RUN_DIR
+    seconds: Mapping[tuple[object, ...], float] | None = None
+
+
+Observer = Callable[[str, int, float, KvmIfupError | None], None]
+
+
 @dataclass(frozen=True)
 class Caller:
     """What a command has of whoever called it: see `main`."""
@@ -128,20 +140,26 @@ def main(
     stderr: TextIO,
     background: Background | None = None,
     stdin: TextIO | None = None,
+    observer: Observer | None = None,
 ) -> int:
     """Run *program* with *argv* (without the program's name); returns the exit code, never raises.
 
     *background* sends the later announcements (messages, and whether they are still true); None leaves
-    them out. *stdin* None: there is none to read, nor are files whose path is relative.
+    them out. *stdin* None: there is none to read, nor are files whose path is relative. *observer* is told
+    the program, its exit code, how many seconds it took, and the error if any.
     """
     begun = time.monotonic()
     caller = Caller(environ, stdout, stderr, stdin, background)
-    done: list[Outcome] = []
+    done = Done()
     failure, code = attempt(program, argv, caller, done)
-    if done or (failure and program in PHASES and "--plan" not in argv):
-        from kvmifup import log
+    seconds = time.monotonic() - begun
+    if done.outcomes or (failure and program in PHASES and "--plan" not in argv):
+        from kvmifup import live, log
 
-        log.run(program, done, failure, time.monotonic() - begun, caller.by)
+        log.run(program, done.outcomes, failure, seconds, caller.by)
+        live.run(done.run_dir, program, done.outcomes, failure, seconds, caller.by, done.seconds)
+    if observer:
+        observer(program, code, seconds, failure)
     if failure is None:
         return code
     from kvmifup import report
@@ -152,7 +170,7 @@ def main(
     return failure.code
 
 
-def attempt(program: str, argv: Sequence[str], caller: Caller, done: list[Outcome]) -> tuple[KvmIfupError | None, int]:
+def attempt(program: str, argv: Sequence[str], caller: Caller, done: Done) -> tuple[KvmIfupError | None, int]:
     """Run *program*; returns why it failed, and else its exit code. What it has done is added to *done*."""
     failure: KvmIfupError
     try:
@@ -176,13 +194,14 @@ def attempt(program: str, argv: Sequence[str], caller: Caller, done: list[Outcom
     return failure, failure.code
 
 
-def command(program: str, argv: Sequence[str], caller: Caller, done: list[Outcome]) -> int:
+def command(program: str, argv: Sequence[str], caller: Caller, done: Done) -> int:
     """Parse, gather, and only then load what speaks to the kernel. Raises KvmIfupError."""
     try:
         options = parser(program).parse_args(list(argv))
     except Told as told:
         caller.out.write(str(told))
         return 0
+    done.run_dir = options.run_dir
     if program == "kvm-ifup" and options.subcommand != "gc":
         from kvmifup import shell
 
@@ -194,19 +213,20 @@ def command(program: str, argv: Sequence[str], caller: Caller, done: list[Outcom
     if not options.plan:
         need_privileges()
 
-    from kvmifup import report
+    from kvmifup import live, report
     from kvmifup.journal import Store
     from kvmifup.kernel import Kernel
     from kvmifup.run import Session
     from kvmifup.timing import Timed
 
     kernel = Kernel()
-    timed = Timed(kernel) if options.verbose > 1 else None
+    timed = Timed(kernel) if options.verbose > 1 or live.watched(options.run_dir) else None
+    done.seconds = timed.seconds if timed else None
     try:
         store = Store(options.run_dir)
         outcomes = work(Session(timed or kernel, store, options.run_dir, settings, dry=options.plan, by=caller.by))
         if not options.plan:
-            done += outcomes
+            done.outcomes += outcomes
             announce_later(outcomes, store, caller.background)
     finally:
         kernel.close()
@@ -215,7 +235,7 @@ def command(program: str, argv: Sequence[str], caller: Caller, done: list[Outcom
     elif options.plan:
         caller.out.writelines(f"{line}\n" for line in report.plan_lines(outcomes))
     if options.verbose:
-        seconds = timed.seconds if timed else None
+        seconds = timed.seconds if timed and options.verbose > 1 else None
         lines = report.remark_lines(outcomes) if options.plan else report.verbose_lines(outcomes, seconds)
         caller.err.writelines(f"{line}\n" for line in lines)
     return 0

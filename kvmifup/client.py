@@ -28,13 +28,13 @@ PATIENCE = 2  # whole seconds without a sign of life after which the agent count
 NAMESPACE = "/proc/self/ns/net"
 
 # What these name may be relative to our own directory; and whoever uses them wants just that to be read.
-# `nic` reads standard input.
-OURSELVES = ("--config", "--run-dir", "nic")
+# `nic` reads standard input, and `watch` does not end.
+OURSELVES = ("--config", "--run-dir", "nic", "watch")
 
 
 def script(program: str) -> "NoReturn":
     """What each script is: this process, as *program*."""
-    why = "--config, --run-dir or nic given"
+    why = "--config, --run-dir, nic or watch given"
     if not any(argument.startswith(OURSELVES) for argument in sys.argv[1:]):
         try:
             _exit(by_agent(program, sys.argv[1:], environ))

@@ -34,6 +34,7 @@ class KvmIfupError(Exception):
         super().__init__(cause)
         self.hint = hint
         self.where = where
+        self.undone = False  # whether something had been changed by then, and had to be put back
 
     def at(self, where: str) -> KvmIfupError:
         """Name the NIC or file that this is about, unless a closer caller has done so."""

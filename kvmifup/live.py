@@ -11,17 +11,64 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from kvmifup import report
+from kvmifup.errors import KvmIfupError
+from kvmifup.signals import checkpoint
+
+if TYPE_CHECKING:
+    from kvmifup.run import Outcome
 
 BUFFER = 1 << 20  # bytes that may wait for a watcher that is busy writing
 LARGEST = 1 << 17  # bytes of a datagram
+CHECK = 0.2  # seconds between two looks whether a signal has come
 
 
-def tell(run_dir: Path, event: dict[str, Any]) -> None:
-    """Send *event* to every watcher; one that has gone without a word is cleared away."""
+def watched(run_dir: Path) -> bool:
+    """Whether anybody watches, and op by op must be timed."""
+    try:
+        return bool(os.listdir(run_dir / "watch"))
+    except OSError:
+        return False
+
+
+def run(
+    run_dir: Path,
+    program: str,
+    done: Sequence[Outcome],
+    failure: KvmIfupError | None,
+    seconds: float,
+    by: str,
+    ops: Mapping[tuple[object, ...], float] | None,
+) -> None:
+    """Tell what *program*, called by *by*, did in *seconds*; *ops* has how long each op took, by its key."""
+    for outcome in done:
+        changes = (*outcome.undone, *outcome.changes)
+        event = {
+            "nic": outcome.label,
+            "phase": outcome.phase.name.lower(),
+            "what": f"{report.heading(outcome)}, {sum(change.needed for change in changes)} changed",
+            "by": by,
+            "seconds": seconds,
+            "ops": [
+                {"what": report.transition(change), "seconds": (ops or {}).get(change.op.key)}
+                for change in changes
+                if change.needed
+            ],
+        }
+        tell(run_dir, program, event)
+    if failure:
+        what = f"code {failure.code}: {failure.where}{': ' if failure.where else ''}{failure}"
+        tell(run_dir, program, {"nic": failure.where, "what": what, "by": by, "seconds": seconds, "ops": []})
+
+
+def tell(run_dir: Path, program: str, event: dict[str, Any]) -> None:
+    """Send *event* of *program* to every watcher; one that has gone without a word is cleared away."""
     directory = run_dir / "watch"
     try:
         names = os.listdir(directory)
@@ -29,7 +76,7 @@ def tell(run_dir: Path, event: dict[str, Any]) -> None:
         return
     if not names:
         return
-    data = json.dumps(event).encode()
+    data = json.dumps({"at": time.time(), "program": program, **event}).encode()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         sender.setblocking(False)
         for name in names:
@@ -42,7 +89,7 @@ def tell(run_dir: Path, event: dict[str, Any]) -> None:
 
 @contextmanager
 def watching(run_dir: Path) -> Iterator[Iterator[dict[str, Any]]]:
-    """An endless iterator of the events from now on. Raises OSError."""
+    """An endless iterator of the events from now on. Raises OSError; the iterator InterruptedRun, after a signal."""
     directory = run_dir / "watch"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / f"{os.getpid()}.sock"
@@ -57,7 +104,9 @@ def watching(run_dir: Path) -> Iterator[Iterator[dict[str, Any]]]:
 
 
 def _events(listener: socket.socket) -> Iterator[dict[str, Any]]:
+    listener.settimeout(CHECK)
     while True:
-        with suppress(ValueError):
+        checkpoint()
+        with suppress(ValueError, TimeoutError):
             event: dict[str, Any] = json.loads(listener.recv(LARGEST))
             yield event

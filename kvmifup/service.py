@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from kvmifup import __version__, cli, signals
-from kvmifup.cli import Background
+from kvmifup.cli import Background, Observer
 from kvmifup.client import ALIVE, DONE, HEARTBEAT, NAMESPACE, PROTOCOL, REFUSED
 from kvmifup.loop import Loop, Timer
 
@@ -74,12 +74,15 @@ class Stream(io.StringIO):
 
 
 class Service:
-    """Listens on *listener* and runs what is asked for. *background* sends the later announcements."""
+    """Listens on *listener* and runs what is asked for; *background* and *observer* are `cli.main`'s."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, background: Background) -> None:
+    def __init__(
+        self, loop: Loop, listener: socket.socket, background: Background, observer: Observer | None = None
+    ) -> None:
         self.loop = loop
         self.listener = listener
         self.background = background
+        self.observer = observer
         self.callers: set[Caller] = set()
         self.last = time.monotonic()  # when somebody last wanted something
         self.closed = False
@@ -191,7 +194,15 @@ class Caller:
         out, err = (Stream(terminal) for terminal in request.terminals)
         # Not only what the loop has noticed: after a stop (SIGSTOP) this thread may go on before it.
         with signals.while_wanted(lambda: self.gone or self._hung_up()):
-            code = cli.main(request.program, request.argv, request.environ, out, err, self.service.background)
+            code = cli.main(
+                request.program,
+                request.argv,
+                request.environ,
+                out,
+                err,
+                self.service.background,
+                observer=self.service.observer,
+            )
         with self.answering, suppress(OSError):
             # From here, not from the loop, which may be busy; and long output takes the caller a while to read.
             self.connection.settimeout(TO_ASK)

@@ -1,4 +1,4 @@
-"""What a person at a shell can ask, and do: `kvm-ifup show`, `plan`, `check` and `nic`."""
+"""What a person at a shell can ask, and do: `kvm-ifup show`, `plan`, `check`, `watch` and `nic`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kvmifup import cli, config, inputs, nicfiles, report, trust
-from kvmifup.errors import KvmIfupError, NicError, UsageError, shown
+from kvmifup.errors import InterruptedRun, KvmIfupError, NicError, UsageError, shown
 from kvmifup.model import Config, Nic, Phase
 
 if TYPE_CHECKING:  # what imports pyroute2 waits until the input has been found good
@@ -33,7 +34,7 @@ class Shell:
 
     options: argparse.Namespace
     caller: cli.Caller
-    done: list[Outcome]
+    done: cli.Done
 
     @property
     def run_dir(self) -> Path:
@@ -76,6 +77,7 @@ def add_subcommands(made: cli.Parser) -> None:
     one.add_argument("--node", action="store_true", help="instead: is the node ready for guests that arrive?")
     one = add(subcommands, "gc", "clear up after dead NICs and killed runs")
     one.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    add(subcommands, "watch", "print what hooks and the agent do, as they do it, until interrupted")
     verbs = add(subcommands, "nic", "write, list and remove NIC files").add_subparsers(
         dest="verb", required=True, metavar="VERB"
     )
@@ -376,7 +378,7 @@ def repair(shell: Shell, settings: Config, nics: Sequence[Known]) -> tuple[list[
                 done += run.up(one.phase, [census.intended(one, settings)], session, announce=False)
             except KvmIfupError as error:
                 failures.append(error.at(one.label))
-        shell.done.extend(done)
+        shell.done.outcomes.extend(done)
         cli.announce_later(done, store, shell.caller.background)
     finally:
         kernel.close()
@@ -430,6 +432,35 @@ def check_node(shell: Shell) -> int:
         shell.say([f"node: {'not ready' if wrong(findings) else 'ready'}"])
         shell.say(line for finding in findings for line in finding_lines(finding))
     return WRONG if wrong(findings) else 0
+
+
+# --- watch ----------------------------------------------------------------------------------------------
+
+
+def watch(shell: Shell) -> int:
+    """`kvm-ifup watch`: a line for each event, and one for each op that changed something, until a signal comes."""
+    from kvmifup import live
+
+    cli.need_privileges()
+    with suppress(InterruptedRun, BrokenPipeError), live.watching(shell.run_dir) as events:
+        for event in events:
+            if shell.options.json:
+                shell.caller.out.write(json.dumps(event) + "\n")
+            else:
+                shell.say(event_lines(event))
+            shell.caller.out.flush()
+    return 0
+
+
+def event_lines(event: Mapping[str, Any]) -> Iterable[str]:
+    """An event, for people."""
+    at = float(event["at"])
+    moment = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03}"
+    end = f" in {1000 * event['seconds']:.1f} ms, by {event['by']}" if "seconds" in event else ""
+    yield f"{moment}  {event['program']}: {event['what']}{end}"
+    for op in event.get("ops", ()):
+        took = "" if op["seconds"] is None else f"{1000 * op['seconds']:.2f} ms"
+        yield f"{took:>24}  {op['what']}"
 
 
 # --- nic ------------------------------------------------------------------------------------------------
@@ -497,5 +528,5 @@ def remove(shell: Shell) -> int:
     return 0
 
 
-SUBCOMMANDS: dict[str, Callable[[Shell], int]] = {"show": show, "plan": plan, "check": check}
+SUBCOMMANDS: dict[str, Callable[[Shell], int]] = {"show": show, "plan": plan, "check": check, "watch": watch}
 VERBS: dict[str, Callable[[Shell], int]] = {"put": put, "list": list_nics, "rm": remove}

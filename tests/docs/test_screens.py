@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,6 @@ def test_every_block_that_looks_like_a_screen_is_one() -> None:
 
 
 @pytest.mark.parametrize("page", [*screens.PAGES, ROOT / "README.md"], ids=lambda page: str(page.name))
-def test_every_link_leads_somewhere(page: screens.Path) -> None:
+def test_every_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []

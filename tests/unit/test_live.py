@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 from kvmifup import live
 
-EVENT = {"label": "web1/0 (tap0)", "ops": ["route", "proxy neighbour"]}
+EVENT = {"nic": "web1/0 (tap0)", "what": "armed"}
+
+
+def without_time(event: dict[str, Any]) -> dict[str, Any]:
+    """What an event says, beside when."""
+    assert event.pop("at") > 0
+    assert event.pop("program") == "kvm-ifup-pre"
+    return event
 
 
 def test_every_watcher_gets_every_event(tmp_path: Path) -> None:
     with live.watching(tmp_path) as events:
-        live.tell(tmp_path, EVENT)
-        live.tell(tmp_path, {"label": "second"})
-        assert next(events) == EVENT
-        assert next(events) == {"label": "second"}
+        live.tell(tmp_path, "kvm-ifup-pre", EVENT)
+        live.tell(tmp_path, "kvm-ifup-pre", {"label": "second"})
+        assert without_time(next(events)) == EVENT
+        assert without_time(next(events)) == {"label": "second"}
     assert list((tmp_path / "watch").iterdir()) == []
 
 
 def test_with_no_watcher_nothing_happens(tmp_path: Path) -> None:
-    live.tell(tmp_path, EVENT)
+    live.tell(tmp_path, "kvm-ifup-pre", EVENT)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -35,15 +43,15 @@ def test_a_watcher_that_was_killed_is_cleared_away(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
         one.bind(str(dead))
     with live.watching(tmp_path) as events:
-        live.tell(tmp_path, EVENT)
-        assert next(events) == EVENT
+        live.tell(tmp_path, "kvm-ifup-pre", EVENT)
+        assert without_time(next(events)) == EVENT
     assert not dead.exists()
 
 
 def test_a_watcher_that_does_not_read_holds_nobody_up(tmp_path: Path) -> None:
     with live.watching(tmp_path) as events:
         for number in range(5000):
-            live.tell(tmp_path, {"number": number, "filler": "x" * 500})
+            live.tell(tmp_path, "kvm-ifup-pre", {"number": number, "filler": "x" * 500})
         assert next(events)["number"] == 0
 
 
@@ -52,5 +60,5 @@ def test_what_is_not_an_event_is_left_out(tmp_path: Path) -> None:
         (path,) = (tmp_path / "watch").iterdir()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"{half", str(path))
-        live.tell(tmp_path, EVENT)
-        assert next(events) == EVENT
+        live.tell(tmp_path, "kvm-ifup-pre", EVENT)
+        assert without_time(next(events)) == EVENT
