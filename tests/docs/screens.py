@@ -18,7 +18,7 @@ from tests.docs.machine import ROOT, Machine, cable, machine
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 SCREEN = re.compile(
-    r"^<!-- screen: (?P<node>[\w-]+)(?:; (?P<fault>.+))? -->\n```console\n(?P<text>.*?)^```$", re.M | re.S
+    r"^<!-- screen: (?P<node>[\w-]+)(?:; (?P<fault>[^\n]+))? -->\n```console\n(?P<text>.*?)^```$", re.M | re.S
 )
 
 # Holds taps open, as QEMU does: without that they have no carrier. 0x400454ca is TUNSETIFF (linux/if_tun.h).
@@ -77,7 +77,7 @@ def shown(screen: Screen) -> str:
 def comparable(text: str) -> str:
     """*text* without what differs from run to run."""
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
-    text = re.sub(r"\d+(\.\d+)? (ms|s)\b", "DURATION", text)
+    text = re.sub(r"\d+(\.\d+)? ?(ms|s)\b", "DURATION", text)
     text = re.sub(r"\b[0-9a-f]{2}(:[0-9a-f]{2}){5}\b", "MAC", text)
     return re.sub(r" +", " ", text)
 
