@@ -37,7 +37,7 @@ def findings(
                 yield of_error(error, "a hook for this NIC fails, and QEMU does not start")
     yield from bridges([nic for nic, _ in nics], config, kernel)
     yield from uplinks(nics, config, kernel)
-    yield from agent(run_dir)
+    yield from agent(run_dir, needed=any(nic.mode == "routed" for nic, _ in nics))
     yield from permissions(run_dir, "NIC files and journals")
     yield from permissions(settings, "the configuration")
     yield from versions({"Python": sys.version, "pyroute2": version("pyroute2"), "Linux": os.uname().release})
@@ -120,13 +120,14 @@ def uplink_findings(uplink: Uplink, kernel: Overview, *, answering: bool) -> Ite
         )
 
 
-def agent(run_dir: Path) -> Iterator[Finding]:
-    """Whether somebody notices arrivals."""
+def agent(run_dir: Path, *, needed: bool) -> Iterator[Finding]:
+    """Whether somebody notices arrivals: *needed* for routed guests, which post wires."""
     if not census.agent_lives(run_dir):
         yield Finding(
             "the agent is not there",
             "a routed guest that arrives is cut off until its manager calls kvm-ifup-post",
             "`systemctl enable --now kvm-ifupd.socket`",
+            wrong=needed,
         )
 
 

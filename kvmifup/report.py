@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def plan_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Every op of every NIC, with the value now and the value wanted: what --plan prints."""
+    if not outcomes:
+        yield "nothing to do"
     for outcome in outcomes:
         yield heading(outcome)
         yield from (f"  undo   {transition(change)}" for change in outcome.undone if change.needed)

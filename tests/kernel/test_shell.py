@@ -371,6 +371,14 @@ def test_a_node_that_is_ready_and_what_keeps_it_from_it(uplinked: Node) -> None:
             assert readiness()[0] == 0, plant
 
 
+def test_bridged_guests_need_no_agent(node: Node) -> None:
+    netns.add_bridge()
+    netns.write_nic(mode="bridged", link="br0")
+    code, said = readiness()
+    assert code == 0
+    assert "the agent is not there" in said
+
+
 def test_a_delay_that_keeps_askers_waiting(uplinked: Node) -> None:
     netns.add_tap()
     netns.write_nic(mode="routed", ip=[GUEST_IP4])

@@ -346,6 +346,7 @@ def test_gc(shell: Shell) -> None:
     shell("kvm-ifup-post", environ=ENVIRONMENT)
     shell.kernel.remove_tap("tap0")
     assert "undo" in shell("kvm-ifup", "gc", "--plan").out
+    assert shell("kvm-ifup", "gc", "--plan", "--run-dir", "/nonexistent").out == "nothing to do\n"
     ran = shell("kvm-ifup", "gc")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     assert shell.kernel.values == {}
