@@ -13,7 +13,7 @@ GUEST_IP = "192.0.2.8"
 GUEST_MAC = "aa:00:00:35:ac:01"
 
 # An uplink that forwards, a bridge, and nothing in the background that changes addresses by itself.
-_NODE = """
+NODE = """
 for which in all default; do
     for name in accept_dad router_solicitations; do echo 0 > /proc/sys/net/ipv6/conf/$which/$name; done
 done
@@ -61,7 +61,7 @@ sys.stdin.read()
 @contextmanager
 def guests(root: Root) -> Iterator[None]:
     """tap0 and tap1 with a guest behind each, an uplink, a bridge, and NIC files, until the end of the block."""
-    run(["sh", "-eu", "-c", _NODE], prefix=root.enter())
+    run(["sh", "-eu", "-c", NODE], prefix=root.enter())
     root.shell(_NICS)
     qemu = subprocess.Popen(
         [*root.enter(), "python3", "-c", _GUESTS, "tap0", "tap1"],

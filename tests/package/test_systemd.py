@@ -1,0 +1,356 @@
+"""The agent as systemd runs it: Debian 12 with the package, booted, with its own kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.package import machine, roots, wiring
+from tests.package.machine import Machine
+
+# The tests are in this order: what a boot leaves comes first, the purge comes last. In between each leaves the
+# network as it was.
+
+SERVICE = "kvm-ifupd.service"
+UPLINK_IP = "192.0.2.1"
+GUEST_MAC = "aa:00:00:35:ac:01"
+GUEST_IP = "192.0.2.8"
+GUEST_IP6 = "2001:db8::8"
+EXPOSURE = 2.7  # measured; `systemd-analyze security` calls up to 4.9 "OK"
+
+# Plays QEMU, which is too slow in there: makes a tap and holds it until it is killed, and lets the guest behind it
+# send a frame, its RARP, for each byte that is written to /run/TAP.
+_GUEST = r"""#!/usr/bin/python3 -I
+import fcntl, os, struct, sys
+tap, mac = sys.argv[1:]
+tun = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", tap.encode(), 0x1002))  # TUNSETIFF, IFF_TAP | IFF_NO_PI
+os.mkfifo(f"/run/{tap}")
+orders = os.open(f"/run/{tap}", os.O_RDWR)
+child = os.fork()
+if child:
+    with open(f"/run/{tap}.pid", "w") as file:
+        file.write(str(child))
+    os._exit(0)
+for stream in (1, 2):
+    os.dup2(0, stream)
+while os.read(orders, 1):
+    os.write(tun, b"\xff" * 6 + bytes.fromhex(mac.replace(":", "")) + b"\x80\x35" + bytes(46))
+"""
+
+# As in kvm-ifup-nic(5): guests whose link is "quarantine" get a bridge of their own.
+_QUARANTINE = """#!/bin/sh
+set -eu
+case $KVM_IFUP_PHASE in
+    pre)
+        ip link show "only-$INTERFACE" >/dev/null 2>&1 ||
+            ip link add "only-$INTERFACE" type bridge
+        ip link set "only-$INTERFACE" up
+        ip link set "$INTERFACE" master "only-$INTERFACE" up
+        ;;
+    down)
+        ip link show "only-$INTERFACE" >/dev/null 2>&1 || exit 0
+        ip link del "only-$INTERFACE"
+        ;;
+esac
+"""
+
+_UPLINK6 = """
+ip -6 address add 2001:db8::1/64 dev eth0
+ip -6 route add default via 2001:db8::ffff dev eth0
+echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+"""
+
+_NETWORK = """
+for family in -4 -6; do
+    ip $family route show table all
+    ip $family rule
+    ip $family neigh show proxy
+done
+ip -o -br link
+ovs-vsctl show
+grep -rs '' /proc/sys/net/ipv[46]/conf/eth0 /proc/sys/net/ipv[46]/neigh/eth0 || true  # a few cannot be read
+"""
+
+
+@pytest.fixture(scope="module")
+def node(built: Path) -> Iterator[Machine]:
+    """A node that has just been booted, with an uplink and bridges."""
+    machine.require()
+    needed = roots.versionless(roots.field(roots.deb(built, "kvm-ifup"), "Depends"))
+    system = roots.archive("bookworm", sorted({*machine.INSTALLED, "openvswitch-switch", *needed}), machine.FETCHED)
+    with roots.root(system) as root:
+        root.install(roots.deb(built, "kvm-ifup"))
+        for path, content in (("usr/local/sbin/guest", _GUEST), ("etc/kvm-ifup/ext/quarantine", _QUARANTINE)):
+            (root.path / path).write_text(content)
+            (root.path / path).chmod(0o755)
+        with machine.boot(root) as booted:
+            yield booted
+
+
+@pytest.fixture(autouse=True)
+def _nothing_fails(node: Machine) -> Iterator[None]:
+    """No unit is in a failed state, before and after each test."""
+    yield
+    assert failed(node) == []
+
+
+def failed(node: Machine) -> list[str]:
+    """The units that have failed."""
+    return node.shell("systemctl --failed --plain --no-legend").splitlines()
+
+
+def unit(node: Machine, name: str, what: str) -> str:
+    """A property of a unit."""
+    return node.shell(f"systemctl show --value -p {what} {name}").strip()
+
+
+def log(node: Machine) -> str:
+    """What the agent has said."""
+    return node.shell("journalctl -u kvm-ifupd.service -o cat")
+
+
+def heard(node: Machine, text: str, times: int = 1) -> None:
+    """Wait until the agent has said *text* so often."""
+    node.until(f"[ $(journalctl -u kvm-ifupd.service -o cat | grep -cF '{text}') -ge {times} ]")
+
+
+def said(node: Machine, text: str) -> int:
+    """How often it has said it."""
+    return log(node).count(text)
+
+
+@contextmanager
+def guest(node: Machine, mode: str, *, tap: str = "tap0", **keys: object) -> Iterator[None]:
+    """A tap with a guest behind it, and its NIC file. At the end its QEMU is killed, and nothing is left of it."""
+    before = node.shell(_NETWORK)
+    node.shell(f"guest {tap} {GUEST_MAC}")
+    values = {"tap": tap, "mac": GUEST_MAC, "mode": mode, **keys}
+    spelled = {True: "true", False: "false"}
+    lines = "\n".join(
+        f"{key} = {spelled[value] if isinstance(value, bool) else repr(value)}" for key, value in values.items()
+    )
+    node.shell(f"mkdir -p -m 755 /run/kvm-ifup/nic/{tap} && cat > /run/kvm-ifup/nic/{tap}/0.toml <<'END'\n{lines}\nEND")
+    try:
+        yield
+    finally:
+        node.shell(f"kill $(cat /run/{tap}.pid) && rm /run/{tap} /run/kvm-ifup/nic/{tap}/0.toml")
+    node.until(f"[ ! -e /run/kvm-ifup/state/{tap}.json ]")
+    assert node.shell(_NETWORK).splitlines() == before.splitlines()
+
+
+def hook(node: Machine, command: str) -> str:
+    """Run a hook; returns what it says."""
+    return node.run(f"{command} -v").err
+
+
+def through(node: Machine, command: str) -> str:
+    """Run a hook that the agent does. One that is just being started takes longer in there than a hook waits."""
+    node.until(f"systemctl is-active {SERVICE}")
+    text = hook(node, command)
+    assert "without the agent" not in text
+    return text
+
+
+def starts(node: Machine, command: str) -> None:
+    """Run a hook, which starts the agent."""
+    assert unit(node, SERVICE, "ActiveState") == "inactive"
+    hook(node, command)
+    node.until(f"systemctl is-active {SERVICE}")
+
+
+def test_after_the_boot(node: Machine) -> None:
+    """The socket is there, for root alone, and the agent waits for the first hook."""
+    assert node.shell("systemctl is-system-running") == "running\n"
+    assert node.shell("systemctl is-enabled kvm-ifupd.socket") == "enabled\n"
+    assert unit(node, "kvm-ifupd.socket", "SubState") == "listening"
+    assert unit(node, SERVICE, "ActiveState") == "inactive"
+    assert node.shell("stat -c '%F %U:%G %a' /run/kvm-ifup /run/kvm-ifup/agent.sock") == (
+        "directory root:root 755\nsocket root:root 600\n"
+    )
+
+
+def test_units(node: Machine) -> None:
+    """systemd finds nothing wrong with them, and the service is shut in as much as it was."""
+    done = node.run("systemd-analyze verify --man=no kvm-ifupd.service kvm-ifupd.socket")
+    assert (done.out, done.err) == ("", "")
+    node.run(f"systemd-analyze security --no-pager --threshold={EXPOSURE * 10:.0f} {SERVICE}")
+
+
+def test_the_first_hook_starts_it(node: Machine) -> None:
+    """Before it, the node gets its network."""
+    node.shell(wiring.NODE)
+    node.shell(_UPLINK6)
+    node.shell("ovs-vsctl add-br ovs0")
+    with guest(node, "bridged", link="br0"):
+        starts(node, "kvm-ifup-post tap0")
+        assert unit(node, SERVICE, "Type") == "notify"
+        assert unit(node, SERVICE, "NRestarts") == "0"
+        assert "0 changed" in through(node, "kvm-ifup-post tap0")
+
+
+def test_bridged(node: Machine) -> None:
+    """A fresh start; and the bridge keeps its MAC when the tap goes."""
+    with guest(node, "bridged", link="br0"):
+        through(node, "kvm-ifup-post tap0")
+        (link,) = node.json("ip -j link show tap0")
+        assert link["master"] == "br0"
+
+
+@pytest.mark.parametrize(
+    ("ips", "link"),
+    [([GUEST_IP], None), ([GUEST_IP, GUEST_IP6], None), ([GUEST_IP, GUEST_IP6], "100")],
+    ids=["IPv4", "IPv6", "a table"],
+)
+def test_arrival(node: Machine, ips: list[str], link: str | None) -> None:
+    """Armed by pre, wired at the guest's first frame, cleared up when its tap disappears."""
+    arrivals = said(node, "arrived; wired")
+    if link:
+        node.shell(f"ip route add default via 192.0.2.254 table {link}")
+        node.shell(f"ip -6 route add default via 2001:db8::ffff dev eth0 table {link}")
+    armed = said(node, "(tap0): armed")
+    with guest(node, "routed", ip=ips, incoming=True, **({"link": link} if link else {})):
+        through(node, "kvm-ifup-pre tap0")
+        heard(node, "(tap0): armed", armed + 1)
+        assert routes(node) == set()
+        assert proxies(node) == set()
+        node.shell("printf . > /run/tap0")
+        heard(node, "arrived; wired", arrivals + 1)
+        assert routes(node) == {(ip, link or "main") for ip in ips}
+        assert proxies(node) == {(ip, "eth0") for ip in ips}
+        assert rules(node) == ({(family, link) for family in (4, 6)} if link else set())
+        assert "0 changed" in through(node, "kvm-ifup-post tap0")
+
+
+def routes(node: Machine) -> set[tuple[str, str]]:
+    """What of the guest is routed to the tap: destination and table."""
+    found = [one for family in (4, 6) for one in node.json(f"ip -{family} -j route show table all dev tap0")]
+    return {(one["dst"], str(one.get("table", "main"))) for one in found if one["dst"] in (GUEST_IP, GUEST_IP6)}
+
+
+def proxies(node: Machine) -> set[tuple[str, str]]:
+    """For whom the node answers, and where."""
+    found = [one for family in (4, 6) for one in node.json(f"ip -{family} -j neigh show proxy")]
+    return {(one["dst"], one["dev"]) for one in found}
+
+
+def rules(node: Machine) -> set[tuple[int, str]]:
+    """The policy rules of the tap: family and table."""
+    return {
+        (family, one["table"])
+        for family in (4, 6)
+        for one in node.json(f"ip -{family} -j rule")
+        if one.get("iif") == "tap0"
+    }
+
+
+def test_ext(node: Machine) -> None:
+    """A program of the administrator's, held to what the service may do."""
+    with guest(node, "ext", link="quarantine"):
+        through(node, "kvm-ifup-post tap0")
+        (link,) = node.json("ip -j link show tap0")
+        assert link["master"] == "only-tap0"
+        through(node, "kvm-ifdown tap0")
+        assert node.json("ip -j link show master ovs-system") == []
+
+
+def test_openvswitch(node: Machine) -> None:
+    """A port with a VLAN."""
+    with guest(node, "openvswitch", link="ovs0", vlan=".100"):
+        through(node, "kvm-ifup-post tap0")
+        assert node.shell("ovs-vsctl port-to-br tap0; ovs-vsctl get Port tap0 tag") == "ovs0\n100\n"
+
+
+def test_killed(node: Machine) -> None:
+    """systemd starts it again, and it watches what it watched."""
+    armed = said(node, "(tap0): armed")
+    arrivals = said(node, "arrived; wired")
+    with guest(node, "routed", ip=[GUEST_IP], incoming=True):
+        through(node, "kvm-ifup-pre tap0")
+        heard(node, "(tap0): armed", armed + 1)
+        node.shell(f"systemctl kill --kill-who=main --signal=KILL {SERVICE}")
+        heard(node, "(tap0): armed", armed + 2)
+        assert unit(node, SERVICE, "NRestarts") == "1"
+        node.shell("printf . > /run/tap0")
+        heard(node, "arrived; wired", arrivals + 1)
+        assert routes(node) == {(GUEST_IP, "main")}
+        through(node, "kvm-ifup-post tap0")
+
+
+def test_reload_and_stop(node: Machine) -> None:
+    """Settings are read again; stopped by hand, it is started by the next hook."""
+    node.shell(f"systemctl reload {SERVICE}")
+    before = unit(node, SERVICE, "MainPID")
+    with guest(node, "bridged", link="br0"):
+        through(node, "kvm-ifup-post tap0")
+        assert unit(node, SERVICE, "MainPID") == before
+        node.shell(f"systemctl stop {SERVICE}")
+        assert unit(node, "kvm-ifupd.socket", "SubState") == "listening"
+        starts(node, "kvm-ifup-post tap0")
+    assert unit(node, SERVICE, "Result") == "success"
+
+
+def test_watchdog(node: Machine) -> None:
+    """It is fed; and an agent that is stuck is replaced."""
+    settings("10", node)
+    try:
+        node.shell(f"systemctl restart {SERVICE}")
+        fed = "systemctl show --value -p WatchdogTimestampMonotonic kvm-ifupd.service"
+        first = node.shell(fed).strip()
+        node.until(f"[ $({fed}) != {first} ]")
+        stuck = unit(node, SERVICE, "MainPID")
+        node.shell(f"systemctl kill --kill-who=main --signal=STOP {SERVICE}")
+        node.until(f"[ $(systemctl show --value -p NRestarts {SERVICE}) = 1 ]")
+        node.until(f"systemctl is-active {SERVICE}")
+        assert unit(node, SERVICE, "MainPID") != stuck
+    finally:
+        settings(None, node)
+
+
+def settings(watchdog: str | None, node: Machine) -> None:
+    """Have systemd wait so many seconds for a sign of life, or as long as the package says."""
+    if watchdog:
+        node.shell(
+            f"mkdir -p /run/systemd/system/{SERVICE}.d &&"
+            f"printf '[Service]\nWatchdogSec={watchdog}\n' > /run/systemd/system/{SERVICE}.d/test.conf"
+        )
+    else:
+        node.shell(f"rm -r /run/systemd/system/{SERVICE}.d")
+    node.shell("systemctl daemon-reload")
+
+
+def test_idle_exit(node: Machine) -> None:
+    """With nothing to look after it ends; the socket stays, and the next hook starts it."""
+    node.shell("printf '[agent]\nidle_exit = 1.0\n' > /etc/kvm-ifup/conf.d/idle.toml")
+    try:
+        node.shell(f"systemctl restart {SERVICE}")
+        node.until(f"[ $(systemctl show --value -p ActiveState {SERVICE}) = inactive ]")
+        assert "good-bye" in log(node)
+        assert unit(node, SERVICE, "Result") == "success"
+        assert unit(node, "kvm-ifupd.socket", "SubState") == "listening"
+        with guest(node, "bridged", link="br0"):
+            starts(node, "kvm-ifup-post tap0")
+            through(node, "kvm-ifup-post tap0")
+    finally:
+        node.shell("rm /etc/kvm-ifup/conf.d/idle.toml")
+
+
+def test_purge(node: Machine) -> None:
+    """With a guest plugged in, which does not notice; nothing of the package is left, nor of its units."""
+    before = node.shell(_NETWORK)
+    node.shell(f"guest tap0 {GUEST_MAC}")
+    node.shell(f"INTERFACE=tap0 MODE=bridged LINK=br0 MAC={GUEST_MAC} kvm-ifup-post")
+    node.until(f"systemctl is-active {SERVICE}")
+    node.shell("apt-get purge -y kvm-ifup")
+    (link,) = node.json("ip -j link show tap0")
+    assert link["master"] == "br0"
+    for name in (SERVICE, "kvm-ifupd.socket"):
+        assert unit(node, name, "LoadState") == "not-found"
+        assert unit(node, name, "ActiveState") == "inactive"
+    assert node.run("pgrep -f kvm-ifupd", check=False).code == 1
+    assert node.shell("find /etc /run /usr /var/lib/systemd -path '*kvm-ifup*'") == ""
+    node.shell("kill $(cat /run/tap0.pid)")
+    assert node.shell(_NETWORK).splitlines() == before.splitlines()
