@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tests.package import machine, roots, wiring
 from tests.package.machine import Machine
 
-# The tests are in this order: what a boot leaves comes first, the purge comes last. In between each leaves the
+# The tests are in this order: what a boot leaves comes first, the purge last. In between each leaves the
 # network as it was.
 
 SERVICE = "kvm-ifupd.service"
@@ -19,6 +20,7 @@ UPLINK_IP = "192.0.2.1"
 GUEST_MAC = "aa:00:00:35:ac:01"
 GUEST_IP = "192.0.2.8"
 GUEST_IP6 = "2001:db8::8"
+AGENT_RUNS = "pgrep -x kvm-ifupd"
 EXPOSURE = 2.7  # measured; `systemd-analyze security` calls up to 4.9 "OK"
 
 # Plays QEMU, which is too slow in there: makes a tap and holds it until it is killed, and lets the guest behind it
@@ -87,6 +89,7 @@ def node(built: Path) -> Iterator[Machine]:
         for path, content in (("usr/local/sbin/guest", _GUEST), ("etc/kvm-ifup/ext/quarantine", _QUARANTINE)):
             (root.path / path).write_text(content)
             (root.path / path).chmod(0o755)
+        shutil.copy(roots.deb(built, "kvm-ifup"), root.path / "root")
         with machine.boot(root) as booted:
             yield booted
 
@@ -137,7 +140,7 @@ def guest(node: Machine, mode: str, *, tap: str = "tap0", **keys: object) -> Ite
     try:
         yield
     finally:
-        node.shell(f"kill $(cat /run/{tap}.pid) && rm /run/{tap} /run/kvm-ifup/nic/{tap}/0.toml")
+        node.shell(f"kill $(cat /run/{tap}.pid) && rm -f /run/{tap} /run/kvm-ifup/nic/{tap}/0.toml")
     node.until(f"[ ! -e /run/kvm-ifup/state/{tap}.json ]")
     assert node.shell(_NETWORK).splitlines() == before.splitlines()
 
@@ -338,19 +341,37 @@ def test_idle_exit(node: Machine) -> None:
         node.shell("rm /etc/kvm-ifup/conf.d/idle.toml")
 
 
-def test_purge(node: Machine) -> None:
+def test_upgrade(node: Machine) -> None:
+    """The agent is another one afterwards, and watches what it watched."""
+    armed = said(node, "(tap0): armed")
+    with guest(node, "routed", ip=[GUEST_IP], incoming=True):
+        through(node, "kvm-ifup-pre tap0")
+        heard(node, "(tap0): armed", armed + 1)
+        before = unit(node, SERVICE, "MainPID")
+        node.shell("dpkg -i /root/kvm-ifup_*.deb")
+        assert unit(node, "kvm-ifupd.socket", "SubState") in ("listening", "running")
+        assert unit(node, SERVICE, "MainPID") not in (before, "0")
+        heard(node, "(tap0): armed", armed + 2)
+        through(node, "kvm-ifup-pre tap0")
+
+
+def test_purge_and_install(node: Machine) -> None:
     """With a guest plugged in, which does not notice; nothing of the package is left, nor of its units."""
-    before = node.shell(_NETWORK)
-    node.shell(f"guest tap0 {GUEST_MAC}")
-    node.shell(f"INTERFACE=tap0 MODE=bridged LINK=br0 MAC={GUEST_MAC} kvm-ifup-post")
-    node.until(f"systemctl is-active {SERVICE}")
-    node.shell("apt-get purge -y kvm-ifup")
-    (link,) = node.json("ip -j link show tap0")
-    assert link["master"] == "br0"
-    for name in (SERVICE, "kvm-ifupd.socket"):
-        assert unit(node, name, "LoadState") == "not-found"
-        assert unit(node, name, "ActiveState") == "inactive"
-    assert node.run("pgrep -f kvm-ifupd", check=False).code == 1
-    assert node.shell("find /etc /run /usr /var/lib/systemd -path '*kvm-ifup*'") == ""
-    node.shell("kill $(cat /run/tap0.pid)")
-    assert node.shell(_NETWORK).splitlines() == before.splitlines()
+    with guest(node, "bridged", link="br0"):
+        through(node, "kvm-ifup-post tap0")
+        node.shell(AGENT_RUNS)
+        node.shell("rm /etc/kvm-ifup/ext/quarantine")  # the administrator's own
+        node.shell("mv /run/kvm-ifup/nic /run/nic && apt-get purge -y kvm-ifup")
+        (link,) = node.json("ip -j link show tap0")
+        assert link["master"] == "br0"
+        for name in (SERVICE, "kvm-ifupd.socket"):
+            assert unit(node, name, "LoadState") == "not-found"
+            assert unit(node, name, "ActiveState") == "inactive"
+        assert node.run(AGENT_RUNS, check=False).code == 1
+        assert node.shell("find /etc /run /usr /var/lib/systemd -path '*kvm-ifup*'") == ""
+
+        # Installed on a system that runs, the socket is there at once.
+        node.shell("dpkg -i /root/kvm-ifup_*.deb && mv /run/nic /run/kvm-ifup/nic")
+        assert node.shell("systemctl is-enabled kvm-ifupd.socket") == "enabled\n"
+        assert unit(node, "kvm-ifupd.socket", "SubState") == "listening"
+        starts(node, "kvm-ifup-post tap0")
