@@ -296,12 +296,23 @@ def test_reload_and_stop(node: Machine) -> None:
     assert unit(node, SERVICE, "Result") == "success"
 
 
+@contextmanager
+def changed(node: Machine, section: str, *lines: str) -> Iterator[None]:
+    """The service with other settings."""
+    directory = f"/run/systemd/system/{SERVICE}.d"
+    text = "\n".join((f"[{section}]", *lines))
+    node.shell(f"mkdir {directory} && cat > {directory}/test.conf <<'END'\n{text}\nEND\nsystemctl daemon-reload")
+    try:
+        yield
+    finally:
+        node.shell(f"rm -r {directory} && systemctl daemon-reload")
+
+
 def test_watchdog(node: Machine) -> None:
     """It is fed; and an agent that is stuck is replaced."""
-    settings("10", node)
-    try:
+    with changed(node, "Service", "WatchdogSec=10"):
         node.shell(f"systemctl restart {SERVICE}")
-        fed = "systemctl show --value -p WatchdogTimestampMonotonic kvm-ifupd.service"
+        fed = f"systemctl show --value -p WatchdogTimestampMonotonic {SERVICE}"
         first = node.shell(fed).strip()
         node.until(f"[ $({fed}) != {first} ]")
         stuck = unit(node, SERVICE, "MainPID")
@@ -309,20 +320,25 @@ def test_watchdog(node: Machine) -> None:
         node.until(f"[ $(systemctl show --value -p NRestarts {SERVICE}) = 1 ]")
         node.until(f"systemctl is-active {SERVICE}")
         assert unit(node, SERVICE, "MainPID") != stuck
-    finally:
-        settings(None, node)
 
 
-def settings(watchdog: str | None, node: Machine) -> None:
-    """Have systemd wait so many seconds for a sign of life, or as long as the package says."""
-    if watchdog:
-        node.shell(
-            f"mkdir -p /run/systemd/system/{SERVICE}.d &&"
-            f"printf '[Service]\nWatchdogSec={watchdog}\n' > /run/systemd/system/{SERVICE}.d/test.conf"
-        )
-    else:
-        node.shell(f"rm -r /run/systemd/system/{SERVICE}.d")
-    node.shell("systemctl daemon-reload")
+def test_one_that_cannot_start(node: Machine) -> None:
+    """Hooks do not wait for it for ever; mended, it comes back in the way that kvm-ifupd(8) says."""
+    wrong = "/etc/kvm-ifup/conf.d/wrong.toml"
+    with (
+        # Five starts in ten seconds are too much for this machine.
+        changed(node, "Unit", "StartLimitIntervalSec=1h", "StartLimitBurst=2"),
+        guest(node, "bridged", link="br0"),
+    ):
+        node.shell(f"systemctl stop {SERVICE} && systemctl reset-failed {SERVICE} && echo nonsense > {wrong}")
+        assert node.run("kvm-ifup-post tap0", check=False).code == 78
+        node.until("systemctl is-failed kvm-ifupd.socket")
+        assert {line.split()[0] for line in failed(node)} == {SERVICE, "kvm-ifupd.socket"}
+        node.shell(f"rm {wrong}")
+        assert "without the agent: there is none" in hook(node, "kvm-ifup-post tap0")
+
+        node.shell("systemctl reset-failed kvm-ifupd && systemctl start kvm-ifupd.socket")
+        starts(node, "kvm-ifup-post tap0")
 
 
 def test_idle_exit(node: Machine) -> None:
@@ -338,7 +354,7 @@ def test_idle_exit(node: Machine) -> None:
             starts(node, "kvm-ifup-post tap0")
             through(node, "kvm-ifup-post tap0")
     finally:
-        node.shell("rm /etc/kvm-ifup/conf.d/idle.toml")
+        node.shell(f"rm /etc/kvm-ifup/conf.d/idle.toml && systemctl restart {SERVICE}")
 
 
 def test_upgrade(node: Machine) -> None:
