@@ -356,7 +356,10 @@ def _sysctls() -> Iterator[str]:
 
 def _files() -> Iterator[str]:
     for path in sorted(RUN_DIR.rglob("*")):
-        # Lock files stay: removing one that another run has just opened would give both the lock.
+        # Lock files stay: removing one that another run has just opened would give both the lock. And the agent's
+        # counts go on.
+        if path.name in ("metrics.prom", "metrics.new"):
+            continue
         if path.is_symlink():
             yield f"{path} -> {path.readlink()}"
         elif path.is_file() and path.parent.name != "lock":

@@ -92,7 +92,15 @@ class Agent:
         self.thread.start()
 
     def _run(
-        self, program: str, argv: Sequence[str], environ: Mapping[str, str], out: TextIO, err: TextIO, _later: object
+        self,
+        program: str,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        out: TextIO,
+        err: TextIO,
+        _later: object,
+        *,
+        observer: object,
     ) -> int:
         self.programs.append(program)
         return self.main(argv, environ, out, err)
