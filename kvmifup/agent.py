@@ -13,13 +13,8 @@ any                    the tap's disappearance says that it is over
 
 from __future__ import annotations
 
-import fcntl
-import gc
-import os
-import resource
 import signal
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +23,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from select import POLLIN, poll
-from typing import NoReturn
 
-from kvmifup import __version__, announce, cli, config, live, log, packets, report, run
-from kvmifup.errors import BugError, JournalError, KernelError, KvmIfupError, LockTimeoutError, UsageError
+from kvmifup import announce, cli, config, live, log, packets, report, run, systemd
+from kvmifup.errors import BugError, JournalError, KernelError, KvmIfupError, LockTimeoutError
 from kvmifup.events import DirectoryEvents, LinkEvents, NodeEvents, Touched
 from kvmifup.journal import Journal, Stamp, Store
 from kvmifup.kernel import Kernel
@@ -44,11 +38,8 @@ from kvmifup.service import Service
 from kvmifup.timing import Timed
 
 PROGRAM = "kvm-ifupd"
-BACKLOG = 256
 SOCKET = "agent.sock"
-FIRST_ACTIVATED = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
-SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival must not wait for hooks
 ANSWER = 0.05  # seconds that a guest has to answer before it counts as gone
 AGAIN = 0.2  # seconds between two such questions
 SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
@@ -131,8 +122,7 @@ class Agent:
         self.look()
         loop.later(min(RESYNC, self.config.agent.idle_exit or RESYNC), self._periodically)
         self._count()
-        # sd_watchdog_enabled(3): systemd ends and restarts an agent that it has not heard for twice as long.
-        self._watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+        self._watchdog = systemd.watchdog() / 2
         self._watched()
 
     def say(self, line: str, nic: str = "") -> None:
@@ -163,7 +153,7 @@ class Agent:
 
     def _watched(self) -> None:
         if self._watchdog:
-            notify("WATCHDOG=1")
+            systemd.notify("WATCHDOG=1")
             self.loop.later(self._watchdog, self._watched)
 
     def _stop(self) -> None:
@@ -172,7 +162,7 @@ class Agent:
             self.loop.stop()
             return
         self._stopping = True
-        notify("STOPPING=1")
+        systemd.notify("STOPPING=1")
         if not self.activated:
             (self.run_dir / SOCKET).unlink(missing_ok=True)  # first: whoever comes now does it by itself
         self.service.close()
@@ -653,125 +643,3 @@ def answers(nic: Nic, seconds: float) -> bool:
         return bool(waiting.poll(1000 * seconds))
     finally:
         announce.close(listener)
-
-
-# --- the process ---------------------------------------------------------------------------------------------------
-
-
-def script() -> NoReturn:
-    """What scripts/kvm-ifupd is. Never returns; the exit codes are those of the other commands."""
-    with_standard_streams()
-    try:
-        main(sys.argv[1:])
-        code = 0
-    except (KvmIfupError, OSError) as error:
-        failure = known(error)
-        say_as_is(report.error_line(PROGRAM, failure))
-        code = failure.code
-    sys.exit(code)
-
-
-def main(argv: Sequence[str], run_dir: Path = cli.RUN_DIR) -> None:
-    """Run until a signal says otherwise, or there is nothing left to look after. Raises KvmIfupError."""
-    parser = cli.Parser(
-        prog=PROGRAM,
-        description="The node's agent: runs hooks without the time that Python takes to start, wires an incoming "
-        "guest when its first frame arrives, and clears up when a tap disappears. Stays in the foreground.",
-        epilog=cli.EPILOG,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    try:
-        parser.parse_args(list(argv))
-    except cli.Told as told:
-        sys.stdout.write(str(told))
-        return
-    cli.need_privileges()
-    run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with only_one(run_dir):
-        config.load(None)  # whatever is wrong with it: before there is a socket
-        more_descriptors()
-        given = activated()
-        listener = given or own_socket(run_dir / SOCKET)
-        sys.setswitchinterval(SWITCH)
-        loop = Loop()
-        agent = Agent(loop, listener, run_dir, say, activated=given is not None)
-        gc.collect()
-        gc.freeze()  # what has been loaded stays: the collector need not look at it again and again
-        say("ready")
-        notify("READY=1")
-        try:
-            loop.run()
-        finally:
-            if not agent.activated:
-                (run_dir / SOCKET).unlink(missing_ok=True)
-            agent.close()
-
-
-def say(line: str) -> None:
-    """One line for the log: systemd's journal, or whoever has started us."""
-    say_as_is(f"{PROGRAM}: {report.printable(line)}")
-
-
-def say_as_is(line: str) -> None:
-    """*line* on stderr, if anybody reads it."""
-    with suppress(OSError):
-        os.write(2, f"{line}\n".encode())
-
-
-def with_standard_streams() -> None:
-    """Open what is closed of 0, 1 and 2: something else would get its number, and our words."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-
-
-def more_descriptors() -> None:
-    """As many as we may have: each tap that is armed takes one, each hook some."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-@contextmanager
-def only_one(run_dir: Path) -> Iterator[None]:
-    """Raise LockTimeoutError if another agent runs; keep others from running."""
-    with open(run_dir / "agent.lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockTimeoutError("another agent runs on this node", hint="`systemctl stop kvm-ifupd`") from None
-        yield
-
-
-def activated() -> socket.socket | None:
-    """The socket that systemd has opened for us; None if we were started in another way. See sd_listen_fds(3)."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return None
-    if os.environ.get("LISTEN_FDS") != "1":
-        raise UsageError("systemd hands over more or less than one socket", hint="see kvm-ifupd.socket")
-    listener = socket.socket(fileno=FIRST_ACTIVATED)
-    os.set_inheritable(FIRST_ACTIVATED, False)
-    listener.setblocking(False)
-    return listener
-
-
-def own_socket(path: Path) -> socket.socket:
-    """A socket at *path*, for root alone."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(mask)
-    listener.listen(BACKLOG)
-    return listener
-
-
-def notify(state: str) -> None:
-    """Tell systemd, if it wants to know: sd_notify(3)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
