@@ -210,7 +210,7 @@ def test_bridged(node: Machine) -> None:
 )
 def test_arrival(node: Machine, ips: list[str], link: str | None) -> None:
     """Armed by pre, wired at the guest's first frame, cleared up when its tap disappears."""
-    arrivals = said(node, "arrived; wired")
+    arrivals = said(node, "(tap0): arrived")
     if link:
         node.shell(f"ip route add default via 192.0.2.254 table {link}")
         node.shell(f"ip -6 route add default via 2001:db8::ffff dev eth0 table {link}")
@@ -221,7 +221,7 @@ def test_arrival(node: Machine, ips: list[str], link: str | None) -> None:
         assert routes(node) == set()
         assert proxies(node) == set()
         node.shell("printf . > /run/tap0")
-        heard(node, "arrived; wired", arrivals + 1)
+        heard(node, "(tap0): arrived", arrivals + 1)
         assert routes(node) == {(ip, link or "main") for ip in ips}
         assert proxies(node) == {(ip, "eth0") for ip in ips}
         assert rules(node) == ({(family, link) for family in (4, 6)} if link else set())
@@ -270,7 +270,7 @@ def test_openvswitch(node: Machine) -> None:
 def test_killed(node: Machine) -> None:
     """systemd starts it again, and it watches what it watched."""
     armed = said(node, "(tap0): armed")
-    arrivals = said(node, "arrived; wired")
+    arrivals = said(node, "(tap0): arrived")
     with guest(node, "routed", ip=[GUEST_IP], incoming=True):
         through(node, "kvm-ifup-pre tap0")
         heard(node, "(tap0): armed", armed + 1)
@@ -278,7 +278,7 @@ def test_killed(node: Machine) -> None:
         heard(node, "(tap0): armed", armed + 2)
         assert unit(node, SERVICE, "NRestarts") == "1"
         node.shell("printf . > /run/tap0")
-        heard(node, "arrived; wired", arrivals + 1)
+        heard(node, "(tap0): arrived", arrivals + 1)
         assert routes(node) == {(GUEST_IP, "main")}
         through(node, "kvm-ifup-post tap0")
 
