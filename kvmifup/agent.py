@@ -371,10 +371,11 @@ class Agent:
     def _reload(self) -> None:
         try:
             self.config = config.load(None)
-            self.say("configuration read")
         except KvmIfupError as error:
             self.say(report.error_line("configuration not read", error))
+            return
         self._watch_uplinks()
+        self.say("configuration read")
 
     # --- arrival ------------------------------------------------------------------------------------------
 
