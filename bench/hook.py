@@ -117,12 +117,10 @@ def one(who: str, kind: str, number: int, ganeti: str) -> float:
     ours = [script("kvm-ifup-post"), tap, *([f"--run-dir={netns.RUN_DIR}"] if who == ALONE else [])]
     if who == GANETI:
         taken = timed([ganeti, tap], environ, silent=(0, 1, 2))  # it first removes what is not there, and says so
-    else:
-        taken = timed(ours, environ)
-    if who == GANETI:
         if environ.get("LINK") == TABLE:  # the rule outlives the tap
             netns.ip(f"rule del iif {tap}")
     else:
+        taken = timed(ours, environ)
         timed([script("kvm-ifdown"), tap], environ)
     netns.ip(f"link del {tap}")
     return taken
