@@ -308,6 +308,8 @@ VOLATILE = frozenset(
         # A bridge's clocks, and what they lead to.
         "hello_timer", "tcn_timer", "topology_change_timer", "gc_timer", "topology_change", "topology_change_detected",
         "message_age_timer", "forward_delay_timer", "hold_timer",
+        # Addresses that it has learnt; a newer `ip` counts them.
+        "fdb_n_learned",
     }
 )  # fmt: skip
 # A bridge has a carrier exactly while it has a live port, except that one which never had a port does not say so.

@@ -94,7 +94,7 @@ def test_open_vswitch_by_hand(switch: Node) -> None:  # noqa: F811
 def test_a_program_by_hand(node: Node) -> None:
     with netns.private_etc():
         program = Path("/etc/kvm-ifup/ext/site")
-        program.parent.mkdir(parents=True, mode=0o755)
+        program.parent.mkdir(parents=True, mode=0o755, exist_ok=True)
         program.write_text("#!/bin/sh\nenv >> /run/said\n")
         program.chmod(0o755)
         netns.add_tap()
