@@ -127,8 +127,9 @@ class Agent:
 
     def say(self, line: str, nic: str = "") -> None:
         """Tell the log, and whoever watches. From any thread."""
-        self._say(f"{nic}: {line}" if nic else line)
-        live.tell(self.run_dir, PROGRAM, {"nic": nic, "what": f"{nic}: {line}" if nic else line})
+        what = f"{nic}: {line}" if nic else line
+        self._say(what)
+        live.tell(self.run_dir, PROGRAM, {"nic": nic, "what": what})
 
     def _ran(self, program: str, code: int, seconds: float, failure: KvmIfupError | None) -> None:
         """A hook has come to its end. From its thread."""

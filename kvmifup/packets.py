@@ -12,7 +12,7 @@ import time
 from array import array
 from contextlib import suppress
 
-from kvmifup.announce import ALL_NODES, ETH_P_ARP, ETH_P_IPV6, close, internet_checksum
+from kvmifup.announce import ALL_NODES, ETH_P_ARP, ETH_P_IPV6, internet_checksum, sender
 from kvmifup.model import Nic
 
 ETH_P_ALL = 3  # linux/if_ether.h
@@ -163,10 +163,6 @@ def questions(nic: Nic) -> list[bytes]:
 
 def send(dev: str, frames: list[bytes]) -> None:
     """Send *frames* out of *dev*. Raises OSError."""
-    sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-    try:
-        sender.bind((dev, 0))
-        for frame in frames:
-            sender.send(frame)
-    finally:
-        close(sender)
+    via = sender.socket()
+    for frame in frames:
+        via.sendto(frame, (dev, 0))
