@@ -6,26 +6,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib import pyplot as plt
 
-DOT, MEDIAN = "#0072B2", "#D55E00"  # Okabe and Ito's palette, as in lab.plot
+from lab.style import BLUE, STYLE, VERMILION, write
+
+DOT, MEDIAN = BLUE, VERMILION
 
 
 def save(name: str, title: str, unit: str, rows: Mapping[str, Sequence[float]], directory: Path) -> list[Path]:
     """Draws `rows` (label to values in `unit`) from top to bottom and writes name.png and name.svg; their paths."""
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "kvm-ifup",  # the same data give the same file
-        "svg.fonttype": "none",
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.5))
         for row, values in enumerate(rows.values()):
             spread = [row + (index / max(len(values) - 1, 1) - 0.5) * 0.4 for index in range(len(values))]
@@ -41,12 +31,7 @@ def save(name: str, title: str, unit: str, rows: Mapping[str, Sequence[float]], 
         axes.set_axisbelow(True)
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=12)
         figure.tight_layout(rect=(0, 0, 1, 0.99))
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / f"{name}.png", directory / f"{name}.svg"]
-        for path in paths:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
-    return paths
+        return write(figure, directory, name, 150)
 
 
 def table(unit: str, rows: Mapping[str, Sequence[float]], reference: str) -> str:

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lab.cases import OBSERVED_AFTER, PING_TIMEOUT, Result
+from lab.style import BLUE, STYLE, VERMILION, write
 
-# Okabe and Ito's palette: told apart with any colour vision, and in grey.
-REPLY, LOST, SILENT, DOWN = "#0072B2", "#D55E00", "#F6DDA8", "#4D4D4D"
+REPLY, LOST, SILENT, DOWN = BLUE, VERMILION, "#F6DDA8", "#4D4D4D"
 BEFORE, AFTER = 3.0, OBSERVED_AFTER  # seconds around the guest's arrival
 # Heights in the panels, in ms on their logarithmic axis: below the replies what was lost, above them who announced.
 BOTTOM, LOST_AT, TOP = 0.1, 0.16, 150000.0
@@ -43,15 +39,7 @@ MARKS = {
 
 def save(results: Sequence[Result], directory: Path) -> list[Path]:
     """Draws one panel for each result and writes migration.png and migration.svg; returns their paths."""
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "kvm-ifup",  # the same data give the same file
-        "svg.fonttype": "none",
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(len(results), 1, figsize=(9, 2.15 * len(results) + 0.9), sharex=True, squeeze=False)
         for panel, result in zip(axes[:, 0], results, strict=True):
             _panel(panel, result)
@@ -63,12 +51,7 @@ def save(results: Sequence[Result], directory: Path) -> list[Path]:
             handles=_legend(), loc="lower center", ncols=4, frameon=False, handletextpad=0.5, columnspacing=2.0
         )
         figure.tight_layout(rect=(0, 0.05, 1, 0.995), h_pad=1.0)
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / "migration.png", directory / "migration.svg"]
-        for path in paths:
-            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
-    return paths
+        return write(figure, directory, "migration", 200)
 
 
 # The first second from close by: what is in the frames' lanes, from top to bottom.
@@ -78,28 +61,14 @@ NAMES = {"guest": "guest runs", "reply": "reply to a ping", **{kind: mark.label 
 
 def save_frames(results: Sequence[Result], directory: Path) -> list[Path]:
     """Draws the second around each arrival, frame by frame; writes frames.png and frames.svg, returns their paths."""
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "svg.hashsalt": "kvm-ifup",
-        "svg.fonttype": "none",
-    }
-    with plt.rc_context(style):
+    with plt.rc_context({**STYLE, "axes.spines.left": False}):
         figure, axes = plt.subplots(len(results), 1, figsize=(9, 1.75 * len(results) + 0.8), sharex=True, squeeze=False)
         for panel, result in zip(axes[:, 0], results, strict=True):
             _lanes(panel, result)
         axes[-1, 0].set_xlabel("milliseconds since the guest runs on the target node")
         figure.suptitle("The frames at the client", x=0.01, ha="left", weight="bold", size=12)
         figure.tight_layout(rect=(0, 0, 1, 0.995), h_pad=1.0)
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / "frames.png", directory / "frames.svg"]
-        for path in paths:
-            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
-    return paths
+        return write(figure, directory, "frames", 200)
 
 
 def _lanes(axes: Any, result: Result) -> None:

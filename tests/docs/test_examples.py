@@ -91,6 +91,14 @@ def tap(node: Machine, name: str = "tap0") -> None:
     node.run(f"ip tuntap add {name} mode tap; python3 -I -c '{HOLD}' {name} >/dev/null 2>&1")
 
 
+def running(node: Machine) -> None:
+    """A guest on tap0, described and wired."""
+    bridge(node)
+    tap(node)
+    node.run(nic_file())
+    node.run("kvm-ifup-post tap0")
+
+
 def uplink(node: Machine, neighbour: Machine, device: str = "eth0", net: int = 0) -> None:
     """An uplink with the default routes, and a neighbour at its other end."""
     cable(node, neighbour, device)
@@ -313,10 +321,7 @@ def _gc(machines: Machines, blocks: list[str]) -> None:
 def _show(machines: Machines, blocks: list[str]) -> None:
     (block,) = blocks
     node = machines.node
-    bridge(node)
-    tap(node)
-    node.run(nic_file())
-    node.run("kvm-ifup-post tap0")
+    running(node)
     headings, row, verdict = node.run(block).stdout.splitlines()
     assert headings.split()[:2] == ["INSTANCE", "NIC"]
     assert row.split()[:5] == ["web1", "0", "tap0", "bridged", "br0"]
@@ -328,10 +333,7 @@ def _show(machines: Machines, blocks: list[str]) -> None:
 def _check(machines: Machines, blocks: list[str]) -> None:
     (block,) = blocks
     node = machines.node
-    bridge(node)
-    tap(node)
-    node.run(nic_file())
-    node.run("kvm-ifup-post tap0")
+    running(node)
     node.run("ip link set tap0 nomaster")
     said = node.run(block).stdout
     assert "restarting the network" in said
