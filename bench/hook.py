@@ -2,13 +2,14 @@
 
 Whole processes, from their start to their end, in turn in one run: each wires a new tap, as a NIC of a guest that
 starts. Ganeti's script comes from Debian's package, and is run from a copy that finds its library beside itself
-instead of below /usr. Then the same among 100 and among 500 other routed NICs, with 64 hooks at once, and the
-agent's memory.
+instead of below /usr. Then the same among 100 and among 500 other routed NICs, on two nodes in turn, with 64 hooks at
+once, and the agent's memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,15 +148,44 @@ def fill(numbers: range) -> None:
         timed([script("kvm-ifup-post"), f"tap{number}"], environment(kind, number))
 
 
-def among(others: Sequence[int], runs: int) -> dict[str, list[float]]:
-    """A hook among that many other NICs."""
-    rows: dict[str, list[float]] = {}
-    there = 0
-    for many in others:
-        fill(range(there, many))
-        there = many
-        rows[f"among {many} NICs"] = [one(AGENT, "routed with a table", 4000 + run, "") for run in range(runs)]
-    return rows
+class Crowd:
+    """A node with an agent and that many routed NICs, in a process of its own."""
+
+    def __init__(self, many: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.hook", "--crowd", str(many)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        self.ask("ready")
+
+    def ask(self, what: str) -> float:
+        """One of `answers`."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{what}\n")
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Let the node end."""
+        self._process.communicate(timeout=PATIENCE)
+
+
+def crowd(many: int) -> None:
+    """What is at the other end of a Crowd."""
+    with netns.fresh_node() as node:
+        node.uplink()
+        netns.ip(f"route add default via {netns.CLIENT_IP4} table {TABLE}")
+        with agent() as pid:
+            fill(range(many))
+            numbers = itertools.count(4000)
+            answers: Mapping[str, Callable[[], float]] = {
+                "ready": lambda: 0,
+                "one": lambda: one(AGENT, "routed with a table", next(numbers), ""),
+                "at once": at_once,
+                "memory": lambda: memory(pid),
+            }
+            for line in sys.stdin:
+                print(answers[line.strip()](), flush=True)
 
 
 def at_once() -> float:
@@ -174,31 +204,36 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
+    parser.add_argument("--crowd", type=int, help=argparse.SUPPRESS)  # for Crowd
     options = parser.parse_args(argv)
-    with netns.fresh_node() as node:
+    if options.crowd:
+        crowd(options.crowd)
+        return 0
+    with netns.fresh_node() as here:
         ganeti = ganetis()
-        node.uplink()
+        here.uplink()
         netns.add_bridge()
         netns.ip(f"route add default via {netns.CLIENT_IP4} table {TABLE}")
         with agent():
             rows = compare(options.runs, ganeti)
-    with netns.fresh_node() as node:
-        node.uplink()
-        netns.ip(f"route add default via {netns.CLIENT_IP4} table {TABLE}")
-        with agent() as pid:
-            crowd = among((100, 500), options.runs)
-            together = at_once()
-            peak = memory(pid)
+    few, full = Crowd(100), Crowd(500)
+    among: dict[str, list[float]] = {"among 100 NICs": [], "among 500 NICs": []}
+    for _ in range(options.runs):
+        for values, node in zip(among.values(), (few, full), strict=True):
+            values.append(node.ask("one"))
+    together, peak = full.ask("at once"), full.ask("memory")
+    few.close()
+    full.close()
     for kind in KINDS:
         print(picture.table("ms", {k: v for k, v in rows.items() if k.startswith(f"{kind}:")}, f"{kind}: {GANETI}"))
-    print(picture.table("ms", crowd, "among 100 NICs"))
+    print(picture.table("ms", among, "among 100 NICs"))
     print(f"{AT_ONCE} hooks at once, {AT_ONCE + 500} NICs: {together:.0f} ms for all, {together / AT_ONCE:.1f} ms each")
     print(f"the agent's memory with {AT_ONCE + 500} NICs, at most: {peak:.1f} MB")
     if options.json:
-        options.json.write_text(json.dumps({**rows, **crowd, "64 at once": [together], "memory in MB": [peak]}))
+        options.json.write_text(json.dumps({**rows, **among, "64 at once": [together], "memory in MB": [peak]}))
     ratios = [statistics.median(rows[f"{k}: {AGENT}"]) / statistics.median(rows[f"{k}: {GANETI}"]) for k in KINDS]
     title = f"A hook, whole process: {min(ratios):.2f} to {max(ratios):.2f} of the time of Ganeti's own script"
-    for path in picture.save("bench-hook", title, "ms", {**rows, **crowd}, options.out):
+    for path in picture.save("bench-hook", title, "ms", {**rows, **among}, options.out):
         print(path)
     return 0
 
