@@ -5,7 +5,7 @@ A script runs this with next to nothing imported: each module costs a VM start t
 nor variables can contain.
 
 A request is a length (4 bytes, big-endian) and that many bytes, `PROTOCOL` and the version first. The agent
-answers with `ALIVE` at once and then every `HEARTBEAT` seconds, and in the end with `DONE`, the exit code
+answers with `ALIVE` every `HEARTBEAT` seconds until it is done, and in the end with `DONE`, the exit code
 (1 byte), and twice a length (4 bytes) and what goes to stdout and stderr; or it answers `REFUSED` and hangs up.
 """
 

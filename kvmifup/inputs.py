@@ -71,10 +71,10 @@ def prefix(text: str) -> Prefix:
     try:
         if "%" in text:  # a scope is a device of this node's, and no part of the guest's address
             raise ValueError
-        found = ipaddress.ip_network(text, strict=False)
         exact = ipaddress.ip_interface(text)
     except ValueError:
         raise NicError(f"ip {shown(text)} is not an address or prefix") from None
+    found = exact.network
     if exact.ip != found.network_address:
         raise NicError(f"ip {text} has host bits set", hint=f"{exact.ip} or {found}")
     for bad, why in _UNUSABLE[found.version]:

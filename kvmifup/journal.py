@@ -180,11 +180,15 @@ class Index:
         for name in known.names:
             self._taps.setdefault(name, set()).add(tap)
 
-    def naming(self, name: Hashable) -> list[tuple[str, Journal]]:
-        """The journals that *name* is in, with their taps."""
+    def naming(self, name: Hashable) -> Iterator[tuple[str, Journal]]:
+        """The journals that *name* is in, with their taps; one by one, as the first is mostly all that is wanted."""
         with self._lock:
-            found = [(tap, self._known[tap].journal) for tap in sorted(self._taps.get(name, ()))]
-        return [(tap, journal) for tap, journal in found if journal]
+            taps = tuple(self._taps.get(name, ()))
+        for tap in taps:
+            with self._lock:
+                known = self._known.get(tap)
+            if known and known.journal:
+                yield tap, known.journal
 
 
 def stamp_of(info: os.stat_result) -> Stamp:

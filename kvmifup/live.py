@@ -47,6 +47,8 @@ def run(
     ops: Mapping[tuple[object, ...], float] | None,
 ) -> None:
     """Tell what *program*, called by *by*, did in *seconds*; *ops* has how long each op took, by its key."""
+    if not watched(run_dir):
+        return
     for outcome in done:
         changes = (*outcome.undone, *outcome.changes)
         event = {

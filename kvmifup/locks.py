@@ -33,7 +33,8 @@ def hold(run_dir: Path, names: Sequence[str], timeout: float) -> Iterator[None]:
     file that another run has just opened would give both the lock.
     """
     directory = run_dir / "lock"
-    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if not directory.is_dir():
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout
     with ExitStack() as stack:
         for name in sorted(names):

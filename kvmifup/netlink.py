@@ -350,20 +350,23 @@ class Netlink:
         request = self._send(kind, NLM_F_DUMP, body)
         found: list[bytes] = []
         seen = 0
+        unpack = NLMSGHDR.unpack_from
         while True:
             data = self._socket.recv(RECEIVE)
             offset, end = 0, len(data)
+            hit = data.find(wanted)
             while offset + BODY <= end:
-                length, answer, flags, sequence, _port = NLMSGHDR.unpack_from(data, offset)
+                length, answer, flags, sequence, _port = unpack(data, offset)
                 if sequence != request or length < BODY:  # left over from a request that was interrupted
                     break
                 seen |= flags
                 if answer in (NLMSG_DONE, NLMSG_ERROR):
                     refuse(data, offset + BODY)
                     return found, not seen & NLM_F_DUMP_INTR
-                # The slice only of what is wanted: most of a dump is not.
-                if data.find(wanted, offset, offset + length) >= 0:
+                # Most of a dump is not wanted.
+                if 0 <= hit < offset + length:
                     found.append(data[offset : offset + length])
+                    hit = data.find(wanted, offset + length)
                 offset += length + 3 & ~3
 
 
@@ -431,10 +434,10 @@ def default_devices(routes: list[bytes]) -> list[int]:
 
 def routes_to(prefix: IPv4Network | IPv6Network, routes: list[bytes]) -> list[RouteEntry]:
     """Those of *routes* that are for exactly *prefix*."""
-    raw = prefix.network_address.packed
+    raw, length = prefix.network_address.packed, prefix.prefixlen
     found = []
     for message in routes:
-        if message[BODY + 1] != prefix.prefixlen or raw not in message:
+        if raw not in message or message[BODY + 1] != length:
             continue
         _family, _dst_len, _src_len, _tos, _table, protocol, scope, kind, _flags = RTMSG.unpack_from(message, BODY)
         attrs = attributes(message, BODY + RTMSG.size)

@@ -174,7 +174,7 @@ class Caller:
             self.end()
             return
         # A caller that we have kept waiting for too long has done it by itself: then it must not be done again.
-        if not self._send(ALIVE) or self._hung_up():
+        if self._hung_up():
             self.end()
             return
         self.running = True
