@@ -25,7 +25,7 @@ from pathlib import Path
 from select import POLLIN, poll
 
 from kvmifup import announce, cli, config, live, log, packets, report, run, systemd
-from kvmifup.errors import BugError, JournalError, KernelError, KvmIfupError, LockTimeoutError
+from kvmifup.errors import JournalError, KvmIfupError, LockTimeoutError, known
 from kvmifup.events import DirectoryEvents, LinkEvents, NodeEvents, Touched
 from kvmifup.journal import Journal, Stamp, Store
 from kvmifup.kernel import Kernel
@@ -615,16 +615,6 @@ class Agent:
             yield Session(timed, self.store, self.run_dir, settings, by=by, frame=frame)
         finally:
             kernel.close()
-
-
-def known(error: Exception) -> KvmIfupError:
-    """*error* as one of ours: the agent survives whatever happens to one tap."""
-    if isinstance(error, KvmIfupError):
-        return error
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return KernelError(f"{where}{error.strerror}", errno=error.errno or 0)
-    return BugError(f"unexpected {type(error).__name__}: {error}", hint="please report it")
 
 
 def is_device(name: str, index: int) -> bool:

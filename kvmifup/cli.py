@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from kvmifup import __version__, announce, config, ganeti, inputs, signals
-from kvmifup.errors import BugError, KernelError, KvmIfupError, NicError, PrivilegeError, UsageError
+from kvmifup.errors import BugError, KvmIfupError, NicError, PrivilegeError, UsageError, known
 from kvmifup.model import Nic, Phase
 
 if TYPE_CHECKING:  # what imports pyroute2 waits until the input has been found good
@@ -172,22 +172,11 @@ def main(
 
 def attempt(program: str, argv: Sequence[str], caller: Caller, done: Done) -> tuple[KvmIfupError | None, int]:
     """Run *program*; returns why it failed, and else its exit code. What it has done is added to *done*."""
-    failure: KvmIfupError
     try:
         return None, command(program, argv, caller, done)
-    except KvmIfupError as error:
-        failure = error
-    except PermissionError as error:
-        failure = PrivilegeError(f"not permitted: {error.filename}", hint="run it as root")
-    except OSError as error:
-        failure = KernelError(
-            f"{error.filename}: {error.strerror}" if error.filename else str(error), errno=error.errno or 0
-        )
     except Exception as error:
-        failure = BugError(
-            f"unexpected {type(error).__name__}: {error}", hint="please report it; KVM_IFUP_DEBUG=1 shows where"
-        )
-        if caller.environ.get("KVM_IFUP_DEBUG"):
+        failure = known(error, hint="please report it; KVM_IFUP_DEBUG=1 shows where")
+        if isinstance(failure, BugError) and caller.environ.get("KVM_IFUP_DEBUG"):
             import traceback
 
             traceback.print_exception(error, file=caller.err)

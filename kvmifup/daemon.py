@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvmifup import __version__, cli, config, report
-from kvmifup.agent import PROGRAM, SOCKET, Agent, known
-from kvmifup.errors import KvmIfupError, LockTimeoutError
+from kvmifup.agent import PROGRAM, SOCKET, Agent
+from kvmifup.errors import KvmIfupError, LockTimeoutError, known
 from kvmifup.loop import Loop
 from kvmifup.systemd import activated, notify
 

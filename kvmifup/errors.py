@@ -129,6 +129,19 @@ class ConfigError(KvmIfupError):
     code = 78
 
 
+def known(error: Exception, hint: str = "please report it") -> KvmIfupError:
+    """*error* as one of ours, whatever it is; *hint* is for one that nobody has foreseen."""
+    if isinstance(error, KvmIfupError):
+        return error
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        what += error.strerror or str(error)
+        if isinstance(error, PermissionError):
+            return PrivilegeError(what, hint="run it as root")
+        return KernelError(what, errno=error.errno or 0)
+    return BugError(f"unexpected {type(error).__name__}: {error}", hint=hint)
+
+
 def shown(value: object, limit: int = 80) -> str:
     """*value* quoted for a message: one line, printable ASCII, at most *limit* characters."""
     text = ascii(value)

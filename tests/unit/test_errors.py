@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmifup import errors
-from kvmifup.errors import KernelError, KvmIfupError, NicError, ProgramError, shown
+from kvmifup.errors import KernelError, KvmIfupError, NicError, ProgramError, known, shown
 
 CLASSES = [
     cls
@@ -45,6 +45,27 @@ def test_the_closest_caller_names_the_place() -> None:
     assert error.at("near") is error
     assert error.at("far").where == "near"
     assert NicError("cause", where="here").at("far").where == "here"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (PermissionError(13, "Permission denied", "/run/x"), 77, "/run/x: Permission denied"),
+        (OSError(28, "No space left on device", "/run/x"), 71, "/run/x: No space left on device"),
+        (OSError(28, "No space left on device"), 71, "No space left on device"),
+        (OSError("what a library says"), 71, "what a library says"),
+        (ZeroDivisionError("division by zero"), 70, "unexpected ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_error_of_others_becomes_one_of_ours(error: Exception, code: int, text: str) -> None:
+    found = known(error)
+    assert (found.code, str(found)) == (code, text)
+    assert bool(found.hint) == (code != 71)
+
+
+def test_an_error_of_ours_stays_as_it_is() -> None:
+    error = NicError("cause")
+    assert known(error) is error
 
 
 @given(st.text() | st.binary() | st.none() | st.integers())
