@@ -17,31 +17,26 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from select import POLLIN, poll
 
-from kvmifup import announce, cli, config, live, log, packets, report, run, systemd
+from kvmifup import announce, cli, config, packets, run, systemd
+from kvmifup.departure import Departures, Place
 from kvmifup.errors import JournalError, KvmIfupError, LockTimeoutError, known
 from kvmifup.events import DirectoryEvents, LinkEvents, NodeEvents, Touched
-from kvmifup.journal import Journal, Stamp, Store
-from kvmifup.kernel import Kernel
+from kvmifup.journal import Journal, Stamp
 from kvmifup.loop import Loop, Timer
-from kvmifup.metrics import Metrics
 from kvmifup.model import Nic, Phase
 from kvmifup.ops import ProxyNeighbour
-from kvmifup.run import Outcome, Ready, Session
+from kvmifup.run import Outcome, Ready
+from kvmifup.runner import PROGRAM, Runner
 from kvmifup.service import Service
-from kvmifup.timing import Timed
 
-PROGRAM = "kvm-ifupd"
 SOCKET = "agent.sock"
 
-ANSWER = 0.05  # seconds that a guest has to answer before it counts as gone
-AGAIN = 0.2  # seconds between two such questions
 SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
 RECHECK = 1.0  # seconds after an arrival, or a failure, until everything is looked at in full
 KILLED = 1.0  # seconds that a run's unfinished business stays unchanged before somebody asks whether it was killed
@@ -51,9 +46,6 @@ DONE = 0.02  # seconds between two looks whether the last hook has come to its e
 COUNT = 15.0  # seconds between two writings of the metrics
 METRICS = "metrics.prom"
 RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
-FRAMES = 64  # of one uplink at a time
-
-Address = tuple[str, str]  # uplink, address
 
 
 @dataclass
@@ -66,14 +58,12 @@ class Watched:
     phase: Phase
     pending: bool
     since: float
-    proxied: frozenset[Address]
+    proxied: frozenset[Place]
     listener: socket.socket | None = None
     ready: Ready | None = None
     said: bool = False  # whether it has been said that it is armed
     tries: int = 0  # to undo what a killed run has left
     timers: list[Timer] = field(default_factory=list)
-    asked: float = 0.0
-    asking: bool = False
 
     def is_of(self, journal: Journal) -> bool:
         """Whether *journal* is about this guest: by now the tap may be another one's, or there for another one."""
@@ -95,14 +85,10 @@ class Agent:
         self, loop: Loop, listener: socket.socket, run_dir: Path, say: Callable[[str], None], *, activated: bool
     ) -> None:
         self.loop = loop
-        self._say = say
-        self.run_dir = run_dir
-        self.store = Store(run_dir)
-        self.config = config.load(None)
+        self.runner = Runner(run_dir, say)
         self.activated = activated
         self.taps: dict[str, Watched] = {}
-        self.uplinks: dict[tuple[str, int], tuple[socket.socket, int]] = {}  # by device and family; with its index
-        self.metrics = Metrics()
+        self._departures = Departures(loop, self.runner)
         self.announcing = 0
         self._looking = self._look_again = False
         self._settling = False
@@ -110,7 +96,7 @@ class Agent:
         self._meanwhile: list[Touched] = []  # what has changed while something is prepared
         self._preparing = self._stopping = False
         self._unreadable: dict[str, Stamp] = {}
-        self._changed = DirectoryEvents(loop, self.store.directory, self._journals_changed)
+        self._changed = DirectoryEvents(loop, self.runner.store.directory, self._journals_changed)
         LinkEvents(loop, self._devices_gone, self._resync)
         self._node = NodeEvents(loop, self._outdate)
         self.service = Service(loop, listener, self.announce_later, self._ran)
@@ -120,36 +106,26 @@ class Agent:
         self.began = time.time()
         loop.work(partial(self._collect, None, BUSY))
         self.look()
-        loop.later(min(RESYNC, self.config.agent.idle_exit or RESYNC), self._periodically)
+        loop.later(min(RESYNC, self.runner.config.agent.idle_exit or RESYNC), self._periodically)
         self._count()
         self._watchdog = systemd.watchdog() / 2
         self._watched()
 
-    def say(self, line: str, nic: str = "") -> None:
-        """Tell the log, and whoever watches. From any thread."""
-        what = f"{nic}: {line}" if nic else line
-        self._say(what)
-        live.tell(self.run_dir, PROGRAM, {"nic": nic, "what": what})
-
     def _ran(self, program: str, code: int, seconds: float, failure: KvmIfupError | None) -> None:
         """A hook has come to its end. From its thread."""
         if program in cli.PHASES:
-            self.metrics.add("kvm_ifup_runs_total", program=program, code=str(code))
-            self.metrics.took("kvm_ifup_run_seconds", seconds, program=program)
-        self._failed(failure)
-
-    def _failed(self, failure: KvmIfupError | None) -> None:
-        if failure and failure.undone:
-            self.metrics.add("kvm_ifup_rollbacks_total")
+            self.runner.metrics.add("kvm_ifup_runs_total", program=program, code=str(code))
+            self.runner.metrics.took("kvm_ifup_run_seconds", seconds, program=program)
+        self.runner.failed(failure)
 
     def _count(self) -> None:
         """Write down what has been counted, for the node exporter."""
         phases = Counter(one.phase for one in self.taps.values())
         for phase in (Phase.PRE, Phase.POST):
-            self.metrics.set("kvm_ifup_nics", phases[phase], phase=phase.name.lower())
-        self.metrics.set("kvm_ifup_armed", sum(one.listener is not None for one in self.taps.values()))
+            self.runner.metrics.set("kvm_ifup_nics", phases[phase], phase=phase.name.lower())
+        self.runner.metrics.set("kvm_ifup_armed", sum(one.listener is not None for one in self.taps.values()))
         with suppress(OSError):
-            self.metrics.write(self.run_dir / METRICS)
+            self.runner.metrics.write(self.runner.run_dir / METRICS)
         self.loop.later(COUNT, self._count)
 
     def _watched(self) -> None:
@@ -165,7 +141,7 @@ class Agent:
         self._stopping = True
         systemd.notify("STOPPING=1")
         if not self.activated:
-            (self.run_dir / SOCKET).unlink(missing_ok=True)  # first: whoever comes now does it by itself
+            (self.runner.run_dir / SOCKET).unlink(missing_ok=True)  # first: whoever comes now does it by itself
         self.service.close()
         self.loop.later(DONE, self._stop_when_done)
 
@@ -184,8 +160,7 @@ class Agent:
         self.loop.close()
         for source in (one.listener for one in self.taps.values() if one.listener):
             source.close()
-        for source, _ in self.uplinks.values():
-            source.close()
+        self._departures.close()
 
     # --- what there is to watch -------------------------------------------------------------------------
 
@@ -210,17 +185,17 @@ class Agent:
 
     def _find(self, known: dict[str, Stamp]) -> tuple[set[str], dict[str, Watched]]:
         """In a thread: all taps that have a journal, and what is new of them."""
-        stamps = self.store.stamps()
+        stamps = self.runner.store.stamps()
         taps = set(stamps)
         news = {}
         for tap, stamp in sorted(stamps.items()):
             if stamp == known.get(tap):
                 continue
             try:
-                journal = self.store.load(tap)
+                journal = self.runner.store.load(tap)
             except (JournalError, OSError) as error:
                 if self._unreadable.get(tap) != stamp:
-                    self.say(f"{tap}: {error}")
+                    self.runner.say(f"{tap}: {error}")
                 self._unreadable[tap] = stamp
                 continue
             if journal is None:
@@ -239,15 +214,15 @@ class Agent:
         return taps, news
 
     def _time_left(self, one: Watched) -> float:
-        return one.since + self.config.agent.arrival_timeout - time.time()
+        return one.since + self.runner.config.agent.arrival_timeout - time.time()
 
     def _arm(self, one: Watched) -> None:
         """In a thread: listen first, so that nothing gets lost while post is prepared."""
         try:
             one.listener = packets.guest_listener(one.nic.tap, one.nic.mac)
         except OSError as error:
-            if is_device(one.nic.tap, one.ifindex):
-                self.say(f"cannot listen: {error.strerror}", one.nic.label)
+            if packets.is_device(one.nic.tap, one.ifindex):
+                self.runner.say(f"cannot listen: {error.strerror}", one.nic.label)
             return
         if one.since < self.began:  # it may have arrived while nobody listened
             with suppress(OSError):  # the tap is down: its guest cannot be here
@@ -271,12 +246,17 @@ class Agent:
                 one.tries = old.tries + 1 if old and old.pending else 0
                 delay = min(KILLED * 2**one.tries, RESYNC)
                 one.timers.append(self.loop.later(delay, partial(self._perhaps_killed, one)))
-            elif not is_device(tap, one.ifindex):
+            elif not packets.is_device(tap, one.ifindex):
                 self.collect([tap])
-        self._watch_uplinks()
+        self._look_after()
         if self._look_again:
             self._look_again = False
             self.look()
+
+    def _look_after(self) -> None:
+        """Tell the others where this node answers for whom."""
+        guests = {place: one.nic for one in self.taps.values() for place in one.proxied}
+        self._departures.look_after(guests if self.runner.config.agent.withdraw else {})
 
     def _prepare(self, one: Watched) -> None:
         """Have post for *one* made ready: one after the other, in a thread."""
@@ -300,7 +280,7 @@ class Agent:
         trouble: KvmIfupError | None = None
         try:
             # Whoever works on the tap may do so for long, and the others wait for us.
-            with self.session("agent", patience=BUSY) as session:
+            with self.runner.session(patience=BUSY) as session:
                 found = run.ready(one.nic.tap, session)
         except Exception as error:
             trouble = known(error)
@@ -315,10 +295,10 @@ class Agent:
         if isinstance(trouble, LockTimeoutError):
             one.timers.append(self.loop.later(RECHECK, partial(self._prepare, one)))
         elif trouble:
-            self.say(report.error_line("not ready for its arrival", trouble))
+            self.runner.complain("not ready for its arrival", trouble)
         if not one.said:
             one.said = True
-            self.say("armed", one.nic.label)
+            self.runner.say("armed", one.nic.label)
 
     def _outdate(self, touched: Touched) -> None:
         """What is ready and relies on *touched* has to be made ready again, once all is quiet."""
@@ -348,13 +328,14 @@ class Agent:
     def _give_up(self, tap: str) -> None:
         one = self.taps[tap]
         self._disarm(one)
-        self.say(f"the guest has not arrived in {self.config.agent.arrival_timeout:g} s: disarmed", one.nic.label)
+        seconds = self.runner.config.agent.arrival_timeout
+        self.runner.say(f"the guest has not arrived in {seconds:g} s: disarmed", one.nic.label)
 
     def _periodically(self) -> None:
-        idle = self.config.agent.idle_exit
+        idle = self.runner.config.agent.idle_exit
         busy = self.taps or self.service.callers or self.announcing or self.loop.working
         if self.activated and idle and not busy and time.monotonic() - self.service.last > idle:
-            self.say(f"nothing to look after for {idle:g} s: good-bye")
+            self.runner.say(f"nothing to look after for {idle:g} s: good-bye")
             self._stop()
         self._resync()
         self.loop.later(min(RESYNC, idle or RESYNC), self._periodically)
@@ -363,7 +344,7 @@ class Agent:
         """Whatever may have been missed."""
         with suppress(OSError):
             self._changed.renew()
-        self.collect([tap for tap, one in self.taps.items() if not is_device(tap, one.ifindex)])
+        self.collect([tap for tap, one in self.taps.items() if not packets.is_device(tap, one.ifindex)])
         for one in self.taps.values():
             if one.pending:
                 self._perhaps_killed(one)
@@ -371,12 +352,12 @@ class Agent:
 
     def _reload(self) -> None:
         try:
-            self.config = config.load(None)
+            self.runner.config = config.load(None)
         except KvmIfupError as error:
-            self.say(report.error_line("configuration not read", error))
+            self.runner.complain("configuration not read", error)
             return
-        self._watch_uplinks()
-        self.say("configuration read")
+        self._look_after()
+        self.runner.say("configuration read")
 
     # --- arrival ------------------------------------------------------------------------------------------
 
@@ -393,7 +374,7 @@ class Agent:
         frame = packets.name_of(data)
         self._node.catch_up()
         if one.ready and not one.ready.waits:
-            outcome = self._attempt(partial(run.arrive, one.ready), frame)
+            outcome = self.runner.attempt(partial(run.arrive, one.ready), frame)
             if outcome:
                 self._disarm(one)
                 self._arrived(one, frame, sent, outcome)
@@ -403,31 +384,16 @@ class Agent:
 
     def _settle(self, wanted: Callable[[Journal], bool], frame: str | None, tap: str) -> Outcome | KvmIfupError | None:
         """In a thread: post, from the beginning."""
-        return self._attempt(partial(run.settle, tap, wanted), frame)
-
-    def _attempt(self, what: Callable[[Session], Outcome | None], frame: str | None) -> Outcome | KvmIfupError | None:
-        """Do *what* in a session of ours; an error is a result as well."""
-        try:
-            begun = time.monotonic()
-            with self.session("agent", frame) as session:
-                outcome = what(session)
-        except Exception as error:
-            return known(error)
-        if outcome and any(change.needed for change in outcome.changes):
-            seconds = time.monotonic() - begun
-            log.run(PROGRAM, [outcome], None, seconds, "agent")
-            ops = session.kernel.seconds if isinstance(session.kernel, Timed) else None
-            live.run(self.run_dir, PROGRAM, [outcome], None, seconds, "agent", ops)
-        return outcome
+        return self.runner.attempt(partial(run.settle, tap, wanted), frame)
 
     def _arrived(self, one: Watched, frame: str, sent: float, outcome: Outcome | KvmIfupError | None) -> None:
         if isinstance(outcome, KvmIfupError):
             self._not_arrived(one, outcome)
         elif outcome:
             seconds = time.time() - sent
-            self.metrics.add("kvm_ifup_arrivals_total", frame=frame)
-            self.metrics.took("kvm_ifup_arrival_seconds", seconds)
-            self.say(f"arrived, first frame {frame}; wired {1000 * seconds:.1f} ms after it", outcome.label)
+            self.runner.metrics.add("kvm_ifup_arrivals_total", frame=frame)
+            self.runner.metrics.took("kvm_ifup_arrival_seconds", seconds)
+            self.runner.say(f"arrived, first frame {frame}; wired {1000 * seconds:.1f} ms after it", outcome.label)
             self._announce(outcome)
 
             # By then it may have left, and the tap wait for it or for another one.
@@ -439,15 +405,15 @@ class Agent:
 
     def _rechecked(self, outcome: Outcome | KvmIfupError | None) -> None:
         if isinstance(outcome, KvmIfupError):
-            self.say(report.error_line(PROGRAM, outcome))
+            self.runner.complain(PROGRAM, outcome)
         elif outcome:
             self._announce(outcome)
 
     def _not_arrived(self, one: Watched, error: KvmIfupError) -> None:
         """Say it, and try again at the guest's next frame."""
-        self.metrics.add("kvm_ifup_arrival_failures_total")
-        self._failed(error)
-        self.say(report.error_line("not arrived", error))
+        self.runner.metrics.add("kvm_ifup_arrival_failures_total")
+        self.runner.failed(error)
+        self.runner.complain("not arrived", error)
 
         def again() -> None:
             if self.taps.get(one.nic.tap) is one:
@@ -459,7 +425,7 @@ class Agent:
     # --- announcements ----------------------------------------------------------------------------------------
 
     def _announce(self, outcome: Outcome) -> None:
-        cli.announce_later([outcome], self.store, self.announce_later)
+        cli.announce_later([outcome], self.runner.store, self.announce_later)
 
     def announce_later(self, messages: Sequence[announce.Message], still_true: Callable[[], bool]) -> None:
         """Send *messages* again when it is time, as long as they are true. From any thread."""
@@ -477,7 +443,7 @@ class Agent:
                     announce.send(messages)
                     told = ", ".join(f"{address} on {uplink}" for uplink, address, _ in messages)
                     what = f"announced, round {number + 1} of {len(announce.SCHEDULE)}: {told}"
-                    live.tell(self.run_dir, PROGRAM, {"nic": "", "what": what})
+                    self.runner.tell(what)
             except OSError:  # the uplink has gone
                 number = len(announce.SCHEDULE)
             if number + 1 < len(announce.SCHEDULE):
@@ -489,83 +455,12 @@ class Agent:
 
         self.loop.later(announce.SCHEDULE[1], partial(round_from, 1))
 
-    # --- departure --------------------------------------------------------------------------------------------
-
-    def _watch_uplinks(self) -> None:
-        """Listen on every uplink where this node answers for a guest."""
-        wanted: set[tuple[str, int]] = set()
-        if self.config.agent.withdraw:
-            for one in self.taps.values():
-                wanted |= {(uplink, 6 if ":" in address else 4) for uplink, address in one.proxied}
-        for which, (_, index) in list(self.uplinks.items()):
-            if which not in wanted or not is_device(which[0], index):
-                self._leave_uplink(which)
-        for which in wanted - self.uplinks.keys():
-            with suppress(OSError):
-                index = socket.if_nametoindex(which[0])
-                listener = packets.uplink_listener(*which)
-                self.uplinks[which] = listener, index
-                self.loop.watch(listener, partial(self._heard_of, which))
-
-    def _leave_uplink(self, which: tuple[str, int]) -> None:
-        listener, _ = self.uplinks.pop(which)
-        self.loop.ignore(listener)
-        announce.close(listener)
-
-    def _heard_of(self, which: tuple[str, int]) -> None:
-        """Somebody on an uplink announces something: perhaps a guest of ours."""
-        uplink = which[0]
-        listener, _ = self.uplinks[which]
-        for _ in range(FRAMES):
-            try:
-                found = packets.announced(listener.recv(packets.SNAP))
-            except OSError:  # nothing more; or ENETDOWN, once: it is down, or gone and another look finds that out
-                return
-            # By ourselves, where two uplinks are on one segment: each hears what goes out of the other.
-            if found and found[1] not in self._own_macs():
-                address, mac = found
-                for one in self.taps.values():
-                    if (uplink, address) in one.proxied:
-                        self._perhaps_gone(one, f"{address} announced by {mac} on {uplink}")
-
-    def _own_macs(self) -> set[str]:
-        """The MACs that this node announces with."""
-        return {listener.getsockname()[4].hex(":") for listener, _ in self.uplinks.values()}
-
-    def _perhaps_gone(self, one: Watched, why: str) -> None:
-        now = time.monotonic()
-        if one.asking or now - one.asked < AGAIN:
-            return
-        one.asking, one.asked = True, now
-        self.loop.work(partial(self._ask_and_withdraw, one.nic, why), partial(self._asked, one))
-
-    def _asked(self, one: Watched, _: object) -> None:
-        one.asking = False
-
-    def _ask_and_withdraw(self, nic: Nic, why: str) -> None:
-        """In a thread."""
-        try:
-            if answers(nic, ANSWER):
-                self.say(f"{why}, but the guest runs here: nothing done", nic.label)
-                return
-            with self.session("agent", why) as session:
-                outcome = run.withdraw(nic.tap, session)
-        except OSError:
-            return  # the tap is gone, and that is dealt with elsewhere
-        except Exception as error:
-            self.say(report.error_line("not withdrawn", known(error)))
-            return
-        if outcome:
-            self.metrics.add("kvm_ifup_withdrawals_total")
-            self.say(f"{why}, and the guest does not answer here: route and proxy entries withdrawn", nic.label)
-
     # --- leftovers ----------------------------------------------------------------------------------------------
 
     def _devices_gone(self, indices: list[int]) -> None:
         gone = set(indices)
         self.collect([tap for tap, one in self.taps.items() if one.ifindex in gone])
-        if any(index in gone for _, index in self.uplinks.values()):
-            self._watch_uplinks()
+        self._departures.renew()
 
     def collect(self, taps: Sequence[str], patience: float | None = None) -> None:
         """Undo what is left of the dead NICs and killed runs among *taps*; later if somebody works on them."""
@@ -577,7 +472,7 @@ class Agent:
             self.loop.later(KILLED, partial(self._collect_again, taps))
 
     def _collect_again(self, taps: Sequence[str]) -> None:
-        self.collect([tap for tap in taps if (one := self.taps.get(tap)) and not is_device(tap, one.ifindex)])
+        self.collect([tap for tap in taps if (one := self.taps.get(tap)) and not packets.is_device(tap, one.ifindex)])
         for tap in taps:
             if (one := self.taps.get(tap)) and one.pending:
                 self._perhaps_killed(one)
@@ -589,49 +484,15 @@ class Agent:
     def _collect(self, taps: list[str] | None, patience: float | None) -> bool:
         """In a thread; whether somebody works on one of them."""
         try:
-            with self.session("agent", patience=patience) as session:
+            with self.runner.session(patience=patience) as session:
                 outcomes = run.gc(session, taps)
         except LockTimeoutError:
             return True
         except Exception as error:
-            self.say(report.error_line("not cleared up", known(error)))
+            self.runner.complain("not cleared up", error)
             return False
         for outcome in outcomes:
-            self.metrics.add("kvm_ifup_leftovers_total", sum(change.needed for change in outcome.undone))
+            self.runner.metrics.add("kvm_ifup_leftovers_total", sum(change.needed for change in outcome.undone))
             remarks = "".join(f"; {remark}" for remark in outcome.remarks)
-            self.say(f"cleared up, {len(outcome.undone)} undone{remarks}", outcome.label)
+            self.runner.say(f"cleared up, {len(outcome.undone)} undone{remarks}", outcome.label)
         return False
-
-    # --- helpers --------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def session(self, by: str, frame: str | None = None, patience: float | None = None) -> Iterator[Session]:
-        """What a run of ours works with. *patience*: seconds to wait for locks, if not what is configured."""
-        settings = self.config if patience is None else replace(self.config, lock_timeout=patience)
-        kernel = Kernel()
-        # Somebody who watches wants to know how long each op takes.
-        timed = Timed(kernel) if live.watched(self.run_dir) else kernel
-        try:
-            yield Session(timed, self.store, self.run_dir, settings, by=by, frame=frame)
-        finally:
-            kernel.close()
-
-
-def is_device(name: str, index: int) -> bool:
-    """Whether *name* is still the device with *index*."""
-    try:
-        return socket.if_nametoindex(name) == index
-    except OSError:
-        return False
-
-
-def answers(nic: Nic, seconds: float) -> bool:
-    """Whether the guest of *nic* is heard on its tap within *seconds*, when it is asked. Raises OSError."""
-    listener = packets.guest_listener(nic.tap, nic.mac)
-    try:
-        packets.send(nic.tap, packets.questions(nic))
-        waiting = poll()  # not select: it knows no descriptor above 1023
-        waiting.register(listener, POLLIN)
-        return bool(waiting.poll(1000 * seconds))
-    finally:
-        announce.close(listener)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvmifup import __version__, cli, config, report
-from kvmifup.agent import PROGRAM, SOCKET, Agent
+from kvmifup.agent import SOCKET, Agent
 from kvmifup.errors import KvmIfupError, LockTimeoutError, known
 from kvmifup.loop import Loop
+from kvmifup.runner import PROGRAM
 from kvmifup.systemd import activated, notify
 
 BACKLOG = 256

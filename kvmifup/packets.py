@@ -97,6 +97,14 @@ def _listen(dev: str, ethertype: int, program: list[Instruction]) -> socket.sock
     return listener
 
 
+def is_device(name: str, index: int) -> bool:
+    """Whether *name* is still the device with *index*: a listener stays with the device that it began with."""
+    try:
+        return socket.if_nametoindex(name) == index
+    except OSError:
+        return False
+
+
 def receive(listener: socket.socket) -> tuple[bytes, float]:
     """A frame of a `guest_listener`, and when the kernel got it, in seconds since 1970. Raises OSError."""
     frame, ancillary, _flags, _address = listener.recvmsg(SNAP, 64)
