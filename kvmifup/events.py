@@ -7,23 +7,19 @@ import fcntl
 import os
 import signal
 import socket
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmifup import netlink
 from kvmifup.loop import Loop
 
 RTNLGRP_LINK, RTNLGRP_ROUTE, RTNLGRP_NETCONF = (1,), (7, 11), (24, 25)  # linux/rtnetlink.h; IPv4, IPv6
-RTM_NEWLINK, RTM_DELLINK, RTM_NEWROUTE, RTM_DELROUTE, RTM_NEWNETCONF = 16, 17, 24, 25, 80
-RTA_DST = 1
+RTM_NEWNETCONF = 80
 NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
-HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
-IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 BUFFER = 1 << 20  # bytes: some thousand events
-RECEIVE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -33,17 +29,8 @@ class Message:
     kind: int
     body: bytes
 
-    def attribute(self, offset: int, wanted: int) -> bytes | None:
-        """The attribute *wanted* among those that begin at *offset*."""
-        while offset + 4 <= len(self.body):
-            length, kind = struct.unpack_from("=HH", self.body, offset)
-            if kind == wanted:
-                return self.body[offset + 4 : offset + length]
-            offset += max(length + 3 & ~3, 4)
-        return None
 
-
-class Netlink:
+class Subscription:
     """Calls *heard* with the messages of *groups*, *lost* when the kernel could not tell all."""
 
     def __init__(
@@ -60,7 +47,7 @@ class Netlink:
     def read(self) -> bool:
         """Take what has come; False if there was nothing."""
         try:
-            found = list(messages(self.socket.recv(RECEIVE)))
+            found = list(messages(self.socket.recv(netlink.RECEIVE)))
         except BlockingIOError:
             return False
         except OSError as error:
@@ -75,13 +62,13 @@ class Netlink:
 def messages(data: bytes) -> Iterator[Message]:
     """The netlink messages in *data*."""
     offset = 0
-    while offset + HEADER.size <= len(data):
-        length, kind, *_ = HEADER.unpack_from(data, offset)
-        yield Message(kind, data[offset + HEADER.size : offset + length])
-        offset += max(length + 3 & ~3, HEADER.size)
+    while offset + netlink.NLMSGHDR.size <= len(data):
+        length, kind, *_ = netlink.NLMSGHDR.unpack_from(data, offset)
+        yield Message(kind, data[offset + netlink.NLMSGHDR.size : offset + length])
+        offset += max(length + 3 & ~3, netlink.NLMSGHDR.size)
 
 
-class LinkEvents(Netlink):
+class LinkEvents(Subscription):
     """Calls *gone* with the indices of devices that have disappeared, *lost* when the kernel could not tell all."""
 
     def __init__(self, loop: Loop, gone: Callable[[list[int]], None], lost: Callable[[], None]) -> None:
@@ -94,7 +81,7 @@ class LinkEvents(Netlink):
 
 def removed(found: list[Message]) -> list[int]:
     """The indices of the devices whose removal *found* reports."""
-    links = (IFINFO.unpack_from(one.body) for one in found if one.kind == RTM_DELLINK)
+    links = (netlink.IFINFOMSG.unpack_from(one.body) for one in found if one.kind == netlink.RTM_DELLINK)
     # With another family it is not the device that goes: a port that leaves its bridge says AF_BRIDGE.
     return [index for family, _type, index, _flags, _change in links if family == socket.AF_UNSPEC]
 
@@ -110,7 +97,7 @@ class Touched:
 ANYTHING = Touched(frozenset({0}), frozenset({""}))
 
 
-class NodeEvents(Netlink):
+class NodeEvents(Subscription):
     """Calls *changed* when something has changed that a plan may have relied on: a device, what it forwards, a route.
 
     A socket of its own: in a storm of routes no device's end must get lost.
@@ -133,17 +120,19 @@ def touched(found: list[Message]) -> Touched:
     """What *found* is about. A default route's destination is "0.0.0.0/0" or "::/0"."""
     devices, routes = set(), set()
     for one in found:
-        if one.kind in (RTM_NEWLINK, RTM_DELLINK):
-            family, _type, index, _flags, _change = IFINFO.unpack_from(one.body)
+        if one.kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
+            family, _type, index, _flags, _change = netlink.IFINFOMSG.unpack_from(one.body)
             if family == socket.AF_UNSPEC:
                 devices.add(index)
-        elif one.kind in (RTM_NEWROUTE, RTM_DELROUTE):
+        elif one.kind in (netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE):
             family, length = one.body[:2]
-            packed = one.attribute(12, RTA_DST) or bytes(16 if family == socket.AF_INET6 else 4)  # struct rtmsg
+            destination = netlink.attributes(one.body, netlink.RTMSG.size).get(netlink.RTA_DST)
+            packed = destination or bytes(16 if family == socket.AF_INET6 else 4)
             with suppress(ValueError, OSError):  # of a family that is none of ours
                 routes.add(f"{socket.inet_ntop(family, packed)}/{length}")
         elif one.kind == RTM_NEWNETCONF:
-            index = int.from_bytes(one.attribute(4, NETCONFA_IFINDEX) or b"", sys.byteorder, signed=True)
+            packed = netlink.attributes(one.body, 4).get(NETCONFA_IFINDEX, b"")
+            index = int.from_bytes(packed, sys.byteorder, signed=True)
             if index != NETCONFA_IFINDEX_DEFAULT:
                 devices.add(max(index, 0))  # -1 is the one for all
     return Touched(frozenset(devices), frozenset(routes))

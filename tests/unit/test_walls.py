@@ -74,7 +74,9 @@ def test_only_kernel_imports_pyroute2() -> None:
 
 
 def test_only_kernel_asks_and_changes_the_kernel_by_netlink() -> None:
-    assert importers("kvmifup.netlink") == {"kernel"}
+    assert {name for name, tree in MODULES.items() if "Netlink" in words(tree)} == {"netlink", "kernel"}
+    # What it is told unasked has the same layouts.
+    assert importers("kvmifup.netlink") == {"kernel", "events"}
 
 
 def test_only_config_and_inputs_import_a_toml_parser() -> None:
