@@ -153,7 +153,9 @@ def drift(
         before, now = moved
         yield Finding(
             f"uplink: {', '.join(before)} -> {', '.join(now) or 'none'}",
-            "the default route has moved, or [routed] uplinks: the node answers for the guest where nobody asks",
+            "the default route has moved, or [routed] uplinks: the node answers for the guest where nobody asks"
+            if now or config.routed.uplinks is not None
+            else "there is no default route, which tells the uplinks: what was done there stays",
         )
     consequences = {*moved[0], *moved[1]} if moved else set()
     for change in missing:

@@ -202,6 +202,23 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
         yield POST, Announce(messages, announce)
 
 
+def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:
+    """Whether *op* was done on an uplink that cannot be told now: no default route of its family leads anywhere.
+
+    So it is while an uplink is down, and for a while after. Nothing says that it has become wrong.
+    """
+    if nic.mode != "routed" or config.routed.uplinks is not None:
+        return False
+    match op:
+        case ProxyNeighbour():
+            family, wanted = family_of(op.address), op.address in map(bare, filter(is_host, nic.ip))
+        case Sysctl(on_uplink=True):
+            family, wanted = op.family, any(is_host(prefix) and prefix.version == op.family for prefix in nic.ip)
+        case _:
+            return False
+    return wanted and all(uplink.family != family for uplink in facts.uplinks)
+
+
 def only_here(op: Op) -> bool:
     """Whether *op* draws a guest's traffic to this node, so that it must be undone as soon as the guest has left."""
     return isinstance(op, Route | ProxyNeighbour)
@@ -280,6 +297,11 @@ def withdrawal(nic: Nic, facts: NodeFacts) -> tuple[Op, ...]:
 def is_host(prefix: Prefix) -> bool:
     """A single address: it gets a proxy neighbour and is announced; a prefix must be routed to the node."""
     return prefix.prefixlen == prefix.max_prefixlen
+
+
+def family_of(address: str) -> int:
+    """4 or 6."""
+    return 6 if ":" in address else 4
 
 
 def bare(prefix: Prefix) -> str:

@@ -120,7 +120,8 @@ def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tupl
         ops = phases.plan(phase, nic, session.config, facts, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
     before = journal or Journal(nic, facts.tap.ifindex)
-    kept = {op.key for op in everything}
+    unseen = (entry.op for entry in before.entries if phases.unseen(entry.op, nic, session.config, facts))
+    kept = {op.key for op in (*everything, *unseen)}
     dropped = [entry for entry in before.entries if entry.op.key not in kept]
     obsolete = undoing(unshared(before, dropped, session), session)
     changes = (*obsolete, *survey(ops, session.kernel, before))

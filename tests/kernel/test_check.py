@@ -132,6 +132,11 @@ FAULTS: dict[str, tuple[str, Callable[[Node], None], tuple[str, ...]]] = {
         (f"{GUEST_IP4}/32 is already routed out of eth0 in table 254", "given to somebody else"),
     ),
     "uplink changed": (ROUTED, default_route_to_another_device, ("uplink: eth0 -> eth1", "default route has moved")),
+    "no default route": (
+        ROUTED,
+        do("route del default", "-6 route del default"),
+        ("uplink: eth0 -> none", "there is no default route"),
+    ),
     "forwarding off": (
         ROUTED,
         change("ipv4/conf/eth0/forwarding", 0),
@@ -164,14 +169,14 @@ FAULTS: dict[str, tuple[str, Callable[[Node], None], tuple[str, ...]]] = {
     ),
 }
 # What no repetition of a hook mends.
-NOT_OURS = {"blocking", "learning", "route elsewhere", "forwarding off", "rp_filter drops"}
+NOT_OURS = {"blocking", "learning", "route elsewhere", "forwarding off", "rp_filter drops", "no default route"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named_and_repaired(node: Node, fault: str) -> None:
     nic, plant, words = FAULTS[fault]
     wire(node, nic)
-    right = netns.snapshot_of_kernel()
+    right, proxied = netns.snapshot_of_kernel(), netns.proxies()
     plant(node)
     code, findings = found()
     assert code == 1
@@ -181,6 +186,7 @@ def test_a_planted_fault_is_named_and_repaired(node: Node, fault: str) -> None:
     repaired = call("kvm-ifup", "check", "--repair", "tap0")
     if fault in NOT_OURS:
         assert repaired.code == 1
+        assert netns.proxies() >= proxied
         return
     assert (repaired.code, repaired.err) == (0, "")
     assert "repaired: web1.example.com/0 (tap0): " in repaired.out

@@ -24,7 +24,7 @@ from kvmifup.model import Config, ExtConfig, Nic, Phase, RoutedConfig
 from kvmifup.ops import LinkMtu, LinkUp, Neighbour, Op, OvsPort, Program, ProxyNeighbour, Route, Rule, Sysctl, Value
 
 from .nodes import FailingStore, FakeKernel, Killed, identity, on_disk
-from .samples import BRIDGED, DUAL, ETH1_4, ETH1_6, EXT, OVS, ROUTED, nets
+from .samples import BRIDGED, DUAL, ETH0_4, ETH1_4, ETH1_6, EXT, OVS, ROUTED, nets
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -323,6 +323,38 @@ def test_an_uplink_that_is_gone_needs_no_clearing_up(node: Node) -> None:
     assert {op.dev for op in node.kernel.of(ProxyNeighbour) if isinstance(op, ProxyNeighbour)} == {"eth1"}
     node.down()
     assert node.kernel.values == {}
+
+
+def test_where_the_node_answers_stays_while_no_default_route_tells_the_uplinks(node: Node) -> None:
+    node.post(DUAL)
+    values, files = dict(node.kernel.values), on_disk(node.run_dir)
+    node.kernel.uplinks = (ETH0_4,)
+    node.post(DUAL)
+    node.kernel.uplinks = ()
+    node.pre(DUAL)
+    node.post(DUAL)
+    assert (node.kernel.values, on_disk(node.run_dir)) == (values, files)
+    node.down()
+    assert node.kernel.values == {}
+
+
+@pytest.mark.parametrize("nic", [replace(DUAL, ip=nets("192.0.2.10")), replace(DUAL, ip=nets("192.0.2.8/31")), BRIDGED])
+def test_without_one_what_the_nic_is_not_to_have_any_more_goes_all_the_same(nic: Nic, node: Node) -> None:
+    node.post(DUAL)
+    node.kernel.uplinks = ()
+    node.post(nic)
+    assert node.kernel.of(ProxyNeighbour) == []
+    assert node.kernel.values.get(PROXY_NDP.key) is None
+    node.down()
+    assert node.kernel.values == {}
+
+
+def test_no_uplinks_because_the_administrator_wants_none(node: Node) -> None:
+    node.post(DUAL)
+    node.config = replace(node.config, routed=RoutedConfig(uplinks=()))
+    node.post(DUAL)
+    assert node.kernel.of(ProxyNeighbour) == []
+    assert {op.dev for op in node.kernel.of(Sysctl) if isinstance(op, Sysctl)} == {"tap0"}
 
 
 # --- what NICs share ----------------------------------------------------------------------------------
