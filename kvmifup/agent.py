@@ -1,4 +1,4 @@
-"""kvm-ifupd: hooks run warm, post at a guest's arrival, withdrawal when it has left, and no leftovers.
+"""kvm-ifupd: hooks run warm, post at a guest's arrival, withdrawal when it has left, nothing lost, nothing left over.
 
 What is to be watched is in the journals, so an agent that starts anew, or that has not run the hooks itself,
 watches the same:
@@ -6,7 +6,8 @@ watches the same:
 =====================  ===================================================================================
 a journal in pre       armed: its guest has yet to arrive here, or may come back. The first frame out of the
                        tap that the guest has sent says that it runs here
-a journal in post      an announcement of its addresses by another node says that it may have left
+a journal in post      an announcement of its addresses by another node says that it may have left; an uplink that
+                       comes up again has forgotten for whom this node answers
 any                    the tap's disappearance says that it is over
 =====================  ===================================================================================
 """
@@ -31,6 +32,7 @@ from kvmifup.journal import Journal, Stamp
 from kvmifup.loop import Loop, Timer
 from kvmifup.model import Nic, Phase
 from kvmifup.ops import ProxyNeighbour
+from kvmifup.restore import Restorations
 from kvmifup.run import Outcome, Ready
 from kvmifup.runner import PROGRAM, Runner
 from kvmifup.service import Service
@@ -89,6 +91,7 @@ class Agent:
         self.activated = activated
         self.taps: dict[str, Watched] = {}
         self._departures = Departures(loop, self.runner)
+        self._restorations = Restorations(loop, self.runner, self.announce_later)
         self.announcing = 0
         self._looking = self._look_again = False
         self._settling = False
@@ -97,7 +100,7 @@ class Agent:
         self._preparing = self._stopping = False
         self._unreadable: dict[str, Stamp] = {}
         self._changed = DirectoryEvents(loop, self.runner.store.directory, self._journals_changed)
-        LinkEvents(loop, self._devices_gone, self._resync)
+        LinkEvents(loop, self._devices_gone, self._restorations.up_again, self._missed)
         self._node = NodeEvents(loop, self._outdate)
         self.service = Service(loop, listener, self.announce_later, self._ran)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -256,6 +259,7 @@ class Agent:
     def _look_after(self) -> None:
         """Tell the others where this node answers for whom."""
         guests = {place: one.nic for one in self.taps.values() for place in one.proxied}
+        self._restorations.look_after(guests)
         self._departures.look_after(guests if self.runner.config.agent.withdraw else {})
 
     def _prepare(self, one: Watched) -> None:
@@ -349,6 +353,11 @@ class Agent:
             if one.pending:
                 self._perhaps_killed(one)
         self.look()
+
+    def _missed(self) -> None:
+        """The kernel has not told all about devices."""
+        self._resync()
+        self._restorations.all_up_again()
 
     def _reload(self) -> None:
         try:

@@ -18,6 +18,7 @@ from kvmifup.loop import Loop
 
 RTNLGRP_LINK, RTNLGRP_ROUTE, RTNLGRP_NETCONF = (1,), (7, 11), (24, 25)  # linux/rtnetlink.h; IPv4, IPv6
 RTM_NEWNETCONF = 80
+IFF_UP, IFF_LOWER_UP = 0x1, 0x10000  # linux/if.h
 NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
 BUFFER = 1 << 20  # bytes: some thousand events
 
@@ -69,12 +70,25 @@ def messages(data: bytes) -> Iterator[Message]:
 
 
 class LinkEvents(Subscription):
-    """Calls *gone* with the indices of devices that have disappeared, *lost* when the kernel could not tell all."""
+    """Calls *gone* with the indices of devices that have disappeared, *up* with the names of those that have come up.
 
-    def __init__(self, loop: Loop, gone: Callable[[list[int]], None], lost: Callable[[], None]) -> None:
+    And *lost* when the kernel could not tell all.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        gone: Callable[[list[int]], None],
+        up: Callable[[list[str]], None],
+        lost: Callable[[], None],
+    ) -> None:
+        down: set[int] = set()
+
         def heard(found: list[Message]) -> None:
             if removed_ones := removed(found):
                 gone(removed_ones)
+            if risen_ones := risen(found, down):
+                up(risen_ones)
 
         super().__init__(loop, RTNLGRP_LINK, heard, lost)
 
@@ -84,6 +98,29 @@ def removed(found: list[Message]) -> list[int]:
     links = (netlink.IFINFOMSG.unpack_from(one.body) for one in found if one.kind == netlink.RTM_DELLINK)
     # With another family it is not the device that goes: a port that leaves its bridge says AF_BRIDGE.
     return [index for family, _type, index, _flags, _change in links if family == socket.AF_UNSPEC]
+
+
+def risen(found: list[Message], down: set[int]) -> list[str]:
+    """The names of the devices that *found* reports to have come up, with a carrier.
+
+    *down* has the indices of those that are not, and is kept so. Whoever sets a device up or down says that this
+    has changed; a carrier comes and goes without such a word.
+    """
+    names = []
+    for one in found:
+        if one.kind not in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
+            continue
+        family, _type, index, flags, changed = netlink.IFINFOMSG.unpack_from(one.body)
+        if family != socket.AF_UNSPEC:
+            continue
+        if one.kind == netlink.RTM_NEWLINK and not flags & IFF_LOWER_UP:
+            down.add(index)
+            continue
+        if one.kind == netlink.RTM_NEWLINK and (index in down or changed & IFF_UP):
+            name = netlink.attributes(one.body, netlink.IFINFOMSG.size).get(netlink.IFLA_IFNAME)
+            names.append(netlink.text(name) or "")
+        down.discard(index)
+    return names
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ Nothing here reads a file, a clock or the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvmifup.errors import NotReadyError
 from kvmifup.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Uplink
@@ -193,13 +193,27 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
             for address in proxied:
                 yield POST, ProxyNeighbour(uplink.name, address, True)
     messages = tuple(
-        (uplink.name, bare(host), (uplink.source or bare(host)) if host.version == 6 else bare(host))
-        for uplink in uplinks
-        for host in hosts
-        if host.version == uplink.family
+        message(uplink, bare(host)) for uplink in uplinks for host in hosts if host.version == uplink.family
     )
     if messages:
         yield POST, Announce(messages, announce)
+
+
+def message(uplink: Uplink, address: str) -> tuple[str, str, str]:
+    """What `Announce` takes to announce *address* on *uplink*."""
+    return uplink.name, address, uplink.source or address
+
+
+def again(name: str, done: Iterable[Op], facts: NodeFacts) -> tuple[Op, ...]:
+    """Those of the ops *done* for a routed NIC that are about its uplink *name*, and their announcement."""
+    ops = [op for op in done if getattr(op, "dev", None) == name]
+    messages = tuple(
+        message(uplink, op.address)
+        for uplink in facts.uplinks
+        for op in ops
+        if isinstance(op, ProxyNeighbour) and family_of(op.address) == uplink.family
+    )
+    return (*ops, Announce(messages, False)) if messages else tuple(ops)
 
 
 def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:

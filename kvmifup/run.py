@@ -304,6 +304,33 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
         return Outcome(journal.nic.label, journal.nic, tap, Phase.PRE, undone)
 
 
+def restore(tap: str, uplink: str, session: Session) -> Outcome | None:
+    """Put back what the NIC on *tap* has lost on *uplink*: the kernel forgets proxy neighbours when it goes down.
+
+    What that was is in the journal. A plan would look for the default route to find the uplinks, and that comes
+    back later than the device: until then it would take away all that it should put back.
+
+    None if the guest does not run here, or the uplink has gone. Raises what `apply.apply` raises,
+    LockTimeoutError and JournalError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        journal = undisturbed(tap, session)
+        if journal is None or journal.phase is not Phase.POST or session.kernel.ifindex(uplink) is None:
+            return None
+        stack.enter_context(about(journal.nic.label))
+        only = replace(session.config, routed=replace(session.config.routed, uplinks=(uplink,)))
+        facts = session.kernel.facts(journal.nic, only)
+        ops = phases.again(uplink, [entry.op for entry in journal.entries], facts)
+        changes = survey(ops, session.kernel)
+        after = journal
+        if any(change.needed for change in changes):
+            after = replace(journal, since=time.time(), by=session.by, frame=session.frame)
+        apply([Job(changes, journal, True, after)], session.kernel, session.store)
+        return Outcome(journal.nic.label, journal.nic, tap, Phase.POST, changes=changes)
+
+
 # --- down -----------------------------------------------------------------------------------------------
 
 

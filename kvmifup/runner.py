@@ -61,12 +61,12 @@ class Runner:
             kernel.close()
 
     def attempt(
-        self, what: Callable[[Session], Outcome | None], frame: str | None = None
+        self, what: Callable[[Session], Outcome | None], frame: str | None = None, patience: float | None = None
     ) -> Outcome | KvmIfupError | None:
         """Do *what*; an error is a result as well."""
         try:
             begun = time.monotonic()
-            with self.session(frame) as session:
+            with self.session(frame, patience) as session:
                 outcome = what(session)
         except Exception as error:
             return known(error)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup.events import ANYTHING, DirectoryEvents, Message, messages, removed, touched
+from kvmifup.events import ANYTHING, DirectoryEvents, Message, messages, removed, risen, touched
 from kvmifup.loop import Loop
 
 NEWLINK, DELLINK, NEWROUTE, DELROUTE, NEWNETCONF = 16, 17, 24, 25, 80
@@ -53,6 +53,35 @@ def netconf(index: int) -> bytes:
 def test_only_a_device_that_goes_is_removed() -> None:
     data = link(NEWLINK, 3) + link(DELLINK, 4) + link(DELLINK, 5, AF_BRIDGE) + link(DELLINK, 6)
     assert removed(list(messages(data))) == [4, 6]
+
+
+def state(index: int, flags: int, changed: int = 0, name: bytes = b"eth0") -> bytes:
+    """How a device is now, and what of it somebody has changed."""
+    return netlink(NEWLINK, struct.pack("=BxHiII", 0, 1, index, flags, changed) + attribute(3, name + b"\0"))
+
+
+UP, CARRIER = 0x1, 0x10000
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (state(3, UP | CARRIER), []),  # it was up, as far as anybody knows
+        (state(3, 0, UP) + state(3, UP | CARRIER, UP), ["eth0"]),
+        (state(3, UP | CARRIER, UP), ["eth0"]),  # somebody has just done so
+        (state(3, 0, UP) + state(3, UP, UP), []),  # no carrier yet
+        (state(3, 0, UP) + state(3, UP, UP) + state(3, UP | CARRIER) + state(3, UP | CARRIER), ["eth0"]),
+        (state(3, UP) + state(3, UP | CARRIER) + state(3, UP) + state(3, UP | CARRIER), ["eth0", "eth0"]),
+        (state(3, UP) + state(4, UP | CARRIER, 0, b"eth1"), []),
+        (state(3, UP) + link(DELLINK, 3) + state(3, UP | CARRIER), []),
+        (state(9, UP | CARRIER, 0xFFFFFFFF, b"new"), ["new"]),  # made so
+        (state(3, UP) + link(NEWLINK, 3, AF_BRIDGE) + state(3, UP), []),
+    ],
+)
+def test_which_devices_have_come_up(data: bytes, names: list[str]) -> None:
+    assert risen(list(messages(data)), set()) == names
+    down: set[int] = set()
+    assert [name for one in messages(data) for name in risen([one], down)] == names
 
 
 def test_what_is_touched() -> None:

@@ -24,7 +24,7 @@ from kvmifup.model import Config, ExtConfig, Nic, Phase, RoutedConfig
 from kvmifup.ops import LinkMtu, LinkUp, Neighbour, Op, OvsPort, Program, ProxyNeighbour, Route, Rule, Sysctl, Value
 
 from .nodes import FailingStore, FakeKernel, Killed, identity, on_disk
-from .samples import BRIDGED, DUAL, ETH0_4, ETH1_4, ETH1_6, EXT, OVS, ROUTED, nets
+from .samples import BRIDGED, DUAL, ETH0_4, ETH0_6, ETH1_4, ETH1_6, EXT, OVS, ROUTED, nets
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -355,6 +355,83 @@ def test_no_uplinks_because_the_administrator_wants_none(node: Node) -> None:
     node.post(DUAL)
     assert node.kernel.of(ProxyNeighbour) == []
     assert {op.dev for op in node.kernel.of(Sysctl) if isinstance(op, Sysctl)} == {"tap0"}
+
+
+# --- an uplink that was down ----------------------------------------------------------------------------
+
+
+def lose(node: Node, *lost: Op) -> None:
+    """The kernel has forgotten *lost*, or all that it answers for."""
+    for op in lost or node.kernel.of(ProxyNeighbour):
+        del node.kernel.values[op.key]
+
+
+def restore(node: Node) -> run.Outcome | None:
+    """eth0 is up again."""
+    node.kernel.indexes["eth0"] = 2
+    return run.restore("tap0", "eth0", node.session())
+
+
+def test_what_was_lost_on_an_uplink_is_put_back_and_announced(node: Node) -> None:
+    node.post(DUAL)
+    values = dict(node.kernel.values)
+    lose(node, PROXY_NDP, *node.kernel.of(ProxyNeighbour))
+    before = len(node.kernel.writes)
+    outcome = restore(node)
+    assert outcome is not None
+    assert outcome.announced == (("eth0", "192.0.2.8", "192.0.2.8"), ("eth0", "2001:db8::8", "fe80::1"))
+    kinds = [op.kind for op in node.kernel.writes[before:]]
+    assert kinds == ["proxy-neighbour", "sysctl", "proxy-neighbour", "announce"]
+    assert node.kernel.values == values
+    # Once more: nothing to do, and nothing is written.
+    files = identity(node.run_dir)
+    again = restore(node)
+    assert again is not None
+    assert not any(change.needed for change in again.changes)
+    assert identity(node.run_dir) == files
+    node.down()
+    assert node.kernel.values == {}
+
+
+def test_only_what_is_on_the_uplink_that_is_up_again(node: Node) -> None:
+    node.kernel.uplinks = (ETH0_4, ETH1_4, ETH0_6)
+    node.post(DUAL)
+    lose(node)
+    node.kernel.uplinks = (ETH0_4, replace(ETH1_4, up=False), ETH0_6)  # this one may stay down for long
+    restore(node)
+    proxied = {(op.dev, op.address) for op in node.kernel.of(ProxyNeighbour) if isinstance(op, ProxyNeighbour)}
+    assert proxied == {("eth0", "192.0.2.8"), ("eth0", "2001:db8::8")}
+
+
+def test_nothing_is_put_back_for_a_guest_that_does_not_run_here(node: Node) -> None:
+    assert restore(node) is None
+    node.pre(DUAL)
+    assert restore(node) is None
+    node.post(DUAL)
+    run.withdraw("tap0", node.session())
+    assert restore(node) is None
+    node.post(DUAL)
+    node.kernel.replace_tap("tap0")
+    assert restore(node) is None
+    del node.kernel.indexes["eth0"]
+    assert run.restore("tap0", "eth0", node.session()) is None
+
+
+def test_a_restoration_that_fails_or_is_killed_leaves_what_the_next_run_mends(nodes: Callable[[], Node]) -> None:
+    step = 0
+    killed = True
+    while killed:
+        node = nodes()
+        node.post(DUAL)
+        whole = dict(node.kernel.values)
+        lose(node)
+        killed = killed_at(step, node, lambda: restore(node))  # noqa: B023 (called at once)
+        node.post(DUAL)
+        assert node.kernel.values == whole, f"step {step}"
+        node.down()
+        assert node.kernel.values == {}, f"step {step}"
+        step += 1
+    assert step > 4
 
 
 # --- what NICs share ----------------------------------------------------------------------------------

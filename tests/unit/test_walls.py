@@ -218,7 +218,7 @@ def test_every_error_raised_on_purpose_is_one_of_ours(name: str) -> None:
 
 
 def test_importing_everything_else_leaves_pyroute2_alone() -> None:
-    agent = ("kernel", "runner", "departure", "agent", "daemon")
+    agent = ("kernel", "runner", "departure", "restore", "agent", "daemon")
     names = [f"kvmifup.{name}" for name in MODULES if name not in (*agent, "__init__")]
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
