@@ -355,11 +355,11 @@ def test_threads_see_what_was_there_when_their_run_began(store: Store) -> None:
     store.save(SAMPLE)
     assert seen(store, "192.0.2.8/32") == ["tap0"]
     by_other_hands(store, Journal(replace(DUAL, tap="tap1"), 8), "renamed")
-    fresh: list[list[str]] = []
-    thread = threading.Thread(target=lambda: fresh.append([one.nic.tap for one in store.others("", "192.0.2.8/32")]))
+    fresh: list[set[str]] = []
+    thread = threading.Thread(target=lambda: fresh.append({one.nic.tap for one in store.others("", "192.0.2.8/32")}))
     thread.start()
     thread.join()
-    assert fresh == [["tap0", "tap1"]]
+    assert fresh == [{"tap0", "tap1"}]
 
 
 @contextmanager
