@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from kvmifup import announce, cli, config, packets, run, systemd
+from kvmifup import announce, cli, config, log, packets, run, systemd
 from kvmifup.departure import Departures, Place
 from kvmifup.errors import JournalError, KvmIfupError, LockTimeoutError, known
 from kvmifup.events import DirectoryEvents, LinkEvents, NodeEvents, Touched
@@ -34,7 +34,7 @@ from kvmifup.model import Nic, Phase
 from kvmifup.ops import ProxyNeighbour
 from kvmifup.restore import Restorations
 from kvmifup.run import Outcome, Ready
-from kvmifup.runner import PROGRAM, Runner
+from kvmifup.runner import Runner
 from kvmifup.service import Service
 
 SOCKET = "agent.sock"
@@ -84,7 +84,7 @@ class Agent:
     """Everything in one loop; what may take a while is done by its threads."""
 
     def __init__(
-        self, loop: Loop, listener: socket.socket, run_dir: Path, say: Callable[[str], None], *, activated: bool
+        self, loop: Loop, listener: socket.socket, run_dir: Path, say: Callable[[str, int], None], *, activated: bool
     ) -> None:
         self.loop = loop
         self.runner = Runner(run_dir, say)
@@ -198,7 +198,7 @@ class Agent:
                 journal = self.runner.store.load(tap)
             except (JournalError, OSError) as error:
                 if self._unreadable.get(tap) != stamp:
-                    self.runner.say(f"{tap}: {error}")
+                    self.runner.say(f"{tap}: {error}", severity=log.ERROR)
                 self._unreadable[tap] = stamp
                 continue
             if journal is None:
@@ -225,7 +225,7 @@ class Agent:
             one.listener = packets.guest_listener(one.nic.tap, one.nic.mac)
         except OSError as error:
             if packets.is_device(one.nic.tap, one.ifindex):
-                self.runner.say(f"cannot listen: {error.strerror}", one.nic.label)
+                self.runner.say(f"cannot listen: {error.strerror}", one.nic.label, log.ERROR)
             return
         if one.since < self.began:  # it may have arrived while nobody listened
             with suppress(OSError):  # the tap is down: its guest cannot be here
@@ -414,7 +414,7 @@ class Agent:
 
     def _rechecked(self, outcome: Outcome | KvmIfupError | None) -> None:
         if isinstance(outcome, KvmIfupError):
-            self.runner.complain(PROGRAM, outcome)
+            self.runner.complain("not looked at again", outcome)
         elif outcome:
             self._announce(outcome)
 

@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from kvmifup import __version__, cli, config, report
+from kvmifup import __version__, cli, config, log, report
 from kvmifup.agent import SOCKET, Agent
 from kvmifup.errors import KvmIfupError, LockTimeoutError, known
 from kvmifup.loop import Loop
 from kvmifup.runner import PROGRAM
-from kvmifup.systemd import activated, notify
+from kvmifup.systemd import activated, is_journal, notify
 
 BACKLOG = 256
 SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival must not wait for hooks
@@ -32,7 +32,7 @@ def script() -> NoReturn:
         code = 0
     except (KvmIfupError, OSError) as error:
         failure = known(error)
-        say_as_is(report.error_line(PROGRAM, failure))
+        say(report.sentence(failure), log.ERROR)
         code = failure.code
     sys.exit(code)
 
@@ -74,15 +74,13 @@ def main(argv: Sequence[str], run_dir: Path = cli.RUN_DIR) -> None:
             agent.close()
 
 
-def say(line: str) -> None:
-    """One line for the log: systemd's journal, or whoever has started us."""
-    say_as_is(f"{PROGRAM}: {report.printable(line)}")
-
-
-def say_as_is(line: str) -> None:
-    """*line* on stderr, if anybody reads it."""
+def say(line: str, severity: int = log.INFO) -> None:
+    """One line on stderr, if anybody reads it: our name before it, or for systemd's journal, which knows it,
+    how grave it is, as in sd-daemon(3).
+    """
+    start = f"<{severity}>" if is_journal(2) else f"{PROGRAM}: "
     with suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{start}{report.printable(line)}\n".encode())
 
 
 def with_standard_streams() -> None:

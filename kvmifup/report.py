@@ -112,9 +112,14 @@ def clip(text: str, size: int) -> str:
 
 def error_line(program: str, error: KvmIfupError) -> str:
     """The one line that stderr gets: who, which NIC, why, what to do about it."""
-    where = f" {error.where}:" if error.where else ""
+    return f"{printable(program)}: {sentence(error)}"
+
+
+def sentence(error: KvmIfupError) -> str:
+    """The same for a log that knows who: one line as well."""
+    where = f"{error.where}: " if error.where else ""
     hint = f" ({error.hint})" if error.hint else ""
-    return printable(f"{program}:{where} {error}{hint}")
+    return printable(f"{where}{error}{hint}")
 
 
 def error_object(error: KvmIfupError) -> str:

@@ -22,17 +22,17 @@ PROGRAM = "kvm-ifupd"
 class Runner:
     """What all parts of the agent share: the journals, the settings, what is said and counted. For any thread."""
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, say: Callable[[str, int], None]) -> None:
         self.run_dir = run_dir
         self.store = Store(run_dir)
         self.config = config.load(None)
         self.metrics = Metrics()
         self._say = say
 
-    def say(self, line: str, nic: str = "") -> None:
+    def say(self, line: str, nic: str = "", severity: int = log.INFO) -> None:
         """Tell the log, and whoever watches."""
         what = f"{nic}: {line}" if nic else line
-        self._say(what)
+        self._say(what, severity)
         self.tell(what, nic)
 
     def tell(self, what: str, nic: str = "") -> None:
@@ -41,7 +41,7 @@ class Runner:
 
     def complain(self, what: str, error: Exception) -> None:
         """Say what could not be done, and why."""
-        self.say(report.error_line(what, known(error)))
+        self.say(report.error_line(what, known(error)), severity=log.ERROR)
 
     def failed(self, failure: KvmIfupError | None) -> None:
         """Count what had to be put back because a run has failed."""

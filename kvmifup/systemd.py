@@ -23,6 +23,15 @@ def activated() -> socket.socket | None:
     return listener
 
 
+def is_journal(descriptor: int) -> bool:
+    """Whether what is written to *descriptor* goes to systemd's journal: see $JOURNAL_STREAM in systemd.exec(5)."""
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
 def notify(state: str) -> None:
     """Tell systemd, if it wants to know: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")

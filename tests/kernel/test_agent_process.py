@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import socket
@@ -232,6 +233,66 @@ def test_somebody_elses_socket_is_none_of_its_business(uplinked: Node) -> None:
         through("kvm-ifup", "gc")
         assert agent.end() == 0
     assert not SOCKET.exists()
+
+
+class Log:
+    """systemd's journal as a service finds it: a stream on stderr, which $JOURNAL_STREAM names."""
+
+    def __init__(self) -> None:
+        self._ours, self.theirs = socket.socketpair()
+        self._ours.settimeout(netns.PATIENCE)
+        status = os.fstat(self.theirs.fileno())
+        self.environ = {**netns.CLEAN, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+
+    def until(self, text: bytes) -> list[bytes]:
+        """The lines up to one with *text*."""
+        read = b""
+        while text not in read or not read.endswith(b"\n"):
+            more = self._ours.recv(4096)
+            assert more, read
+            read += more
+        return read.splitlines()
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        self._ours.close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """A journal."""
+    with contextlib.closing(Log()) as one:
+        yield one
+
+
+def test_in_the_journal_a_line_has_its_priority_and_no_name_of_its_own(uplinked: Node, log: Log) -> None:
+    """systemd puts the name before each line."""
+    with agents.configured():
+        process = subprocess.Popen(
+            netns.command("kvm-ifupd"), env=log.environ, stdin=subprocess.DEVNULL, stderr=log.theirs.fileno()
+        )
+        try:
+            assert log.until(b"ready") == [b"<6>ready"]
+            process.send_signal(signal.SIGHUP)
+            assert log.until(b"read") == [b"<6>configuration read"]
+            agents.configure(agent={"nonsense": 1})
+            process.send_signal(signal.SIGHUP)
+            (line,) = log.until(b"nonsense")
+            assert line.startswith(b"<3>configuration not read: ")
+            again = subprocess.run(netns.command("kvm-ifupd"), env=log.environ, stderr=log.theirs.fileno(), check=False)
+            assert again.returncode == 75
+            (line,) = log.until(b"another")
+            assert line.startswith(b"<3>another agent runs on this node (")
+        finally:
+            process.terminate()
+            assert process.wait(netns.PATIENCE) == 0
+
+
+def test_somebody_elses_journal_is_none_of_its_business(node: Node, log: Log) -> None:
+    """Started by a hand in a service, with its output somewhere else."""
+    done = subprocess.run(netns.command("kvm-ifupd", "x"), env=log.environ, capture_output=True, text=True, check=False)
+    check(Result(done.returncode, done.stdout, done.stderr), 64, "kvm-ifupd: unrecognized arguments: x")
 
 
 def test_idle_it_exits_but_only_if_there_is_nothing_to_look_after(activated: Activated) -> None:

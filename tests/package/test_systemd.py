@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -287,6 +288,22 @@ def test_killed(node: Machine) -> None:
         heard(node, "(tap0): arrived", arrivals + 1)
         assert routes(node) == {(GUEST_IP, "main")}
         through(node, "kvm-ifup-post tap0")
+
+
+def test_in_the_journal(node: Machine) -> None:
+    """The name is there once, and what went wrong can be told from the rest."""
+    wrong = "/etc/kvm-ifup/conf.d/wrong.toml"
+    node.until(f"systemctl is-active {SERVICE}")
+    node.shell(f"echo nonsense > {wrong} && systemctl reload {SERVICE}")
+    heard(node, "configuration not read")
+    node.shell(f"rm {wrong} && systemctl reload {SERVICE}")
+    heard(node, "configuration read")
+    fields = "--output=json --output-fields=MESSAGE,PRIORITY"
+    lines = node.shell(f"journalctl -u {SERVICE} -t kvm-ifupd {fields}").splitlines()
+    said = [(int(line["PRIORITY"]), line["MESSAGE"]) for line in map(json.loads, lines)]
+    assert {(6, "ready"), (6, "configuration read")} <= set(said)
+    assert [text.split(":")[0] for priority, text in said if priority == 3] == ["configuration not read"]
+    assert [text for _, text in said if text.startswith(("kvm-ifupd", "<"))] == []
 
 
 def test_reload_and_stop(node: Machine) -> None:

@@ -103,6 +103,7 @@ def test_the_error_line() -> None:
     error = NotReadyError("no such bridge: br0", hint="make it").at("web1/0 (tap0)")
     assert report.error_line("kvm-ifup-pre", error) == "kvm-ifup-pre: web1/0 (tap0): no such bridge: br0 (make it)"
     assert report.error_line("kvm-ifdown", BugError("oops")) == "kvm-ifdown: oops"
+    assert report.sentence(error) == "web1/0 (tap0): no such bridge: br0 (make it)"
 
 
 def test_the_error_object() -> None:
