@@ -43,6 +43,8 @@ def script(program: str) -> "NoReturn":
             _exit(75)
         except (FileNotFoundError, ConnectionRefusedError):
             why = "there is none"
+        except (BrokenPipeError, ConnectionResetError):
+            why = "it ended"
         except BlockingIOError:
             why = "it does not answer"
         except (NotUs, OSError) as error:

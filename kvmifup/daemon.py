@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NoReturn
 
 from kvmifup import __version__, cli, config, log, report
 from kvmifup.agent import SOCKET, Agent
-from kvmifup.errors import KvmIfupError, LockTimeoutError, known
+from kvmifup.errors import BugError, LockTimeoutError, known
 from kvmifup.loop import Loop
 from kvmifup.runner import PROGRAM
 from kvmifup.systemd import activated, is_journal, notify
@@ -30,9 +31,11 @@ def script() -> NoReturn:
     try:
         main(sys.argv[1:])
         code = 0
-    except (KvmIfupError, OSError) as error:
+    except Exception as error:
         failure = known(error)
         say(report.sentence(failure), log.ERROR)
+        if isinstance(failure, BugError):  # for the report: it may not happen again for long
+            traceback.print_exception(error)
         code = failure.code
     sys.exit(code)
 
