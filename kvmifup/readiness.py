@@ -67,10 +67,13 @@ def bridges(nics: Sequence[Nic], config: Config, kernel: Overview) -> Iterator[F
             )
         filtering, pvid = kernel.vlans(name)
         if filtering and pvid:
+            yield Finding(f"{name} filters VLANs: a guest there is in VLAN {pvid}, untagged", wrong=False)
+        elif filtering:
+            # No command: what gives new ports a VLAN gives it to ports that are there, too.
             yield Finding(
-                f"{name} puts each new port into VLAN {pvid}",
-                "a guest's tap is in that VLAN from the moment it joins",
-                f"`ip link set {name} type bridge vlan_default_pvid 0`",
+                f"{name} filters VLANs, and a new port is in none: vlan_default_pvid is 0",
+                "a guest there has no network, and no hook complains",
+                "another bridge, or mode openvswitch",
             )
 
 

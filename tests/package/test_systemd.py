@@ -150,7 +150,7 @@ def guest(node: Machine, mode: str, *, tap: str = "tap0", **keys: object) -> Ite
 
 def network(node: Machine) -> list[str]:
     """All that wiring could change. A bridge that has lost its last port says so up to a second later (linkwatch)."""
-    node.until("ip -br link show br0 | grep -q NO-CARRIER")
+    node.until("! ip -br link show type bridge | grep -v NO-CARRIER")
     return node.shell(_NETWORK).splitlines()
 
 
@@ -274,6 +274,24 @@ def test_openvswitch(node: Machine) -> None:
     with guest(node, "openvswitch", link="ovs0", vlan=".100"):
         through(node, "kvm-ifup-post tap0")
         assert node.shell("ovs-vsctl port-to-br tap0; ovs-vsctl get Port tap0 tag") == "ovs0\n100\n"
+
+
+def test_a_bridge_that_filters_vlans(node: Machine) -> None:
+    """`check --node` says which VLAN a guest there is in, and the kernel agrees."""
+    node.shell("ip link add br1 type bridge vlan_filtering 1 && echo 1 > /proc/sys/net/ipv6/conf/br1/disable_ipv6")
+    node.shell("ip link set br1 up")
+    for pvid, vlans, finding in (
+        (1, [1], ("br1 filters VLANs: a guest there is in VLAN 1, untagged", False)),
+        (0, [], ("br1 filters VLANs, and a new port is in none: vlan_default_pvid is 0", True)),
+    ):
+        node.shell(f"ip link set br1 type bridge vlan_default_pvid {pvid}")
+        with guest(node, "bridged", link="br1"):
+            through(node, "kvm-ifup-post tap0")
+            ports = node.json("bridge -j vlan show dev tap0")
+            assert [one["vlan"] for port in ports for one in port["vlans"]] == vlans
+            found = json.loads(node.run("kvm-ifup check --node --json", check=False).out)["findings"]
+            assert finding in [(one["what"], one["wrong"]) for one in found]
+    node.shell("ip link del br1")
 
 
 def test_killed(node: Machine) -> None:
