@@ -261,7 +261,7 @@ def hook(
     Raises UsageError and NicError: everything that can be wrong with the input is found here.
     """
     if options.tap is not None and options.instance is not None:
-        raise UsageError("TAP and --instance exclude each other")
+        raise UsageError("TAP and --instance exclude each other", hint="give one of them")
     if options.instance is not None and environ.get("INTERFACE"):
         raise UsageError("--instance takes the NIC files, but the environment has INTERFACE", hint="unset INTERFACE")
     tap = None if options.tap is None else inputs.tap_argument(options.tap)

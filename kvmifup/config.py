@@ -11,7 +11,7 @@ from typing import Any
 import tomli
 
 from kvmifup import trust
-from kvmifup.errors import ConfigError, NicError, shown
+from kvmifup.errors import ConfigError, NicError, as_told, shown
 from kvmifup.inputs import device, nearest, routing_table
 from kvmifup.model import AgentConfig, BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
 
@@ -44,7 +44,7 @@ def merged(config: Config, path: Path, base: Path) -> Config:
             f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
         ) from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise ConfigError(f"not TOML: {shown(str(error))}", where=str(path)) from None
+        raise ConfigError(f"not TOML: {as_told(error)}", where=str(path)) from None
     except PermissionError:
         raise
     except OSError as error:

@@ -29,10 +29,11 @@ class KvmIfupError(Exception):
     """The root of the tree: `str()` is the cause in one clause, `hint` says what to do about it."""
 
     code: ClassVar[int] = 70
+    reference: ClassVar[str] = ""  # the hint, unless there is a better one
 
     def __init__(self, cause: str, *, hint: str = "", where: str = "") -> None:
         super().__init__(cause)
-        self.hint = hint
+        self.hint = hint or self.reference
         self.where = where
         self.undone = False  # whether something had been changed by then, and had to be put back
 
@@ -52,6 +53,7 @@ class NicError(KvmIfupError):
     """What describes the NIC is wrong, missing, or could have been written by somebody else."""
 
     code = 65
+    reference = "see kvm-ifup-nic(5)"
 
 
 class NotReadyError(KvmIfupError):
@@ -127,6 +129,13 @@ class ConfigError(KvmIfupError):
     """The configuration is wrong, missing, or could have been written by somebody else."""
 
     code = 78
+    reference = "see kvm-ifup.toml(5)"
+
+
+def as_told(error: Exception, limit: int = 80) -> str:
+    """What a parser of somebody else's says, cut to *limit* characters."""
+    text = str(error)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def known(error: Exception, hint: str = "please report it") -> KvmIfupError:

@@ -11,7 +11,7 @@ from pathlib import Path
 import tomli
 
 from kvmifup import trust
-from kvmifup.errors import KvmIfupError, NicError, UsageError, shown
+from kvmifup.errors import KvmIfupError, NicError, UsageError, as_told, shown
 from kvmifup.model import LOCAL_TABLE, MODES, Config, Nic, Prefix
 
 KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "incoming")
@@ -248,17 +248,21 @@ def refuse_contradiction(command: str, tap: str | None, environ: Mapping[str, st
     if not interface:
         return
     if tap is not None and tap != interface:
-        raise UsageError(f"the tap is {shown(tap)} on the command line but INTERFACE={shown(interface)}")
+        raise UsageError(
+            f"the tap is {shown(tap)} on the command line but INTERFACE={shown(interface)}",
+            hint="leave out TAP, or unset INTERFACE",
+        )
     phase, action = environ.get("MIGRATION_PHASE", ""), environ.get("ACTION", "")
     contradicting = {"kvm-ifup-pre": "post", "kvm-ifup-post": "pre"}
     if phase not in ("", "pre", "post"):
-        raise UsageError(f"MIGRATION_PHASE={shown(phase)} is neither pre nor post")
+        raise UsageError(f"MIGRATION_PHASE={shown(phase)} is neither pre nor post", hint="or unset it")
     if action not in ("", "up", "down"):
-        raise UsageError(f"ACTION={shown(action)} is neither up nor down")
+        raise UsageError(f"ACTION={shown(action)} is neither up nor down", hint="or unset it")
     if phase and contradicting.get(command) == phase:
-        raise UsageError(f"{command} was called with MIGRATION_PHASE={phase}")
+        raise UsageError(f"{command} was called with MIGRATION_PHASE={phase}", hint=f"call kvm-ifup-{phase}")
     if action and action != ("down" if command == "kvm-ifdown" else "up"):
-        raise UsageError(f"{command} was called with ACTION={action}")
+        wanted = "kvm-ifdown" if action == "down" else "kvm-ifup-pre or kvm-ifup-post"
+        raise UsageError(f"{command} was called with ACTION={action}", hint=f"call {wanted}")
 
 
 # --- NIC files ----------------------------------------------------------------------------------------
@@ -269,7 +273,7 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
     try:
         data = tomli.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise NicError(f"not TOML: {shown(str(error))}") from None
+        raise NicError(f"not TOML: {as_told(error)}") from None
     for key in data:
         if key not in KEYS:
             raise NicError(f"unknown key {shown(key)}", hint=nearest(key, KEYS))

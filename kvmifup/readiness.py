@@ -81,7 +81,10 @@ def uplinks(nics: Sequence[tuple[Nic, Phase]], config: Config, kernel: Overview)
     """Where this node answers for its routed guests."""
     routed = [(nic, phase) for nic, phase in nics if nic.mode == "routed"]
     if not routed:
-        yield Finding("no routed NIC is known here, so uplinks were not looked at", wrong=False)
+        for name in config.routed.uplinks or ():
+            if kernel.ifindex(name) is None:
+                yield no_uplink(name)
+        yield Finding("no routed NIC is known here, so forwarding on uplinks was not looked at", wrong=False)
     found: dict[tuple[str, int], tuple[Uplink, bool]] = {}  # with whether a guest is answered for there
     lacking: set[int] = set()
     for nic, phase in routed:
@@ -100,17 +103,24 @@ def uplinks(nics: Sequence[tuple[Nic, Phase]], config: Config, kernel: Overview)
         )
 
 
+REFUSED = "no routed guest can start or arrive here: code 69"
+
+
+def no_uplink(name: str) -> Finding:
+    """One that the configuration names."""
+    return Finding(f"there is no uplink {name}", REFUSED, "mend [routed] uplinks")
+
+
 def uplink_findings(uplink: Uplink, kernel: Overview, *, answering: bool) -> Iterator[Finding]:
     """One uplink, for one family; *answering*: it answers for guests already."""
-    refused = "no routed guest can start or arrive here: code 69"
     if not uplink.present:
-        yield Finding(f"there is no uplink {uplink.name}", refused, "mend [routed] uplinks")
+        yield no_uplink(uplink.name)
     elif not uplink.up:
-        yield Finding(f"uplink {uplink.name} is down", refused, f"`ip link set {uplink.name} up`")
+        yield Finding(f"uplink {uplink.name} is down", REFUSED, f"`ip link set {uplink.name} up`")
     elif uplink.mend:
         yield Finding(
             f"IPv{uplink.family} forwarding is off on uplink {uplink.name}",
-            f"{refused}; and guests that are here are cut off",
+            f"{REFUSED}; and guests that are here are cut off",
             f"`sysctl -w {' '.join(uplink.mend)}`",
         )
     place = f"net/ipv{uplink.family}/neigh/{uplink.name}/proxy_delay"

@@ -300,7 +300,7 @@ def check(shell: Shell) -> int:
     options = shell.options
     if options.node:
         if options.name or options.repair or options.probe:
-            raise UsageError("--node excludes INSTANCE|TAP, --repair and --probe")
+            raise UsageError("--node excludes INSTANCE|TAP, --repair and --probe", hint="it is about all of the node")
         return check_node(shell)
     settings = config.load(options.config)
     if options.repair:
@@ -494,12 +494,15 @@ def content(file: str, stdin: TextIO | None) -> str:
         raise NicError(f"it is not UTF-8 at byte {error.start}", where=file) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{shown(file)} cannot be read: {reason}") from None
+        raise UsageError(f"{shown(file)} cannot be read: {reason}", hint="FILE is a NIC file, or - for stdin") from None
 
 
 def list_nics(shell: Shell) -> int:
     """`kvm-ifup nic list`: all that are right, then the first that is wrong is the error."""
-    found = nicfiles.found(shell.run_dir, shell.options.instance)
+    instance = shell.options.instance
+    found = nicfiles.found(shell.run_dir, instance)
+    if instance and not found:
+        raise NicError("there are no NIC files for it", hint="`kvm-ifup nic list` lists all", where=instance)
     nics = [one for one in found if isinstance(one, Nic)]
     wrongs = [one for one in found if isinstance(one, NicError)]
     if shell.options.json:

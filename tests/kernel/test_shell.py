@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests import agent as agents
 from tests import netns
 from tests.kernel.staging import Scene, scenes
 from tests.kernel.test_openvswitch import switch, vsctl  # noqa: F401 (a fixture)
@@ -287,6 +288,7 @@ def test_nic_put_from_standard_input(node: Node) -> None:
         (["put", "../x", "0", "/run/given.toml"], 65, ["directory"]),
         (["put", "web1"], 64, ["required"]),
         (["list", "../x"], 65, ["directory"]),
+        (["list", "web9"], 65, ["web9: there are no NIC files", "kvm-ifup nic list"]),
         (["rm", "..", "1"], 65, ["directory"]),
         ([], 64, ["VERB"]),
     ],
@@ -336,6 +338,13 @@ def readiness() -> tuple[int, str]:
     assert all(one["why"] and one["mend"] for one in wrong)
     assert bool(wrong) == (result.code == 1)
     return result.code, result.out
+
+
+def test_an_uplink_that_is_not_there_is_named_before_there_is_a_routed_guest(node: Node) -> None:
+    with agents.configured(routed={"uplinks": ["eth9"]}):
+        code, said = readiness()
+    assert code == 1
+    assert "there is no uplink eth9" in said
 
 
 def test_a_node_that_is_ready_and_what_keeps_it_from_it(uplinked: Node) -> None:

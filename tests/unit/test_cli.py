@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -394,6 +395,49 @@ def test_what_is_refused_never_loads_what_speaks_to_the_kernel(
     )
     run = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(code)]
+
+
+@pytest.mark.parametrize(
+    ("command", "environ", "code"),
+    [
+        ("kvm-ifup-post", {}, 64),
+        ("kvm-ifup-post tap0 tap1", {}, 64),
+        ("kvm-ifup-post tap0 --instance web1", {}, 64),
+        ("kvm-ifup-post tap0 --nonsense", {}, 64),
+        ("kvm-ifup-post tap0", ENVIRONMENT | {"INTERFACE": "tap1"}, 64),
+        ("kvm-ifup-post", ENVIRONMENT | {"MIGRATION_PHASE": "pre"}, 64),
+        ("kvm-ifup-post", ENVIRONMENT | {"MIGRATION_PHASE": "x"}, 64),
+        ("kvm-ifup-post", ENVIRONMENT | {"ACTION": "down"}, 64),
+        ("kvm-ifdown", ENVIRONMENT | {"ACTION": "x"}, 64),
+        ("kvm-ifup-post a_name_that_is_too_long", {}, 65),
+        ("kvm-ifup-post a/b", {}, 65),
+        ("kvm-ifup-post tap9", {}, 65),
+        ("kvm-ifup-post --instance web9", {}, 65),
+        ("kvm-ifup-post --instance ../x", {}, 65),
+        ("kvm-ifup-post", ENVIRONMENT | {"MODE": "bridge"}, 65),
+        ("kvm-ifup-post", ENVIRONMENT | {"MAC": "01:00:00:00:00:01"}, 65),
+        ("kvm-ifup-post", {"INTERFACE": "tap0"}, 65),
+        ("kvm-ifup", {}, 64),
+        ("kvm-ifup shw", {}, 64),
+        ("kvm-ifup plan pst tap0", {}, 64),
+        ("kvm-ifup check --node tap0", {}, 64),
+        ("kvm-ifup nic", {}, 64),
+        ("kvm-ifup nic put web1 0 -", {}, 64),
+        ("kvm-ifup nic put web1 0 /nonexistent", {}, 64),
+        ("kvm-ifup nic put web1 10000 /dev/null", {}, 65),
+        ("kvm-ifup nic put web1 0 /dev/null", {}, 65),
+        ("kvm-ifup nic list web9", {}, 65),
+        ("kvm-ifup check --config /nonexistent", {}, 78),
+    ],
+)
+def test_a_mistake_is_answered_by_one_line_with_a_hint(
+    command: str, environ: dict[str, str], code: int, tmp_path: Path
+) -> None:
+    program, *argv = command.split()
+    out, err = io.StringIO(), io.StringIO()
+    assert cli.main(program, ["--run-dir", str(tmp_path), *argv], environ, out, err) == code
+    assert out.getvalue() == ""
+    assert re.fullmatch(rf"{program}: .+ \(.+\)\n", err.getvalue()), err.getvalue()
 
 
 def test_the_scripts_are_executable_and_isolated() -> None:
