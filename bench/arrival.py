@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from bench import picture
+from lab import output
 from tests import netns, wire
 from tests.netns import GUEST_IP4, GUEST_IP6, GUEST_MAC, NODE_MAC, Node
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
     parser = argparse.ArgumentParser(prog="bench.arrival", description=__doc__)
     parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    parser.add_argument("--out", type=output.directory, default="demo-out")
     options = parser.parse_args(argv)
     rows: dict[str, list[float]] = {}
     for family, address in FAMILIES.items():

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench import picture
+from lab import output
 from tests import netns
 from tests.ganeti import cluster
 
@@ -202,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
     parser = argparse.ArgumentParser(prog="bench.hook", description=__doc__)
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    parser.add_argument("--out", type=output.directory, default="demo-out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
     parser.add_argument("--crowd", type=int, help=argparse.SUPPRESS)  # for Crowd
     options = parser.parse_args(argv)

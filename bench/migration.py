@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import picture
-from lab import cases, guest, hooks
+from lab import cases, guest, hooks, output
 from lab.cases import Case
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
     parser = argparse.ArgumentParser(prog="bench.migration", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    parser.add_argument("--out", type=output.directory, default="demo-out")
     options = parser.parse_args(argv)
     image = guest.build(print)
     rows: dict[str, list[float]] = {case.title: [] for case in (BRIDGED, AGENT, LATE)}

@@ -22,8 +22,12 @@ def save(name: str, title: str, unit: str, rows: Mapping[str, Sequence[float]], 
             axes.scatter(values, spread, s=9, color=DOT, alpha=0.6, linewidths=0)
             median = statistics.median(values)
             axes.plot([median, median], [row - 0.32, row + 0.32], color=MEDIAN, linewidth=2)
-            axes.annotate(f"{median:.3g} {unit}", (median, row - 0.34), ha="center", va="bottom", size=9, color=MEDIAN)
+            axes.annotate(
+                f"{number(median)} {unit}", (median, row - 0.34), ha="center", va="bottom", size=9, color=MEDIAN
+            )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_ylim(len(rows) - 0.4, -0.75)
         axes.set_xlabel(f"{unit}, logarithmic; dots: every run, lines: medians")
@@ -32,6 +36,11 @@ def save(name: str, title: str, unit: str, rows: Mapping[str, Sequence[float]], 
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=12)
         figure.tight_layout(rect=(0, 0, 1, 0.99))
         return write(figure, directory, name, 150)
+
+
+def number(value: float) -> str:
+    """*value* with three digits, and more only before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(unit: str, rows: Mapping[str, Sequence[float]], reference: str) -> str:

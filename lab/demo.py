@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab import clock, guest, hooks, nodes
+from lab import clock, guest, hooks, nodes, output
 from lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def table(results: Sequence[cases.Result]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs all cases, prints the table and writes the pictures. 0 when everything was measured, else 1."""
     parser = argparse.ArgumentParser(prog="lab.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="directory for the pictures (%(default)s)")
+    parser.add_argument(
+        "--out", type=output.directory, default="demo-out", help="directory for the pictures (%(default)s)"
+    )
     parser.add_argument("--scripts", type=Path, default=REPOSITORY / "scripts", help="directory of kvm-ifup-pre etc.")
     parser.add_argument("--python", type=Path, help="run the scripts with this Python (default: as they say)")
     options = parser.parse_args(argv)
