@@ -468,6 +468,32 @@ def test_the_readme_starts_a_guest(machines: Machines) -> None:
     assert journals(node) == []
 
 
+def test_the_qemu_page_starts_and_migrates_a_guest(machines: Machines) -> None:
+    """As printed, with the changes for the target that the text names."""
+    text = (pages.ROOT / "docs/qemu.md").read_text(encoding="utf-8")
+    (start,) = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (migrate,) = re.findall(r"^    (echo 'migrate .*)$", text, re.MULTILINE)
+    (leave,) = re.findall(r"`(echo quit .*?)`", text)
+    (more,) = re.findall(r"`(-incoming \S+)`", text)
+    assert "`incoming = true`" in text
+    source, target = machines.node, machines.another()
+    cable(source, target)
+    source.run("ip addr add 192.0.2.11/24 dev eth0")
+    target.run("ip addr add 192.0.2.12/24 dev eth0")
+    source.run(start)
+    wired(source)
+    target.run(start.replace("\nEND", "\nincoming = true\nEND").replace(" \\\n", f" \\\n    {more} \\\n", 1))
+    wired(target)
+    source.run(migrate.replace("TARGET", "192.0.2.12"))
+    until(source, "echo info migrate | socat - UNIX-CONNECT:/run/web1.monitor | grep -q completed")
+    source.run(leave)
+    until(source, "! ip link show tap0 2>/dev/null")
+    assert journals(source) == []
+    target.run("kvm-ifup-post tap0")
+    quit_in_order(target)
+    assert journals(target) == []
+
+
 def test_the_readme_migrates_a_guest(machines: Machines) -> None:
     """The incoming form is the plain one with the changes that the text names; the commands are as printed."""
     section = readme("A guest by hand")
