@@ -108,7 +108,7 @@ REFUSED = "no routed guest can start or arrive here: code 69"
 
 def no_uplink(name: str) -> Finding:
     """One that the configuration names."""
-    return Finding(f"there is no uplink {name}", REFUSED, "mend [routed] uplinks")
+    return Finding(f"there is no uplink {name}", REFUSED, "name one that is there in [routed] uplinks")
 
 
 def uplink_findings(uplink: Uplink, kernel: Overview, *, answering: bool) -> Iterator[Finding]:
