@@ -26,7 +26,7 @@ from pathlib import Path
 
 from kvmifup import announce, cli, config, log, packets, run, systemd
 from kvmifup.departure import Departures, Place
-from kvmifup.errors import JournalError, KvmIfupError, LockTimeoutError, known
+from kvmifup.errors import JournalError, KvmIfupError, LockTimeoutError, NamespaceError, known
 from kvmifup.events import DirectoryEvents, LinkEvents, NodeEvents, Touched
 from kvmifup.journal import Journal, Stamp
 from kvmifup.loop import Loop, Timer
@@ -99,6 +99,7 @@ class Agent:
         self._meanwhile: list[Touched] = []  # what has changed while something is prepared
         self._preparing = self._stopping = False
         self._unreadable: dict[str, Stamp] = {}
+        self._elsewhere: dict[str, Stamp] = {}  # journals of other network namespaces: not ours to look after
         self._changed = DirectoryEvents(loop, self.runner.store.directory, self._journals_changed)
         LinkEvents(loop, self._devices_gone, self._restorations.up_again, self._missed)
         self._node = NodeEvents(loop, self._outdate)
@@ -188,7 +189,8 @@ class Agent:
 
     def _find(self, known: dict[str, Stamp]) -> tuple[set[str], dict[str, Watched]]:
         """In a thread: all taps that have a journal, and what is new of them."""
-        stamps = self.runner.store.stamps()
+        now = self.runner.store.stamps()
+        stamps = {tap: stamp for tap, stamp in now.items() if self._elsewhere.get(tap) != stamp}
         taps = set(stamps)
         news = {}
         for tap, stamp in sorted(stamps.items()):
@@ -196,6 +198,10 @@ class Agent:
                 continue
             try:
                 journal = self.runner.store.load(tap)
+            except NamespaceError:
+                self._elsewhere[tap] = stamp
+                taps.discard(tap)
+                continue
             except (JournalError, OSError) as error:
                 if self._unreadable.get(tap) != stamp:
                     self.runner.say(f"{tap}: {error}", severity=log.ERROR)

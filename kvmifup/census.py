@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvmifup import inputs, phases, run
 from kvmifup.apply import Change, survey
-from kvmifup.errors import JournalError, KvmIfupError, NicError, NotReadyError, RollbackError
+from kvmifup.errors import JournalError, KvmIfupError, NamespaceError, NicError, NotReadyError, RollbackError
 from kvmifup.journal import Journal, Store
 from kvmifup.model import Config, Nic, Phase
 from kvmifup.run import Session
@@ -46,6 +46,11 @@ class Known:
         return name == self.tap or (self.nic is not None and name == self.nic.instance)
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether it is wired in another network namespace."""
+        return isinstance(self.trouble, NamespaceError)
+
+    @property
     def phase(self) -> Phase:
         """The last phase that succeeded, DOWN for none."""
         return self.journal.phase if self.journal else Phase.DOWN
@@ -61,7 +66,7 @@ def known(run_dir: Path, store: Store) -> list[Known]:
     for tap in store.taps():
         try:
             journal = store.load(tap)
-        except JournalError as error:
+        except (JournalError, NamespaceError) as error:
             found[tap] = Known(tap, None, None, error)
             continue
         if journal is not None:
@@ -111,8 +116,11 @@ def leads_to(link: Path, path: Path) -> bool:
 
 
 def selected(name: str | None, everything: Sequence[Known]) -> list[Known]:
-    """Those that *name*, a tap or a guest, means; all for None. Raises NicError if it means none."""
-    found = [one for one in everything if name is None or one.is_called(name)]
+    """Those that *name*, a tap or a guest, means; for None all that are of this network namespace.
+
+    Raises NicError if it means none.
+    """
+    found = [one for one in everything if (not one.elsewhere if name is None else one.is_called(name))]
     if not found and name is not None:
         raise NicError("no journal and no NIC file is about it", hint="`kvm-ifup show` lists all", where=name)
     return found

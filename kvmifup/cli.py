@@ -195,7 +195,7 @@ def command(program: str, argv: Sequence[str], caller: Caller, done: Done) -> in
         from kvmifup import shell
 
         return shell.command(shell.Shell(options, caller, done))
-    work = collect if program == "kvm-ifup" else hook(program, options, caller.environ)
+    work = partial(collect, caller.err) if program == "kvm-ifup" else hook(program, options, caller.environ)
     if work is None:
         return 0
     settings = config.load(options.config)
@@ -246,11 +246,15 @@ def need_capability() -> None:
         raise PrivilegeError("root, but not permitted to change the network", hint="this takes CAP_NET_ADMIN")
 
 
-def collect(session: Session) -> list[Outcome]:
-    """`kvm-ifup gc`."""
+def collect(err: TextIO, session: Session) -> list[Outcome]:
+    """`kvm-ifup gc`. Whoever runs it in the wrong network namespace must not take silence for success."""
     from kvmifup import run
 
-    return run.gc(session)
+    outcomes = run.gc(session)
+    for namespace, number in sorted(session.store.elsewhere().items()):
+        hint = "(run gc there; `lsns -t net` finds it)"
+        err.write(f"kvm-ifup: NICs of network namespace {namespace} left alone: {number} {hint}\n")
+    return outcomes
 
 
 def hook(
@@ -337,7 +341,7 @@ def lowering(
 def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool = True) -> Nic | None:
     """The NIC on *tap*: from the environment, its NIC file, the journal of an earlier phase, or Ganeti's files.
 
-    None when nothing describes it. Raises NicError, JournalError.
+    None when nothing describes it. Raises NicError, JournalError, NamespaceError.
     """
     if environ.get("INTERFACE"):
         return inputs.from_environment(environ)

@@ -6,6 +6,7 @@
     ├── UsageError         64  the command line, or it contradicts the environment
     ├── NicError           65  a NIC's description is wrong, missing or not to be trusted
     ├── NotReadyError      69  the node cannot take this NIC: nothing was touched, or all was put back
+    ├── NamespaceError     69  the tap's journal is of another network namespace: nothing was touched
     ├── BugError           70  our own mistake
     ├── JournalError       70  a journal that cannot be read
     ├── RollbackError      70  something failed, and so did putting it back
@@ -58,6 +59,12 @@ class NicError(KvmIfupError):
 
 class NotReadyError(KvmIfupError):
     """The node is not ready for this NIC: a bridge, table, uplink or address is not as it must be."""
+
+    code = 69
+
+
+class NamespaceError(KvmIfupError):
+    """The tap of this name that is wired is in another network namespace, where only a run in there can touch it."""
 
     code = 69
 

@@ -2,11 +2,13 @@
 
 One JSON file per tap, `state/<tap>.json` below the run directory::
 
-    {"version": 1, "nic": {...}, "ifindex": 7, "phase": "pre",
+    {"version": 1, "namespace": 4026531840, "nic": {...}, "ifindex": 7, "phase": "pre",
      "since": 1790000000.25, "by": "hook", "frame": null,
      "entries": [{"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}, ...],
      "pending": [...]}
 
+`namespace` is the network namespace that the tap is in, by the number that `lsns` shows too: runs in several can
+have one run directory, and what is a live tap in one is nothing in another.
 `since` (seconds since 1970) is when the phase was reached or last had something to mend, `by` whom: a hook,
 a person at a terminal, or the agent at the guest's arrival, which it knew by `frame`.
 `entries` is what successful runs did, each op with the value from before the first of them. `pending` is
@@ -21,15 +23,17 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kvmifup import trust
-from kvmifup.errors import JournalError, KernelError, PrivilegeError
+from kvmifup.client import NAMESPACE
+from kvmifup.errors import JournalError, KernelError, NamespaceError, PrivilegeError
 from kvmifup.model import Nic, Phase
 from kvmifup.ops import KINDS, Op, Value, field_names
 
@@ -66,6 +70,7 @@ class Journal:
     since: float = 0.0
     by: str = ""
     frame: str | None = None
+    namespace: int = field(kw_only=True)
 
     def prior(self, key: tuple[object, ...]) -> Entry | None:
         """The committed entry about *key*."""
@@ -190,6 +195,11 @@ class Index:
             if known and known.journal:
                 yield tap, known.journal
 
+    def all(self) -> list[Journal]:
+        """All of them."""
+        with self._lock:
+            return [known.journal for known in self._known.values() if known.journal]
+
 
 def stamp_of(info: os.stat_result) -> Stamp:
     """The stamp of a file, its time in ns first."""
@@ -200,12 +210,14 @@ _index_of: Callable[[Path], Index] = cache(lambda _directory: Index())
 
 
 class Store:
-    """The journals below *run_dir*. Writing is atomic and survives a power cut; a dead run's temporary
-    file is overwritten by the next."""
+    """The journals below *run_dir*, for runs in the network namespace that it is made in: what they read, and
+    find by name, is never another's. Writing is atomic and survives a power cut; a dead run's temporary file is
+    overwritten by the next."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.directory = run_dir / "state"
+        self.namespace = Path(NAMESPACE).stat().st_ino
         self._index = _index_of(self.directory)
         self._local = threading.local()  # fresh: this thread has updated the index since it had to
 
@@ -234,16 +246,22 @@ class Store:
         return self.directory / f"{tap}.json"
 
     def load(self, tap: str) -> Journal | None:
-        """The journal of *tap*, None if it has none. Raises JournalError."""
+        """The journal of *tap*, None if it has none. Raises JournalError; NamespaceError if it is another's."""
         try:
             os.lstat(self.path(tap))  # most hooks find none, and this is quicker than what it takes to trust one
-            return self.decoded(tap, self.text(tap))
+            journal = self.decoded(tap, self.text(tap))
         except FileNotFoundError:
             return None
         except PermissionError:
             raise
         except OSError as error:
             raise self._unreadable(tap, type(error).__name__) from None
+        if journal.namespace != self.namespace:
+            raise NamespaceError(
+                f"a tap of this name is wired in network namespace {journal.namespace}, and this is {self.namespace}",
+                hint=f"run it there: `lsns -t net` finds it; if it is gone, remove {self.path(tap)}",
+            )
+        return journal
 
     def text(self, tap: str) -> str:
         """What the file of *tap* says. Raises JournalError, OSError."""
@@ -320,7 +338,10 @@ class Store:
         return aside
 
     def nic_of_live(self, tap: str) -> Nic | None:
-        """The NIC that an earlier phase wired, if *tap* is still the device that it wired. Raises JournalError."""
+        """The NIC that an earlier phase wired, if *tap* is still the device that it wired.
+
+        Raises JournalError, NamespaceError.
+        """
         journal = self.load(tap)
         try:
             return journal.nic if journal and socket.if_nametoindex(tap) == journal.ifindex else None
@@ -333,7 +354,7 @@ class Store:
             journal = self.load(tap)
             if journal is None or journal.phase is not Phase.POST or socket.if_nametoindex(tap) != journal.ifindex:
                 return False
-        except (JournalError, OSError):
+        except (JournalError, NamespaceError, OSError):
             return False
         return {str(prefix.network_address) for prefix in journal.nic.ip}.issuperset(addresses)
 
@@ -366,7 +387,14 @@ class Store:
             self._local.fresh = True
             if getattr(self._local, "token", b""):
                 self._index.vouch(self._local.token)
-        yield from (journal for other, journal in self._index.naming(name) if other != tap)
+        for other, journal in self._index.naming(name):
+            if other != tap and journal.namespace == self.namespace:
+                yield journal
+
+    def elsewhere(self) -> Counter[int]:
+        """How many journals there are of other network namespaces, by namespace."""
+        self._index.update(self)
+        return Counter(one.namespace for one in self._index.all() if one.namespace != self.namespace)
 
     def _sync(self) -> None:
         with suppress(FileNotFoundError), opened(self.directory) as descriptor:
@@ -390,6 +418,7 @@ def encode(journal: Journal) -> dict[str, Any]:
     """*journal* as JSON's types."""
     return {
         "version": VERSION,
+        "namespace": journal.namespace,
         "nic": shallow(journal.nic) | {"ip": [str(prefix) for prefix in journal.nic.ip]},
         "ifindex": journal.ifindex,
         "phase": journal.phase.name.lower(),
@@ -416,14 +445,16 @@ def decode(data: dict[str, Any]) -> Journal:
     if data["version"] != VERSION:
         raise ValueError("another version")
     nic = Nic(**data["nic"] | {"ip": tuple(ipaddress.ip_network(prefix) for prefix in data["nic"]["ip"])})
-    journal = Journal(nic=nic, ifindex=int(data["ifindex"]), phase=Phase[data["phase"].upper()])
-    return replace(
-        journal,
+    return Journal(
+        nic=nic,
+        ifindex=int(data["ifindex"]),
+        phase=Phase[data["phase"].upper()],
         entries=tuple(decode_entry(entry) for entry in data["entries"]),
         pending=tuple(decode_entry(entry) for entry in data["pending"]),
         since=float(data["since"]),
         by=str(data["by"]),
         frame=None if data["frame"] is None else str(data["frame"]),
+        namespace=int(data["namespace"]),
     )
 
 

@@ -15,6 +15,7 @@ from kvmifup.errors import (
     JournalError,
     KvmIfupError,
     LockTimeoutError,
+    NamespaceError,
     PrivilegeError,
     RollbackError,
     VanishedError,
@@ -90,7 +91,7 @@ class Session:
 def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -> list[Outcome]:
     """Run phase *asked* for all *nics*, or for none of them.
 
-    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError and JournalError.
+    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
     """
     with ExitStack() as stack:
         stack.enter_context(about(", ".join(nic.label for nic in nics)))
@@ -119,7 +120,7 @@ def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tupl
     if phase is not Phase.POST:
         ops = phases.plan(phase, nic, session.config, facts, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
-    before = journal or Journal(nic, facts.tap.ifindex)
+    before = journal or Journal(nic, facts.tap.ifindex, namespace=session.store.namespace)
     unseen = (entry.op for entry in before.entries if phases.unseen(entry.op, nic, session.config, facts))
     kept = {op.key for op in (*everything, *unseen)}
     dropped = [entry for entry in before.entries if entry.op.key not in kept]
@@ -215,7 +216,7 @@ class Ready:
 def ready(tap: str, session: Session) -> Ready | None:
     """Find out what post will have to do for *tap*; None if its NIC does not wait for its guest.
 
-    Raises what `phases.plan` raises, LockTimeoutError and JournalError.
+    Raises what `phases.plan` raises, LockTimeoutError, JournalError and NamespaceError.
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
@@ -259,7 +260,7 @@ def arrive(ready: Ready, session: Session) -> Outcome | None:
 def settle(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Outcome | None:
     """post for the NIC whose journal *tap* has, whoever wired it; None if it is not the *wanted* one (any more).
 
-    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError and JournalError.
+    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
@@ -282,7 +283,7 @@ def undisturbed(tap: str, session: Session) -> Journal | None:
 def withdraw(tap: str, session: Session) -> Outcome | None:
     """Undo what draws the traffic of the guest on *tap* here: it has left. The rest stays, as it was after pre.
 
-    None if there is nothing to undo. Raises LockTimeoutError, JournalError, RollbackError.
+    None if there is nothing to undo. Raises LockTimeoutError, JournalError, NamespaceError, RollbackError.
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
@@ -340,7 +341,7 @@ def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], ses
     Repeating it succeeds. A tap that is another guest's than *instance*'s by now is left alone: names are
     reused at once, and a manager may be late.
 
-    Raises LockTimeoutError, JournalError, and RollbackError for what could not be undone.
+    Raises LockTimeoutError, JournalError, NamespaceError, and RollbackError for what could not be undone.
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
@@ -359,7 +360,7 @@ def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], ses
         facts = with_claims(session.kernel.facts(nic, session.config), nic, session)
         changes = survey(present(phases.withdrawal(nic, facts), facts), session.kernel)
         if not session.dry:
-            empty = Journal(nic, facts.tap.ifindex if facts.tap else 0)
+            empty = Journal(nic, facts.tap.ifindex if facts.tap else 0, namespace=session.store.namespace)
             apply([Job(changes, empty, False, None)], session.kernel, session.store)
         return Outcome(nic.label, nic, tap, Phase.DOWN, changes=changes)
 
@@ -462,7 +463,10 @@ def alive(journal: Journal, session: Session) -> bool:
 
 
 def gc(session: Session, taps: Sequence[str] | None = None) -> list[Outcome]:
-    """Clear up after dead NICs and killed runs, of *taps* or of all; goes on past failures, then raises the first."""
+    """Clear up after dead NICs and killed runs, of *taps* or of all; goes on past failures, then raises the first.
+
+    Whether the tap of a journal of another network namespace lives cannot be seen from here: it is left alone.
+    """
     outcomes: list[Outcome] = []
     failures: list[KvmIfupError] = []
     for tap in session.store.taps() if taps is None else taps:
@@ -472,6 +476,8 @@ def gc(session: Session, taps: Sequence[str] | None = None) -> list[Outcome]:
                 session.kernel.refresh()
                 try:
                     journal = session.store.load(tap)
+                except NamespaceError:
+                    continue
                 except JournalError as error:
                     where = "" if session.dry else f"; it is now {session.store.set_aside(tap)}"
                     outcomes.append(Outcome(tap, None, tap, Phase.DOWN, remarks=(f"{error}{where}",)))

@@ -541,7 +541,7 @@ class Node:
         """An uplink to the client: addressed, forwarding, with the default routes; or a port of *master*."""
         ip(f"link add {name} address {NODE_MAC} type veth peer name eth0 address {CLIENT_MAC} netns {self.client.path}")
         with self.client:
-            _quieten()
+            quieten()
             ip("link set lo up")
             ip("link set eth0 up")
             ip(f"addr add {CLIENT_IP4}/24 dev eth0")
@@ -580,7 +580,7 @@ class Node:
             return wire.up_to_fence(sender)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """No address is tentative, nobody solicits routers: what is on the wire is the test's or the hook's."""
     for which in ("all", "default"):
         for name in ("accept_dad", "dad_transmits", "router_solicitations"):
@@ -597,7 +597,7 @@ def fresh_node() -> Iterator[Node]:
     _mount("sysfs", "/sys", "sysfs")
     _mount("tmpfs", "/run", "tmpfs", data="mode=755")
     guard()
-    _quieten()
+    quieten()
     ip("link set lo up")
     node = Node(Namespace())
     try:

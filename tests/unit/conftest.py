@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from .samples import NAMESPACE
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -38,6 +40,14 @@ def no_pyroute2() -> Iterator[None]:
     """Importing pyroute2 fails, whether it is installed or not: nothing here may need it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pyroute2", None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_one_namespace() -> Iterator[None]:
+    """The network namespace of the samples, whichever one the kernel's tests have left this process in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvmifup.journal.NAMESPACE", NAMESPACE)
         yield
 
 

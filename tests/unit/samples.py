@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import replace
+from pathlib import Path
 
 from kvmifup.model import Bridge, Config, Nic, NodeFacts, Prefix, RoutedConfig, Tap, Uplink
 
 MAC = "aa:00:00:35:ac:01"
+NAMESPACE = Path(__file__)  # stands in for the network namespace
+HERE = NAMESPACE.stat().st_ino
 
 
 def nets(*texts: str) -> tuple[Prefix, ...]:

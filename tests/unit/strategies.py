@@ -208,4 +208,5 @@ journals = st.builds(
     since=st.floats(0, 4e9),
     by=st.sampled_from(["", "hook", "person", "agent"]),
     frame=st.none() | st.just("RARP"),
+    namespace=st.integers(1, 2**32 - 1),
 )

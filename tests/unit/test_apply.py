@@ -30,7 +30,7 @@ from kvmifup.ops import (
 )
 
 from .nodes import FailingStore, MemoryNode, identity, on_disk, untouched
-from .samples import BRIDGE, BRIDGED, CONFIG, DUAL, EXT, FACTS_BRIDGED, FACTS_EXT, FACTS_ROUTED, OVS, ROUTED
+from .samples import BRIDGE, BRIDGED, CONFIG, DUAL, EXT, FACTS_BRIDGED, FACTS_EXT, FACTS_ROUTED, HERE, OVS, ROUTED
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -70,7 +70,7 @@ def fresh_node() -> MemoryNode:
     return node
 
 
-EARLIER = Journal(ROUTED, 7, Phase.PRE, (Entry(LinkMtu("tap0", 1400), 1300),))
+EARLIER = Journal(ROUTED, 7, Phase.PRE, (Entry(LinkMtu("tap0", 1400), 1300),), namespace=HERE)
 
 
 def job_for(
@@ -78,7 +78,7 @@ def job_for(
 ) -> Job:
     changes = survey(plan, node)
     nic = replace(ROUTED, tap=tap)
-    before = replace(EARLIER, nic=nic) if known else Journal(nic, 7)
+    before = replace(EARLIER, nic=nic) if known else Journal(nic, 7, namespace=HERE)
     entries = tuple(change.entry for change in changes if change.needed and change.op.undoable)
     return Job(changes, before, known, None if forget else replace(before, phase=Phase.POST, entries=entries))
 

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmifup import journal, locks
-from kvmifup.errors import JournalError, KernelError, PrivilegeError
+from kvmifup.errors import JournalError, KernelError, NamespaceError, PrivilegeError
 from kvmifup.journal import Entry, Journal, Store
 from kvmifup.model import Phase
 from kvmifup.ops import LinkMtu, ProxyNeighbour, Rule
 
-from .samples import DUAL, ROUTED
+from .samples import DUAL, HERE, ROUTED
 from .strategies import journals
 
 SAMPLE = Journal(
@@ -32,6 +32,7 @@ SAMPLE = Journal(
     Phase.POST,
     (Entry(LinkMtu("tap0", 9000), 1500), Entry(Rule(4, "tap0", 100, 10000, (("src", "192.0.2.0"),), True), False)),
     (Entry(LinkMtu("tap0", 9000), 1400),),
+    namespace=HERE,
 )
 
 
@@ -66,6 +67,7 @@ def test_the_format_that_the_docstring_promises(store: Store) -> None:
     data = json.loads(store.path("tap0").read_text())
     assert data.keys() == {
         "version",
+        "namespace",
         "nic",
         "ifindex",
         "phase",
@@ -76,14 +78,14 @@ def test_the_format_that_the_docstring_promises(store: Store) -> None:
         "pending",
     }
     assert data["entries"][0] == {"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}
-    assert (data["version"], data["ifindex"], data["phase"]) == (1, 7, "post")
+    assert (data["version"], data["namespace"], data["ifindex"], data["phase"]) == (1, HERE, 7, "post")
 
 
 def test_a_dotted_tap_has_its_own_files(store: Store) -> None:
     """tap0.1 and tap0.2 must not share a temporary file."""
     names = ("tap0", "tap0.1", "tap0.2")
     for tap in names:
-        store.save(Journal(DUAL.__class__(tap, DUAL.mac, "bridged", "br0"), 7))
+        store.save(Journal(DUAL.__class__(tap, DUAL.mac, "bridged", "br0"), 7, namespace=HERE))
     assert store.taps() == sorted(names)
     assert [(found.nic.tap if (found := store.load(tap)) else None) for tap in names] == list(names)
 
@@ -118,7 +120,7 @@ def test_a_disk_that_refuses(
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(expected):
-        store.save(Journal(DUAL, 8))
+        store.save(Journal(DUAL, 8, namespace=HERE))
     monkeypatch.undo()
     assert store.load("tap0") == SAMPLE
 
@@ -192,6 +194,8 @@ def changed(path: list[str | int], value: object) -> bytes:
     [
         (["version"], 2),
         (["version"], None),
+        (["namespace"], None),
+        (["namespace"], "net"),
         (["nic"], None),
         (["nic"], []),
         (["nic", "extra"], 1),
@@ -218,7 +222,7 @@ def test_a_journal_with_a_wrong_part(path: list[str | int], value: object, store
     refuse(store, changed(path, value))
 
 
-@pytest.mark.parametrize("part", ["nic", "ifindex", "phase", "entries", "pending"])
+@pytest.mark.parametrize("part", ["namespace", "nic", "ifindex", "phase", "entries", "pending"])
 def test_a_journal_without_a_part(part: str, store: Store) -> None:
     data = journal.encode(SAMPLE)
     del data[part]
@@ -242,7 +246,7 @@ whole_sample = journal.encode(SAMPLE)
 @given(st.dictionaries(st.sampled_from(sorted(whole_sample)), anything, max_size=3))
 def test_any_json_is_a_journal_or_an_error(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
     store = Store(tmp_path_factory.getbasetemp())
-    with suppress(JournalError):
+    with suppress(JournalError, NamespaceError):
         assert isinstance(load(store, json.dumps(whole_sample | changes).encode()), Journal)
 
 
@@ -264,12 +268,26 @@ def test_set_aside(store: Store) -> None:
     assert store.load("tap0") is None
 
 
+def test_a_journal_of_another_network_namespace(store: Store) -> None:
+    store.save(replace(SAMPLE, namespace=HERE + 1))
+    with pytest.raises(NamespaceError, match=f"{HERE + 1}.*{HERE}") as caught:
+        store.load("tap0")
+    assert caught.value.code == 69
+    assert str(store.path("tap0")) in caught.value.hint
+    with pytest.raises(NamespaceError):
+        store.nic_of_live("tap0")
+    assert not store.has_here("tap0", {"192.0.2.8"})
+    store.save(replace(SAMPLE, nic=replace(DUAL, tap="tap1")))
+    assert seen(store, "192.0.2.8/32") == seen(store, DUAL.instance) == ["tap1"]
+    assert store.elsewhere() == {HERE + 1: 1}
+
+
 # --- looking through all of them ----------------------------------------------------------------------
 
 
 def test_others(store: Store) -> None:
     store.save(SAMPLE)
-    store.save(Journal(ROUTED.__class__("tap1", ROUTED.mac, "routed", ip=ROUTED.ip), 8))
+    store.save(Journal(ROUTED.__class__("tap1", ROUTED.mac, "routed", ip=ROUTED.ip), 8, namespace=HERE))
     (store.directory / "tap2.json").write_text('"192.0.2.8/32"')
 
     def found(tap: str, text: str) -> list[str]:
@@ -292,10 +310,10 @@ PROXY = ProxyNeighbour("eth0", "192.0.2.8", True)
 
 
 def test_others_are_found_by_shared_ops_and_instances(store: Store) -> None:
-    store.save(Journal(DUAL, 7, Phase.POST, (Entry(PROXY, False), Entry(LinkMtu("tap0", 9000), 1500))))
+    store.save(Journal(DUAL, 7, Phase.POST, (Entry(PROXY, False), Entry(LinkMtu("tap0", 9000), 1500)), namespace=HERE))
     assert seen(store, PROXY.key) == seen(store, DUAL.instance) == ["tap0"]
     assert seen(store, LinkMtu("tap0", 0).key) == [], "no two taps share that"
-    store.save(Journal(DUAL, 7, Phase.DOWN, (), (Entry(PROXY, False),)))
+    store.save(Journal(DUAL, 7, Phase.DOWN, (), (Entry(PROXY, False),), namespace=HERE))
     assert seen(store, PROXY.key) == ["tap0"], "a killed run's counts as well"
 
 
@@ -354,7 +372,7 @@ def test_threads_see_what_was_there_when_their_run_began(store: Store) -> None:
     """Each on its own: the agent's share one store."""
     store.save(SAMPLE)
     assert seen(store, "192.0.2.8/32") == ["tap0"]
-    by_other_hands(store, Journal(replace(DUAL, tap="tap1"), 8), "renamed")
+    by_other_hands(store, Journal(replace(DUAL, tap="tap1"), 8, namespace=HERE), "renamed")
     fresh: list[set[str]] = []
     thread = threading.Thread(target=lambda: fresh.append({one.nic.tap for one in store.others("", "192.0.2.8/32")}))
     thread.start()
@@ -437,7 +455,11 @@ def test_many_threads_at_once(store: Store) -> None:
 
     def work(number: int) -> None:
         mine = Store(store.run_dir)
-        one = Journal(replace(DUAL, tap=f"tap{number}", ip=(ipaddress.ip_network(f"198.51.100.{number}"),)), number + 2)
+        one = Journal(
+            replace(DUAL, tap=f"tap{number}", ip=(ipaddress.ip_network(f"198.51.100.{number}"),)),
+            number + 2,
+            namespace=HERE,
+        )
         try:
             for _ in range(20):
                 mine.save(one)
@@ -459,9 +481,9 @@ def test_the_nic_of_a_live_tap(store: Store) -> None:
     """lo is the one device whose index is known everywhere."""
     nic = DUAL.__class__("lo", DUAL.mac, "bridged", "br0")
     assert store.nic_of_live("lo") is None
-    store.save(Journal(nic, 1))
+    store.save(Journal(nic, 1, namespace=HERE))
     assert store.nic_of_live("lo") == nic
-    store.save(Journal(nic, 2))
+    store.save(Journal(nic, 2, namespace=HERE))
     assert store.nic_of_live("lo") is None
     store.save(SAMPLE)
     assert store.nic_of_live("tap0") is None, "there is no such device, or another one"
