@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,13 +76,27 @@ class Session:
     by: str = "hook"
     frame: str | None = None
 
-    def locked(self, stack: ExitStack, names: Sequence[str]) -> None:
-        """Hold the locks *names* until *stack* unwinds. Raises LockTimeoutError."""
+    def locked(self, stack: ExitStack, taps: Sequence[str]) -> None:
+        """Hold the locks of *taps* until *stack* unwinds: their journals do not change. Raises LockTimeoutError."""
         self.store.refresh()
+        self._hold(stack, [locks.of_tap(tap) for tap in taps])
+
+    def share(self, stack: ExitStack, nics: Sequence[Nic], journals: Iterable[Journal] = ()) -> None:
+        """Hold the lock of what taps share, too, if a run for *nics*, or with *journals* so far, can change any of it.
+
+        After those of taps, always, so that no two runs wait for each other. A run that does not need it must not
+        have it: a program of the administrator's can take long, and every routed guest would wait for it.
+
+        Raises LockTimeoutError, and what *journals* raise.
+        """
+        if not self.dry and (any(nic.mode == "routed" for nic in nics) or any(map(shares, journals))):
+            self._hold(stack, [locks.UPLINK])
+            self.store.begin(locks.path(self.run_dir, locks.UPLINK))
+            self.kernel.refresh()
+
+    def _hold(self, stack: ExitStack, names: Sequence[str]) -> None:
         if not self.dry:
             stack.enter_context(locks.hold(self.run_dir, names, self.config.lock_timeout))
-            if locks.UPLINK in names:
-                self.store.begin(locks.path(self.run_dir, locks.UPLINK))
 
 
 # --- up -------------------------------------------------------------------------------------------------
@@ -95,7 +109,9 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
     """
     with ExitStack() as stack:
         stack.enter_context(about(", ".join(nic.label for nic in nics)))
-        session.locked(stack, lock_names(nics, session))
+        session.locked(stack, [nic.tap for nic in nics])
+        # There may be something to clear up after whoever had the tap before.
+        session.share(stack, nics, (journal for nic in nics if (journal := session.store.load(nic.tap))))
         prepared = []
         for nic in nics:
             with about(nic.label):
@@ -220,11 +236,12 @@ def ready(tap: str, session: Session) -> Ready | None:
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
-        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        session.locked(stack, [tap])
         stamp = session.store.stamp(tap)
         journal = undisturbed(tap, session)
         if journal is None or journal.phase is not Phase.PRE:
             return None
+        session.share(stack, [], [journal])
         stack.enter_context(about(journal.nic.label))
         outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
         devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
@@ -242,7 +259,8 @@ def arrive(ready: Ready, session: Session) -> Outcome | None:
     with ExitStack() as stack:
         stack.enter_context(about(ready.outcome.label))
         try:
-            session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+            session.locked(stack, [tap])
+            session.share(stack, [], [ready.job.before])
         except LockTimeoutError:
             return None
         same = session.store.stamp(tap) == ready.stamp and all(
@@ -264,10 +282,11 @@ def settle(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Out
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
-        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        session.locked(stack, [tap])
         journal = undisturbed(tap, session)
         if journal is None or journal.phase is Phase.DOWN or not wanted(journal):
             return None
+        session.share(stack, [], [journal])
         stack.enter_context(about(journal.nic.label))
         outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
         apply([job], session.kernel, session.store)
@@ -287,11 +306,12 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
-        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        session.locked(stack, [tap])
         session.kernel.refresh()
         journal = undisturbed(tap, session)
         if journal is None or journal.phase is not Phase.POST:
             return None
+        session.share(stack, [], [journal])
         away = tuple(entry for entry in journal.entries if phases.only_here(entry.op))
         if not away:
             return None
@@ -312,13 +332,16 @@ def restore(tap: str, uplink: str, session: Session) -> Outcome | None:
     back later than the device: until then it would take away all that it should put back.
 
     None if the guest does not run here, or the uplink has gone. Raises what `apply.apply` raises,
-    LockTimeoutError and JournalError.
+    LockTimeoutError, JournalError and NamespaceError.
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
-        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        session.locked(stack, [tap])
         journal = undisturbed(tap, session)
-        if journal is None or journal.phase is not Phase.POST or session.kernel.ifindex(uplink) is None:
+        if journal is None or journal.phase is not Phase.POST:
+            return None
+        session.share(stack, [], [journal])
+        if session.kernel.ifindex(uplink) is None:
             return None
         stack.enter_context(about(journal.nic.label))
         only = replace(session.config, routed=replace(session.config.routed, uplinks=(uplink,)))
@@ -345,18 +368,20 @@ def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], ses
     """
     with ExitStack() as stack:
         stack.enter_context(about(tap))
-        session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+        session.locked(stack, [tap])
         session.kernel.refresh()
         journal = session.store.load(tap)
         if journal is not None:
             owner = journal.nic.instance
             if None not in (owner, instance) and owner != instance and alive(journal, session):
                 return Outcome(tap, None, tap, Phase.DOWN, remarks=(f"it is {journal.nic.label}'s now: left alone",))
+            session.share(stack, [], [journal])
             undone = forget(journal, session)
             return Outcome(journal.nic.label, journal.nic, tap, Phase.DOWN, changes=undone)
         nic = describe()
         if nic is None:
             return Outcome(tap, None, tap, Phase.DOWN)
+        session.share(stack, [nic])
         facts = with_claims(session.kernel.facts(nic, session.config), nic, session)
         changes = survey(present(phases.withdrawal(nic, facts), facts), session.kernel)
         if not session.dry:
@@ -472,7 +497,7 @@ def gc(session: Session, taps: Sequence[str] | None = None) -> list[Outcome]:
     for tap in session.store.taps() if taps is None else taps:
         try:
             with ExitStack() as stack:
-                session.locked(stack, [locks.of_tap(tap), locks.UPLINK])
+                session.locked(stack, [tap])
                 session.kernel.refresh()
                 try:
                     journal = session.store.load(tap)
@@ -483,6 +508,7 @@ def gc(session: Session, taps: Sequence[str] | None = None) -> list[Outcome]:
                     outcomes.append(Outcome(tap, None, tap, Phase.DOWN, remarks=(f"{error}{where}",)))
                     continue
                 if journal is not None and (journal.pending or not alive(journal, session)):
+                    session.share(stack, [], [journal])
                     _, undone = recover(journal, session)
                     outcomes.append(Outcome(journal.nic.label, journal.nic, tap, Phase.DOWN, undone))
         except KvmIfupError as error:
@@ -524,21 +550,9 @@ class Foreseen:
 # --- helpers ----------------------------------------------------------------------------------------------
 
 
-def lock_names(nics: Sequence[Nic], session: Session) -> list[str]:
-    """The locks that a run for *nics* needs: routed ones share the uplinks and the addresses.
-
-    So may whoever had the tap before, if there is something to clear up.
-    """
-    taps = [nic.tap for nic in nics]
-    routed = any(nic.mode == "routed" for nic in nics)
-    shared = routed or any(was_routed(tap, session) for tap in taps)
-    return [*map(locks.of_tap, taps), *([locks.UPLINK] if shared else [])]
-
-
-def was_routed(tap: str, session: Session) -> bool:
-    """Whether the journal of *tap* is about a routed NIC. Raises JournalError."""
-    journal = session.store.load(tap)
-    return journal is not None and journal.nic.mode == "routed"
+def shares(journal: Journal) -> bool:
+    """Whether *journal* is about something that taps share: an uplink's values, addresses."""
+    return journal.nic.mode == "routed" or any(one.op.shared for one in (*journal.entries, *journal.pending))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,31 @@ def test_each_phase_calls_the_program_once(programs: Path) -> None:
     for _ in range(2):
         check(hook("kvm-ifdown", "tap0"), 0)
         assert phases() == ["pre", "post", "down"]
+
+
+@pytest.mark.parametrize("how", ["kvm-ifdown", "gc"])
+def test_a_slow_program_holds_up_nobody_elses_hook(programs: Path, how: str) -> None:
+    """Not the lock of what taps share, either: its guest is not routed, and shares nothing."""
+    fifo = Path("/run/fifo")
+    os.mkfifo(fifo)
+    put(programs, f'[ "$KVM_IFUP_PHASE" != down ] || read -r line < {fifo}')
+    netns.add_tap("tap1")
+    netns.write_nic("tap1", "web2", mode="ext", link="blue")
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(hook("kvm-ifup-post", "tap1"), 0)
+    if how == "gc":
+        netns.ip("link del tap1")
+    slow = netns.start(*(("kvm-ifup", "gc") if how == "gc" else ("kvm-ifdown", "tap1")))
+    while "down" not in phases():
+        assert slow.poll() is None, netns.finish(slow)
+    at_once = netns.configuration(lock_timeout=0)
+    for program in ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"):
+        check(hook(program, "tap0", at_once), 0)
+    check(hook("kvm-ifdown", "tap1", at_once), 75, "tap.tap1")
+    assert slow.poll() is None
+    fifo.write_text("go on\n")
+    check(netns.finish(slow), 0)
+    assert phases() == ["pre", "post", "down"]
 
 
 def test_a_fresh_start_runs_both_phases(programs: Path) -> None:

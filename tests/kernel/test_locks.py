@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,22 +65,43 @@ def test_the_lock_is_waited_for(uplinked: Node) -> None:
     netns.write_nic(mode="routed", ip=[GUEST_IP4])
     with held("tap.tap0"):
         process = start("kvm-ifup-post", "tap0", netns.configuration(lock_timeout=600))
-        waits_for_lock(process.pid)
+        waits_for_lock(process)
         assert process.poll() is None
     check(finish(process), 0)
     assert netns.routes("tap0") == {GUEST_IP4}
 
 
-def waits_for_lock(pid: int) -> None:
-    """Return once *pid* has the lock's file open."""
+@pytest.mark.parametrize("program", ["kvm-ifup-post", "kvm-ifdown"])
+def test_which_locks_it_takes_is_found_out_once_the_tap_is_locked(uplinked: Node, program: str) -> None:
+    """While a run waits for its tap, whoever has it may make a routed NIC of it."""
+    netns.add_bridge()
+    netns.add_tap()
+    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(call("kvm-ifup-post", "tap0"), 0)
+    netns.write_nic(mode="bridged", link="br0")
+    journal, later = netns.RUN_DIR / "state/tap0.json", Path("/run/later.json")
+    journal.rename(later)
+    with held("uplink"):
+        with held("tap.tap0"):
+            process = start(program, "tap0", netns.configuration(lock_timeout=600))
+            waits_for_lock(process)
+            later.rename(journal)
+        waits_for_lock(process, "uplink")
+        assert netns.routes("tap0") == {GUEST_IP4}
+    check(finish(process), 0)
+    assert netns.routes("tap0") == set()
+
+
+def waits_for_lock(process: subprocess.Popen[str], name: str = "") -> None:
+    """Return once *process* has the lock's file open."""
 
     def opened() -> Iterator[str]:
-        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        for descriptor in os.listdir(f"/proc/{process.pid}/fd"):
             with contextlib.suppress(FileNotFoundError):  # closed in the meantime
-                yield str(Path(f"/proc/{pid}/fd/{descriptor}").readlink())
+                yield str(Path(f"/proc/{process.pid}/fd/{descriptor}").readlink())
 
-    while not any("/lock/" in path for path in opened()):
-        pass
+    while not any(f"/lock/{name}" in path for path in opened()):
+        assert process.poll() is None, finish(process)
 
 
 def test_a_signal_while_waiting_for_a_lock_is_75_and_nothing_changes(uplinked: Node) -> None:
@@ -88,7 +110,7 @@ def test_a_signal_while_waiting_for_a_lock_is_75_and_nothing_changes(uplinked: N
     before = netns.snapshot()
     with held("tap.tap0"):
         process = start("kvm-ifup-post", "tap0", netns.configuration(lock_timeout=600))
-        waits_for_lock(process.pid)
+        waits_for_lock(process)
         process.send_signal(signal.SIGTERM)
         check(finish(process), 75, "SIGTERM")
     assert netns.changes(before, netns.snapshot()) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -799,15 +799,65 @@ def test_a_dry_gc_leaves_an_unreadable_journal_where_it_is(node: Node) -> None:
 # --- locks --------------------------------------------------------------------------------------------
 
 
-def locks_needed(nics: Sequence[Nic], node: Node) -> list[str]:
-    return run.lock_names(nics, node.session())
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """The locks that were taken since the last call, in their order."""
+    names: list[str] = []
+    monkeypatch.setattr(locks, "_wait", lambda _descriptor, name, *_: names.append(name))
+
+    def since() -> list[str]:
+        found, names[:] = names[:], []
+        return found
+
+    return since
 
 
-def test_which_locks(node: Node) -> None:
-    assert locks_needed([BRIDGED], node) == ["tap.tap0"]
-    assert sorted(locks_needed([ROUTED, SECOND], node)) == ["tap.tap0", "tap.tap1", "uplink"]
-    node.post(ROUTED)
-    assert "uplink" in locks_needed([BRIDGED], node), "there may be a dead routed NIC to clear up after"
+def test_which_locks(node: Node, taken: Callable[[], list[str]]) -> None:
+    node.post(BRIDGED)
+    assert taken() == ["tap.tap0"]
+    node.post(ROUTED, SECOND)
+    assert taken() == ["tap.tap0", "tap.tap1", "uplink"]
+    node.post(BRIDGED)
+    assert taken() == ["tap.tap0", "uplink"], "there is a routed NIC to clear up after"
+    node.post(BRIDGED)
+    assert taken() == ["tap.tap0"]
+
+
+@every_nic
+def test_which_locks_it_takes_to_undo_something(nic: Nic, node: Node, taken: Callable[[], list[str]]) -> None:
+    """A program may take long: every routed guest would wait for it."""
+    expected = ["tap.tap0", "uplink"] if nic.mode == "routed" else ["tap.tap0"]
+    node.pre(nic)
+    taken()
+    run.ready("tap0", node.session())
+    assert taken() == expected
+    run.settle("tap0", lambda _journal: True, node.session())
+    assert taken() == expected
+    node.gc()
+    assert taken() == ["tap.tap0"], "there is nothing to clear up"
+    node.down()
+    assert taken() == expected
+    node.down(nic=nic)
+    assert taken() == expected, "without a journal, the NIC's description decides"
+    node.down()
+    assert taken() == ["tap.tap0"]
+    node.post(nic)
+    taken()
+    node.kernel.remove_tap("tap0")
+    node.gc()
+    assert taken() == expected
+
+
+@pytest.mark.parametrize("part", ["entries", "pending"])
+def test_what_taps_share_takes_its_lock_whatever_the_nic_has_become(
+    part: str, node: Node, taken: Callable[[], list[str]]
+) -> None:
+    """A run that was to make a routed NIC of it was killed."""
+    shared: dict[str, Any] = {part: (Entry(PROXY_DELAY, "80"),)}
+    journal = Journal(BRIDGED, node.kernel.indexes["tap0"], Phase.POST, namespace=node.store.namespace)
+    node.store.save(replace(journal, **shared))
+    node.down()
+    assert taken() == ["tap.tap0", "uplink"]
 
 
 @pytest.mark.parametrize(
