@@ -128,13 +128,19 @@ class Kernel:
             return None
         return Tap(ifindex=link.index, is_tap=link.kind == "tun" and link.type == ARPHRD_ETHER)
 
+    def _is_ovs_bridge(self, name: str) -> bool:
+        return ovs.has_bridge(name)
+
+    def _ovs_port(self, name: str) -> str | None:
+        return ovs.port(name)
+
     def _bridge(self, nic: Nic) -> Bridge | None:
         try:
             link = self._link(nic.link or "")
         except VanishedError:
             return None
         if nic.mode == "openvswitch":
-            return Bridge(ovs.has_bridge(nic.link or ""), True, link.address or "", link.mtu, False, 0.0, False)
+            return Bridge(self._is_ovs_bridge(nic.link or ""), True, link.address or "", link.mtu, False, 0.0, False)
         is_bridge = link.kind == "bridge"
         return Bridge(
             is_bridge=is_bridge,
@@ -292,7 +298,7 @@ class Kernel:
             case ProxyNeighbour():
                 return self._neighbour(op.dev, op.address, flags=NTF_PROXY) is not None
             case OvsPort():
-                return ovs.port(op.dev)
+                return self._ovs_port(op.dev)
             case Program():
                 return "unknown"
             case Route():
@@ -635,6 +641,7 @@ class Overview(Kernel):
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
         self._defaults: dict[tuple[int, int], tuple[str, ...]] = {}
         self._seen: dict[tuple[str, int], Uplink] = {}
+        self._switch: tuple[frozenset[str], dict[str, str]] | None = None
 
     def refresh(self) -> None:
         """Nothing: it is one look."""
@@ -684,6 +691,19 @@ class Overview(Kernel):
             with refusals("reading neighbours"):
                 self._neighbours[flags] = self._netlink.neighbours(flags)
         return self._neighbours[flags].get((self._index(dev), address))
+
+    def _ovs(self) -> tuple[frozenset[str], dict[str, str]]:
+        self._switch = self._switch or ovs.everything()
+        return self._switch
+
+    def _is_ovs_bridge(self, name: str) -> bool:
+        try:
+            return name in self._ovs()[0]
+        except ProgramError:
+            return super()._is_ovs_bridge(name)  # it says what to do
+
+    def _ovs_port(self, name: str) -> str | None:
+        return self._ovs()[1].get(name)
 
     # --- what only people ask -----------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from kvmifup import programs
 from kvmifup.errors import NotReadyError, ProgramError
 
 TIMEOUT = 10  # seconds that ovs-vsctl waits for the switch
+VLANS = "tag,trunks,vlan_mode"  # columns of a port
 
 
 def has_bridge(name: str) -> bool:
@@ -27,14 +28,31 @@ def port(name: str) -> str | None:
 
     Raises ProgramError.
     """
-    rows = json.loads(done("--format=json", "--columns=tag,trunks,vlan_mode", "find", "Port", f'name="{name}"'))["data"]
-    if not rows:
-        return None
-    tag, trunks, mode = (members(cell) for cell in rows[0])
+    rows = json.loads(done("--format=json", f"--columns={VLANS}", "find", "Port", f'name="{name}"'))["data"]
+    return described(done("port-to-br", name).strip(), rows[0]) if rows else None
+
+
+def everything() -> tuple[frozenset[str], dict[str, str]]:
+    """The names of all bridges, and of all ports what `port` says, with one question. Raises ProgramError.
+
+    A port of a bridge that Open vSwitch makes up for a VLAN counts as its parent's.
+    """
+    *names, bridges, ports = done(
+        *("--format=json", "list-br"),
+        *("--", "--columns=name,ports", "list", "Bridge"),
+        *("--", f"--columns=_uuid,name,{VLANS}", "list", "Port"),
+    ).split("\n")[:-1]
+    bridge_of = {port[1]: name for name, cell in json.loads(bridges)["data"] for port in members(cell)}
+    found = {name: described(bridge_of[uuid[1]], vlans) for uuid, name, *vlans in json.loads(ports)["data"]}
+    return frozenset(names), found
+
+
+def described(bridge: str, columns: list[Any]) -> str:
+    """A port of *bridge* with these columns (`VLANS`), as `port` says it."""
+    tag, trunks, mode = map(members, columns)
     vlan = "".join(f".{one}" for one in tag) + "".join(f":{one}" for one in sorted(trunks))
     # A mode that is not the one we would set makes it another value.
     other = "" if not mode or mode == [vlan_mode(vlan)] else f" {mode[0]}"
-    bridge = done("port-to-br", name).strip()
     return f"{bridge} {vlan}{other}".strip() if vlan or other else bridge
 
 

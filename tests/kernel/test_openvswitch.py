@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmifup import ovs, programs
 from tests import netns
 from tests.netns import CLEAN, TAP_MAC, Node, changes, check, hook, link, snapshot
 
@@ -146,3 +148,83 @@ def test_a_switch_that_does_not_run_is_refused(node: Node) -> None:
     netns.add_bridge("br0")
     netns.write_nic(mode="openvswitch", link="br0")
     check(hook("kvm-ifup-pre", "tap0"), 69, "Open vSwitch", "db.sock")
+
+
+# --- kvm-ifup show and check ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What the switch is asked by runs in this process."""
+    asked: list[tuple[str, ...]] = []
+    ask = ovs.vsctl
+
+    def count(*arguments: str) -> programs.Result:
+        asked.append(arguments)
+        return ask(*arguments)
+
+    monkeypatch.setattr(ovs, "vsctl", count)
+    return asked
+
+
+VLANS = {"tap0": None, "tap1": ".100", "tap2": ":300:200", "tap3": ".100:200:300"}
+
+
+@pytest.fixture
+def four(switch: Node) -> Node:
+    """A guest with four NICs on the switch."""
+    netns.taps([tap for tap in VLANS if tap != "tap0"])
+    for index, (tap, vlan) in enumerate(VLANS.items()):
+        netns.write_nic(tap, "web1", index, mode="openvswitch", link="ovs0", vlan=vlan)
+    check(hook("kvm-ifup-post", "--instance", "web1"), 0)
+    return switch
+
+
+def seen() -> dict[str, tuple[bool, list[str | None]]]:
+    """By tap: whether `kvm-ifup show` finds it wired, and the ports that it finds instead."""
+    result = netns.call("kvm-ifup", "show", "--json")
+    check(result, 0)
+    return {
+        one["tap"]: (one["wired"], [op["now"] for op in one["missing"] if op["op"] == "ovs-port"])
+        for one in json.loads(result.out)
+    }
+
+
+def test_the_switch_is_asked_once_however_many_nics_there_are(four: Node, questions: list[tuple[str, ...]]) -> None:
+    assert seen() == {tap: (True, []) for tap in VLANS}
+    assert len(questions) == 1
+    check(netns.call("kvm-ifup", "check"), 0)
+    assert len(questions) == 2
+
+
+def test_whatever_differs_on_the_switch_is_found(four: Node) -> None:
+    vsctl("add-br", "ovs1", "--", "set", "bridge", "ovs1", "datapath_type=netdev")
+    vsctl("set", "Port", "tap0", "tag=7")
+    vsctl("del-port", "tap1", "--", "add-port", "ovs1", "tap1", "tag=100", "vlan_mode=access")
+    vsctl("set", "Port", "tap2", "vlan_mode=native-tagged")
+    vsctl("del-port", "tap3")
+    assert seen() == {
+        "tap0": (False, ["ovs0 .7"]),
+        "tap1": (False, ["ovs1 .100"]),
+        "tap2": (False, ["ovs0 :200:300 native-tagged"]),
+        "tap3": (False, [None]),
+    }
+    assert netns.call("kvm-ifup", "check").code == 1
+    vsctl("add-br", "ovs0.20", "ovs0", "20")
+    vsctl("add-port", "ovs0.20", "tap3")
+    assert seen()["tap3"] == (False, ["ovs0 .20"]), "a bridge within another"
+    vsctl("del-br", "ovs1", "--", "del-br", "ovs0")
+    for _, ports in seen().values():
+        assert ports == []
+    assert "no such Open vSwitch bridge: ovs0" in netns.call("kvm-ifup", "check").out
+
+
+def test_a_switch_that_has_ended_is_what_check_says(four: Node) -> None:
+    for name in ("ovs-vswitchd", "ovsdb-server"):
+        pid = int((SWITCH / f"{name}.pid").read_text())
+        os.kill(pid, 15)
+        while (SWITCH / f"{name}.pid").exists():
+            pass
+    result = netns.call("kvm-ifup", "check")
+    assert result.code == 1
+    assert result.out.count("systemctl start openvswitch-switch") == len(VLANS)
