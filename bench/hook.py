@@ -218,7 +218,7 @@ def main(argv: Sequence[str]) -> int:
         with agent():
             rows = compare(options.runs, ganeti)
     few, full = Crowd(100), Crowd(500)
-    among: dict[str, list[float]] = {"among 100 NICs": [], "among 500 NICs": []}
+    among: dict[str, list[float]] = {f"{AGENT} among {many} NICs": [] for many in (100, 500)}
     for _ in range(options.runs):
         for values, node in zip(among.values(), (few, full), strict=True):
             values.append(node.ask("one"))
@@ -227,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
     full.close()
     for kind in KINDS:
         print(picture.table("ms", {k: v for k, v in rows.items() if k.startswith(f"{kind}:")}, f"{kind}: {GANETI}"))
-    print(picture.table("ms", among, "among 100 NICs"))
+    print(picture.table("ms", among, f"{AGENT} among 100 NICs"))
     print(f"{AT_ONCE} hooks at once, {AT_ONCE + 500} NICs: {together:.0f} ms for all, {together / AT_ONCE:.1f} ms each")
     print(f"the agent's memory with {AT_ONCE + 500} NICs, at most: {peak:.1f} MB")
     if options.json:
