@@ -31,16 +31,19 @@ class Restorations:
         self._runner = runner
         self._background = background
         self._guests: Mapping[Place, Nic] = {}
+        self._uplinks: frozenset[str] = frozenset()
         self._due: dict[Which, int] = {}  # how often it has failed
         self._busy = False
 
     def look_after(self, guests: Mapping[Place, Nic]) -> None:
         """This node answers for *guests*."""
         self._guests = guests
+        self._uplinks = frozenset(uplink for uplink, _ in guests)
 
     def up_again(self, devices: Sequence[str]) -> None:
         """*devices* have come up: some may be uplinks."""
-        self._add({which: 0 for which in self._everything() if which[0] in devices})
+        if not self._uplinks.isdisjoint(devices):  # each guest's tap comes up, too
+            self._add({which: 0 for which in self._everything() if which[0] in devices})
 
     def all_up_again(self) -> None:
         """Any of them may have."""
