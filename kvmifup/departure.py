@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from select import POLLIN, poll
 
-from kvmifup import announce, packets, run
+from kvmifup import announce, packets, phases, run
 from kvmifup.loop import Loop
 from kvmifup.model import Nic
 from kvmifup.runner import Runner
@@ -41,7 +41,7 @@ class Departures:
 
     def renew(self) -> None:
         """Leave devices that have gone, or are another one now, and listen on what is there in their place."""
-        wanted = {(uplink, 6 if ":" in address else 4) for uplink, address in self._guests}
+        wanted = {(uplink, phases.family_of(address)) for uplink, address in self._guests}
         for which, (_, index) in list(self._uplinks.items()):
             if which not in wanted or not packets.is_device(which[0], index):
                 self._leave(which)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from kvmifup import cli, run
@@ -30,31 +30,29 @@ class Restorations:
         self._loop = loop
         self._runner = runner
         self._background = background
-        self._guests: Mapping[Place, Nic] = {}
-        self._uplinks: frozenset[str] = frozenset()
+        self._taps: dict[str, set[str]] = {}  # by uplink
         self._due: dict[Which, int] = {}  # how often it has failed
         self._busy = False
 
     def look_after(self, guests: Mapping[Place, Nic]) -> None:
         """This node answers for *guests*."""
-        self._guests = guests
-        self._uplinks = frozenset(uplink for uplink, _ in guests)
+        self._taps = {}
+        for (uplink, _), nic in guests.items():
+            self._taps.setdefault(uplink, set()).add(nic.tap)
 
-    def up_again(self, devices: Sequence[str]) -> None:
+    def up_again(self, devices: Iterable[str]) -> None:
         """*devices* have come up: some may be uplinks."""
-        if not self._uplinks.isdisjoint(devices):  # each guest's tap comes up, too
-            self._add({which: 0 for which in self._everything() if which[0] in devices})
+        self._add({(dev, tap): 0 for dev in devices for tap in self._taps.get(dev, ())})
 
     def all_up_again(self) -> None:
         """Any of them may have."""
-        self._add(dict.fromkeys(self._everything(), 0))
-
-    def _everything(self) -> set[Which]:
-        return {(uplink, nic.tap) for (uplink, _), nic in self._guests.items()}
+        self.up_again(self._taps)
 
     def _again(self, failed: dict[Which, int]) -> None:
-        still = self._everything() - self._due.keys()
-        self._add({which: tries for which, tries in failed.items() if which in still})
+        for (uplink, tap), tries in failed.items():
+            if tap in self._taps.get(uplink, ()):
+                self._due.setdefault((uplink, tap), tries)
+        self._next()
 
     def _add(self, more: dict[Which, int]) -> None:
         self._due |= more
