@@ -80,6 +80,7 @@ class Session:
         """Hold the locks of *taps* until *stack* unwinds: their journals do not change. Raises LockTimeoutError."""
         self.store.refresh()
         self._hold(stack, [locks.of_tap(tap) for tap in taps])
+        self.kernel.refresh()
 
     def share(self, stack: ExitStack, nics: Sequence[Nic], journals: Iterable[Journal] = ()) -> None:
         """Hold the lock of what taps share, too, if a run for *nics*, or with *journals* so far, can change any of it.
@@ -93,6 +94,10 @@ class Session:
             self._hold(stack, [locks.UPLINK])
             self.store.begin(locks.path(self.run_dir, locks.UPLINK))
             self.kernel.refresh()
+
+    def dated(self, journal: Journal) -> Journal:
+        """*journal*, as of now and of this run: it has reached a phase, or had something to mend."""
+        return replace(journal, since=time.time(), by=self.by, frame=self.frame)
 
     def _hold(self, stack: ExitStack, names: Sequence[str]) -> None:
         if not self.dry:
@@ -150,7 +155,7 @@ def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tupl
         pending=(),
     )
     if after.phase is not before.phase or any(change.needed and change.op.undoable for change in changes):
-        after = replace(after, since=time.time(), by=session.by, frame=session.frame)
+        after = session.dated(after)
     outcome = Outcome(nic.label, nic, nic.tap, phase, undone, changes, phases.remarks(phase, nic, facts))
     return outcome, Job(changes, before, journal is not None, after)
 
@@ -270,8 +275,7 @@ def arrive(ready: Ready, session: Session) -> Outcome | None:
         if not same or any(session.kernel.read(change.op) != change.now for change in shared):
             return None
         assert ready.job.after is not None
-        after = replace(ready.job.after, since=time.time(), by=session.by, frame=session.frame)
-        apply([replace(ready.job, after=after)], session.kernel, session.store)
+        apply([replace(ready.job, after=session.dated(ready.job.after))], session.kernel, session.store)
     return ready.outcome
 
 
@@ -307,7 +311,6 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
     with ExitStack() as stack:
         stack.enter_context(about(tap))
         session.locked(stack, [tap])
-        session.kernel.refresh()
         journal = undisturbed(tap, session)
         if journal is None or journal.phase is not Phase.POST:
             return None
@@ -316,8 +319,7 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
         if not away:
             return None
         rest = tuple(entry for entry in journal.entries if entry not in away)
-        now = time.time()
-        waiting = replace(journal, phase=Phase.PRE, entries=rest, since=now, by=session.by, frame=session.frame)
+        waiting = session.dated(replace(journal, phase=Phase.PRE, entries=rest))
         doomed = replace(waiting, pending=away)
         session.store.save(doomed)
         undone = revert(doomed, session)
@@ -348,9 +350,7 @@ def restore(tap: str, uplink: str, session: Session) -> Outcome | None:
         facts = session.kernel.facts(journal.nic, only)
         ops = phases.again(uplink, [entry.op for entry in journal.entries], facts)
         changes = survey(ops, session.kernel)
-        after = journal
-        if any(change.needed for change in changes):
-            after = replace(journal, since=time.time(), by=session.by, frame=session.frame)
+        after = session.dated(journal) if any(change.needed for change in changes) else journal
         apply([Job(changes, journal, True, after)], session.kernel, session.store)
         return Outcome(journal.nic.label, journal.nic, tap, Phase.POST, changes=changes)
 
@@ -369,7 +369,6 @@ def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], ses
     with ExitStack() as stack:
         stack.enter_context(about(tap))
         session.locked(stack, [tap])
-        session.kernel.refresh()
         journal = session.store.load(tap)
         if journal is not None:
             owner = journal.nic.instance
@@ -498,7 +497,6 @@ def gc(session: Session, taps: Sequence[str] | None = None) -> list[Outcome]:
         try:
             with ExitStack() as stack:
                 session.locked(stack, [tap])
-                session.kernel.refresh()
                 try:
                     journal = session.store.load(tap)
                 except NamespaceError:
