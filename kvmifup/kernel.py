@@ -697,10 +697,7 @@ class Overview(Kernel):
         return self._switch
 
     def _is_ovs_bridge(self, name: str) -> bool:
-        try:
-            return name in self._ovs()[0]
-        except ProgramError:
-            return super()._is_ovs_bridge(name)  # it says what to do
+        return name in self._ovs()[0]
 
     def _ovs_port(self, name: str) -> str | None:
         return self._ovs()[1].get(name)

@@ -14,13 +14,7 @@ VLANS = "tag,trunks,vlan_mode"  # columns of a port
 
 def has_bridge(name: str) -> bool:
     """Whether the switch has a bridge *name*. Raises NotReadyError when it does not answer."""
-    try:
-        result = vsctl("br-exists", name)
-    except ProgramError as error:
-        raise NotReadyError(f"Open vSwitch: {error}", hint="install openvswitch-switch") from None
-    if result.code not in (0, 2):
-        raise NotReadyError(f"Open vSwitch: {result.complaint}", hint="`systemctl start openvswitch-switch`")
-    return result.code == 0
+    return answer("br-exists", name, no=2).code == 0
 
 
 def port(name: str) -> str | None:
@@ -33,18 +27,20 @@ def port(name: str) -> str | None:
 
 
 def everything() -> tuple[frozenset[str], dict[str, str]]:
-    """The names of all bridges, and of all ports what `port` says, with one question. Raises ProgramError.
+    """The names of all bridges, and of all ports what `port` says, with one question. Raises NotReadyError
+    when the switch does not answer.
 
     A port of a bridge that Open vSwitch makes up for a VLAN counts as its parent's.
     """
-    *names, bridges, ports = done(
+    found = answer(
         *("--format=json", "list-br"),
         *("--", "--columns=name,ports", "list", "Bridge"),
         *("--", f"--columns=_uuid,name,{VLANS}", "list", "Port"),
-    ).split("\n")[:-1]
+    )
+    *names, bridges, ports = found.output.split("\n")[:-1]
     bridge_of = {port[1]: name for name, cell in json.loads(bridges)["data"] for port in members(cell)}
-    found = {name: described(bridge_of[uuid[1]], vlans) for uuid, name, *vlans in json.loads(ports)["data"]}
-    return frozenset(names), found
+    where = {name: described(bridge_of[uuid[1]], vlans) for uuid, name, *vlans in json.loads(ports)["data"]}
+    return frozenset(names), where
 
 
 def described(bridge: str, columns: list[Any]) -> str:
@@ -88,6 +84,17 @@ def members(cell: Any) -> list[Any]:
     if isinstance(cell, list) and cell and cell[0] == "set":
         return list(cell[1])
     return [cell]
+
+
+def answer(*arguments: str, no: int = 0) -> programs.Result:
+    """What ovs-vsctl says to a question; the exit code *no* is an answer, too. Raises NotReadyError for none."""
+    try:
+        result = vsctl(*arguments)
+    except ProgramError as error:
+        raise NotReadyError(f"Open vSwitch: {error}", hint="install openvswitch-switch") from None
+    if result.code not in (0, no):
+        raise NotReadyError(f"Open vSwitch: {result.complaint}", hint="`systemctl start openvswitch-switch`")
+    return result
 
 
 def done(*arguments: str) -> str:
