@@ -253,6 +253,16 @@ def garp(mac: str = FOREIGN_MAC, address: str = GUEST_IP4) -> bytes:
     return wire.arp_request(mac, address, address)
 
 
+def withdraw(client: wire.Wire) -> None:
+    """Let another node announce the guest, until it is withdrawn here."""
+
+    def told() -> bool:
+        client.send(garp())
+        return phase() == "pre"
+
+    until(told)
+
+
 def advert(mac: str = FOREIGN_MAC, address: str = GUEST_IP6, *, override: bool = True, to: str = "ff02::1") -> bytes:
     """The same for IPv6: an unsolicited neighbour advertisement."""
     target = ipaddress.IPv6Address(address).packed

@@ -201,11 +201,7 @@ def test_an_uplink_that_went_down_and_up_is_listened_to_again(uplinked: Node, ag
     netns.settle("eth0")
     client = uplinked.listen()
 
-    def told() -> bool:
-        client.send(garp())
-        return phase() == "pre"
-
-    until(told)
+    agents.withdraw(client)
 
 
 def test_an_uplink_that_was_made_anew_is_listened_to(uplinked: Node, agent: Agent) -> None:
@@ -219,11 +215,7 @@ def test_an_uplink_that_was_made_anew_is_listened_to(uplinked: Node, agent: Agen
     assert wired() == WIRED
     client = uplinked.listen()
 
-    def told() -> bool:
-        client.send(garp())
-        return phase() == "pre"
-
-    until(told)
+    agents.withdraw(client)
 
 
 def test_only_the_guest_that_is_announced_is_withdrawn(uplinked: Node, agent: Agent) -> None:
@@ -240,12 +232,8 @@ def test_to_and_fro(uplinked: Node, agent: Agent) -> None:
     client = uplinked.listen()
     whole = netns.snapshot_of_kernel()
 
-    def told() -> bool:
-        client.send(garp())
-        return phase() == "pre"
-
     for _ in range(5):
-        until(told)
+        agents.withdraw(client)
         assert wired() == NOT_WIRED
 
         def back() -> bool:
@@ -262,11 +250,7 @@ def test_a_withdrawn_guest_is_not_wired_by_the_second_look_at_its_arrival(uplink
     guest.send(rarp())
     until(lambda: phase() == "post")
 
-    def told() -> bool:
-        client.send(garp())
-        return phase() == "pre"
-
-    until(told)
+    agents.withdraw(client)
     for _ in range(4):  # the second look is due within this time
         witness(uplinked, agent)
     assert (phase(), wired()) == ("pre", NOT_WIRED)

@@ -377,12 +377,7 @@ def test_a_guest_that_left_while_there_was_no_agent_is_withdrawn_at_the_next_ann
         first.end(signal.SIGKILL)
     client = uplinked.listen()
     with agents.running():
-
-        def told() -> bool:
-            client.send(agents.garp())
-            return phase() == "pre"
-
-        until(told)
+        agents.withdraw(client)
         assert wired() == NOT_WIRED
 
 
