@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "kvmifup/__init__.py").read_text(encoding="utf-8"))
@@ -18,7 +18,7 @@ setup(
     license="BSD-2-Clause",
     python_requires=">=3.11",
     install_requires=["pyroute2>=0.7.2", "tomli>=2.0"],
-    packages=["kvmifup"],
+    packages=find_packages(include=["kvmifup", "kvmifup.*"]),
     package_data={"kvmifup": ["py.typed"]},
     scripts=[str(path.relative_to(HERE)) for path in sorted((HERE / "scripts").iterdir())],
     data_files=[("/etc/kvm-ifup", ["etc/config.toml"])],

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from kvmifup import cli
+from kvmifup.commands.main import main as run_command
 from tests import netns
 
 KINDS: Mapping[str, Mapping[str, str]] = {
@@ -49,7 +49,7 @@ def call(program: str, environ: Mapping[str, str]) -> float:
     """Milliseconds that a hook takes, which must succeed."""
     out, err = io.StringIO(), io.StringIO()
     started = time.perf_counter()
-    code = cli.main(program, [], environ, out, err, lambda _messages, _still_true: None)
+    code = run_command(program, [], environ, out, err, lambda _messages, _still_true: None)
     taken = (time.perf_counter() - started) * 1000
     assert code == 0, err.getvalue()
     return taken

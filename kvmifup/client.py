@@ -53,9 +53,9 @@ def script(program: str) -> "NoReturn":
         import site
 
         site.main()
-    from kvmifup import cli
+    from kvmifup.commands import main
 
-    cli.script(program, f"done without the agent: {why}")
+    main.script(program, f"done without the agent: {why}")
 
 
 class NotUs(Exception):

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from kvmifup.errors import NotReadyError
-from kvmifup.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Uplink
-from kvmifup.ops import (
+from kvmifup.core.errors import NotReadyError
+from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Uplink
+from kvmifup.core.ops import (
     AddrGenMode,
     Announce,
     BridgeAddress,

@@ -261,10 +261,10 @@ def hook(program: str, *argv: str, environ: Mapping[str, str] | None = None) -> 
 
 def call(program: str, *argv: str, environ: Mapping[str, str] | None = None) -> Result:
     """Run the same code in this process: pyroute2 is imported once, not once per run. Nothing is repeated later."""
-    from kvmifup import cli
+    from kvmifup.commands import main
 
     out, err = io.StringIO(), io.StringIO()
-    code = cli.main(program, argv, environ or {}, out, err)
+    code = main.main(program, argv, environ or {}, out, err)
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -677,11 +677,12 @@ def disturbed(before: Disturbance = nothing, after: Disturbance = nothing) -> It
 
     Yields the list of the ops written so far, undoing ones included.
     """
-    from kvmifup import kernel
+    from kvmifup.node.kernel import Kernel
+    from kvmifup.runs import session
 
     written: list[Any] = []
 
-    class Disturbed(kernel.Kernel):
+    class Disturbed(Kernel):
         def write(self, op: Any) -> None:
             written.append(op)
             number = len(written)
@@ -690,7 +691,7 @@ def disturbed(before: Disturbance = nothing, after: Disturbance = nothing) -> It
             after(number, op)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "Kernel", Disturbed)
+        patch.setattr(session, "Kernel", Disturbed)
         yield written
 
 
@@ -698,7 +699,7 @@ def refuse(number: int) -> Disturbance:
     """A disturbance: the kernel says no, at write *number*."""
 
     def disturb(at: int, op: Any) -> None:
-        from kvmifup.errors import KernelError
+        from kvmifup.core.errors import KernelError
 
         if at == number:
             raise KernelError(f"injected at write {number}: {op.describe()}", errno=5)

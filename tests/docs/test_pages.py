@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from kvmifup import census, config, errors, inputs, model, shell
+from kvmifup.commands.check import WRONG
+from kvmifup.commands.objects import nic_object
+from kvmifup.core import errors, model
+from kvmifup.diagnosis.nics import Known, State
+from kvmifup.inputs import config, nicfiles
 from tests.docs import pages
 from tests.docs.machine import CLEAN, TOOLS, require
 from tests.docs.pages import COMMANDS, MAN, PAGES, ROOT, readme, section
@@ -145,8 +149,8 @@ def test_every_error_is_explained() -> None:
 def test_every_key_of_the_json_is_explained() -> None:
     entries = section("kvm-ifup.8", "JSON").entries
     documented = [name for entry in entries for name in entry.split(", ")]
-    nic = census.Known("tap0", None)
-    assert documented == list(shell.nic_object(nic, "none", census.State(None)))
+    nic = Known("tap0", None)
+    assert documented == list(nic_object(nic, "none", State(None)))
 
 
 def codes() -> set[int]:
@@ -163,7 +167,7 @@ def codes() -> set[int]:
 def test_the_exit_codes_are_those_of_the_errors(command: str) -> None:
     listed = re.findall(r"^\|  (\d+)$", section(f"{command}.8", "EXIT STATUS").text, re.MULTILINE)
     assert [int(code) for code in listed] == sorted(codes())
-    check = {shell.WRONG} if command == "kvm-ifup" else set[int]()
+    check = {WRONG} if command == "kvm-ifup" else set[int]()
     said = re.findall(r"\b\d\d?\b", help_of(command).split("exit codes:")[1])
     assert {int(code) for code in said} == codes() | check
 
@@ -244,7 +248,7 @@ def test_the_shipped_configuration_has_the_same_settings() -> None:
 
 def test_every_key_of_a_nic_file_is_explained() -> None:
     keys = section("kvm-ifup-nic.5", "KEYS")
-    assert tuple(entry.split(" = ")[0] for entry in keys.entries) == inputs.KEYS
+    assert tuple(entry.split(" = ")[0] for entry in keys.entries) == nicfiles.KEYS
     modes = next(entry for entry in keys.entries if entry.startswith("mode = "))
     assert re.findall(r'"(\w+)"', modes) == list(model.MODES)
     for key in ("tap", "mac", "mode"):

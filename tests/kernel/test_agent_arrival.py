@@ -43,7 +43,7 @@ def test_any_frame_of_the_guests_runs_post_and_nothing_of_post_is_there_before(
     assert {(na.mac, na.override, na.destination) for na in claims} == {(NODE_MAC, True, "ff02::1")}
     journal = agents.journal()
     assert journal is not None
-    assert (journal["phase"], journal["by"], journal["frame"]) == ("post", "agent", kind)
+    assert (journal["phase"], journal["by"], journal["reason"]) == ("post", "agent", kind)
     assert began <= journal["since"] <= time.time()
 
 
@@ -98,7 +98,7 @@ def test_a_bridged_guest_arrives_too(uplinked: Node, agent: Agent) -> None:
     assert netns.changes(before, netns.snapshot_of_kernel()) == []
     journal = agents.journal()
     assert journal is not None
-    assert (journal["by"], journal["frame"]) == ("agent", "RARP")
+    assert (journal["by"], journal["reason"]) == ("agent", "RARP")
 
 
 def test_the_managers_own_post_is_then_a_no_op_and_silent_on_the_wire(uplinked: Node, agent: Agent) -> None:

@@ -62,7 +62,7 @@ def test_a_silent_guest_that_another_node_announces_is_withdrawn_and_wired_again
     assert journal is not None
     assert in_post is not None
     assert journal["by"] == "agent"
-    assert "announced by 02:00:00:00:00:0b on eth0" in journal["frame"]
+    assert "announced by 02:00:00:00:00:0b on eth0" in journal["reason"]
     assert journal["since"] > in_post["since"]
     agent.armed(times=2)
     assert agents.announcements(uplinked.fence(client), GUEST_IP4) == []

@@ -144,10 +144,10 @@ def post(later: Later, *argv: str) -> None:
     """Run post in this process; what would be repeated in the background goes to *later*."""
     import io
 
-    from kvmifup import cli
+    from kvmifup.commands import main
 
     err = io.StringIO()
-    code = cli.main(
+    code = main.main(
         "kvm-ifup-post", ["tap0", *argv], {}, io.StringIO(), err, lambda messages, true: later.append((messages, true))
     )
     assert code == 0, err.getvalue()
@@ -257,14 +257,14 @@ def test_the_answer_to_the_node_is_the_guests(routed: Node) -> None:
 
 
 def test_it_is_the_socket_of_the_namespace_that_announces(routed: Node, client: wire.Wire) -> None:
-    from kvmifup import announce
+    from kvmifup.node import announce, sockets
 
     announce.send([("eth0", GUEST_IP4, GUEST_IP4)])
-    first = announce.sender.socket()
+    first = sockets.sender.socket()
     with routed.client:
         announce.send([("eth0", "192.0.2.77", "192.0.2.77")])
     announce.send([("eth0", "192.0.2.78", "192.0.2.78")])
-    assert announce.sender.socket() is not first
+    assert sockets.sender.socket() is not first
     heard = routed.fence(client)
     assert (len(garps(heard)), len(garps(heard, "192.0.2.78"))) == (1, 1)
     # The client's own goes the other way, from its own address.
@@ -272,7 +272,7 @@ def test_it_is_the_socket_of_the_namespace_that_announces(routed: Node, client: 
 
 
 def test_an_uplink_that_is_gone_is_an_error_and_its_successor_is_not(routed: Node) -> None:
-    from kvmifup import announce
+    from kvmifup.node import announce
 
     with pytest.raises(OSError, match="No such device"):
         announce.send([("nosuch", GUEST_IP4, GUEST_IP4)])

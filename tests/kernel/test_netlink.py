@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from kvmifup import netlink
-from kvmifup.errors import VanishedError
-from kvmifup.kernel import Kernel
-from kvmifup.ops import LinkUp, Rule
+from kvmifup.core.errors import VanishedError
+from kvmifup.core.ops import LinkUp, Rule
+from kvmifup.node import messages, netlink
+from kvmifup.node.kernel import Kernel
 from tests import netns
 from tests.netns import Node
 
@@ -62,7 +62,7 @@ def test_links_are_as_ip_shows_them(rt: netlink.Netlink) -> None:
 @pytest.mark.parametrize("name", ["nosuch", "x" * 15, "x" * 16, "x" * 4000])
 def test_a_link_that_is_not_there(name: str, rt: netlink.Netlink) -> None:
     assert rt.index(name) is None
-    with pytest.raises(netlink.NetlinkError) as caught:
+    with pytest.raises(messages.NetlinkError) as caught:
         rt.link(name)
     assert caught.value.errno in (errno.ENODEV, errno.ERANGE)
 
@@ -80,10 +80,10 @@ def test_a_large_table_is_read_whole(rt: netlink.Netlink) -> None:
         assert len(rt.routes(FAMILIES[version], MAIN, index)) >= 1500
         for n in (0, 700, 1499):
             text = host.format(n >> 8, n & 255) if version == 4 else host.format(n)
-            (found,) = netlink.routes_to(ipaddress.ip_network(text), routes)
+            (found,) = messages.routes_to(ipaddress.ip_network(text), routes)
             assert (found.oif, found.type) == (index, 1)
         absent = ipaddress.ip_network("198.18.100.0/32" if version == 4 else "2001:db8:1::ffff/128")
-        assert netlink.routes_to(absent, routes) == []
+        assert messages.routes_to(absent, routes) == []
 
 
 def test_a_prefix_of_another_length_is_another_route(rt: netlink.Netlink) -> None:
@@ -91,18 +91,18 @@ def test_a_prefix_of_another_length_is_another_route(rt: netlink.Netlink) -> Non
     netns.ip("link set tap0 up")
     netns.ip("route add 198.51.100.0/24 dev tap0")
     routes = rt.routes(socket.AF_INET, MAIN)
-    assert netlink.routes_to(ipaddress.ip_network("198.51.100.0/24"), routes)
-    assert not netlink.routes_to(ipaddress.ip_network("198.51.100.0/25"), routes)
-    assert not netlink.routes_to(ipaddress.ip_network("198.51.100.0/32"), routes)
+    assert messages.routes_to(ipaddress.ip_network("198.51.100.0/24"), routes)
+    assert not messages.routes_to(ipaddress.ip_network("198.51.100.0/25"), routes)
+    assert not messages.routes_to(ipaddress.ip_network("198.51.100.0/32"), routes)
 
 
 def test_default_devices_with_several_next_hops(rt: netlink.Netlink) -> None:
     netns.add_bridge("br0")
     netns.ip("addr add 203.0.113.1/24 dev br0")
     batch("route replace default nexthop via 192.0.2.1 nexthop via 203.0.113.2\nroute add blackhole default table 77\n")
-    devices = netlink.default_devices(rt.routes(socket.AF_INET, MAIN))
+    devices = messages.default_devices(rt.routes(socket.AF_INET, MAIN))
     assert devices == [rt.index("eth0"), rt.index("br0")]
-    assert netlink.default_devices(rt.routes(socket.AF_INET, 77)) == []
+    assert messages.default_devices(rt.routes(socket.AF_INET, 77)) == []
     assert rt.routes(socket.AF_INET, 4242) == []
     assert rt.routes(socket.AF_INET6, 4242) == []
 
@@ -124,13 +124,13 @@ def test_rules_that_name_just_that_device(rt: netlink.Netlink) -> None:
         )
     )
     (found,) = rt.rules(socket.AF_INET, "tap1")
-    assert netlink.plain_rule(found, 4) is None, "`ip` says nothing of who made it"
-    assert netlink.plain_rule(found, 0) == (100, 500)
+    assert messages.plain_rule(found, 4) is None, "`ip` says nothing of who made it"
+    assert messages.plain_rule(found, 0) == (100, 500)
     assert rt.rules(socket.AF_INET6, "tap1") == []
     rt.put_rule(socket.AF_INET6, "tap1", 4242, 77, 4)
     assert netns.rules("tap1") == [(4, 500, "100"), (6, 77, "4242")]
     (found,) = rt.rules(socket.AF_INET6, "tap1")
-    assert netlink.plain_rule(found, 4) == (4242, 77)
+    assert messages.plain_rule(found, 4) == (4242, 77)
     rt.delete_rule(socket.AF_INET6, "tap1", 4242, 77)
     assert netns.rules("tap1") == [(4, 500, "100")]
 
@@ -161,10 +161,12 @@ def test_a_foreign_rule_is_put_back_as_it_was(selector: str, uplinked: Node) -> 
 
 
 def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next_one(rt: netlink.Netlink) -> None:
-    rt._send(netlink.RTM_GETRULE, netlink.NLM_F_DUMP, netlink.FIB_RULE_HDR.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0))
+    rt._send(messages.RTM_GETRULE, messages.NLM_F_DUMP, messages.FIB_RULE_HDR.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0))
     assert rt.link("lo").index == 1
-    rt._send(netlink.RTM_GETROUTE, 0, netlink.RTMSG.pack(2, 32, 0, 0, 0, 0, 0, 0, 0) + netlink.attribute(1, bytes(4)))
-    assert [netlink.text(netlink.attributes(one, 28).get(3)) for one in rt.rules(socket.AF_INET, "none")] == []
+    rt._send(
+        messages.RTM_GETROUTE, 0, messages.RTMSG.pack(2, 32, 0, 0, 0, 0, 0, 0, 0) + messages.attribute(1, bytes(4))
+    )
+    assert [messages.text(messages.attributes(one, 28).get(3)) for one in rt.rules(socket.AF_INET, "none")] == []
     assert rt.link("eth0").kind == "veth"
 
 
@@ -236,8 +238,8 @@ def test_a_name_that_became_another_device_is_noticed_whatever_is_remembered(upl
 
 
 def test_garbage_is_nothing(rt: netlink.Netlink) -> None:
-    assert netlink.attributes(b"") == netlink.attributes(b"\x01\x00") == netlink.attributes(bytes(64)) == {}
-    assert netlink.attributes(struct.pack("=HH4s", 4000, 1, b"abcd")) == {1: b"abcd"}
-    with pytest.raises(netlink.NetlinkError) as caught:
-        rt._ask(netlink.RTM_GETLINK, 0, b"short")
+    assert messages.attributes(b"") == messages.attributes(b"\x01\x00") == messages.attributes(bytes(64)) == {}
+    assert messages.attributes(struct.pack("=HH4s", 4000, 1, b"abcd")) == {1: b"abcd"}
+    with pytest.raises(messages.NetlinkError) as caught:
+        rt._ask(messages.RTM_GETLINK, 0, b"short")
     assert caught.value.errno == errno.EINVAL

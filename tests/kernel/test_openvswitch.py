@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmifup import ovs, programs
+from kvmifup.node import ovs, programs
 from tests import netns
 from tests.netns import CLEAN, TAP_MAC, Node, changes, check, hook, link, snapshot
 

@@ -34,7 +34,7 @@ def test_failing_at_op_k_leaves_the_snapshot_unchanged_for_every_k(uplinked: Nod
 
 @pytest.mark.parametrize("scene", scenes(elsewhere=False), ids=str)
 def test_a_signal_between_two_ops_leaves_the_snapshot_unchanged(uplinked: Node, scene: Scene) -> None:
-    from kvmifup import signals
+    from kvmifup.core import signals
 
     scene.set_up()
     before = netns.snapshot()

@@ -183,7 +183,7 @@ class Terminal(io.StringIO):
 
 
 def test_the_table(uplinked: Node) -> None:
-    from kvmifup import cli
+    from kvmifup.commands import main
 
     netns.add_tap("tap-of-15-bytes")
     name = "a-rather-long-name-of-a-guest.in-some-department.example.com"
@@ -200,13 +200,13 @@ def test_the_table(uplinked: Node) -> None:
     assert "0.toml: mac is missing" in trouble
     for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
         out = Terminal()
-        assert cli.main("kvm-ifup", ["show"], environ, out, io.StringIO()) == 0
+        assert main.main("kvm-ifup", ["show"], environ, out, io.StringIO()) == 0
         assert ("\033[32myes" in out.getvalue()) == coloured
 
 
 def test_show_changes_nothing_and_asks_once(uplinked: Node) -> None:
     """However many NICs there are, the same number of dumps."""
-    from kvmifup.netlink import Netlink
+    from kvmifup.node.netlink import Netlink
 
     asked: list[int] = []
     counts = []
@@ -405,12 +405,12 @@ def test_a_delay_that_keeps_askers_waiting(uplinked: Node) -> None:
 @contextmanager
 def log() -> Iterator[socket.socket]:
     """The system's log."""
-    from kvmifup import log
+    from kvmifup.tell import syslog
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as reader, pytest.MonkeyPatch.context() as patch:
         reader.bind("/run/log")
         reader.setblocking(False)
-        patch.setattr(log, "SOCKET", "/run/log")
+        patch.setattr(syslog, "SOCKET", "/run/log")
         yield reader
 
 

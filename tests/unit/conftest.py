@@ -47,7 +47,7 @@ def no_pyroute2() -> Iterator[None]:
 def in_one_namespace() -> Iterator[None]:
     """The network namespace of the samples, whichever one the kernel's tests have left this process in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvmifup.journal.NAMESPACE", NAMESPACE)
+        patch.setattr("kvmifup.runs.store.NAMESPACE", NAMESPACE)
         yield
 
 
@@ -60,7 +60,7 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def caught_signals() -> Iterator[None]:
     """`kvmifup.signals.catch` for the length of a test."""
-    from kvmifup import signals
+    from kvmifup.core import signals
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kvmifup import tables
-from kvmifup.errors import VanishedError
-from kvmifup.journal import Journal, Store
-from kvmifup.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
-from kvmifup.ops import (
+from kvmifup.core.errors import VanishedError
+from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
+from kvmifup.core.ops import (
     AddrGenMode,
     BridgeAddress,
     LinkAddress,
@@ -26,6 +24,9 @@ from kvmifup.ops import (
     Sysctl,
     Value,
 )
+from kvmifup.inputs import tables
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.store import Store
 
 from .samples import BRIDGE, ETH0_4, ETH0_6
 

@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import replace
 from pathlib import Path
 
-from kvmifup.model import Bridge, Config, Nic, NodeFacts, Prefix, RoutedConfig, Tap, Uplink
+from kvmifup.core.model import Bridge, Config, Nic, NodeFacts, Prefix, RoutedConfig, Tap, Uplink
 
 MAC = "aa:00:00:35:ac:01"
 NAMESPACE = Path(__file__)  # stands in for the network namespace

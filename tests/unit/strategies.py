@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from kvmifup.journal import Entry, Journal
-from kvmifup.model import Bridge, BridgedConfig, Config, Nic, NodeFacts, Phase, Prefix, RoutedConfig, Tap, Uplink
-from kvmifup.ops import (
+from kvmifup.core.model import Bridge, BridgedConfig, Config, Nic, NodeFacts, Phase, Prefix, RoutedConfig, Tap, Uplink
+from kvmifup.core.ops import (
     KINDS,
     AddrGenMode,
     LinkAddress,
@@ -26,6 +25,7 @@ from kvmifup.ops import (
     Selectors,
     Sysctl,
 )
+from kvmifup.runs.journal import Entry, Journal
 
 from .samples import BRIDGE
 
@@ -207,6 +207,6 @@ journals = st.builds(
     pending=st.lists(entries(), max_size=4).map(tuple),
     since=st.floats(0, 4e9),
     by=st.sampled_from(["", "hook", "person", "agent"]),
-    frame=st.none() | st.just("RARP"),
+    reason=st.none() | st.just("RARP"),
     namespace=st.integers(1, 2**32 - 1),
 )

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import announce
+from kvmifup.node import frames
+from kvmifup.runs import announcing
 
 UPLINK_MAC = bytes.fromhex("0200 5e10 0001")
 
@@ -33,13 +34,13 @@ NA = bytes.fromhex(
 
 
 def test_gratuitous_arp() -> None:
-    frame = announce.gratuitous_arp(UPLINK_MAC, "192.0.2.8")
+    frame = frames.gratuitous_arp(UPLINK_MAC, "192.0.2.8")
     assert frame == GARP
     assert len(frame) == 60
 
 
 def test_unsolicited_na() -> None:
-    frame = announce.unsolicited_na(UPLINK_MAC, "2001:db8::8", "fe80::1")
+    frame = frames.unsolicited_na(UPLINK_MAC, "2001:db8::8", "fe80::1")
     assert frame == NA
     assert len(frame) == 86
 
@@ -51,7 +52,7 @@ def ones_complement(data: bytes) -> int:
 
 @given(st.binary(min_size=6, max_size=6), st.ip_addresses(v=6).map(str), st.ip_addresses(v=6).map(str))
 def test_every_na_sums_up(mac: bytes, address: str, source: str) -> None:
-    frame = announce.unsolicited_na(mac, address, source)
+    frame = frames.unsolicited_na(mac, address, source)
     assert len(frame) == 86
     header, icmp = frame[14:54], frame[54:]
     pseudo = header[8:40] + len(icmp).to_bytes(4, "big") + b"\0\0\0\x3a"
@@ -61,13 +62,13 @@ def test_every_na_sums_up(mac: bytes, address: str, source: str) -> None:
 
 @given(st.binary(max_size=60).filter(lambda data: len(data) % 2 == 0))
 def test_checksum(data: bytes) -> None:
-    checksum = announce.internet_checksum(data)
+    checksum = frames.internet_checksum(data)
     assert 0 <= checksum <= 0xFFFF
     assert ones_complement(data + checksum.to_bytes(2, "big")) == 0
 
 
 def test_qemus_schedule() -> None:
-    assert announce.SCHEDULE == (0.0, 0.05, 0.2, 0.45, 0.8)
+    assert announcing.SCHEDULE == (0.0, 0.05, 0.2, 0.45, 0.8)
 
 
 # --- the repeating child ------------------------------------------------------------------------------
@@ -86,9 +87,9 @@ def rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
             file.write(f"{[str(Path(f'/proc/self/fd/{n}').readlink()) for n in (0, 1, 2)]}\n")
 
     def run(still_true: Callable[[], bool], sender: Callable[[object], None] = send) -> list[str]:
-        monkeypatch.setattr(announce, "SCHEDULE", (0.0, 0.0, 0.0, 0.0))
-        monkeypatch.setattr(announce, "send", sender)
-        announce.repeat_detached(messages, still_true)
+        monkeypatch.setattr(announcing, "SCHEDULE", (0.0, 0.0, 0.0, 0.0))
+        monkeypatch.setattr(announcing, "send", sender)
+        announcing.repeat_detached(messages, still_true)
         _, status = os.waitpid(-1, 0)
         assert os.waitstatus_to_exitcode(status) == 0
         return log.read_text().splitlines()

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvmifup import phases
-from kvmifup.apply import Job, apply, survey
-from kvmifup.errors import InterruptedRun, KernelError, NotReadyError, ProgramError, RollbackError, VanishedError
-from kvmifup.journal import Entry, Journal
-from kvmifup.model import Phase
-from kvmifup.ops import (
+from kvmifup.core.errors import InterruptedRun, KernelError, NotReadyError, ProgramError, RollbackError, VanishedError
+from kvmifup.core.model import Phase
+from kvmifup.core.ops import (
     Announce,
     BridgeAddress,
     LinkAddress,
@@ -28,6 +26,8 @@ from kvmifup.ops import (
     Rule,
     Sysctl,
 )
+from kvmifup.runs.apply import Job, apply, survey
+from kvmifup.runs.journal import Entry, Journal
 
 from .nodes import FailingStore, MemoryNode, identity, on_disk, untouched
 from .samples import BRIDGE, BRIDGED, CONFIG, DUAL, EXT, FACTS_BRIDGED, FACTS_EXT, FACTS_ROUTED, HERE, OVS, ROUTED

@@ -18,7 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import __version__, cli, config, ganeti
+from kvmifup import __version__
+from kvmifup.commands import call, main, request
+from kvmifup.commands.call import need_capability, need_privileges
+from kvmifup.inputs import config, ganeti
 
 from .conftest import ROOT
 from .nodes import FakeKernel
@@ -31,7 +34,7 @@ HOOKS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown")
 PROGRAMS = (*HOOKS, "kvm-ifup")
 every_program = pytest.mark.parametrize("program", PROGRAMS)
 every_hook = pytest.mark.parametrize("program", HOOKS)
-NEED_PRIVILEGES = cli.need_privileges
+NEED_PRIVILEGES = need_privileges
 DOCUMENTED = {0, 64, 65, 69, 70, 71, 75, 77, 78}
 
 
@@ -53,7 +56,7 @@ class Shell:
     def __call__(self, program: str, *argv: str, environ: Mapping[str, str] | None = None) -> Ran:
         out, err = io.StringIO(), io.StringIO()
         arguments = ["--run-dir", str(self.run_dir), *argv]
-        code = cli.main(program, arguments, environ or {}, out, err, lambda *args: self.later.append(args))
+        code = main.main(program, arguments, environ or {}, out, err, lambda *args: self.later.append(args))
         return Ran(code, out.getvalue(), err.getvalue())
 
 
@@ -61,12 +64,11 @@ class Shell:
 def module_shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     shell = Shell(tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
-        fake = types.ModuleType("kvmifup.kernel")
-        fake.Kernel = fake.Overview = lambda: shell.kernel  # type: ignore[attr-defined]
-        patch.setitem(sys.modules, "kvmifup.kernel", fake)
+        for name in ("kvmifup.runs.session.Kernel", "kvmifup.diagnosis.nics.Overview"):
+            patch.setattr(name, lambda: shell.kernel)
         patch.setattr(config, "DIRECTORY", tmp_path_factory.mktemp("etc"))
         patch.setattr(ganeti, "DIRECTORY", tmp_path_factory.mktemp("ganeti"))
-        patch.setattr(cli, "need_privileges", lambda: None)
+        patch.setattr(call, "need_privileges", lambda: None)
         yield shell
 
 
@@ -228,10 +230,10 @@ def test_who_may(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
 def privileges(uid: int, effective: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have what *uid* has with the capabilities *effective*."""
     status = f"Name:\tx\nCapPrm:\t{2**41 - 1:016x}\nCapEff:\t{effective & 2**41 - 1:016x}\n"
-    monkeypatch.setattr(cli, "need_privileges", NEED_PRIVILEGES)
-    cli.need_capability.cache_clear()
-    monkeypatch.setattr("kvmifup.cli.os", types.SimpleNamespace(geteuid=lambda: uid))
-    monkeypatch.setattr(cli, "open", lambda *_args, **_options: io.StringIO(status), raising=False)
+    monkeypatch.setattr(call, "need_privileges", NEED_PRIVILEGES)
+    need_capability.cache_clear()
+    monkeypatch.setattr("kvmifup.commands.call.os", types.SimpleNamespace(geteuid=lambda: uid))
+    monkeypatch.setattr(call, "open", lambda *_args, **_options: io.StringIO(status), raising=False)
 
 
 @pytest.mark.parametrize("argv", [["gnt.com.0"], []])
@@ -260,7 +262,7 @@ def test_a_whole_life_in_silence(argv: Sequence[str], shell: Shell) -> None:
 
 
 def test_later_rounds_go_out_only_while_the_guest_is_here(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmifup.journal.socket.if_nametoindex", lambda name: shell.kernel.indexes[name])
+    monkeypatch.setattr("kvmifup.runs.store.socket.if_nametoindex", lambda name: shell.kernel.indexes[name])
     shell("kvm-ifup-pre", environ=ENVIRONMENT | {"MIGRATION_PHASE": "pre"})
     shell("kvm-ifup-post", "--plan", environ=ENVIRONMENT)
     assert shell.later == []
@@ -314,7 +316,7 @@ def test_the_nic_file_comes_before_the_journal_and_the_environment_first(
     def mode(environ: Mapping[str, str]) -> str:
         return str(json.loads(shell("kvm-ifup-post", "--plan", "--json", "tap0", environ=environ).out)[0]["mode"])
 
-    monkeypatch.setattr("kvmifup.journal.socket.if_nametoindex", lambda name: shell.kernel.indexes[name])
+    monkeypatch.setattr("kvmifup.runs.store.socket.if_nametoindex", lambda name: shell.kernel.indexes[name])
     shell("kvm-ifup-post", environ=ENVIRONMENT)
     assert mode({}) == "routed", "from the journal"
     path = put(shell.run_dir, "web1/0.toml", nic_toml())
@@ -388,10 +390,10 @@ def test_what_is_refused_never_loads_what_speaks_to_the_kernel(
 ) -> None:
     script = (
         f"import io, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from kvmifup import cli\n"
+        "from kvmifup.commands import main\n"
         f"argv = [*{list(argv)!r}, '--run-dir', {str(tmp_path)!r}]\n"
-        f"code = cli.main({program!r}, argv, {environ!r}, io.StringIO(), io.StringIO())\n"
-        "print(code, *sorted({'pyroute2', 'kvmifup.kernel'} & sys.modules.keys()))"
+        f"code = main.main({program!r}, argv, {environ!r}, io.StringIO(), io.StringIO())\n"
+        "print(code, *sorted({'pyroute2', 'kvmifup.node.kernel', 'kvmifup.node.netlink'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(code)]
@@ -435,7 +437,7 @@ def test_a_mistake_is_answered_by_one_line_with_a_hint(
 ) -> None:
     program, *argv = command.split()
     out, err = io.StringIO(), io.StringIO()
-    assert cli.main(program, ["--run-dir", str(tmp_path), *argv], environ, out, err) == code
+    assert main.main(program, ["--run-dir", str(tmp_path), *argv], environ, out, err) == code
     assert out.getvalue() == ""
     assert re.fullmatch(rf"{program}: .+ \(.+\)\n", err.getvalue()), err.getvalue()
 
@@ -456,11 +458,11 @@ def test_help_goes_to_who_asked_for_it_also_from_many_threads() -> None:
     def ask(program: str) -> None:
         for _ in range(10):
             out, err = io.StringIO(), io.StringIO()
-            code = cli.main(program, ["--version"], {}, out, err)
+            code = main.main(program, ["--version"], {}, out, err)
             if (code, out.getvalue(), err.getvalue()) != (0, f"{program} {__version__}\n", ""):
                 wrong.append(program)
 
-    threads = [threading.Thread(target=ask, args=(program,)) for program in (*cli.PHASES, "kvm-ifup") * 2]
+    threads = [threading.Thread(target=ask, args=(program,)) for program in (*request.PHASES, "kvm-ifup") * 2]
     for thread in threads:
         thread.start()
     for thread in threads:

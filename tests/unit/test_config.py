@@ -13,9 +13,9 @@ import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import config
-from kvmifup.errors import ConfigError
-from kvmifup.model import BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
+from kvmifup.core.errors import ConfigError
+from kvmifup.core.model import BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
+from kvmifup.inputs import config
 
 from .conftest import ROOT
 from .test_inputs import toml_values

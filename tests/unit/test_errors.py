@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import errors
-from kvmifup.errors import KernelError, KvmIfupError, NicError, ProgramError, known, shown
+from kvmifup.core import errors
+from kvmifup.core.errors import KernelError, KvmIfupError, NicError, ProgramError, known
+from kvmifup.core.text import shown
 
 CLASSES = [
     cls
@@ -33,7 +34,7 @@ def test_every_class(cls: type[KvmIfupError]) -> None:
 
 
 def test_codes_are_documented_at_the_command_line() -> None:
-    from kvmifup.cli import EPILOG
+    from kvmifup.commands.options import EPILOG
 
     assert {cls.code for cls in CLASSES} == SYSEXITS
     assert all(f" {code} " in EPILOG for code in SYSEXITS | {0})

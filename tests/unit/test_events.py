@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup.events import ANYTHING, DirectoryEvents, Message, messages, removed, risen, touched
-from kvmifup.loop import Loop
+from kvmifup.agent.events import ANYTHING, DirectoryEvents, Message, removed, risen, split, touched
+from kvmifup.agent.loop import Loop
 
 NEWLINK, DELLINK, NEWROUTE, DELROUTE, NEWNETCONF = 16, 17, 24, 25, 80
 AF_BRIDGE = 7
@@ -52,7 +52,7 @@ def netconf(index: int) -> bytes:
 
 def test_only_a_device_that_goes_is_removed() -> None:
     data = link(NEWLINK, 3) + link(DELLINK, 4) + link(DELLINK, 5, AF_BRIDGE) + link(DELLINK, 6)
-    assert removed(list(messages(data))) == [4, 6]
+    assert removed(list(split(data))) == [4, 6]
 
 
 def state(index: int, flags: int, changed: int = 0, name: bytes = b"eth0") -> bytes:
@@ -79,9 +79,9 @@ UP, CARRIER = 0x1, 0x10000
     ],
 )
 def test_which_devices_have_come_up(data: bytes, names: list[str]) -> None:
-    assert risen(list(messages(data)), set()) == names
+    assert risen(list(split(data)), set()) == names
     down: set[int] = set()
-    assert [name for one in messages(data) for name in risen([one], down)] == names
+    assert [name for one in split(data) for name in risen([one], down)] == names
 
 
 def test_what_is_touched() -> None:
@@ -91,18 +91,18 @@ def test_what_is_touched() -> None:
         + route(NEWROUTE, "192.0.2.8", 32) + route(DELROUTE, "2001:db8::8", 128) + route(NEWROUTE, "198.51.100.0", 29)
         + netconf(9) + netconf(-2)
     )  # fmt: skip
-    found = touched(list(messages(data)))
+    found = touched(list(split(data)))
     assert found.devices == {3, 4, 9}
     assert found.routes == {"0.0.0.0/0", "::/0", "192.0.2.8/32", "2001:db8::8/128", "198.51.100.0/29"}
 
 
 def test_what_holds_for_all_devices_touches_any() -> None:
-    assert touched(list(messages(netconf(-1)))).devices & ANYTHING.devices
+    assert touched(list(split(netconf(-1)))).devices & ANYTHING.devices
 
 
 @given(st.binary(max_size=200))
 def test_cut_or_senseless_messages_are_no_trouble(data: bytes) -> None:
-    list(messages(data))
+    list(split(data))
     for kind in (NEWROUTE, NEWNETCONF):
         touched([Message(kind, b"\x02\x20" + data)])
 
@@ -110,7 +110,7 @@ def test_cut_or_senseless_messages_are_no_trouble(data: bytes) -> None:
 @given(st.lists(st.tuples(st.sampled_from([NEWLINK, DELLINK]), st.integers(1, 1 << 30)), max_size=20))
 def test_every_message_of_a_bunch_is_read(bunch: list[tuple[int, int]]) -> None:
     data = b"".join(link(kind, index) for kind, index in bunch)
-    assert removed(list(messages(data))) == [index for kind, index in bunch if kind == DELLINK]
+    assert removed(list(split(data))) == [index for kind, index in bunch if kind == DELLINK]
 
 
 # --- a directory -----------------------------------------------------------------------------------------

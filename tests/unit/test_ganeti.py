@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import ganeti
-from kvmifup.errors import NicError
-from kvmifup.model import Nic
+from kvmifup.core.errors import NicError
+from kvmifup.core.model import Nic
+from kvmifup.inputs import ganeti
 
 from .samples import MAC, nets
 

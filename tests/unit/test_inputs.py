@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvmifup import inputs
-from kvmifup.errors import KvmIfupError, NicError, UsageError
-from kvmifup.model import Config, ExtConfig, ExtNetwork, Nic
+from kvmifup.core.errors import KvmIfupError, NicError, UsageError
+from kvmifup.core.model import Config, ExtConfig, ExtNetwork, Nic
+from kvmifup.inputs import environment, nicfiles, values
 
 from .samples import BRIDGED, EXT, MAC, ROUTED, nets
 
@@ -29,7 +29,7 @@ ENVIRONMENT = {"INTERFACE": "tap0", "MODE": "routed", "MAC": MAC, "IP": "192.0.2
 
 
 def parsed(text: str) -> Nic:
-    return inputs.parse_nic(text, instance="web1", index=0, source="a test")
+    return nicfiles.parse_nic(text, instance="web1", index=0, source="a test")
 
 
 def nic_toml(**values: str) -> str:
@@ -56,8 +56,8 @@ def nic_toml(**values: str) -> str:
     ],
 )
 def test_good_addresses(text: str, same: str) -> None:
-    assert str(inputs.prefix(text)) == same
-    assert inputs.prefix(text) == inputs.prefix(same)
+    assert str(values.prefix(text)) == same
+    assert values.prefix(text) == values.prefix(same)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_good_addresses(text: str, same: str) -> None:
 )
 def test_refused_addresses(text: str, why: str | None) -> None:
     with pytest.raises(NicError, match=why) as caught:
-        inputs.prefix(text)
+        values.prefix(text)
     assert caught.value.code == 65
 
 
 def test_the_hint_for_host_bits_offers_both_meanings() -> None:
     with pytest.raises(NicError) as caught:
-        inputs.prefix("192.0.2.9/29")
+        values.prefix("192.0.2.9/29")
     assert "192.0.2.9" in caught.value.hint
     assert "192.0.2.8/29" in caught.value.hint
 
@@ -111,11 +111,11 @@ def test_the_hint_for_host_bits_offers_both_meanings() -> None:
 )
 def test_an_address_listed_twice(texts: list[str]) -> None:
     with pytest.raises(NicError, match="twice"):
-        inputs.prefixes(texts)
+        values.prefixes(texts)
 
 
 def test_an_address_inside_a_listed_prefix_is_fine() -> None:
-    assert inputs.prefixes(["192.0.2.8/29", "192.0.2.9"]) == nets("192.0.2.8/29", "192.0.2.9")
+    assert values.prefixes(["192.0.2.8/29", "192.0.2.9"]) == nets("192.0.2.8/29", "192.0.2.9")
 
 
 # --- other values -------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_an_address_inside_a_listed_prefix_is_fine() -> None:
 
 @pytest.mark.parametrize("name", ["t", "tap0", "tap0.100", "a" * 15, "é" * 7, "%d", "-v", "..."])
 def test_good_taps(name: str) -> None:
-    assert inputs.device(name, "tap") == name
+    assert values.device(name, "tap") == name
 
 
 @pytest.mark.parametrize(
@@ -131,37 +131,37 @@ def test_good_taps(name: str) -> None:
 )
 def test_refused_taps(name: str) -> None:
     with pytest.raises(NicError, match="tap"):
-        inputs.device(name, "tap")
+        values.device(name, "tap")
 
 
 @pytest.mark.parametrize("text", ["tap0", "b'tap0'", 'b"tap0"'])
 def test_the_text_of_a_bytes_object_is_its_content(text: str) -> None:
-    assert inputs.tap_argument(text) == "tap0"
+    assert values.tap_argument(text) == "tap0"
 
 
 @pytest.mark.parametrize("text", ["b''", "b'a/b'", "b'" + "a" * 16 + "'"])
 def test_bytes_that_are_no_tap(text: str) -> None:
     if text == "b''":
-        assert inputs.tap_argument(text) == text  # a device can have this name
+        assert values.tap_argument(text) == text  # a device can have this name
     else:
         with pytest.raises(NicError):
-            inputs.tap_argument(text)
+            values.tap_argument(text)
 
 
 @pytest.mark.parametrize("name", ["web1", "web1.example.com", "..web", "é", "a b", "a" * 255])
 def test_good_instances(name: str) -> None:
-    assert inputs.instance_name(name) == name
+    assert values.instance_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "/x", "a\nb", "a\0", "a" * 256])
 def test_refused_instances(name: str) -> None:
     with pytest.raises(NicError, match="instance"):
-        inputs.instance_name(name)
+        values.instance_name(name)
 
 
 @pytest.mark.parametrize("text", [MAC, MAC.upper(), "02:ff:ff:ff:ff:ff"])
 def test_good_macs(text: str) -> None:
-    assert inputs.guest_mac(text) == text.lower()
+    assert values.guest_mac(text) == text.lower()
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_good_macs(text: str) -> None:
 )
 def test_refused_macs(text: str) -> None:
     with pytest.raises(NicError, match="mac"):
-        inputs.guest_mac(text)
+        values.guest_mac(text)
 
 
 def test_the_taps_own_mac() -> None:
@@ -190,7 +190,7 @@ def test_the_taps_own_mac() -> None:
 
 @pytest.mark.parametrize("text", [".100", ":200:300", ".100:200:300", ".1", ".4094", ":7", ".0100"])
 def test_good_vlans(text: str) -> None:
-    assert inputs.vlans(text) == text
+    assert values.vlans(text) == text
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_good_vlans(text: str) -> None:
 )
 def test_refused_vlans(text: str) -> None:
     with pytest.raises(NicError, match="vlan"):
-        inputs.vlans(text)
+        values.vlans(text)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_refused_vlans(text: str) -> None:
     [("100", "100"), ("0100", "100"), ("4294967295", "4294967295"), ("main", "main"), ("a-b.c_1", "a-b.c_1")],
 )
 def test_good_tables(text: str, table: str) -> None:
-    assert inputs.routing_table(text) == table
+    assert values.routing_table(text) == table
 
 
 @pytest.mark.parametrize(
@@ -234,26 +234,26 @@ def test_good_tables(text: str, table: str) -> None:
 )
 def test_refused_tables(text: str) -> None:
     with pytest.raises(NicError, match="link"):
-        inputs.routing_table(text)
+        values.routing_table(text)
 
 
 @pytest.mark.parametrize("text", ["", ".", "..", "../sh", "/bin/sh", "a b", "a\n", "\udcff"])
 def test_refused_programs(text: str) -> None:
     with pytest.raises(NicError, match="link"):
-        inputs.program_name(text)
+        values.program_name(text)
 
 
 @pytest.mark.parametrize(
     "check",
     [
-        lambda text: inputs.device(text, "tap"),
-        inputs.tap_argument,
-        inputs.instance_name,
-        inputs.guest_mac,
-        inputs.prefix,
-        inputs.vlans,
-        inputs.routing_table,
-        inputs.program_name,
+        lambda text: values.device(text, "tap"),
+        values.tap_argument,
+        values.instance_name,
+        values.guest_mac,
+        values.prefix,
+        values.vlans,
+        values.routing_table,
+        values.program_name,
     ],
     ids=["device", "tap", "instance", "mac", "prefix", "vlan", "table", "program"],
 )
@@ -349,7 +349,7 @@ scalars = st.one_of(
 toml_values = scalars | st.lists(scalars, max_size=3).map(lambda parts: f"[{', '.join(parts)}]")
 
 
-@given(st.dictionaries(st.sampled_from(inputs.KEYS), toml_values))
+@given(st.dictionaries(st.sampled_from(nicfiles.KEYS), toml_values))
 def test_any_toml_value_gives_a_nic_or_an_error(values: dict[str, str]) -> None:
     try:
         nic = parsed(nic_toml(**values))
@@ -363,7 +363,7 @@ def test_any_toml_value_gives_a_nic_or_an_error(values: dict[str, str]) -> None:
 
 
 def test_ganetis_environment() -> None:
-    nic = inputs.from_environment(
+    nic = environment.from_environment(
         ENVIRONMENT
         | {"INSTANCE": "web1.example.com", "INTERFACE_INDEX": "2", "VLAN": "", "TAGS": "a b", "MIGRATION_PHASE": "pre"}
         | {"INTERFACE_UUID": "x", "NETWORK_SUBNET": "192.0.2.0/24", "ACTION": "up"}
@@ -382,20 +382,20 @@ def test_ganetis_environment() -> None:
     ],
 )
 def test_several_addresses(text: str) -> None:
-    assert inputs.from_environment(ENVIRONMENT | {"IP": text}).ip == nets("192.0.2.8", "192.0.2.9")
+    assert environment.from_environment(ENVIRONMENT | {"IP": text}).ip == nets("192.0.2.8", "192.0.2.9")
 
 
 @pytest.mark.parametrize(("phase", "incoming"), [("pre", True), ("post", False), ("", False)])
 def test_incoming(phase: str, incoming: bool) -> None:
-    assert inputs.from_environment(ENVIRONMENT | {"MIGRATION_PHASE": phase}).incoming is incoming
+    assert environment.from_environment(ENVIRONMENT | {"MIGRATION_PHASE": phase}).incoming is incoming
 
 
 def test_where_the_link_comes_from() -> None:
     bridged = {"INTERFACE": "tap0", "MODE": "bridged", "MAC": MAC}
-    assert inputs.from_environment(bridged | {"BRIDGE": "br0"}).link == "br0"
-    assert inputs.from_environment(bridged | {"LINK": "br1", "BRIDGE": "br0"}).link == "br1"
-    assert inputs.from_environment(bridged | {"LINK": "", "BRIDGE": "br0"}).link == "br0"
-    assert inputs.from_environment(ENVIRONMENT | {"LINK": "", "BRIDGE": "br0"}).link is None
+    assert environment.from_environment(bridged | {"BRIDGE": "br0"}).link == "br0"
+    assert environment.from_environment(bridged | {"LINK": "br1", "BRIDGE": "br0"}).link == "br1"
+    assert environment.from_environment(bridged | {"LINK": "", "BRIDGE": "br0"}).link == "br0"
+    assert environment.from_environment(ENVIRONMENT | {"LINK": "", "BRIDGE": "br0"}).link is None
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_where_the_link_comes_from() -> None:
 )
 def test_refused_environments(changes: dict[str, str], names: str) -> None:
     with pytest.raises(NicError, match=names) as caught:
-        inputs.from_environment(ENVIRONMENT | changes)
+        environment.from_environment(ENVIRONMENT | changes)
     assert caught.value.code == 65
     assert caught.value.where
 
@@ -444,7 +444,7 @@ contents = st.text(max_size=12) | st.sampled_from(
 @given(st.dictionaries(variables, contents))
 def test_any_environment_is_a_nic_or_an_error(changes: dict[str, str]) -> None:
     try:
-        nic = inputs.from_environment(ENVIRONMENT | changes)
+        nic = environment.from_environment(ENVIRONMENT | changes)
     except NicError:
         return
     assert nic.tap == changes.get("INTERFACE", "tap0")
@@ -468,7 +468,7 @@ def test_any_environment_is_a_nic_or_an_error(changes: dict[str, str]) -> None:
 )
 def test_contradictions(command: str, tap: str | None, environ: dict[str, str]) -> None:
     with pytest.raises(UsageError) as caught:
-        inputs.refuse_contradiction(command, tap, ENVIRONMENT | environ)
+        environment.refuse_contradiction(command, tap, ENVIRONMENT | environ)
     assert caught.value.code == 64
 
 
@@ -485,7 +485,7 @@ def test_contradictions(command: str, tap: str | None, environ: dict[str, str]) 
     ],
 )
 def test_no_contradiction(command: str, tap: str | None, environ: Mapping[str, str]) -> None:
-    inputs.refuse_contradiction(command, tap, environ)
+    environment.refuse_contradiction(command, tap, environ)
 
 
 # --- NIC files: the places ----------------------------------------------------------------------------
@@ -513,24 +513,24 @@ def put(run_dir: Path, place: str, text: str, *, link: bool = False) -> Path:
 def test_the_file_of_a_tap(link: bool, run_dir: Path) -> None:
     put(run_dir, "web2/0.toml", nic_toml(tap='"tap2"'))
     path = put(run_dir, "web1.example.com/3.toml", nic_toml(), link=link)
-    nic = inputs.nic_of_tap("tap0", run_dir)
+    nic = nicfiles.nic_of_tap("tap0", run_dir)
     assert nic == replace(BRIDGED, index=3, source=str(run_dir / "tap" / "tap0") if link else str(path))
-    assert inputs.nic_of_tap("tap9", run_dir) is None
+    assert nicfiles.nic_of_tap("tap9", run_dir) is None
 
 
 def test_no_files_at_all(run_dir: Path) -> None:
-    assert inputs.nic_of_tap("tap0", run_dir / "missing") is None
-    assert inputs.nics_of_instance("web1", run_dir / "missing") == []
+    assert nicfiles.nic_of_tap("tap0", run_dir / "missing") is None
+    assert nicfiles.nics_of_instance("web1", run_dir / "missing") == []
 
 
 def test_two_files_name_one_tap(run_dir: Path) -> None:
     put(run_dir, "old/0.toml", nic_toml())
     put(run_dir, "new/0.toml", nic_toml())
     with pytest.raises(NicError, match="2 NIC files"):
-        inputs.nic_of_tap("tap0", run_dir)
+        nicfiles.nic_of_tap("tap0", run_dir)
     (run_dir / "tap").mkdir()
     (run_dir / "tap" / "tap0").symlink_to("../nic/new/0.toml")
-    nic = inputs.nic_of_tap("tap0", run_dir)
+    nic = nicfiles.nic_of_tap("tap0", run_dir)
     assert nic is not None
     assert nic.instance == "new"
 
@@ -539,7 +539,7 @@ def test_a_symlink_to_the_wrong_file(run_dir: Path) -> None:
     put(run_dir, "web1/0.toml", nic_toml(), link=True)
     put(run_dir, "web1/0.toml", nic_toml(tap='"tap1"'))
     with pytest.raises(NicError, match="tap1"):
-        inputs.nic_of_tap("tap0", run_dir)
+        nicfiles.nic_of_tap("tap0", run_dir)
 
 
 def test_a_symlink_out_of_the_run_directory(run_dir: Path) -> None:
@@ -548,16 +548,16 @@ def test_a_symlink_out_of_the_run_directory(run_dir: Path) -> None:
     (inner / "tap").mkdir(parents=True)
     (inner / "tap" / "tap0").symlink_to(outside)
     with pytest.raises(NicError, match="trusted") as caught:
-        inputs.nic_of_tap("tap0", inner)
+        nicfiles.nic_of_tap("tap0", inner)
     assert caught.value.code == 65
 
 
 def test_another_instances_broken_file_disturbs_only_when_it_may_have_been_meant(run_dir: Path) -> None:
     broken = put(run_dir, "web2/0.toml", "tap = ")
     put(run_dir, "web1/0.toml", nic_toml())
-    assert inputs.nic_of_tap("tap0", run_dir) is not None
+    assert nicfiles.nic_of_tap("tap0", run_dir) is not None
     with pytest.raises(NicError, match="not TOML") as caught:
-        inputs.nic_of_tap("tap7", run_dir)
+        nicfiles.nic_of_tap("tap7", run_dir)
     assert caught.value.where == str(broken)
 
 
@@ -565,7 +565,7 @@ def test_another_instances_broken_file_disturbs_only_when_it_may_have_been_meant
 def test_a_file_that_others_can_write(mode: int, run_dir: Path) -> None:
     put(run_dir, "web1/0.toml", nic_toml()).chmod(mode)
     with pytest.raises(NicError, match="trusted") as caught:
-        inputs.nic_of_tap("tap0", run_dir)
+        nicfiles.nic_of_tap("tap0", run_dir)
     assert caught.value.hint
 
 
@@ -573,14 +573,14 @@ def test_a_file_that_others_can_write(mode: int, run_dir: Path) -> None:
 def test_a_file_is_named_by_its_index(name: str, run_dir: Path) -> None:
     put(run_dir, f"web1/{name}", nic_toml())
     with pytest.raises(NicError, match="index"):
-        inputs.nic_of_tap("tap0", run_dir)
+        nicfiles.nic_of_tap("tap0", run_dir)
 
 
 def test_all_nics_of_an_instance(run_dir: Path) -> None:
     put(run_dir, "web1/1.toml", nic_toml(tap='"tap0"'))
     put(run_dir, "web1/0.toml", nic_toml(tap='"tap1"'))
     put(run_dir, "web2/0.toml", nic_toml(tap='"tap2"'))
-    assert [(nic.tap, nic.index) for nic in inputs.nics_of_instance("web1", run_dir)] == [("tap0", 1), ("tap1", 0)]
+    assert [(nic.tap, nic.index) for nic in nicfiles.nics_of_instance("web1", run_dir)] == [("tap0", 1), ("tap1", 0)]
 
 
 @pytest.mark.parametrize(
@@ -590,7 +590,7 @@ def test_nics_of_one_instance_share_nothing(second: dict[str, str], run_dir: Pat
     put(run_dir, "web1/0.toml", nic_toml(mode='"routed"', link="", ip='["192.0.2.8"]'))
     put(run_dir, "web1/1.toml", nic_toml(**second))
     with pytest.raises(NicError, match="two of its NIC files name") as caught:
-        inputs.nics_of_instance("web1", run_dir)
+        nicfiles.nics_of_instance("web1", run_dir)
     assert caught.value.where == "web1"
 
 
@@ -598,7 +598,7 @@ def test_one_wrong_file_spoils_the_instance(run_dir: Path) -> None:
     put(run_dir, "web1/0.toml", nic_toml())
     broken = put(run_dir, "web1/1.toml", "")
     with pytest.raises(NicError) as caught:
-        inputs.nics_of_instance("web1", run_dir)
+        nicfiles.nics_of_instance("web1", run_dir)
     assert caught.value.where == str(broken)
 
 
@@ -607,7 +607,7 @@ def test_a_fifo_is_no_nic_file_and_nobody_waits_for_it(run_dir: Path) -> None:
     path.unlink()
     os.mkfifo(path, 0o644)
     with pytest.raises(NicError, match="regular"):
-        inputs.nic_of_tap("tap0", run_dir)
+        nicfiles.nic_of_tap("tap0", run_dir)
 
 
 # --- ext networks -------------------------------------------------------------------------------------
@@ -618,19 +618,19 @@ def with_network(mode: str, link: str | None) -> Config:
 
 
 def test_an_ext_network_is_wired_as_configured() -> None:
-    assert inputs.as_wired(EXT, with_network("bridged", "br0")) == replace(EXT, mode="bridged", link="br0")
-    assert inputs.as_wired(EXT, with_network("routed", None)) == replace(EXT, mode="routed", link=None)
+    assert values.as_wired(EXT, with_network("bridged", "br0")) == replace(EXT, mode="bridged", link="br0")
+    assert values.as_wired(EXT, with_network("routed", None)) == replace(EXT, mode="routed", link=None)
 
 
 def test_other_nics_are_wired_as_they_are() -> None:
-    assert inputs.as_wired(EXT, Config()) == EXT
+    assert values.as_wired(EXT, Config()) == EXT
     bridged = replace(BRIDGED, link="site")
-    assert inputs.as_wired(bridged, with_network("routed", None)) == bridged
+    assert values.as_wired(bridged, with_network("routed", None)) == bridged
 
 
 @pytest.mark.parametrize("nic", [replace(EXT, ip=()), replace(EXT, vlan=".7")])
 def test_a_nic_that_does_not_fit_its_ext_network(nic: Nic) -> None:
     with pytest.raises(KvmIfupError) as caught:
-        inputs.as_wired(nic, with_network("routed", None))
+        values.as_wired(nic, with_network("routed", None))
     assert caught.value.code == 65
     assert caught.value.where == nic.label

@@ -17,11 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import journal, locks
-from kvmifup.errors import JournalError, KernelError, NamespaceError, PrivilegeError
-from kvmifup.journal import Entry, Journal, Store
-from kvmifup.model import Phase
-from kvmifup.ops import LinkMtu, ProxyNeighbour, Rule
+from kvmifup.core.errors import JournalError, KernelError, NamespaceError, PrivilegeError
+from kvmifup.core.model import Phase
+from kvmifup.core.ops import LinkMtu, ProxyNeighbour, Rule
+from kvmifup.runs import index, journal, locks
+from kvmifup.runs import store as stores
+from kvmifup.runs.index import Index
+from kvmifup.runs.journal import Entry, Journal
+from kvmifup.runs.store import Store
 
 from .samples import DUAL, HERE, ROUTED
 from .strategies import journals
@@ -73,7 +76,7 @@ def test_the_format_that_the_docstring_promises(store: Store) -> None:
         "phase",
         "since",
         "by",
-        "frame",
+        "reason",
         "entries",
         "pending",
     }
@@ -359,7 +362,7 @@ def test_others_are_not_believed_once_somebody_else_could_write_them(store: Stor
 
 def test_a_journal_is_decoded_once_for_the_same_text(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.save(SAMPLE)
-    monkeypatch.setattr(journal, "decode", None)
+    monkeypatch.setattr(stores, "decode", None)
     assert store.load("tap0") == SAMPLE
     assert seen(store, "192.0.2.8/32") == ["tap0"]
     monkeypatch.undo()
@@ -384,7 +387,7 @@ def test_threads_see_what_was_there_when_their_run_began(store: Store) -> None:
 def no_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nobody looks at the files of others in here."""
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Index, "update", None)
+        patch.setattr(Index, "update", None)
         yield
 
 
@@ -445,7 +448,7 @@ def test_what_a_person_has_changed_is_noticed_after_a_moment(store: Store, monke
     store.save(SAMPLE)
     assert held(store, HOST) == ["tap0"]
     store.path("tap0").unlink()
-    monkeypatch.setattr(journal, "TRUSTED", 0.0)
+    monkeypatch.setattr(index, "TRUSTED", 0.0)
     assert held(store, HOST) == []
 
 

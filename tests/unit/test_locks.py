@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmifup import locks
-from kvmifup.errors import InterruptedRun, LockTimeoutError
+from kvmifup.core.errors import InterruptedRun, LockTimeoutError
+from kvmifup.runs import locks
 
 
 def test_locks_are_taken_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,13 +44,13 @@ def test_a_tap_named_like_the_shared_lock_has_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("caught_signals")
 def test_a_signal_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvmifup import signals
+    from kvmifup.core import signals
 
     def sleep(_seconds: float) -> None:
         assert not signals._arrived, "nobody looked for the signal"
         signals._arrived.append(15)
 
-    monkeypatch.setattr("kvmifup.locks.time.sleep", sleep)
+    monkeypatch.setattr("kvmifup.runs.locks.time.sleep", sleep)
     with (
         locks.hold(tmp_path, ["tap.a"], 0.0),
         pytest.raises(InterruptedRun),

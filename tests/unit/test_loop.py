@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmifup.loop import THREADS, Loop
+from kvmifup.agent.loop import THREADS, Loop
 
 
 @pytest.fixture

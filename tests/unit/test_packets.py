@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import announce, packets
-from kvmifup.model import Nic
+from kvmifup.core.model import Nic
+from kvmifup.node import frames, sockets
 from tests import wire
 
 MAC, OTHER = "aa:00:00:35:ac:01", "02:00:00:00:00:0b"
-ARP = announce.gratuitous_arp(bytes.fromhex(OTHER.replace(":", "")), "192.0.2.8")
-NA = announce.unsolicited_na(bytes.fromhex(OTHER.replace(":", "")), "2001:db8::8", "fe80::b")
+ARP = frames.gratuitous_arp(bytes.fromhex(OTHER.replace(":", "")), "192.0.2.8")
+NA = frames.unsolicited_na(bytes.fromhex(OTHER.replace(":", "")), "2001:db8::8", "fe80::b")
 
 
 def nic(*ip: str) -> Nic:
@@ -25,12 +25,12 @@ def nic(*ip: str) -> Nic:
 
 
 def test_our_own_kind_of_announcement_is_understood() -> None:
-    assert packets.announced(ARP) == ("192.0.2.8", OTHER)
-    assert packets.announced(NA) == ("2001:db8::8", OTHER)
+    assert frames.announced(ARP) == ("192.0.2.8", OTHER)
+    assert frames.announced(NA) == ("2001:db8::8", OTHER)
 
 
 def test_so_is_an_arp_reply_with_sender_and_target_alike() -> None:
-    assert packets.announced(ARP[:20] + b"\0\2" + ARP[22:]) == ("192.0.2.8", OTHER)
+    assert frames.announced(ARP[:20] + b"\0\2" + ARP[22:]) == ("192.0.2.8", OTHER)
 
 
 @pytest.mark.parametrize(
@@ -50,29 +50,29 @@ def test_so_is_an_arp_reply_with_sender_and_target_alike() -> None:
     ids=str,
 )
 def test_what_moves_no_address_is_none(frame: bytes) -> None:
-    assert packets.announced(frame) is None
+    assert frames.announced(frame) is None
 
 
 @given(st.binary(max_size=128))
 def test_no_frame_is_too_strange(frame: bytes) -> None:
     for head in (b"", ARP[:14], NA[:14], NA[:56]):
-        packets.announced(head + frame)
+        frames.announced(head + frame)
 
 
 @given(st.integers(0, len(NA)))
 def test_no_frame_is_too_short(length: int) -> None:
-    assert packets.announced(ARP[: min(length, 41)]) is None
-    assert packets.announced(NA[: min(length, 77)]) is None
+    assert frames.announced(ARP[: min(length, 41)]) is None
+    assert frames.announced(NA[: min(length, 77)]) is None
 
 
 def test_the_names_of_frames() -> None:
     kinds = (0x0800, 0x0806, 0x8035, 0x86DD, 0x8100)
-    names = [packets.name_of(bytes(12) + struct.pack("!H", kind)) for kind in kinds]
+    names = [frames.name_of(bytes(12) + struct.pack("!H", kind)) for kind in kinds]
     assert names == ["IPv4", "ARP", "RARP", "IPv6", "ethertype 0x8100"]
 
 
 def test_a_guest_is_asked_in_each_family_once() -> None:
-    arp, ndp = packets.questions(nic("192.0.2.0/29", "192.0.2.8", "192.0.2.9", "2001:db8::/64", "2001:db8::8"))
+    arp, ndp = frames.questions(nic("192.0.2.0/29", "192.0.2.8", "192.0.2.9", "2001:db8::/64", "2001:db8::8"))
     assert len(arp) == 60
     assert wire.arp(arp) == wire.Arp(MAC, 1, "fe:00:00:35:ac:01", "0.0.0.0", "192.0.2.8")
     assert (ndp[:6].hex(":"), ndp[6:12].hex(":")) == (MAC, "fe:00:00:35:ac:01")
@@ -89,40 +89,40 @@ def test_a_guest_is_asked_in_each_family_once() -> None:
     ("ip", "number"), [((), 0), (("192.0.2.0/29",), 0), (("192.0.2.8",), 1), (("2001:db8::8",), 1)]
 )
 def test_only_an_address_can_be_asked_for(ip: tuple[str, ...], number: int) -> None:
-    assert len(packets.questions(nic(*ip))) == number
+    assert len(frames.questions(nic(*ip))) == number
 
 
 # --- the filters, as the kernel would run them -----------------------------------------------------------
 
 
-def passes(program: list[packets.Instruction], frame: bytes, *, outgoing: bool = False) -> bool:
+def passes(program: list[sockets.Instruction], frame: bytes, *, outgoing: bool = False) -> bool:
     """Classic BPF (linux/filter.h), as much as there is of it here; reading past the end drops the frame."""
     accumulator = index = at = 0
     while True:
         code, true, false, operand = program[at]
         at += 1
-        sizes = {packets.LOAD_WORD: 4, packets.LOAD_HALF: 2, packets.LOAD_BYTE: 1}
+        sizes = {sockets.LOAD_WORD: 4, sockets.LOAD_HALF: 2, sockets.LOAD_BYTE: 1}
         if code in sizes:
-            if operand == packets.PACKET_TYPE:
-                accumulator = packets.PACKET_OUTGOING if outgoing else 0
+            if operand == sockets.PACKET_TYPE:
+                accumulator = sockets.PACKET_OUTGOING if outgoing else 0
             elif operand + sizes[code] > len(frame):
                 return False
             else:
                 accumulator = int.from_bytes(frame[operand : operand + sizes[code]], "big")
-        elif code == packets.TO_X:
+        elif code == sockets.TO_X:
             index = accumulator
-        elif code == packets.IF_EQUAL:
+        elif code == sockets.IF_EQUAL:
             at += true if accumulator == operand else false
-        elif code == packets.IF_EQUAL_X:
+        elif code == sockets.IF_EQUAL_X:
             at += true if accumulator == index else false
         else:
-            assert code == packets.RETURN
+            assert code == sockets.RETURN
             return operand > 0
 
 
 @given(st.binary(min_size=12, max_size=12), st.binary(max_size=60))
 def test_of_a_tap_only_the_guests_own_frames_pass(addresses: bytes, rest: bytes) -> None:
-    program = packets.from_the_guest(MAC)
+    program = sockets.from_the_guest(MAC)
     guest = bytes.fromhex(MAC.replace(":", ""))
     own = addresses[:6] + guest + rest
     assert passes(program, own)
@@ -135,7 +135,7 @@ def test_of_a_tap_only_the_guests_own_frames_pass(addresses: bytes, rest: bytes)
 
 def heard(frame: bytes) -> bool:
     """Whether a socket on an uplink gets it: there is one for each of two ethertypes, which see nothing of ours."""
-    programs = {b"\x08\x06": packets.GRATUITOUS_ARP, b"\x86\xdd": packets.ADVERTISEMENTS}
+    programs = {b"\x08\x06": sockets.GRATUITOUS_ARP, b"\x86\xdd": sockets.ADVERTISEMENTS}
     program = programs.get(frame[12:14])
     return program is not None and passes(program, frame)
 
@@ -149,7 +149,7 @@ def test_announcements_pass(frame: bytes) -> None:
 def test_the_filter_lets_everything_pass_that_announces_something(frame: bytes) -> None:
     for head in (b"", ARP[:28], NA[:20], NA[:54]):
         whole = head + frame
-        if packets.announced(whole):
+        if frames.announced(whole):
             assert heard(whole)
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 
 from kvmifup import phases
-from kvmifup.errors import NotReadyError
-from kvmifup.model import BridgedConfig, Config, Nic, NodeFacts, Phase, RoutedConfig, Tap
-from kvmifup.ops import Announce, Op, OvsPort, Program, ProxyNeighbour, Route, Rule, Sysctl
+from kvmifup.core.errors import NotReadyError
+from kvmifup.core.model import BridgedConfig, Config, Nic, NodeFacts, Phase, RoutedConfig, Tap
+from kvmifup.core.ops import Announce, Op, OvsPort, Program, ProxyNeighbour, Route, Rule, Sysctl
 
 from .samples import (
     BRIDGE,

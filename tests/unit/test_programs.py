@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmifup import ovs, programs
-from kvmifup.errors import ConfigError, NotReadyError, ProgramError
+from kvmifup.core.errors import ConfigError, NotReadyError, ProgramError
+from kvmifup.node import ovs, programs
 
 
 def shell(script: str, environ: dict[str, str] | None = None, timeout: float = 60.0) -> programs.Result:

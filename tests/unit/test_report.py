@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import report
-from kvmifup.apply import Change
-from kvmifup.errors import BugError, NotReadyError
-from kvmifup.model import Phase
-from kvmifup.ops import KINDS, AddrGenMode, Announce, LinkMaster, LinkMtu, LinkUp, Op, OvsPort, Route, Rule
-from kvmifup.run import Outcome
+from kvmifup.core.errors import BugError, NotReadyError
+from kvmifup.core.model import Phase
+from kvmifup.core.ops import KINDS, AddrGenMode, Announce, LinkMaster, LinkMtu, LinkUp, Op, OvsPort, Route, Rule
+from kvmifup.core.text import printable
+from kvmifup.runs.apply import Change
+from kvmifup.runs.outcome import Outcome
+from kvmifup.tell import render
 
 from .samples import BRIDGED
 from .strategies import journalled_ops
@@ -27,7 +28,7 @@ NOTHING = Outcome("tap1", None, "tap1", Phase.DOWN)
 
 
 def test_the_plan() -> None:
-    assert list(report.plan_lines([OUTCOME, NOTHING])) == [
+    assert list(render.plan_lines([OUTCOME, NOTHING])) == [
         "web1.example.com/0 (tap0): bridged, pre",
         "  undo   rule v4 5: iif tap0 lookup 100: present -> absent",
         "  do     tap0 MTU: 1500 -> 9000",
@@ -38,7 +39,7 @@ def test_the_plan() -> None:
 
 
 def test_verbose() -> None:
-    assert list(report.verbose_lines([OUTCOME])) == [
+    assert list(render.verbose_lines([OUTCOME])) == [
         "web1.example.com/0 (tap0): bridged, pre: 2 changed",
         "  rule v4 5: iif tap0 lookup 100: present -> absent",
         "  tap0 MTU: 1500 -> 9000",
@@ -51,7 +52,7 @@ def test_verbose() -> None:
     [(True, "announce 192.0.2.8 on eth0"), (False, "announce 192.0.2.8 on eth0 (only after a change)")],
 )
 def test_an_announcement(needed: bool, line: str) -> None:
-    assert report.transition(Change(ANNOUNCE, None, needed)) == line
+    assert render.transition(Change(ANNOUNCE, None, needed)) == line
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_values_that_the_golden_plans_lack(op: Op, line: str) -> None:
 
 
 def test_json() -> None:
-    first, second = json.loads(report.as_json([OUTCOME, NOTHING]))
+    first, second = json.loads(render.as_json([OUTCOME, NOTHING]))
     assert first == {
         "tap": "tap0",
         "instance": "web1.example.com",
@@ -96,19 +97,19 @@ def test_json() -> None:
 @given(journalled_ops)
 def test_every_op_has_json(op: Op) -> None:
     outcome = Outcome("x", None, "tap0", Phase.PRE, (), (Change(op, op.wanted, False),))
-    assert json.loads(report.as_json([outcome]))[0]["ops"][0]["op"] in KINDS
+    assert json.loads(render.as_json([outcome]))[0]["ops"][0]["op"] in KINDS
 
 
 def test_the_error_line() -> None:
     error = NotReadyError("no such bridge: br0", hint="make it").at("web1/0 (tap0)")
-    assert report.error_line("kvm-ifup-pre", error) == "kvm-ifup-pre: web1/0 (tap0): no such bridge: br0 (make it)"
-    assert report.error_line("kvm-ifdown", BugError("oops")) == "kvm-ifdown: oops"
-    assert report.sentence(error) == "web1/0 (tap0): no such bridge: br0 (make it)"
+    assert render.error_line("kvm-ifup-pre", error) == "kvm-ifup-pre: web1/0 (tap0): no such bridge: br0 (make it)"
+    assert render.error_line("kvm-ifdown", BugError("oops")) == "kvm-ifdown: oops"
+    assert render.sentence(error) == "web1/0 (tap0): no such bridge: br0 (make it)"
 
 
 def test_the_error_object() -> None:
     error = NotReadyError("no such bridge: br0", hint="make it").at("web1/0 (tap0)")
-    assert json.loads(report.error_object(error)) == {
+    assert json.loads(render.errors_object([error])) == {
         "error": "NotReadyError",
         "code": 69,
         "where": "web1/0 (tap0)",
@@ -122,12 +123,12 @@ any_text = st.text(st.characters()) | st.text("\n\r\t\x1b\x85\u2028\u202e\udcff�
 
 @given(any_text, any_text, any_text)
 def test_an_error_is_one_printable_line(cause: str, hint: str, where: str) -> None:
-    line = report.error_line("kvm-ifup", NotReadyError(cause, hint=hint, where=where))
+    line = render.error_line("kvm-ifup", NotReadyError(cause, hint=hint, where=where))
     assert line.isprintable()
     assert len(line.splitlines()) == 1
     line.encode("utf-8")  # as a terminal or a log needs it
 
 
 def test_printable_leaves_readable_text_alone() -> None:
-    assert report.printable("tap0: où? (192.0.2.8)") == "tap0: où? (192.0.2.8)"
-    assert report.printable("a\nb\x1b[2J\udcff") == "a\\nb\\x1b[2J\\udcff"
+    assert printable("tap0: où? (192.0.2.8)") == "tap0: où? (192.0.2.8)"
+    assert printable("a\nb\x1b[2J\udcff") == "a\\nb\\x1b[2J\\udcff"

@@ -10,18 +10,38 @@ from typing import Any, cast
 
 import pytest
 
-from kvmifup import locks, run
-from kvmifup.errors import (
+from kvmifup.core.errors import (
     JournalError,
     KernelError,
     KvmIfupError,
     LockTimeoutError,
     NotReadyError,
     RollbackError,
+    raise_all,
 )
-from kvmifup.journal import Entry, Journal, Store
-from kvmifup.model import Config, ExtConfig, Nic, Phase, RoutedConfig
-from kvmifup.ops import LinkMtu, LinkUp, Neighbour, Op, OvsPort, Program, ProxyNeighbour, Route, Rule, Sysctl, Value
+from kvmifup.core.model import Config, ExtConfig, Nic, Phase, RoutedConfig
+from kvmifup.core.ops import (
+    LinkMtu,
+    LinkUp,
+    Neighbour,
+    Op,
+    OvsPort,
+    Program,
+    ProxyNeighbour,
+    Route,
+    Rule,
+    Sysctl,
+    Value,
+)
+from kvmifup.runs import locks
+from kvmifup.runs.down import down, taps_of_instance
+from kvmifup.runs.journal import Entry, Journal
+from kvmifup.runs.leftovers import collect
+from kvmifup.runs.moves import ready, restore, settle, withdraw
+from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.session import Session
+from kvmifup.runs.store import Store
+from kvmifup.runs.up import up
 
 from .nodes import FailingStore, FakeKernel, Killed, identity, on_disk
 from .samples import BRIDGED, DUAL, ETH0_4, ETH0_6, ETH1_4, ETH1_6, EXT, OVS, ROUTED, nets
@@ -44,25 +64,27 @@ class Node:
         self.store = FailingStore(run_dir)
         self.config = Config(lock_timeout=0.0)
 
-    def session(self, *, dry: bool = False) -> run.Session:
-        return run.Session(cast(Any, self.kernel), self.store, self.run_dir, self.config, dry)
+    def session(self, *, dry: bool = False) -> Session:
+        return Session(cast(Any, self.kernel), self.store, self.run_dir, self.config, dry)
 
-    def up(self, asked: Phase, *nics: Nic, announce: bool = False, dry: bool = False) -> list[run.Outcome]:
-        return run.up(asked, nics, self.session(dry=dry), announce=announce)
+    def up(self, asked: Phase, *nics: Nic, announce: bool = False, dry: bool = False) -> list[Outcome]:
+        return up(asked, nics, self.session(dry=dry), announce=announce)
 
-    def pre(self, nic: Nic) -> list[run.Outcome]:
+    def pre(self, nic: Nic) -> list[Outcome]:
         return self.up(Phase.PRE, replace(nic, incoming=True))
 
-    def post(self, *nics: Nic, announce: bool = False) -> list[run.Outcome]:
+    def post(self, *nics: Nic, announce: bool = False) -> list[Outcome]:
         return self.up(Phase.POST, *nics, announce=announce)
 
     def down(
         self, tap: str = "tap0", nic: Nic | None = None, *, instance: str | None = None, dry: bool = False
-    ) -> run.Outcome:
-        return run.down(tap, instance, lambda: nic, self.session(dry=dry))
+    ) -> Outcome:
+        return down(tap, instance, lambda: nic, self.session(dry=dry))
 
-    def gc(self, *, dry: bool = False) -> list[run.Outcome]:
-        return run.gc(self.session(dry=dry))
+    def gc(self, *, dry: bool = False) -> list[Outcome]:
+        outcomes, failures = collect(self.session(dry=dry))
+        raise_all(failures)
+        return outcomes
 
     def journal(self, tap: str = "tap0") -> Journal:
         found = self.store.load(tap)
@@ -110,7 +132,7 @@ def test_the_second_run_writes_nothing(nic: Nic, asked: Phase, node: Node) -> No
     assert writes
     outcome = node.up(asked, nic)[0]
     assert not [change for change in outcome.changes if change.needed]
-    assert outcome.announced == ()
+    assert outcome.messages == ()
     assert len(node.kernel.writes) == writes
     assert identity(node.run_dir) == files
 
@@ -206,14 +228,14 @@ def test_down_repeats_quietly(node: Node) -> None:
 
 def test_an_announcement_on_request(node: Node) -> None:
     first = node.post(ROUTED)[0]
-    assert first.announced == (("eth0", "192.0.2.8", "192.0.2.8"),)
+    assert first.messages == (("eth0", "192.0.2.8", "192.0.2.8"),)
     files = identity(node.run_dir)
-    assert node.post(ROUTED, announce=True)[0].announced == first.announced
+    assert node.post(ROUTED, announce=True)[0].messages == first.messages
     assert identity(node.run_dir) == files
 
 
 def test_nothing_is_announced_in_pre(node: Node) -> None:
-    assert node.pre(DUAL)[0].announced == ()
+    assert node.pre(DUAL)[0].messages == ()
 
 
 def test_stale_rules_go_for_good(node: Node) -> None:
@@ -366,10 +388,10 @@ def lose(node: Node, *lost: Op) -> None:
         del node.kernel.values[op.key]
 
 
-def restore(node: Node) -> run.Outcome | None:
+def restored(node: Node) -> Outcome | None:
     """eth0 is up again."""
     node.kernel.indexes["eth0"] = 2
-    return run.restore("tap0", "eth0", node.session())
+    return restore("tap0", "eth0", node.session())
 
 
 def test_what_was_lost_on_an_uplink_is_put_back_and_announced(node: Node) -> None:
@@ -377,15 +399,15 @@ def test_what_was_lost_on_an_uplink_is_put_back_and_announced(node: Node) -> Non
     values = dict(node.kernel.values)
     lose(node, PROXY_NDP, *node.kernel.of(ProxyNeighbour))
     before = len(node.kernel.writes)
-    outcome = restore(node)
+    outcome = restored(node)
     assert outcome is not None
-    assert outcome.announced == (("eth0", "192.0.2.8", "192.0.2.8"), ("eth0", "2001:db8::8", "fe80::1"))
+    assert outcome.messages == (("eth0", "192.0.2.8", "192.0.2.8"), ("eth0", "2001:db8::8", "fe80::1"))
     kinds = [op.kind for op in node.kernel.writes[before:]]
     assert kinds == ["proxy-neighbour", "sysctl", "proxy-neighbour", "announce"]
     assert node.kernel.values == values
     # Once more: nothing to do, and nothing is written.
     files = identity(node.run_dir)
-    again = restore(node)
+    again = restored(node)
     assert again is not None
     assert not any(change.needed for change in again.changes)
     assert identity(node.run_dir) == files
@@ -398,23 +420,23 @@ def test_only_what_is_on_the_uplink_that_is_up_again(node: Node) -> None:
     node.post(DUAL)
     lose(node)
     node.kernel.uplinks = (ETH0_4, replace(ETH1_4, up=False), ETH0_6)  # this one may stay down for long
-    restore(node)
+    restored(node)
     proxied = {(op.dev, op.address) for op in node.kernel.of(ProxyNeighbour) if isinstance(op, ProxyNeighbour)}
     assert proxied == {("eth0", "192.0.2.8"), ("eth0", "2001:db8::8")}
 
 
 def test_nothing_is_put_back_for_a_guest_that_does_not_run_here(node: Node) -> None:
-    assert restore(node) is None
+    assert restored(node) is None
     node.pre(DUAL)
-    assert restore(node) is None
+    assert restored(node) is None
     node.post(DUAL)
-    run.withdraw("tap0", node.session())
-    assert restore(node) is None
+    withdraw("tap0", node.session())
+    assert restored(node) is None
     node.post(DUAL)
     node.kernel.replace_tap("tap0")
-    assert restore(node) is None
+    assert restored(node) is None
     del node.kernel.indexes["eth0"]
-    assert run.restore("tap0", "eth0", node.session()) is None
+    assert restore("tap0", "eth0", node.session()) is None
 
 
 def test_a_restoration_that_fails_or_is_killed_leaves_what_the_next_run_mends(nodes: Callable[[], Node]) -> None:
@@ -425,7 +447,7 @@ def test_a_restoration_that_fails_or_is_killed_leaves_what_the_next_run_mends(no
         node.post(DUAL)
         whole = dict(node.kernel.values)
         lose(node)
-        killed = killed_at(step, node, lambda: restore(node))  # noqa: B023 (called at once)
+        killed = killed_at(step, node, lambda: restored(node))  # noqa: B023 (called at once)
         node.post(DUAL)
         assert node.kernel.values == whole, f"step {step}"
         node.down()
@@ -505,8 +527,8 @@ def test_several_nics_all_or_none(node: Node) -> None:
 def test_the_taps_of_an_instance_come_from_journals_too(node: Node) -> None:
     node.post(ROUTED)
     node.post(SECOND)
-    assert run.taps_of_instance("web1.example.com", node.session()) == ["tap0"]
-    assert run.taps_of_instance("web1.example", node.session()) == []
+    assert taps_of_instance("web1.example.com", node.session()) == ["tap0"]
+    assert taps_of_instance("web1.example", node.session()) == []
 
 
 # --- dead NICs and killed runs ------------------------------------------------------------------------
@@ -784,7 +806,7 @@ def test_the_unreadable_journal_of_another_tap_does_not_disturb(what: str, node:
         # It mentions all that a run looks for.
         place.write_text('"eth0" "192.0.2.8/32" "2001:db8::8/128" "web1.example.com"')
     node.post(DUAL)
-    assert run.taps_of_instance("web1.example.com", node.session()) == ["tap0"]
+    assert taps_of_instance("web1.example.com", node.session()) == ["tap0"]
     node.down()
     assert node.kernel.values == {}
 
@@ -829,9 +851,9 @@ def test_which_locks_it_takes_to_undo_something(nic: Nic, node: Node, taken: Cal
     expected = ["tap.tap0", "uplink"] if nic.mode == "routed" else ["tap.tap0"]
     node.pre(nic)
     taken()
-    run.ready("tap0", node.session())
+    ready("tap0", node.session())
     assert taken() == expected
-    run.settle("tap0", lambda _journal: True, node.session())
+    settle("tap0", lambda _journal: True, node.session())
     assert taken() == expected
     node.gc()
     assert taken() == ["tap.tap0"], "there is nothing to clear up"
@@ -889,7 +911,7 @@ def test_configured_uplinks_are_used(node: Node) -> None:
 
 
 def test_whether_a_guest_has_its_addresses_here(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmifup.journal.socket.if_nametoindex", lambda name: node.kernel.indexes[name])
+    monkeypatch.setattr("kvmifup.runs.store.socket.if_nametoindex", lambda name: node.kernel.indexes[name])
     store = Store(node.run_dir)
     assert not store.has_here("tap0", {"192.0.2.8"})
     node.pre(ROUTED)

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup import __version__, cli, client, service, signals
-from kvmifup.errors import InterruptedRun
-from kvmifup.loop import Loop
-from kvmifup.service import Refused, Request, Service, parse
+from kvmifup import __version__, client
+from kvmifup.agent import hook_server
+from kvmifup.agent.hook_server import Refused, Request, Service, parse
+from kvmifup.agent.loop import Loop
+from kvmifup.core import signals
+from kvmifup.core.errors import InterruptedRun
 
 # What can be in an argument or a variable: any bytes but NUL.
 anything = st.binary(max_size=30).map(lambda data: data.replace(b"\0", b""))
@@ -80,7 +82,7 @@ class Agent:
 
     def __init__(self, place: Path, patch: pytest.MonkeyPatch) -> None:
         self.main: Main = lambda argv, environ, out, err: 0
-        patch.setattr(cli, "main", self._run)
+        patch.setattr("kvmifup.commands.main.main", self._run)
         patch.setattr(client, "SOCKET", str(place / "agent.sock"))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         listener.bind(client.SOCKET)
@@ -137,7 +139,7 @@ class Agent:
 @pytest.fixture
 def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
     """One."""
-    monkeypatch.setattr(service, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(hook_server, "HEARTBEAT", 0.01)
     made = Agent(tmp_path, monkeypatch)
     yield made
     made.close()
@@ -235,7 +237,7 @@ def test_nothing_is_left_of_those_who_are_not_served(agent: Agent, said: bytes) 
 
 
 def test_who_says_nothing_is_hung_up_on(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "TO_ASK", 0.01)
+    monkeypatch.setattr(hook_server, "TO_ASK", 0.01)
     assert rest(agent.connect(b"\0\0\0")) == b""
     assert agent.callers() == 0
 
@@ -276,7 +278,7 @@ def test_without_descriptors_it_waits_until_there_are_some(agent: Agent, monkeyp
             return getattr(real, name)
 
     real = agent.service.listener
-    monkeypatch.setattr(service, "PAUSE", 0.001)
+    monkeypatch.setattr(hook_server, "PAUSE", 0.001)
     monkeypatch.setattr(agent.service, "listener", Listener())
     assert client.by_agent("kvm-ifup", ["gc"], {}) == 0
     assert left == [0]

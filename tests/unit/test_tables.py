@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmifup import tables
+from kvmifup.inputs import tables
 
 
 @pytest.fixture

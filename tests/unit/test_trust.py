@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmifup import trust
+from kvmifup.inputs import trust
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""kvm-ifupd: hooks run warm, arrivals, departures, and nothing left over."""

@@ -1,0 +1,122 @@
+"""A guest that has left: another node announces it on an uplink, and it does not answer here any more."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from select import POLLIN, poll
+
+from kvmifup import phases
+from kvmifup.agent.loop import Loop
+from kvmifup.agent.runner import Runner
+from kvmifup.core.model import Nic
+from kvmifup.node import frames, sockets
+from kvmifup.runs.moves import withdraw
+
+ANSWER = 0.05  # seconds that a guest has to answer before it counts as gone
+AGAIN = 0.2  # seconds between two such questions
+FRAMES = 64  # of one uplink at a time
+
+Place = tuple[str, str]  # uplink, address
+
+
+class Departures:
+    """Listens on every uplink where this node answers for a guest, and withdraws those that have left."""
+
+    def __init__(self, loop: Loop, runner: Runner) -> None:
+        self._loop = loop
+        self._runner = runner
+        self._guests: Mapping[Place, Nic] = {}
+        self._uplinks: dict[tuple[str, int], tuple[socket.socket, int]] = {}  # by device and family; with its index
+        self._asked: dict[str, float] = {}  # when, by tap
+        self._asking: set[str] = set()
+
+    def look_after(self, guests: Mapping[Place, Nic]) -> None:
+        """Listen where this node answers for *guests*, and nowhere else."""
+        self._guests = guests
+        taps = {nic.tap for nic in guests.values()}
+        self._asked = {tap: when for tap, when in self._asked.items() if tap in taps}
+        self.renew()
+
+    def renew(self) -> None:
+        """Leave devices that have gone, or are another one now, and listen on what is there in their place."""
+        wanted = {(uplink, phases.family_of(address)) for uplink, address in self._guests}
+        for which, (_, index) in list(self._uplinks.items()):
+            if which not in wanted or not sockets.is_device(which[0], index):
+                self._leave(which)
+        for which in wanted - self._uplinks.keys():
+            with suppress(OSError):
+                index = socket.if_nametoindex(which[0])
+                listener = sockets.uplink_listener(*which)
+                self._uplinks[which] = listener, index
+                self._loop.watch(listener, partial(self._heard, which))
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for listener, _ in self._uplinks.values():
+            listener.close()
+
+    def _leave(self, which: tuple[str, int]) -> None:
+        listener, _ = self._uplinks.pop(which)
+        self._loop.ignore(listener)
+        sockets.close(listener)
+
+    def _heard(self, which: tuple[str, int]) -> None:
+        """Somebody on an uplink announces something: perhaps a guest of ours."""
+        uplink = which[0]
+        listener, _ = self._uplinks[which]
+        for _ in range(FRAMES):
+            try:
+                found = frames.announced(listener.recv(sockets.SNAP))
+            except OSError:  # nothing more; or ENETDOWN, once: it is down, or gone and another look finds that out
+                return
+            # By ourselves, where two uplinks are on one segment: each hears what goes out of the other.
+            if found and found[1] not in self._own_macs():
+                address, mac = found
+                if nic := self._guests.get((uplink, address)):
+                    self._perhaps_gone(nic, f"{address} announced by {mac} on {uplink}")
+
+    def _own_macs(self) -> set[str]:
+        """The MACs that this node announces with."""
+        return {listener.getsockname()[4].hex(":") for listener, _ in self._uplinks.values()}
+
+    def _perhaps_gone(self, nic: Nic, why: str) -> None:
+        now = time.monotonic()
+        if nic.tap in self._asking or now - self._asked.get(nic.tap, 0) < AGAIN:
+            return
+        self._asking.add(nic.tap)
+        self._asked[nic.tap] = now
+        self._loop.work(partial(self._ask_and_withdraw, nic, why), lambda _: self._asking.discard(nic.tap))
+
+    def _ask_and_withdraw(self, nic: Nic, why: str) -> None:
+        """In a thread."""
+        runner = self._runner
+        try:
+            if answers(nic, ANSWER):
+                runner.say(f"{why}, but the guest runs here: nothing done", nic.label)
+                return
+            with runner.session(why) as session:
+                outcome = withdraw(nic.tap, session)
+        except OSError:
+            return  # the tap is gone, and that is dealt with elsewhere
+        except Exception as error:
+            runner.complain("not withdrawn", error)
+            return
+        if outcome:
+            runner.metrics.add("kvm_ifup_withdrawals_total")
+            runner.say(f"{why}, and the guest does not answer here: route and proxy entries withdrawn", nic.label)
+
+
+def answers(nic: Nic, seconds: float) -> bool:
+    """Whether the guest of *nic* is heard on its tap within *seconds*, when it is asked. Raises OSError."""
+    listener = sockets.guest_listener(nic.tap, nic.mac)
+    try:
+        sockets.send(nic.tap, frames.questions(nic))
+        waiting = poll()  # not select: it knows no descriptor above 1023
+        waiting.register(listener, POLLIN)
+        return bool(waiting.poll(1000 * seconds))
+    finally:
+        sockets.close(listener)

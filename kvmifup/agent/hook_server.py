@@ -1,0 +1,236 @@
+"""Run the commands that scripts hand over (`kvmifup.client`), each in a thread, with `cli.main`."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from kvmifup import __version__
+from kvmifup.agent.loop import Loop, Timer
+from kvmifup.client import ALIVE, DONE, HEARTBEAT, NAMESPACE, PROTOCOL, REFUSED
+from kvmifup.commands import main
+from kvmifup.commands.main import Observer
+from kvmifup.core import signals
+from kvmifup.core.model import Background
+
+MAX_REQUEST = 1 << 20  # bytes
+MAX_CALLERS = 512
+TO_ASK = 5.0  # seconds that a caller may take to say what it wants
+PAUSE = 0.1  # seconds without new callers when there are no descriptors left
+CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command to run, and whether its stdout and stderr are terminals."""
+
+    program: str
+    argv: tuple[str, ...]
+    environ: dict[str, str]
+    terminals: tuple[bool, bool]
+
+
+class Refused(Exception):
+    """A request that is not for us."""
+
+
+def parse(body: bytes) -> Request:
+    """The request in *body*. Raises Refused for one from another version or network namespace."""
+    fields = body.split(b"\0")
+    try:
+        protocol, version, namespace, terminals, program, count = fields[:6]
+        rest = [field.decode("utf-8", "surrogateescape") for field in fields[6:]]
+        if (protocol, version.decode()) != (PROTOCOL, __version__) or int(namespace) != Path(NAMESPACE).stat().st_ino:
+            raise Refused
+        split = int(count)
+        environ = dict(one.partition("=")[::2] for one in rest[split:] if one)
+        return Request(program.decode(), tuple(rest[:split]), environ, (terminals[:1] == b"y", terminals[1:] == b"y"))
+    except ValueError:
+        raise Refused from None
+
+
+class Stream(io.StringIO):
+    """What a command writes, for a caller whose own stream may be a terminal."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        """Whether the caller's stream is a terminal."""
+        return self._terminal
+
+    @property
+    def content(self) -> bytes:
+        """All of it, with its length."""
+        data = self.getvalue().encode("utf-8", "surrogateescape")
+        return len(data).to_bytes(4, "big") + data
+
+
+class Service:
+    """Listens on *listener* and runs what is asked for; *background* and *observer* are `cli.main`'s."""
+
+    def __init__(
+        self, loop: Loop, listener: socket.socket, background: Background, observer: Observer | None = None
+    ) -> None:
+        self.loop = loop
+        self.listener = listener
+        self.background = background
+        self.observer = observer
+        self.callers: set[Caller] = set()
+        self.last = time.monotonic()  # when somebody last wanted something
+        self.closed = False
+        self._listen()
+
+    def _accept(self) -> None:
+        try:
+            connection = self.listener.accept()[0]
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # it stays readable: that would be a busy loop
+                self.loop.ignore(self.listener)
+                self.loop.later(PAUSE, self._listen)
+            return
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        _pid, uid, _gid = CREDENTIALS.unpack(credentials)
+        if uid not in (0, os.geteuid()) or len(self.callers) >= MAX_CALLERS:
+            connection.close()
+            return
+        self.last = time.monotonic()
+        caller = Caller(self, connection)
+        self.callers.add(caller)
+        caller.read()  # it is there already, nearly always
+
+    def _listen(self) -> None:
+        if not self.closed:
+            self.loop.watch(self.listener, self._accept)
+
+    def close(self) -> None:
+        """Take no new callers, and none that has not yet said what it wants; those that run come to their end."""
+        if self.closed:
+            return
+        self.closed = True
+        with suppress(KeyError):  # during a pause
+            self.loop.ignore(self.listener)
+        self.listener.close()
+        for caller in list(self.callers):
+            if not caller.running:
+                caller.end()
+
+
+class Caller:
+    """One connection, from its request to its answer."""
+
+    def __init__(self, service: Service, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.service = service
+        self.loop = service.loop
+        self.connection = connection
+        self.received = b""
+        self.running = False
+        self.gone = False
+        self.answering = threading.Lock()
+        self.timer: Timer | None = self.loop.later(TO_ASK, self.end)
+        self.loop.watch(connection, self.read)
+
+    def read(self) -> None:
+        """See what the caller has sent, or that it has gone."""
+        try:
+            data = self.connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.gone = True  # `signals.checkpoint` in the thread sees it
+            self._stop_watching()
+            if not self.running:
+                self.end()
+            return
+        if self.running:
+            return
+        self.received += data
+        if len(self.received) < 4:
+            return
+        size = int.from_bytes(self.received[:4], "big")
+        if not 0 < size <= MAX_REQUEST:
+            self.end()
+        elif len(self.received) >= 4 + size:
+            self._start(self.received[4 : 4 + size])
+
+    def _start(self, body: bytes) -> None:
+        self.received = b""
+        assert self.timer is not None
+        self.timer.cancel()
+        try:
+            request = parse(body)
+        except Refused:
+            self._send(REFUSED)
+            self.end()
+            return
+        # A caller that we have kept waiting for too long has done it by itself: then it must not be done again.
+        if self._hung_up():
+            self.end()
+            return
+        self.running = True
+        self.timer = self.loop.later(HEARTBEAT, self._beat)
+        self.loop.work(partial(self._run, request), lambda _: self.end(), hook=True)
+
+    def _hung_up(self) -> bool:
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _run(self, request: Request) -> None:
+        """In a thread."""
+        out, err = (Stream(terminal) for terminal in request.terminals)
+        # Not only what the loop has noticed: after a stop (SIGSTOP) this thread may go on before it.
+        with signals.while_wanted(lambda: self.gone or self._hung_up()):
+            code = main.main(
+                request.program,
+                request.argv,
+                request.environ,
+                out,
+                err,
+                self.service.background,
+                observer=self.service.observer,
+            )
+        with self.answering, suppress(OSError):
+            # From here, not from the loop, which may be busy; and long output takes the caller a while to read.
+            self.connection.settimeout(TO_ASK)
+            self.connection.sendall(DONE + bytes([code]) + out.content + err.content)
+
+    def _beat(self) -> None:
+        if self.answering.acquire(blocking=False):  # never in the middle of an answer
+            self._send(ALIVE)
+            self.answering.release()
+            self.timer = self.loop.later(HEARTBEAT, self._beat)
+
+    def _send(self, data: bytes) -> bool:
+        try:
+            return self.connection.send(data) == len(data)
+        except OSError:
+            return False
+
+    def _stop_watching(self) -> None:
+        with suppress(KeyError, ValueError):
+            self.loop.ignore(self.connection)
+
+    def end(self) -> None:
+        """Hang up."""
+        if self.timer:
+            self.timer.cancel()
+        self._stop_watching()
+        self.connection.close()
+        self.service.callers.discard(self)

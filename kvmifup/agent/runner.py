@@ -1,0 +1,71 @@
+"""What the agent runs by itself: each run in a session of its own, its failure a result, both told to the logs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from kvmifup.agent.metrics import Metrics
+from kvmifup.core.errors import KvmIfupError, known
+from kvmifup.inputs import config
+from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.session import Session, opened
+from kvmifup.runs.store import Store
+from kvmifup.tell import render, syslog, watchers
+
+PROGRAM = "kvm-ifupd"
+
+
+class Runner:
+    """What all parts of the agent share: the journals, the settings, what is said and counted. For any thread."""
+
+    def __init__(self, run_dir: Path, say: Callable[[str, int], None]) -> None:
+        self.run_dir = run_dir
+        self.store = Store(run_dir)
+        self.config = config.load(None)
+        self.metrics = Metrics()
+        self._say = say
+
+    def say(self, line: str, nic: str = "", severity: int = syslog.INFO) -> None:
+        """Tell the log, and whoever watches."""
+        what = f"{nic}: {line}" if nic else line
+        self._say(what, severity)
+        self.tell(what, nic)
+
+    def tell(self, what: str, nic: str = "") -> None:
+        """Tell whoever watches, and nobody else."""
+        watchers.tell(self.run_dir, PROGRAM, {"nic": nic, "what": what})
+
+    def complain(self, what: str, error: Exception) -> None:
+        """Say what could not be done, and why."""
+        self.say(render.error_line(what, known(error)), severity=syslog.ERROR)
+
+    def failed(self, failures: Sequence[KvmIfupError]) -> None:
+        """Count the runs that had to put something back because they have failed."""
+        self.metrics.add("kvm_ifup_rollbacks_total", sum(failure.undone for failure in failures))
+
+    def session(self, reason: str | None = None, patience: float | None = None) -> AbstractContextManager[Session]:
+        """What a run works with. *patience*: seconds to wait for locks, if not what is configured."""
+        settings = self.config if patience is None else replace(self.config, lock_timeout=patience)
+        # Somebody who watches wants to know how long each op takes.
+        timed = watchers.watched(self.run_dir)
+        return opened(self.run_dir, settings, by="agent", reason=reason, timed=timed)
+
+    def attempt(
+        self, what: Callable[[Session], Outcome | None], reason: str | None = None, patience: float | None = None
+    ) -> Outcome | KvmIfupError | None:
+        """Do *what*; an error is a result as well."""
+        try:
+            begun = time.monotonic()
+            with self.session(reason, patience) as session:
+                outcome = what(session)
+        except Exception as error:
+            return known(error)
+        if outcome and any(change.needed for change in outcome.changes):
+            seconds = time.monotonic() - begun
+            syslog.run(PROGRAM, [outcome], [], seconds, "agent")
+            watchers.run(self.run_dir, PROGRAM, [outcome], [], seconds, "agent", session.seconds)
+        return outcome

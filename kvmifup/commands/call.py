@@ -1,0 +1,81 @@
+"""One call of a command: what was asked, by whom, and what has been done so far."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TextIO
+
+from kvmifup.commands.options import RUN_DIR
+from kvmifup.commands.request import Request
+from kvmifup.core.errors import PrivilegeError
+from kvmifup.core.model import Background, Config
+from kvmifup.core.text import printable
+
+CAP_NET_ADMIN = 12  # linux/capability.h
+
+
+@dataclass
+class Call:
+    """*program*, called with *environ* and these streams; *stdin* None: there is none to read.
+
+    *background* sends the later rounds of announcements; None leaves them out. *options*, *config* and *request* (of
+    a hook, or of `plan`) are there once they have been read. *done* has an `Outcome` for each NIC that something was
+    done to, *seconds* how long each op took, by its key, if somebody wants to know.
+    """
+
+    program: str
+    environ: Mapping[str, str]
+    out: TextIO
+    err: TextIO
+    stdin: TextIO | None = None
+    background: Background | None = None
+    options: argparse.Namespace = field(default_factory=lambda: argparse.Namespace(run_dir=RUN_DIR))
+    config: Config = field(default_factory=Config)
+    request: Request | None = None
+    done: list[Any] = field(default_factory=list)
+    seconds: Mapping[tuple[object, ...], float] | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        found: Path = self.options.run_dir
+        return found
+
+    @property
+    def by(self) -> str:
+        """Who it is that calls, for the journal and the log."""
+        return "person" if self.err.isatty() else "hook"
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Write *lines* to stdout."""
+        self.out.writelines(f"{printable(line)}\n" for line in lines)
+
+    def say_json(self, value: Any) -> None:
+        """Write *value* to stdout."""
+        self.out.write(json.dumps(value, indent=2) + "\n")
+
+    def add(self, lines: Iterable[str]) -> None:
+        """Write *lines* to stderr: what is not the result."""
+        self.err.writelines(f"{line}\n" for line in lines)
+
+
+def need_privileges() -> None:
+    """Raise PrivilegeError unless we are root with CAP_NET_ADMIN: half of it would do half of the work."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("not root", hint="run it as root")
+    need_capability()
+
+
+@cache
+def need_capability() -> None:
+    """Raise PrivilegeError without CAP_NET_ADMIN. A process that has it keeps it, so it is looked at once."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    if not effective >> CAP_NET_ADMIN & 1:
+        raise PrivilegeError("root, but not permitted to change the network", hint="this takes CAP_NET_ADMIN")

@@ -1,0 +1,147 @@
+"""`kvm-ifup check`: what is wrong with NICs or with the node, why, and its repair."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kvmifup.commands.call import Call
+from kvmifup.commands.objects import finding_object, nic_object
+from kvmifup.core.errors import KvmIfupError
+from kvmifup.core.model import Phase
+from kvmifup.diagnosis.nic import Finding, nic_findings
+from kvmifup.diagnosis.nics import Known, State, agent_lives, intended, look, phase_word
+from kvmifup.diagnosis.node import node_findings
+from kvmifup.inputs import config
+from kvmifup.runs.announcing import announce_later
+from kvmifup.runs.outcome import Outcome, Results
+from kvmifup.runs.session import opened
+from kvmifup.runs.up import up
+from kvmifup.tell import render
+
+WRONG = 1  # the exit code of a check that has found something
+
+
+def wrong(findings: Sequence[Finding]) -> bool:
+    """Whether anything is."""
+    return any(finding.wrong for finding in findings)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A NIC, its phase in one word, and what there is to say about it."""
+
+    one: Known
+    phase: str
+    findings: Sequence[Finding]
+
+    @property
+    def wrong(self) -> bool:
+        """Whether anything is."""
+        return wrong(self.findings)
+
+
+def run(call: Call) -> int:
+    """Check NICs, or the node; returns 1 if anything is wrong, also after a repair."""
+    if call.options.node:
+        return check_node(call)
+    found = diagnoses(call)
+    done: list[Outcome] = []
+    failures: list[KvmIfupError] = []
+    if call.options.repair and any(one.wrong for one in found):
+        done, failures = repair(call, [one.one for one in found if one.wrong])
+        found = diagnoses(call)
+    if call.options.json:
+        call.say_json(
+            {
+                "right": not any(one.wrong for one in found),
+                "repaired": [render.as_object(outcome) for outcome in done],
+                "failed": [render.error_object(error) for error in failures],
+                "nics": [
+                    {
+                        **nic_object(one.one, one.phase, State(not one.wrong)),
+                        "findings": [finding_object(finding) for finding in one.findings],
+                    }
+                    for one in found
+                ],
+            }
+        )
+    else:
+        call.say(line for outcome in done for line in repaired_lines(outcome))
+        call.say(render.error_line("not repaired", error) for error in failures)
+        call.say(line for one in found for line in check_lines(one))
+    return WRONG if any(one.wrong for one in found) else 0
+
+
+def diagnoses(call: Call) -> list[Diagnosis]:
+    """What there is to say about each NIC that is asked about."""
+    agent = agent_lives(call.run_dir)
+    with look(call.options.name, call.run_dir, call.config) as (found, session, overview):
+        return [
+            Diagnosis(
+                one,
+                phase_word(one, call.config, agent=agent),
+                nic_findings(one, session, overview, ask=call.options.probe),
+            )
+            for one in found
+        ]
+
+
+def repair(call: Call, nics: Sequence[Known]) -> Results:
+    """Repeat for each of *nics* the phase that it has reached, and no later one."""
+    done: list[Outcome] = []
+    failures: list[KvmIfupError] = []
+    with opened(call.run_dir, call.config, by=call.by) as session:
+        for one in nics:
+            if one.nic is None or one.phase is Phase.DOWN:
+                continue
+            try:
+                done += up(one.phase, [intended(one, call.config)], session, announce=False)
+            except KvmIfupError as error:
+                failures.append(error.at(one.label))
+        call.done += done
+        announce_later(done, session.store, call.background)
+    return done, failures
+
+
+def repaired_lines(outcome: Outcome) -> Iterable[str]:
+    """What a repair has changed."""
+    for change in (*outcome.undone, *outcome.changes):
+        if change.needed:
+            yield f"repaired: {outcome.label}: {render.transition(change)}"
+
+
+def check_lines(diagnosis: Diagnosis) -> Iterable[str]:
+    """One NIC: how it is described, its phase, and what is wrong with it."""
+    one = diagnosis.one
+    mode = f"{one.nic.mode}, " if one.nic else ""
+    since = ""
+    if one.journal and one.journal.since:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.journal.since))
+        since = f" since {moment} ({one.journal.by})"
+    yield f"{one.label}: {mode}{diagnosis.phase}{since}: {'wrong' if diagnosis.wrong else 'right'}"
+    for finding in diagnosis.findings:
+        yield from finding_lines(finding)
+
+
+def finding_lines(finding: Finding) -> Iterable[str]:
+    """One finding."""
+    yield f"  {finding.what}"
+    if finding.why:
+        yield f"      {finding.why}"
+    if finding.mend:
+        yield f"      mend: {finding.mend}"
+
+
+def check_node(call: Call) -> int:
+    """`kvm-ifup check --node`."""
+    place = call.options.config or config.DIRECTORY
+    with look(call.options.name, call.run_dir, call.config) as (nics, _, overview):
+        findings = list(node_findings(nics, call.config, overview, call.run_dir, place))
+    if call.options.json:
+        call.say_json({"ready": not wrong(findings), "findings": [finding_object(finding) for finding in findings]})
+    else:
+        call.say([f"node: {'not ready' if wrong(findings) else 'ready'}"])
+        call.say(line for finding in findings for line in finding_lines(finding))
+    return WRONG if wrong(findings) else 0

@@ -1,0 +1,49 @@
+"""kvm-ifup-pre, kvm-ifup-post and kvm-ifdown."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from kvmifup.commands import running
+from kvmifup.commands.call import Call
+from kvmifup.commands.request import Request, nic_of
+from kvmifup.core.errors import KvmIfupError
+from kvmifup.core.model import Nic, Phase
+from kvmifup.inputs import values
+from kvmifup.runs.down import down, taps_of_instance
+from kvmifup.runs.outcome import Outcome, Results
+from kvmifup.runs.session import Session
+from kvmifup.runs.up import up
+
+
+def run(call: Call) -> int:
+    """What the call's request asks for; returns 0. Raises KvmIfupError, or a group of them."""
+    assert call.request is not None  # `main.execute` has made it
+    return running.run(call, partial(carry_out, call, call.request))
+
+
+def carry_out(call: Call, request: Request, session: Session) -> Results:
+    """Do what *request* asks for; in a dry session, find out what it would take."""
+    if request.phase is Phase.DOWN:
+        return take_down(call, request, session)
+    nics = [values.as_wired(nic, session.config) for nic in request.nics]
+    return up(request.phase, nics, session, announce=getattr(call.options, "announce", False)), []
+
+
+def take_down(call: Call, request: Request, session: Session) -> Results:
+    """kvm-ifdown, of each tap for itself: what cannot be undone on one keeps the others from nothing."""
+
+    def described(tap: str) -> Nic | None:
+        """Where there is no journal, a NIC file may say what to withdraw."""
+        nic = nic_of(tap, call.run_dir, call.environ, needed=False)
+        return nic and values.as_wired(nic, session.config)
+
+    taps = [request.tap] if request.tap else taps_of_instance(request.instance or "", session)
+    outcomes: list[Outcome] = []
+    failures: list[KvmIfupError] = []
+    for tap in taps:
+        try:
+            outcomes.append(down(tap, request.owner, partial(described, tap), session))
+        except KvmIfupError as error:
+            failures.append(error)
+    return outcomes, failures

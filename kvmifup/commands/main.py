@@ -1,0 +1,133 @@
+"""The commands: arguments and environment in, exit code and a sentence out.
+
+All input is read and refused here, before the module of the verb is loaded: that module loads what speaks to the
+kernel, and what is refused need not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TextIO
+
+from kvmifup.commands import call as calls
+from kvmifup.commands import options, request
+from kvmifup.commands.call import Call
+from kvmifup.core import signals
+from kvmifup.core.errors import BugError, KvmIfupError, all_known
+from kvmifup.core.model import Background
+from kvmifup.inputs import config
+
+# Told the program, its exit code, how many seconds it took, and what went wrong.
+Observer = Callable[[str, int, float, Sequence[KvmIfupError]], None]
+
+
+def script(program: str, note: str = "") -> NoReturn:
+    """*program* in this process. *note* says why the agent has not done it, to who asks for more (-v)."""
+    from kvmifup.runs import announcing
+
+    signals.catch()
+    # A caller may have closed what we write to; that must not change how we end.
+    out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    if note and {"-v", "-vv", "--verbose"}.intersection(sys.argv[1:]):
+        err.write(f"{program}: {note}\n")
+    sys.exit(main(program, sys.argv[1:], os.environ, out, err, announcing.repeat_detached, sys.stdin))
+
+
+def main(
+    program: str,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    stdout: TextIO,
+    stderr: TextIO,
+    background: Background | None = None,
+    stdin: TextIO | None = None,
+    observer: Observer | None = None,
+) -> int:
+    """Run *program* with *argv* (without the program's name); returns the exit code, never raises.
+
+    *background* sends the later announcements (messages, and whether they are still true); None leaves
+    them out. *stdin* None: there is none to read, nor are files whose path is relative.
+    """
+    begun = time.monotonic()
+    call = Call(program, environ, stdout, stderr, stdin, background)
+    failures: list[KvmIfupError] = []
+    code = 0
+    try:
+        code = execute(call, argv)
+    except Exception as error:
+        failures = all_known(error, hint="please report it; KVM_IFUP_DEBUG=1 shows where")
+        code = failures[0].code
+        if environ.get("KVM_IFUP_DEBUG") and any(isinstance(one, BugError) for one in failures):
+            import traceback
+
+            traceback.print_exception(error, file=stderr)
+    tell(call, argv, failures, time.monotonic() - begun)
+    if observer:
+        observer(program, code, time.monotonic() - begun, failures)
+    return code
+
+
+def execute(call: Call, argv: Sequence[str]) -> int:
+    """Read and check all input, then run the verb; returns the exit code. Raises KvmIfupError, or a group of them."""
+    try:
+        asked = call.options = options.parse(call.program, argv)
+    except options.Told as told:
+        call.out.write(str(told))
+        return 0
+    if options.verb(asked) in ("hook", "plan"):
+        call.request = requested(call)
+        if call.request is None:
+            return 0
+    if options.verb(asked) not in ("nic", "watch"):
+        call.config = config.load(asked.config)
+    if options.writes(asked):
+        calls.need_privileges()
+    return runner(options.verb(asked))(call)
+
+
+def requested(call: Call) -> request.Request | None:
+    """What a hook or `kvm-ifup plan` is about; None for a tap that is none of our business. Raises KvmIfupError."""
+    asked = call.options
+    if call.program in request.PHASES:
+        return request.of_hook(call.program, asked.tap, asked.instance, call.run_dir, call.environ)
+    is_tap = request.names_tap(asked.name, call.run_dir, call.environ)
+    tap, instance = (asked.name, None) if is_tap else (None, asked.name)
+    return request.of_hook(options.HOOKS[asked.phase], tap, instance, call.run_dir, call.environ)
+
+
+def runner(verb: str) -> Callable[[Call], int]:
+    """What runs *verb*: of all modules of verbs, only this one is loaded."""
+    match verb:
+        case "hook":
+            from kvmifup.commands.hooks import run
+        case "show":
+            from kvmifup.commands.show import run
+        case "plan":
+            from kvmifup.commands.plan import run
+        case "check":
+            from kvmifup.commands.check import run
+        case "gc":
+            from kvmifup.commands.gc import run
+        case "watch":
+            from kvmifup.commands.watch import run
+        case _:
+            from kvmifup.commands.nic import run
+    return run
+
+
+def tell(call: Call, argv: Sequence[str], failures: Sequence[KvmIfupError], seconds: float) -> None:
+    """Tell the log and whoever watches what was done, and the caller what went wrong."""
+    hook_failed = failures and call.program in request.PHASES and "--plan" not in argv
+    if not failures and not call.done:
+        return
+    from kvmifup.tell import render, syslog, watchers
+
+    if call.done or hook_failed:
+        syslog.run(call.program, call.done, failures, seconds, call.by)
+        watchers.run(call.run_dir, call.program, call.done, failures, seconds, call.by, call.seconds)
+    if failures and "--json" in argv:
+        call.out.write(render.errors_object(failures) + "\n")
+    call.add(render.error_line(call.program, failure) for failure in failures)

@@ -1,0 +1,37 @@
+"""What --json prints of NICs and findings, as kvm-ifup(8) documents it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmifup.diagnosis.nic import Finding
+from kvmifup.diagnosis.nics import Known, State
+from kvmifup.tell import render
+
+
+def nic_object(one: Known, phase: str, state: State) -> dict[str, Any]:
+    """One NIC."""
+    nic, journal = one.nic, one.journal
+    return {
+        "instance": nic.instance if nic else None,
+        "index": nic.index if nic else None,
+        "tap": nic.tap if nic else one.tap,
+        "mac": nic.mac if nic else None,
+        "mode": nic.mode if nic else None,
+        "link": nic.link if nic else None,
+        "ip": [render.short(prefix) for prefix in nic.ip] if nic else [],
+        "vlan": nic.vlan if nic else None,
+        "incoming": nic.incoming if nic else None,
+        "phase": phase,
+        "since": journal.since if journal else None,
+        "by": journal.by if journal else None,
+        "reason": journal.reason if journal else None,
+        "wired": state.wired,
+        "missing": [render.change_object(change) for change in state.missing],
+        "problem": render.error_object(state.problem) if state.problem else None,
+    }
+
+
+def finding_object(finding: Finding) -> dict[str, Any]:
+    """One finding."""
+    return {"what": finding.what, "why": finding.why, "mend": finding.mend, "wrong": finding.wrong}

@@ -1,0 +1,144 @@
+"""The command lines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvmifup import __version__
+from kvmifup.core.errors import UsageError
+from kvmifup.inputs import config
+
+RUN_DIR = Path("/run/kvm-ifup")
+
+HOOKS = {"pre": "kvm-ifup-pre", "post": "kvm-ifup-post", "down": "kvm-ifdown"}  # by phase
+DOES = {
+    "kvm-ifup-pre": "Wire a guest's tap as far as may be true on two nodes at once (before a live migration). "
+    "For a NIC that is not incoming, go on to what kvm-ifup-post does.",
+    "kvm-ifup-post": "Wire a guest's tap completely: the guest runs here (fresh start, or after a live migration).",
+    "kvm-ifdown": "Undo what kvm-ifup-pre and kvm-ifup-post did for a tap. Repeating it succeeds.",
+    "kvm-ifup": "Look after the NICs that the hooks wire.",
+}
+EPILOG = (
+    "exit codes: 0 done or nothing to do, 64 usage, 65 bad NIC, 69 node not ready, 70 bug or incomplete rollback, "
+    "71 refused by the kernel and rolled back, 75 busy, 77 not permitted, 78 bad configuration"
+)
+
+
+class Told(Exception):
+    """What --help or --version has to say: parsers are shared by threads, and do not know who asks."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are ours, and that writes nothing itself."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+    def _print_message(self, message: str, file: object = None) -> NoReturn:
+        raise Told(message)
+
+
+def parse(program: str, argv: Sequence[str]) -> argparse.Namespace:
+    """The options of *program* in *argv*. Raises UsageError, and Told."""
+    found = parser(program).parse_args(list(argv))
+    if verb(found) == "check" and found.node and (found.name or found.repair or found.probe):
+        raise UsageError("--node excludes INSTANCE|TAP, --repair and --probe", hint="it is about all of the node")
+    return found
+
+
+def verb(options: argparse.Namespace) -> str:
+    """What is to be done: a subcommand of kvm-ifup, or "hook"."""
+    found: str = getattr(options, "subcommand", "hook")
+    return found
+
+
+def writes(options: argparse.Namespace) -> bool:
+    """Whether it takes root: it changes the node, or listens where only root may."""
+    match verb(options):
+        case "hook" | "gc":
+            return not options.plan
+        case "check":
+            return bool(options.repair)
+        case found:
+            return found == "watch"
+
+
+@cache
+def parser(program: str) -> Parser:
+    """The command line of *program*."""
+    found = "; check: 1 something is wrong" if program == "kvm-ifup" else ""
+    made = Parser(prog=program, description=DOES[program], epilog=EPILOG + found, allow_abbrev=False)
+    if program != "kvm-ifup":
+        made.add_argument("tap", nargs="?", metavar="TAP", help="the tap; default: INTERFACE from the environment")
+        made.add_argument("--instance", metavar="NAME", help="all NICs of this guest in one run, all or none")
+        if program != "kvm-ifdown":
+            made.add_argument("--announce", action="store_true", help="announce even if nothing changed")
+        made.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    add_options(made)
+    made.add_argument("--version", action="version", version=f"{program} {__version__}")
+    if program == "kvm-ifup":
+        add_subcommands(made)
+    return made
+
+
+def add_options(made: Parser, *, again: bool = False) -> None:
+    """What every command and subcommand takes; *again*: after a subcommand, too, where it wins."""
+
+    def default(value: object) -> Any:
+        return argparse.SUPPRESS if again else value
+
+    made.add_argument("--json", action="store_true", default=default(False), help="print the outcome as JSON")
+    made.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=default(0),
+        help="tell on stderr what was done; twice: how long it took",
+    )
+    made.add_argument(
+        "--config", metavar="FILE", type=Path, default=default(None), help=f"this file instead of {config.DIRECTORY}"
+    )
+    made.add_argument("--run-dir", metavar="DIR", type=Path, default=default(RUN_DIR), help=f"instead of {RUN_DIR}")
+
+
+# --- the command line -----------------------------------------------------------------------------------
+
+
+def add_subcommands(made: Parser) -> None:
+    """All that `kvm-ifup` takes after its own options."""
+    subcommands = made.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+
+    def add(to: Any, name: str, does: str) -> argparse.ArgumentParser:
+        one: Parser = to.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.", allow_abbrev=False)
+        add_options(one, again=True)
+        return one
+
+    one = add(subcommands, "show", "list NICs: how they are described, their phase, and whether they are wired so")
+    one.add_argument("name", nargs="?", metavar="INSTANCE|TAP", help="only this guest's, or this one")
+    one = add(subcommands, "plan", "print what a phase would change, and the commands to do it by hand")
+    one.add_argument("phase", choices=HOOKS, help="the phase")
+    one.add_argument("name", metavar="INSTANCE|TAP", help="all NICs of this guest, or this one")
+    one = add(subcommands, "check", "compare NICs with what their phase wants; exit with 1 if something differs")
+    one.add_argument("name", nargs="?", metavar="INSTANCE|TAP", help="only this guest's, or this one")
+    one.add_argument("--repair", action="store_true", help="then repeat the phase that each has reached")
+    one.add_argument("--probe", action="store_true", help="ask the uplinks whether somebody else has the addresses")
+    one.add_argument("--node", action="store_true", help="instead: is the node ready for guests that arrive?")
+    one = add(subcommands, "gc", "clear up after dead NICs and killed runs")
+    one.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    add(subcommands, "watch", "print what hooks and the agent do, as they do it, until interrupted")
+    verbs = add(subcommands, "nic", "write, list and remove NIC files").add_subparsers(
+        dest="verb", required=True, metavar="VERB"
+    )
+    one = add(verbs, "put", "check a NIC file and put it into its place")
+    one.add_argument("instance", metavar="INSTANCE", help="the guest")
+    one.add_argument("index", metavar="INDEX", type=int, help="the NIC's number")
+    one.add_argument("file", metavar="FILE", help='the TOML to read; "-" for standard input')
+    one = add(verbs, "list", "list NIC files")
+    one.add_argument("instance", metavar="INSTANCE", nargs="?", help="only this guest's")
+    one = add(verbs, "rm", "remove NIC files; what is not there is as good as removed")
+    one.add_argument("instance", metavar="INSTANCE", help="the guest")
+    one.add_argument("index", metavar="INDEX", type=int, nargs="?", help="only the NIC with this number")

@@ -1,0 +1,42 @@
+"""`kvm-ifup plan`: the hook's own plan, with the command for each op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmifup.commands.call import Call
+from kvmifup.commands.hooks import carry_out
+from kvmifup.core.errors import raise_all
+from kvmifup.diagnosis import by_hand
+from kvmifup.runs.apply import Change
+from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.session import opened
+from kvmifup.tell import render
+
+
+def run(call: Call) -> int:
+    """Print what the hook of the phase would do, and do nothing; returns 0. Raises KvmIfupError."""
+    assert call.request is not None  # `main.execute` has made it
+    with opened(call.run_dir, call.config, dry=True) as session:
+        outcomes, failures = carry_out(call, call.request, session)
+    if not call.options.json:
+        call.say(render.plan_lines(outcomes, by_hand.line))
+    elif not failures:
+        call.say_json([plan_object(outcome) for outcome in outcomes])
+    if call.options.verbose:
+        call.add(render.remark_lines(outcomes))
+    raise_all(failures)
+    return 0
+
+
+def plan_object(outcome: Outcome) -> dict[str, Any]:
+    """The outcome, each op with its command."""
+
+    def with_command(change: Change) -> dict[str, Any]:
+        return {**render.change_object(change), "command": by_hand.line(change.op) if change.needed else None}
+
+    return {
+        **render.as_object(outcome),
+        "undone": [with_command(change) for change in outcome.undone],
+        "ops": [with_command(change) for change in outcome.changes],
+    }

@@ -1,0 +1,101 @@
+"""What a hook is asked to do, found and validated before the node is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmifup.core.errors import NicError, UsageError
+from kvmifup.core.model import Nic, Phase
+from kvmifup.inputs import environment, ganeti, nicfiles, values
+from kvmifup.runs.store import Store
+
+PHASES = {"kvm-ifup-pre": Phase.PRE, "kvm-ifup-post": Phase.POST, "kvm-ifdown": Phase.DOWN}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A phase, for one tap or for all NICs of a guest.
+
+    *nics* are those to be wired; none for `Phase.DOWN`, where the journals know what to undo. *owner* is the guest
+    that the caller takes the tap to be of, None if it does not say.
+    """
+
+    phase: Phase
+    tap: str | None
+    instance: str | None
+    owner: str | None
+    nics: tuple[Nic, ...] = ()
+
+
+def of_hook(
+    program: str, tap: str | None, instance: str | None, run_dir: Path, environ: Mapping[str, str]
+) -> Request | None:
+    """What *program* is to do, for *tap* or all NICs of *instance*; None for a tap that is none of our business.
+
+    Raises UsageError, NicError, JournalError and NamespaceError: all that can be wrong with the input is found here.
+    """
+    if tap is not None and instance is not None:
+        raise UsageError("TAP and --instance exclude each other", hint="give one of them")
+    if instance is not None and environ.get("INTERFACE"):
+        raise UsageError("--instance takes the NIC files, but the environment has INTERFACE", hint="unset INTERFACE")
+    tap = None if tap is None else values.tap_argument(tap)
+    if (tap or environ.get("INTERFACE", "")).startswith(environment.GANETI_OWN):
+        return None
+    environment.refuse_contradiction(program, tap, environ)
+    if instance is not None:
+        values.instance_name(instance)
+    else:
+        tap = tap or environ.get("INTERFACE")
+        if tap is None:
+            raise UsageError("which tap?", hint="give TAP or --instance NAME, or set INTERFACE")
+        values.device(tap, "tap")
+    owner = instance or (environ.get("INSTANCE") if environ.get("INTERFACE") else None)
+    phase = PHASES[program]
+    nics = () if phase is Phase.DOWN else nics_of(tap, instance, run_dir, environ)
+    return Request(phase, tap, instance, owner, nics)
+
+
+def nics_of(tap: str | None, instance: str | None, run_dir: Path, environ: Mapping[str, str]) -> tuple[Nic, ...]:
+    """The NIC on *tap*, or those of *instance*. Raises NicError when there is none, or something is wrong with it."""
+    if tap is None:
+        assert instance is not None  # `of_hook` sees to it
+        nics = nicfiles.nics_of_instance(instance, run_dir) or ganeti.nics_of_instance(instance)
+        if not nics:
+            raise NicError("there are no NIC files for it", hint=f"see {run_dir}/nic", where=instance)
+        return tuple(nics)
+    nic = nic_of(tap, run_dir, environ)
+    if nic is None:
+        raise NicError(
+            "nothing describes this tap",
+            hint=f"write {run_dir}/nic/INSTANCE/0.toml, or set INTERFACE, MODE, MAC and LINK",
+            where=tap,
+        )
+    return (nic,)
+
+
+def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool = True) -> Nic | None:
+    """The NIC on *tap*: from the environment, its NIC file, the journal of an earlier phase, or Ganeti's files.
+
+    None when nothing describes it. Raises NicError, JournalError, NamespaceError.
+    """
+    if environ.get("INTERFACE"):
+        return environment.from_environment(environ)
+    nic = nicfiles.nic_of_tap(tap, run_dir, needed=needed)
+    if nic is not None:
+        return nic
+    return Store(run_dir).nic_of_live(tap) or ganeti.nic_of_tap(tap)
+
+
+def names_tap(name: str, run_dir: Path, environ: Mapping[str, str]) -> bool:
+    """Whether *name* is a tap's rather than a guest's: a guest has NIC files, here or Ganeti's, or a journal."""
+    if environ.get("INTERFACE") == name or Path("/sys/class/net", name).exists() or name in Store(run_dir).taps():
+        return True
+    try:
+        values.device(name, "tap")
+    except NicError:
+        return False
+    if (run_dir / "tap" / name).is_symlink():
+        return True
+    return not ((run_dir / "nic" / name).is_dir() or (ganeti.DIRECTORY / "nic" / name).is_dir())

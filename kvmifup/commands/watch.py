@@ -1,0 +1,36 @@
+"""`kvm-ifup watch`: what hooks and the agent do, as they do it, until a signal comes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from kvmifup.commands.call import Call
+from kvmifup.core.errors import InterruptedRun
+from kvmifup.tell import watchers
+
+
+def run(call: Call) -> int:
+    """A line for each event, and one for each op that changed something; returns 0."""
+    with suppress(InterruptedRun, BrokenPipeError), watchers.watching(call.run_dir) as events:
+        for event in events:
+            if call.options.json:
+                call.out.write(json.dumps(event) + "\n")
+            else:
+                call.say(event_lines(event))
+            call.out.flush()
+    return 0
+
+
+def event_lines(event: Mapping[str, Any]) -> Iterable[str]:
+    """An event, for people."""
+    at = float(event["at"])
+    moment = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03}"
+    end = f" in {1000 * event['seconds']:.1f} ms, by {event['by']}" if "seconds" in event else ""
+    yield f"{moment}  {event['program']}: {event['what']}{end}"
+    for op in event.get("ops", ()):
+        took = "" if op["seconds"] is None else f"{1000 * op['seconds']:.2f} ms"
+        yield f"{took:>24}  {op['what']}"

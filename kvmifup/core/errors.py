@@ -1,0 +1,168 @@
+"""Every way to fail: a type, an exit code, a cause and a hint.
+
+::
+
+    KvmIfupError
+    ├── UsageError         64  the command line, or it contradicts the environment
+    ├── NicError           65  a NIC's description is wrong, missing or not to be trusted
+    ├── NotReadyError      69  the node cannot take this NIC: nothing was touched, or all was put back
+    ├── NamespaceError     69  the tap's journal is of another network namespace: nothing was touched
+    ├── BugError           70  our own mistake
+    ├── JournalError       70  a journal that cannot be read
+    ├── RollbackError      70  something failed, and so did putting it back
+    ├── KernelError        71  the kernel refused; all was put back
+    │   └── VanishedError  71  the device is not there any more
+    ├── ProgramError       71  a program that we run for the node failed; all was put back
+    ├── LockTimeoutError   75  another run holds the lock
+    ├── InterruptedRun     75  a signal arrived; all was put back
+    ├── PrivilegeError     77  not root, or not enough of it
+    └── ConfigError        78  the configuration is wrong, missing or not to be trusted
+
+The codes are those of sysexits.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class KvmIfupError(Exception):
+    """The root of the tree: `str()` is the cause in one clause, `hint` says what to do about it."""
+
+    code: ClassVar[int] = 70
+    reference: ClassVar[str] = ""  # the hint, unless there is a better one
+
+    def __init__(self, cause: str, *, hint: str = "", where: str = "") -> None:
+        super().__init__(cause)
+        self.hint = hint or self.reference
+        self.where = where
+        self.undone = False  # whether something had been changed by then, and had to be put back
+
+    def at(self, where: str) -> KvmIfupError:
+        """Name the NIC or file that this is about, unless a closer caller has done so."""
+        self.where = self.where or where
+        return self
+
+
+class UsageError(KvmIfupError):
+    """The command line is wrong, or contradicts the environment."""
+
+    code = 64
+
+
+class NicError(KvmIfupError):
+    """What describes the NIC is wrong, missing, or could have been written by somebody else."""
+
+    code = 65
+    reference = "see kvm-ifup-nic(5)"
+
+
+class NotReadyError(KvmIfupError):
+    """The node is not ready for this NIC: a bridge, table, uplink or address is not as it must be."""
+
+    code = 69
+
+
+class NamespaceError(KvmIfupError):
+    """The tap of this name that is wired is in another network namespace, where only a run in there can touch it."""
+
+    code = 69
+
+
+class BugError(KvmIfupError):
+    """An unforeseen exception: ours to mend."""
+
+    code = 70
+
+
+class JournalError(KvmIfupError):
+    """The journal of a tap cannot be read, so what it promised to undo is unknown."""
+
+    code = 70
+
+
+class RollbackError(KvmIfupError):
+    """Something failed, and what had been done could not all be put back; the journal remembers it."""
+
+    code = 70
+
+
+class KernelError(KvmIfupError):
+    """The kernel refused a change; `errno` is its number. What had been done was put back."""
+
+    code = 71
+
+    def __init__(self, cause: str, *, errno: int, hint: str = "") -> None:
+        super().__init__(cause, hint=hint)
+        self.errno = errno
+
+
+class VanishedError(KernelError):
+    """The device that is to be read or written does not exist (any more)."""
+
+
+class ProgramError(KvmIfupError):
+    """ovs-vsctl or an administrator's program failed or took too long. What had been done was put back.
+
+    *untouched*: it ended by itself and so left things as it found them; there is nothing of it to undo.
+    """
+
+    code = 71
+
+    def __init__(self, cause: str, *, untouched: bool = False) -> None:
+        super().__init__(cause)
+        self.untouched = untouched
+
+
+class LockTimeoutError(KvmIfupError):
+    """Another run holds the lock for longer than the configured time."""
+
+    code = 75
+
+
+class InterruptedRun(KvmIfupError):
+    """A signal asked us to stop; what had been done was put back."""
+
+    code = 75
+
+
+class PrivilegeError(KvmIfupError):
+    """Changing a node's network takes root (CAP_NET_ADMIN)."""
+
+    code = 77
+
+
+class ConfigError(KvmIfupError):
+    """The configuration is wrong, missing, or could have been written by somebody else."""
+
+    code = 78
+    reference = "see kvm-ifup.toml(5)"
+
+
+def raise_all(failures: Sequence[KvmIfupError]) -> None:
+    """Raise all that went wrong, if anything: the one error, or a group of several."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise ExceptionGroup("several failures", failures)
+
+
+def all_known(error: Exception, hint: str = "please report it") -> list[KvmIfupError]:
+    """The errors in *error*, as `known` makes them: one, or those of a group."""
+    if isinstance(error, ExceptionGroup):
+        return [one for inner in error.exceptions for one in all_known(inner, hint)]
+    return [known(error, hint)]
+
+
+def known(error: Exception, hint: str = "please report it") -> KvmIfupError:
+    """*error* as one of ours, whatever it is; *hint* is for one that nobody has foreseen."""
+    if isinstance(error, KvmIfupError):
+        return error
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        what += error.strerror or str(error)
+        if isinstance(error, PermissionError):
+            return PrivilegeError(what, hint="run it as root")
+        return KernelError(what, errno=error.errno or 0)
+    return BugError(f"unexpected {type(error).__name__}: {error}", hint=hint)

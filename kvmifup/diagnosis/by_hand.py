@@ -1,0 +1,112 @@
+"""An op as the command with which a person would do it by hand: ip, sysctl, bridge or ovs-vsctl."""
+
+from __future__ import annotations
+
+import shlex
+
+from kvmifup.core.ops import (
+    AddrGenMode,
+    BridgeAddress,
+    LinkAddress,
+    LinkMaster,
+    LinkMtu,
+    LinkUp,
+    Neighbour,
+    Op,
+    OvsPort,
+    PortForwarding,
+    Program,
+    ProxyNeighbour,
+    Route,
+    Rule,
+    Sysctl,
+)
+from kvmifup.node import ovs
+
+# Of a foreign rule's further attributes: what ip-rule(8) calls them.
+SELECTORS = {
+    "tos": "tos",
+    "oifname": "oif",
+    "suppress_prefixlen": "suppress_prefixlength",
+    "suppress_ifgroup": "suppress_ifgroup",
+    "protocol": "protocol",
+    "ip_proto": "ipproto",
+    "goto": "goto",
+}
+
+
+def line(op: Op) -> str | None:
+    """The command line that makes *op* true, quoted for a shell; None where no such command exists."""
+    words = argv(op)
+    return shlex.join(words) if words else None
+
+
+def argv(op: Op) -> list[str]:
+    """The command that makes *op* true; empty where no such command exists, as for an announcement."""
+    match op:
+        case LinkAddress() | BridgeAddress():
+            return ["ip", "link", "set", "dev", op.dev, "address", op.want]
+        case AddrGenMode():
+            return ["ip", "link", "set", "dev", op.dev, "addrgenmode", op.say(op.want)]
+        case LinkMtu():
+            return ["ip", "link", "set", "dev", op.dev, "mtu", str(op.want)]
+        case LinkMaster():
+            return ["ip", "link", "set", "dev", op.dev, *(("master", op.want) if op.want else ("nomaster",))]
+        case LinkUp():
+            return ["ip", "link", "set", "dev", op.dev, op.say(op.want)]
+        case PortForwarding():  # there is nothing to set: look until it forwards
+            return ["bridge", "link", "show", "dev", op.dev]
+        case Sysctl():
+            return ["sysctl", "-w", f"{op.path}={op.want}"]
+        case Rule():
+            return rule(op)
+        case Neighbour():
+            if op.want is None:
+                return ["ip", "neigh", "del", op.address, "dev", op.dev]
+            return ["ip", "neigh", "replace", op.address, "lladdr", op.want, "nud", "permanent", "dev", op.dev]
+        case ProxyNeighbour():
+            return ["ip", "neigh", "replace" if op.want else "del", "proxy", op.address, "dev", op.dev]
+        case Route():
+            return route(op)
+        case OvsPort():
+            return ["ovs-vsctl", *ovs.transaction(op.dev, op.want)]
+        case Program():
+            return program(op)
+    return []
+
+
+def rule(op: Rule) -> list[str]:
+    """`ip rule`. The protocol says who made it: for ours it is "static"."""
+    given = dict(op.selectors)
+    words = ["not"] if given.get("flags") else []
+    for name, length, word in (("src", "src_len", "from"), ("dst", "dst_len", "to")):
+        if name in given:
+            words += [word, f"{given[name]}/{given[length]}"]
+    if "fwmark" in given:
+        words += ["fwmark", f"{given['fwmark']}/{given['fwmask']}" if "fwmask" in given else str(given["fwmark"])]
+    for name, word in SELECTORS.items():
+        if name in given:
+            words += [word, str(given[name])]
+    made_by = [] if op.selectors or not op.want else ["protocol", "static"]
+    verb = "add" if op.want else "del"
+    family = f"-{op.family}"
+    target = ["priority", str(op.priority), "iif", op.iif, *words, "lookup", str(op.table)]
+    return ["ip", family, "rule", verb, *target, *made_by]
+
+
+def route(op: Route) -> list[str]:
+    """`ip route`."""
+    v6 = ":" in op.prefix
+    words = ["ip", "-6" if v6 else "-4", "route", "add" if op.want else "del", op.prefix, "dev", op.dev]
+    words += ["table", str(op.table)]
+    if op.want:
+        words += ["proto", "static"] if v6 else ["proto", "static", "scope", "link"]
+    return words
+
+
+def program(op: Program) -> list[str]:
+    """An administrator's program; undoing its first phase undoes both."""
+    if not op.want and op.phase == "post":
+        return []
+    environment = {**dict(op.environment), "KVM_IFUP_PHASE": op.phase if op.want else "down"}
+    return ["env", "-i", *(f"{name}={value}" for name, value in environment.items()), op.program]

@@ -1,0 +1,169 @@
+"""Is this node ready for guests that arrive? What is not, what that leads to in a migration, and what mends it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from kvmifup.core.errors import KvmIfupError
+from kvmifup.core.model import Config, Nic, Phase, Uplink
+from kvmifup.diagnosis.nic import Finding, of_error
+from kvmifup.diagnosis.nics import Known, agent_lives
+from kvmifup.inputs import trust
+from kvmifup.inputs.values import as_wired
+from kvmifup.node.overview import Overview
+
+# The oldest that are supported. Before Linux 4.20 a question about one table is answered with all of them.
+OLDEST = {"Python": (3, 11), "pyroute2": (0, 7, 2), "Linux": (4, 20)}
+
+
+def node_findings(
+    everything: Sequence[Known], config: Config, kernel: Overview, run_dir: Path, settings: Path
+) -> Iterator[Finding]:
+    """What is to be said about the node; *settings* is where its configuration is."""
+    nics = []
+    for one in everything:
+        if one.trouble:
+            yield of_error(one.trouble, "a hook for this NIC fails, and QEMU does not start")
+        elif one.nic:
+            try:
+                nics.append((as_wired(one.nic, config), one.phase))
+            except KvmIfupError as error:
+                yield of_error(error, "a hook for this NIC fails, and QEMU does not start")
+    yield from bridges([nic for nic, _ in nics], config, kernel)
+    yield from uplinks(nics, config, kernel)
+    yield from agent(run_dir, needed=any(nic.mode == "routed" for nic, _ in nics))
+    yield from permissions(run_dir, "NIC files and journals")
+    yield from permissions(settings, "the configuration")
+    yield from versions({"Python": sys.version, "pyroute2": version("pyroute2"), "Linux": os.uname().release})
+
+
+def bridges(nics: Sequence[Nic], config: Config, kernel: Overview) -> Iterator[Finding]:
+    """The bridges of the NICs that this node knows."""
+    for nic in {nic.link: nic for nic in nics if nic.mode == "bridged"}.values():
+        bridge, name = kernel.facts(nic, config).bridge, nic.link or ""
+        if bridge is None or not bridge.is_bridge:
+            what = f"{name} is no bridge" if bridge else f"there is no bridge {name}"
+            lead = f"no guest on {name} can start or arrive here: code 69"
+            yield Finding(what, lead, f"`ip link add {name} type bridge`")
+            continue
+        if not bridge.up:
+            yield Finding(f"{name} is down", "no guest can start or arrive here: code 69", f"`ip link set {name} up`")
+        if bridge.stp:
+            late = 2 * bridge.forward_delay
+            refused = late > config.bridged.forwarding_timeout
+            yield Finding(
+                f"{name} runs STP: a port forwards after {late:g} s",
+                "QEMU's announcements would be lost, so no guest is let in: code 69"
+                if refused
+                else "kvm-ifup-pre waits that long before QEMU starts",
+                f"`ip link set {name} type bridge stp_state 0`",
+                wrong=refused,
+            )
+        filtering, pvid = kernel.vlans(name)
+        if filtering and pvid:
+            yield Finding(f"{name} filters VLANs: a guest there is in VLAN {pvid}, untagged", wrong=False)
+        elif filtering:
+            # No command: what gives new ports a VLAN gives it to ports that are there, too.
+            yield Finding(
+                f"{name} filters VLANs, and a new port is in none: vlan_default_pvid is 0",
+                "a guest there has no network, and no hook complains",
+                "another bridge, or mode openvswitch",
+            )
+
+
+def uplinks(nics: Sequence[tuple[Nic, Phase]], config: Config, kernel: Overview) -> Iterator[Finding]:
+    """Where this node answers for its routed guests."""
+    routed = [(nic, phase) for nic, phase in nics if nic.mode == "routed"]
+    if not routed:
+        for name in config.routed.uplinks or ():
+            if kernel.ifindex(name) is None:
+                yield no_uplink(name)
+        yield Finding("no routed NIC is known here, so forwarding on uplinks was not looked at", wrong=False)
+    found: dict[tuple[str, int], tuple[Uplink, bool]] = {}  # with whether a guest is answered for there
+    lacking: set[int] = set()
+    for nic, phase in routed:
+        ups = kernel.facts(nic, config).uplinks
+        lacking |= {prefix.version for prefix in nic.ip} - {uplink.family for uplink in ups}
+        for uplink in ups:
+            key = (uplink.name, uplink.family)
+            found[key] = uplink, phase is Phase.POST or (key in found and found[key][1])
+    for uplink, answering in found.values():
+        yield from uplink_findings(uplink, kernel, answering=answering)
+    for family in sorted(lacking):
+        yield Finding(
+            f"no IPv{family} uplink",
+            "nothing answers for routed guests, and their arrival is not announced",
+            "add a default route, or set [routed] uplinks",
+        )
+
+
+REFUSED = "no routed guest can start or arrive here: code 69"
+
+
+def no_uplink(name: str) -> Finding:
+    """One that the configuration names."""
+    return Finding(f"there is no uplink {name}", REFUSED, "name one that is there in [routed] uplinks")
+
+
+def uplink_findings(uplink: Uplink, kernel: Overview, *, answering: bool) -> Iterator[Finding]:
+    """One uplink, for one family; *answering*: it answers for guests already."""
+    if not uplink.present:
+        yield no_uplink(uplink.name)
+    elif not uplink.up:
+        yield Finding(f"uplink {uplink.name} is down", REFUSED, f"`ip link set {uplink.name} up`")
+    elif uplink.mend:
+        yield Finding(
+            f"IPv{uplink.family} forwarding is off on uplink {uplink.name}",
+            f"{REFUSED}; and guests that are here are cut off",
+            f"`sysctl -w {' '.join(uplink.mend)}`",
+        )
+    place = f"net/ipv{uplink.family}/neigh/{uplink.name}/proxy_delay"
+    delay = kernel.setting(place)
+    if answering and delay not in (None, "0"):  # before the first guest, post sees to it
+        yield Finding(
+            f"IPv{uplink.family} proxy_delay on {uplink.name} is {delay}",
+            f"who asks for a guest here waits for up to {int(delay or 0) / 100:g} s",
+            f"`sysctl -w {place}=0`",
+        )
+
+
+def agent(run_dir: Path, *, needed: bool) -> Iterator[Finding]:
+    """Whether somebody notices arrivals: *needed* for routed guests, which post wires."""
+    if not agent_lives(run_dir):
+        yield Finding(
+            "the agent is not there",
+            "a routed guest that arrives is cut off until its manager calls kvm-ifup-post",
+            "`systemctl enable --now kvm-ifupd.socket`",
+            wrong=needed,
+        )
+
+
+def permissions(directory: Path, what: str) -> Iterator[Finding]:
+    """Whether anybody but root could have written in *directory*."""
+    for path in (directory, *sorted(directory.rglob("*"))) if directory.is_dir() else ():
+        if (path.parent.name in ("lock", "state") and path.suffix != ".json") or path.suffix == ".sock":
+            continue
+        try:
+            trust.check(path, directory)
+        except trust.Untrusted as error:
+            yield Finding(
+                f"{path} is not to be trusted: {error}",
+                f"{what} there are refused: code 65, 70 or 78",
+                f"`chown root {path}; chmod go-w {path}`",
+            )
+        except OSError:
+            continue  # a symlink that leads nowhere, or gone by now
+
+
+def versions(found: dict[str, str]) -> Iterator[Finding]:
+    """What we run on."""
+    yield Finding(", ".join(f"{name} {text.split()[0]}" for name, text in found.items()), wrong=False)
+    for name, text in found.items():
+        digits = [part for part in text.split()[0].replace("-", ".").replace("+", ".").split(".")[:3] if part.isdigit()]
+        if tuple(map(int, digits)) < OLDEST[name]:
+            oldest = ".".join(map(str, OLDEST[name]))
+            yield Finding(f"{name} is older than {oldest}", "hooks may fail in any way", f"upgrade to {oldest}")

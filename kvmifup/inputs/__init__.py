@@ -1,0 +1,1 @@
+"""What others wrote, made into validated data."""

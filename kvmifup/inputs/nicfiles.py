@@ -1,0 +1,236 @@
+"""Write and remove NIC files, each with the symlink that finds it by its tap."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import tomli
+
+from kvmifup.core.errors import KvmIfupError, NicError
+from kvmifup.core.model import Nic
+from kvmifup.core.text import as_told, shown
+from kvmifup.inputs import trust
+from kvmifup.inputs.values import assemble, instance_name, nearest
+
+MAX_INDEX = 9999
+
+
+def place(run_dir: Path, instance: str, index: int) -> Path:
+    """Where the NIC file is. Raises NicError for a name or number that cannot be one."""
+    if not 0 <= index <= MAX_INDEX:
+        raise NicError(f"index {index} is not 0 to {MAX_INDEX}")
+    return run_dir / "nic" / instance_name(instance) / f"{index}.toml"
+
+
+def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
+    """Install *text* as a NIC file, if it is a right one: whole or not at all, and found by its tap from then on.
+
+    Raises NicError, OSError.
+    """
+    path = place(run_dir, instance, index)
+    if len(text.encode("utf-8", "surrogateescape")) > trust.MAX_BYTES:
+        raise NicError(f"it is larger than {trust.MAX_BYTES} bytes")
+    nic = parse_nic(text, instance=instance, index=index, source=str(path))
+    for other in (one for one in found(run_dir, instance) if isinstance(one, Nic) and one.index != index):
+        if other.tap == nic.tap or (other.mode == nic.mode == "routed" and set(other.ip) & set(nic.ip)):
+            same = nic.tap if other.tap == nic.tap else "one of its addresses"
+            raise NicError(
+                f"{same} is that of {other.label} already", hint=f"`kvm-ifup nic rm {instance} {other.index}`"
+            )
+    shortcut = run_dir / "tap" / nic.tap
+    for directory in (path.parent, shortcut.parent):
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    replace(path, partial(create, text))
+    forget_links(run_dir, path, keep=nic.tap)
+    replace(shortcut, partial(os.symlink, target(path)))
+    return nic
+
+
+def remove(run_dir: Path, instance: str, index: int | None = None) -> list[Path]:
+    """Remove one NIC file of *instance*, or all; returns those that there were. Raises NicError, OSError."""
+    directory = run_dir / "nic" / instance_name(instance)
+    paths = sorted(directory.glob("*.toml")) if index is None else [place(run_dir, instance, index)]
+    removed = []
+    for path in paths:
+        forget_links(run_dir, path)
+        if path.exists() or path.is_symlink():
+            path.unlink()
+            removed.append(path)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    return removed
+
+
+def found(run_dir: Path, instance: str | None = None) -> list[Nic | NicError]:
+    """All NIC files, or those of *instance*; in the place of one that is wrong, what is wrong with it.
+
+    Raises NicError for a name that cannot be a guest's.
+    """
+    nics: list[Nic | NicError] = []
+    top = run_dir / "nic"
+    for path in sorted(top.glob("*/*.toml") if instance is None else (top / instance_name(instance)).glob("*.toml")):
+        try:
+            nics.append(read_nic(path, run_dir))
+        except NicError as error:
+            nics.append(error)
+    return nics
+
+
+def forget_links(run_dir: Path, path: Path, keep: str | None = None) -> None:
+    """Remove the symlinks that lead to *path*, but for that of the tap *keep*. Raises OSError."""
+    for link in (run_dir / "tap").glob("*"):
+        if link.name != keep and link.is_symlink() and str(link.readlink()) == target(path):
+            link.unlink()
+
+
+def target(path: Path) -> str:
+    """What the symlink of a tap says."""
+    return f"../nic/{path.parent.name}/{path.name}"
+
+
+def replace(path: Path, make: Callable[[Path], None]) -> None:
+    """Put what *make* makes in the place of *path*, so that nobody ever sees half of it, or nothing."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    make(new)
+    new.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def create(text: str, path: Path) -> None:
+    """A new file that only root can read, on disk when this returns."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+
+
+KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "incoming")
+
+
+# --- NIC files ----------------------------------------------------------------------------------------
+
+
+def parse_nic(text: str, *, instance: str | None, index: int | None, source: str) -> Nic:
+    """The NIC that the TOML *text* describes. Raises NicError, naming the key."""
+    try:
+        data = tomli.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise NicError(f"not TOML: {as_told(error)}") from None
+    for key in data:
+        if key not in KEYS:
+            raise NicError(f"unknown key {shown(key)}", hint=nearest(key, KEYS))
+    for key in ("tap", "mac", "mode"):
+        if key not in data:
+            raise NicError(f"{key} is missing")
+    for key in ("tap", "mac", "mode", "link", "vlan"):
+        if key in data and not isinstance(data[key], str):
+            raise NicError(f"{key} must be a string", hint=f'like {key} = "{EXAMPLES[key]}"')
+    ip = data.get("ip", [])
+    if not isinstance(ip, list) or not all(isinstance(one, str) for one in ip):
+        raise NicError("ip must be a list of strings", hint='like ip = ["192.0.2.8"]')
+    incoming = data.get("incoming", False)
+    if not isinstance(incoming, bool):
+        raise NicError("incoming must be true or false")
+    return assemble(
+        tap=data["tap"],
+        mac=data["mac"],
+        mode=data["mode"],
+        link=data.get("link"),
+        ip=ip,
+        vlan=data.get("vlan") or None,
+        incoming=incoming,
+        instance=instance,
+        index=index,
+        source=source,
+    )
+
+
+EXAMPLES = {"tap": "tap0", "mac": "aa:00:00:35:ac:01", "mode": "routed", "link": "100", "vlan": ".100"}
+
+
+def read_nic(path: Path, run_dir: Path) -> Nic:
+    """The NIC in the file *path*, nic/<instance>/<index>.toml below *run_dir*. Raises NicError."""
+    try:
+        text = trust.read(path, run_dir)
+        real = trust.check(path, run_dir)
+        if not real.stem.isdigit() or not real.stem.isascii() or len(real.stem) > 4 or real.suffix != ".toml":
+            raise NicError("the file is not named <index>.toml, like 0.toml")
+        return parse_nic(text, instance=instance_name(real.parent.name), index=int(real.stem), source=str(path))
+    except NicError as error:
+        raise error.at(str(path)) from None
+    except trust.Untrusted as error:
+        raise NicError(
+            f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
+        ) from None
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise NicError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
+    """The NIC file of *tap*: through the symlink tap/<tap>, else the one file that names it.
+
+    None when nothing names it. Raises NicError for a file that is wrong, not to be trusted, or not alone;
+    if the NIC is *needed*, also for a wrong one that may be meant.
+    """
+    link = run_dir / "tap" / tap
+    if leads_somewhere(link):
+        nic = read_nic(link, run_dir)
+        if nic.tap != tap:
+            raise NicError(f"it leads to a NIC file for {nic.tap}", hint="write it anew", where=str(link))
+        return nic
+    found: list[Nic] = []
+    broken: list[KvmIfupError] = []
+    for path in sorted((run_dir / "nic").glob("*/*.toml")):
+        try:
+            nic = read_nic(path, run_dir)
+        except NicError as error:
+            broken.append(error)
+            continue
+        if nic.tap == tap:
+            found.append(nic)
+    if len(found) > 1:
+        raise NicError(
+            f"{len(found)} NIC files name it: {', '.join(nic.source for nic in found)}",
+            hint=f"remove the old one, or point {link} at the right one",
+            where=tap,
+        )
+    if needed and not found and broken:
+        # Any of these may have been meant: saying only "nothing describes it" would hide the cause.
+        raise broken[0]
+    return found[0] if found else None
+
+
+def leads_somewhere(link: Path) -> bool:
+    """Whether there is something at *link*, if only a loop; a link to what has been removed is none."""
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        raise
+    except OSError:
+        return True
+    return True
+
+
+def nics_of_instance(instance: str, run_dir: Path) -> list[Nic]:
+    """All NICs that *instance* has files for, by tap. Raises NicError for any that is wrong."""
+    files = sorted((run_dir / "nic" / instance_name(instance)).glob("*.toml"))
+    nics = [read_nic(path, run_dir) for path in files]
+    taps = [nic.tap for nic in nics]
+    addresses = [str(one) for nic in nics if nic.mode == "routed" for one in nic.ip]
+    for name in (*taps, *addresses):
+        if taps.count(name) > 1 or addresses.count(name) > 1:
+            raise NicError(f"two of its NIC files name {name}", where=instance)
+    return sorted(nics, key=lambda nic: nic.tap)

@@ -1,0 +1,214 @@
+"""From arguments, environment and NIC files to a validated `Nic`; all that others wrote ends here."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from kvmifup.core.errors import NicError
+from kvmifup.core.model import LOCAL_TABLE, MODES, Config, Nic, Prefix
+from kvmifup.core.text import shown
+
+MAX_TABLE = 2**32 - 1
+MAX_VLAN = 4094
+
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
+_VLAN = re.compile(r"(?P<access>\.[0-9]{1,4})?(?P<trunk>(:[0-9]{1,4})*)", re.ASCII)
+_TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_BYTES_SLIP = re.compile(r"b'(.+)'|b\"(.+)\"", re.ASCII)
+
+
+# --- single values ------------------------------------------------------------------------------------
+
+
+def device(name: str, what: str) -> str:
+    """*name* if a network device can have it (`dev_valid_name`, net/core/dev.c). Raises NicError."""
+    size = len(name.encode("utf-8", "surrogateescape"))
+    if not 1 <= size <= 15:
+        raise NicError(f"{what} {shown(name)} is not 1 to 15 bytes long")
+    if name in (".", "..") or any(c in "/:" or c.isspace() or not c.isprintable() for c in name):
+        raise NicError(f"{what} {shown(name)} is no name for a network device")
+    return name
+
+
+def tap_argument(text: str) -> str:
+    """The tap in argv[1]: Ganeti 3.0 passes the text of a Python bytes object, b'tap0'."""
+    slip = _BYTES_SLIP.fullmatch(text)
+    return device((slip[1] or slip[2]) if slip else text, "tap")
+
+
+def instance_name(name: str) -> str:
+    """*name* if it is one path component. Raises NicError."""
+    size = len(name.encode("utf-8", "surrogateescape"))
+    if not 1 <= size <= 255 or name in (".", "..") or "/" in name or not name.isprintable():
+        raise NicError(f"instance {shown(name)} is not a name for a directory")
+    return name
+
+
+def guest_mac(text: str) -> str:
+    """*text* in lower case, if it is a unicast MAC. Raises NicError."""
+    mac = text.lower()
+    if not _MAC.fullmatch(mac):
+        raise NicError(f"mac {shown(text)} is not six pairs of hex digits", hint='like "aa:00:00:35:ac:01"')
+    if int(mac[:2], 16) & 1:
+        raise NicError(f"mac {mac} is a multicast address")
+    if mac == "00:00:00:00:00:00":
+        raise NicError("mac is all zeros")
+    return mac
+
+
+def prefix(text: str) -> Prefix:
+    """An address or prefix that can be behind a NIC. Raises NicError."""
+    try:
+        if "%" in text:  # a scope is a device of this node's, and no part of the guest's address
+            raise ValueError
+        exact = ipaddress.ip_interface(text)
+    except ValueError:
+        raise NicError(f"ip {shown(text)} is not an address or prefix") from None
+    found = exact.network
+    if exact.ip != found.network_address:
+        raise NicError(f"ip {text} has host bits set", hint=f"{exact.ip} or {found}")
+    for bad, why in _UNUSABLE[found.version]:
+        if found.overlaps(bad):
+            raise NicError(f"ip {text} {why}")
+    return found
+
+
+def _networks(*pairs: tuple[str, str]) -> tuple[tuple[Prefix, str], ...]:
+    return tuple((ipaddress.ip_network(text), why) for text, why in pairs)
+
+
+# Whatever overlaps one of these cannot be routed to a guest; the first also catches the default route.
+_UNUSABLE = {
+    4: _networks(
+        ("0.0.0.0/8", "is the default route or the unspecified network"),
+        ("127.0.0.0/8", "is loopback"),
+        ("224.0.0.0/4", "is multicast"),
+        ("255.255.255.255/32", "is the broadcast address"),
+    ),
+    6: _networks(
+        ("::/128", "is the default route or the unspecified address"),
+        ("::1/128", "is loopback"),
+        ("::/96", "is IPv4-compatible, which no network carries"),
+        ("::ffff:0:0/96", "is IPv4-mapped, which no network carries"),
+        ("fe80::/10", "is link-local"),
+        ("ff00::/8", "is multicast"),
+    ),
+}
+
+
+def prefixes(texts: Sequence[str]) -> tuple[Prefix, ...]:
+    """All of *texts*, each once. Raises NicError."""
+    found: list[Prefix] = []
+    for text in texts:
+        one = prefix(text)
+        if one in found:
+            raise NicError(f"ip {text} is listed twice")
+        found.append(one)
+    return tuple(found)
+
+
+def vlans(text: str) -> str:
+    """*text* if it is Ganeti's notation: ".VID" access, ":VID:VID" trunk, ".VID:VID" hybrid."""
+    match = _VLAN.fullmatch(text)
+    if not text or not match:
+        raise NicError(f"vlan {shown(text)} is not .VID, :VID:VID or .VID:VID")
+    ids = [int(v) for v in re.split(r"[.:]", text)[1:]]
+    if not all(1 <= v <= MAX_VLAN for v in ids):
+        raise NicError(f"vlan {text}: a VLAN id is 1 to {MAX_VLAN}")
+    if len(set(ids)) != len(ids):
+        raise NicError(f"vlan {text} names a VLAN twice")
+    return text
+
+
+def routing_table(text: str) -> str:
+    """*text* if it can name a routing table that is not the kernel's own. Raises NicError."""
+    if not _TABLE_NAME.fullmatch(text):
+        raise NicError(f"link {shown(text)} is not the name or number of a routing table")
+    if text.isdigit() and not 1 <= int(text) <= MAX_TABLE:
+        raise NicError(f"link {text}: a routing table is 1 to {MAX_TABLE}")
+    if text in ("local", "unspec", "all") or (text.isdigit() and int(text) == LOCAL_TABLE):
+        raise NicError(f"link {text} is the kernel's own routing table")
+    return str(int(text)) if text.isdigit() else text
+
+
+def program_name(text: str) -> str:
+    """*text* if it can name a program in /etc/kvm-ifup/ext. Raises NicError."""
+    if not _TABLE_NAME.fullmatch(text) or text in (".", ".."):
+        raise NicError(f"link {shown(text)} is no name for a program")
+    return text
+
+
+LINKS: dict[str, Callable[[str], str]] = {
+    "bridged": lambda text: device(text, "link"),
+    "openvswitch": lambda text: device(text, "link"),
+    "routed": routing_table,
+    "ext": program_name,
+}
+
+
+def assemble(
+    *,
+    tap: str,
+    mac: str,
+    mode: str,
+    link: str | None,
+    ip: Sequence[str],
+    vlan: str | None,
+    incoming: bool,
+    instance: str | None,
+    index: int | None,
+    source: str,
+) -> Nic:
+    """The Nic, once every value has been checked on its own and against the others. Raises NicError."""
+    if mode not in MODES:
+        raise NicError(f"mode {shown(mode)} is not one of {', '.join(MODES)}")
+    if link is not None:
+        link = LINKS[mode](link)
+    elif mode != "routed":
+        raise NicError(f"link is missing: a NIC in mode {mode} needs one")
+    nic = Nic(
+        tap=device(tap, "tap"),
+        mac=guest_mac(mac),
+        mode=mode,
+        link=link,
+        ip=prefixes(ip),
+        vlan=None if vlan is None else vlans(vlan),
+        incoming=incoming,
+        instance=None if instance is None else instance_name(instance),
+        index=index,
+        source=source,
+    )
+    return consistent(nic)
+
+
+def consistent(nic: Nic) -> Nic:
+    """*nic*, if its values go together. Raises NicError."""
+    if nic.mode == "routed":
+        if not nic.ip:
+            raise NicError("ip is missing: a routed NIC needs an address", hint='ip = ["192.0.2.8"]')
+        if nic.vlan is not None:
+            raise NicError("vlan means nothing on a routed NIC", hint="remove it")
+    return nic
+
+
+def as_wired(nic: Nic, config: Config) -> Nic:
+    """*nic* in the mode that the configuration gives to its ext network, if it does. Raises NicError."""
+    network = dict(config.ext.networks).get(nic.link or "") if nic.mode == "ext" else None
+    if network is None:
+        return nic
+    try:
+        return consistent(replace(nic, mode=network.mode, link=network.link))
+    except NicError as error:
+        error.at(nic.label)
+        raise
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint that names the known word most like *word*."""
+    from difflib import get_close_matches  # only ever needed to report a mistake
+
+    close = get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""The node: reads facts, reads and writes ops. It decides nothing."""

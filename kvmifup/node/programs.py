@@ -1,0 +1,89 @@
+"""Run a program that is not ours: bounded in time, with a clean environment, never through a shell."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess  # the only place; a test keeps it so
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmifup.core.errors import ConfigError, NotReadyError, ProgramError
+from kvmifup.core.ops import Program
+from kvmifup.inputs import trust
+
+DIRECTORY = Path("/etc/kvm-ifup/ext")  # the administrator's programs, one for each ext network
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a program ended: its exit code, what it wrote to stdout, and the last line that it wrote to stderr."""
+
+    code: int
+    output: str
+    complaint: str
+
+
+def find(directory: Path, name: str) -> str:
+    """The administrator's program *name* in *directory*.
+
+    Raises NotReadyError if there is none that can be executed, ConfigError if others can write to it.
+    """
+    path = directory / name
+    try:
+        info = trust.check(path, directory.parent).stat()
+    except FileNotFoundError:
+        raise NotReadyError(f"no such program: {path}", hint=f"put one there, or set [ext.{name}]") from None
+    except trust.Untrusted as error:
+        raise ConfigError(
+            f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
+        ) from None
+    if not stat.S_ISREG(info.st_mode) or not info.st_mode & stat.S_IXUSR:
+        raise NotReadyError(f"{path} is not an executable file", hint=f"`chmod 755 {path}`")
+    return str(path)
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str], timeout: float) -> Result:
+    """Run *argv* for at most *timeout* seconds; it and its children are killed when the time is up.
+
+    Its output goes to files, not pipes: a child that it leaves behind cannot keep us waiting.
+    Raises ProgramError when it cannot be started or does not end in time.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            process = subprocess.Popen(
+                argv,
+                env={"PATH": PATH, "LC_ALL": "C", **environ},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ProgramError(f"{argv[0]} cannot be started: {error.strerror}") from None
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise ProgramError(f"{argv[0]} did not end within {timeout:g} s") from None
+        out.seek(0)
+        err.seek(0)
+        lines = err.read().decode(errors="replace").strip().splitlines()
+        return Result(code, out.read().decode(errors="replace"), lines[-1] if lines else "")
+
+
+def run_program(op: Program) -> None:
+    """Run an administrator's program for its phase, or to undo pre. Raises ProgramError."""
+    if not op.want and op.phase == "post":
+        return  # undoing pre comes next, and tells the program to take everything down
+    environ = dict(op.environment) | {"KVM_IFUP_PHASE": op.phase if op.want else "down"}
+    result = run((op.program,), environ, op.timeout)
+    if result.code:
+        said = result.complaint or "it says nothing"
+        raise ProgramError(f"{op.program} failed with exit code {result.code}: {said}", untouched=True)

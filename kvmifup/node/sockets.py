@@ -1,0 +1,169 @@
+"""Packet sockets that the kernel filters: a guest's own frames on its tap, and announcements on an uplink.
+
+The filters are classic BPF (linux/filter.h).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import threading
+import time
+from array import array
+from pathlib import Path
+
+from kvmifup.node.frames import ETH_P_ARP, ETH_P_IPV6, NEIGHBOUR_ADVERTISEMENT
+
+SIOCGIFHWADDR = 0x8927  # linux/sockios.h
+NAMESPACE = Path("/proc/thread-self/ns/net")
+
+
+class Sender:
+    """A packet socket that receives nothing, for all that this process announces; also from several threads.
+
+    It stays open because closing one takes the kernel a grace period of RCU (`packet_release` in
+    net/packet/af_packet.c): 7 to 15 ms, longer than all the rest of a hook. It belongs to the network
+    namespace that it was opened in, so it is opened anew in another.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._namespace: Path | None = None
+        self._socket: socket.socket | None = None
+
+    def socket(self) -> socket.socket:
+        """The socket. Raises OSError."""
+        with self._lock:
+            namespace = NAMESPACE.readlink()
+            if self._socket is None or self._namespace != namespace:
+                if self._socket:
+                    self._socket.close()
+                self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+                self._namespace = namespace
+            return self._socket
+
+    @property
+    def descriptor(self) -> int | None:
+        """What must be kept open in a child that goes on sending."""
+        return self._socket.fileno() if self._socket else None
+
+
+sender = Sender()
+
+
+def mac_of(via: socket.socket, dev: str) -> bytes:
+    """The MAC of *dev*. Raises OSError."""
+    answer = fcntl.ioctl(via, SIOCGIFHWADDR, struct.pack("16s16x", os.fsencode(dev)))
+    return answer[18:24]  # struct ifreq: the name, a family, the address
+
+
+def close(packet_socket: socket.socket) -> None:
+    """Close *packet_socket*, and do not wait until it is: see `Sender`."""
+    threading.Thread(target=packet_socket.close, daemon=True).start()
+
+
+ETH_P_ALL = 3  # linux/if_ether.h
+SO_ATTACH_FILTER, SO_TIMESTAMPNS = 26, 35  # asm-generic/socket.h
+SNAP = 128  # bytes of a frame that we look at, at most
+
+Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, operand: struct sock_filter
+LOAD_WORD, LOAD_HALF, LOAD_BYTE, TO_X = 0x20, 0x28, 0x30, 0x07
+IF_EQUAL, IF_EQUAL_X, RETURN = 0x15, 0x1D, 0x06
+PACKET_TYPE = 0xFFFFF004  # SKF_AD_OFF + SKF_AD_PKTTYPE
+PACKET_OUTGOING = 4  # linux/if_packet.h
+
+
+def from_the_guest(mac: str) -> list[Instruction]:
+    """Frames that come out of a tap with the source address *mac*, not those that we send into it."""
+    packed = bytes.fromhex(mac.replace(":", ""))
+    return [
+        (LOAD_WORD, 0, 0, PACKET_TYPE),
+        (IF_EQUAL, 5, 0, PACKET_OUTGOING),
+        (LOAD_WORD, 0, 0, 6),
+        (IF_EQUAL, 0, 3, int.from_bytes(packed[:4], "big")),
+        (LOAD_HALF, 0, 0, 10),
+        (IF_EQUAL, 0, 1, int.from_bytes(packed[4:], "big")),
+        (RETURN, 0, 0, SNAP),
+        (RETURN, 0, 0, 0),
+    ]
+
+
+# What another node sends when a guest has arrived there: ARP whose sender is its target, and advertisements.
+GRATUITOUS_ARP: list[Instruction] = [
+    (LOAD_WORD, 0, 0, 28),
+    (TO_X, 0, 0, 0),
+    (LOAD_WORD, 0, 0, 38),
+    (IF_EQUAL_X, 0, 1, 0),
+    (RETURN, 0, 0, SNAP),
+    (RETURN, 0, 0, 0),
+]
+ADVERTISEMENTS: list[Instruction] = [
+    (LOAD_BYTE, 0, 0, 20),
+    (IF_EQUAL, 0, 3, socket.IPPROTO_ICMPV6),
+    (LOAD_BYTE, 0, 0, 54),
+    (IF_EQUAL, 0, 1, NEIGHBOUR_ADVERTISEMENT),
+    (RETURN, 0, 0, SNAP),
+    (RETURN, 0, 0, 0),
+]
+
+
+def guest_listener(tap: str, mac: str) -> socket.socket:
+    """A non-blocking socket for what the guest with *mac* sends on *tap*. Raises OSError.
+
+    For every ethertype: a bridge takes a port's frames away before a socket for one ethertype would get them
+    (`__netif_receive_skb_core` in net/core/dev.c).
+    """
+    listener = _listen(tap, ETH_P_ALL, from_the_guest(mac))
+    listener.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    return listener
+
+
+def uplink_listener(uplink: str, family: int) -> socket.socket:
+    """A non-blocking socket for announcements of *family*, 4 or 6, that come in on *uplink*. Raises OSError.
+
+    For one ethertype: it costs the uplink's other traffic nothing, and never shows what we send.
+    """
+    if family == 4:
+        return _listen(uplink, ETH_P_ARP, GRATUITOUS_ARP)
+    return _listen(uplink, ETH_P_IPV6, ADVERTISEMENTS)
+
+
+def _listen(dev: str, ethertype: int, program: list[Instruction]) -> socket.socket:
+    listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+    try:
+        code = array("B", b"".join(struct.pack("=HBBI", *line) for line in program))
+        listener.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program), code.buffer_info()[0])
+        )
+        listener.bind((dev, ethertype))  # only now: before the filter everything would get in
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def is_device(name: str, index: int) -> bool:
+    """Whether *name* is still the device with *index*: a listener stays with the device that it began with."""
+    try:
+        return socket.if_nametoindex(name) == index
+    except OSError:
+        return False
+
+
+def receive(listener: socket.socket) -> tuple[bytes, float]:
+    """A frame of a `guest_listener`, and when the kernel got it, in seconds since 1970. Raises OSError."""
+    frame, ancillary, _flags, _address = listener.recvmsg(SNAP, 64)
+    for level, kind, value in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
+            seconds, nanoseconds = struct.unpack("@ll", value[:16])
+            return frame, seconds + nanoseconds / 1e9
+    return frame, time.time()
+
+
+def send(dev: str, frames: list[bytes]) -> None:
+    """Send *frames* out of *dev*. Raises OSError."""
+    via = sender.socket()
+    for frame in frames:
+        via.sendto(frame, (dev, 0))

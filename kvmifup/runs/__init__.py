@@ -1,0 +1,1 @@
+"""One run: lock, recover, plan, apply, remember."""

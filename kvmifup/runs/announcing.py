@@ -1,0 +1,56 @@
+"""Later rounds of an announcement, as long as it is true."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from kvmifup.core.model import Background, Message
+from kvmifup.node.announce import send
+from kvmifup.node.sockets import sender
+from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.store import Store
+
+# When QEMU announces a guest after a migration, in seconds (net/announce.c: 50 ms at first, growing by
+# 100 ms, five rounds). The same schedule, because the same frames can get lost in the same way.
+SCHEDULE = (0.0, 0.05, 0.2, 0.45, 0.8)
+
+
+def repeat_detached(messages: Sequence[Message], still_true: Callable[[], bool]) -> None:
+    """Send the later rounds of `SCHEDULE` from a child process, and return at once.
+
+    The child gives up when *still_true* says so before a round, or at the first error: the guest may have
+    left in the meantime, or its uplink.
+    """
+    if os.fork():
+        return
+    try:
+        # The caller may wait until our output is closed; and a tap stays while anything holds its descriptor.
+        os.setsid()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        kept = sender.descriptor or 2  # it is 3 or more, if there is one
+        os.closerange(3, kept)
+        os.closerange(kept + 1, 65536)
+        start = time.monotonic()
+        for moment in SCHEDULE[1:]:
+            time.sleep(max(0.0, start + moment - time.monotonic()))
+            if not still_true():
+                break
+            send(messages)
+    except OSError:
+        pass
+    finally:
+        os._exit(0)
+
+
+def announce_later(outcomes: Sequence[Outcome], store: Store, background: Background | None) -> None:
+    """Hand over the later rounds of whatever was announced; they stop when the guest leaves."""
+    for outcome in outcomes:
+        if outcome.messages and background:
+            addresses = {address for _, address, _ in outcome.messages}
+            background(outcome.messages, partial(store.has_here, outcome.tap, addresses))

@@ -1,0 +1,171 @@
+"""One loop: compare, journal what was there, write; on any failure put everything back, last first.
+
+It knows no mode and no phase. What it is given, it makes true on the node or leaves the node as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from kvmifup.core.errors import KvmIfupError, ProgramError, RollbackError, VanishedError
+from kvmifup.core.ops import Op, Value
+from kvmifup.core.signals import checkpoint, still_wanted
+from kvmifup.runs.journal import Entry, Journal
+from kvmifup.runs.store import Store
+
+
+class Node(Protocol):
+    """What can be read and written: `kvmifup.kernel.Kernel`, or a stand-in that fails on purpose."""
+
+    def read(self, op: Op) -> Value:
+        """The value the node has now for *op*. Raises VanishedError, KernelError."""
+
+    def write(self, op: Op) -> None:
+        """Make the value that *op* wants true. Raises NotReadyError, VanishedError, KernelError, PrivilegeError."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """An op and the value found; *needed* when that is not the value wanted."""
+
+    op: Op
+    now: Value
+    needed: bool
+
+    @property
+    def entry(self) -> Entry:
+        """What the journal has to know."""
+        return Entry(self.op, self.now)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The changes for one tap, with its journal before them and after; *after* None forgets the tap."""
+
+    changes: tuple[Change, ...]
+    before: Journal
+    known: bool  # whether `before` is on disk, or an empty one made up for a new tap
+    after: Journal | None
+
+    @property
+    def needed(self) -> tuple[Change, ...]:
+        """The changes that will write."""
+        return tuple(change for change in self.changes if change.needed)
+
+    @property
+    def pending(self) -> Journal:
+        """The journal while the changes are made: what a crash leaves to undo."""
+        return replace(self.before, pending=tuple(change.entry for change in undoable(self.needed)))
+
+
+def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tuple[Change, ...]:
+    """Find out what the node has for each of *ops*; nothing is written. Raises VanishedError, KernelError.
+
+    What cannot be read was done if *before*, the journal, says so.
+    """
+    changes: list[Change] = []
+    for op in ops:
+        if op.after_change:
+            due = getattr(op, "force", False) or any(change.needed for change in changes)
+            changes.append(Change(op, None, due))
+        else:
+            now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
+            changes.append(Change(op, now, now != op.wanted))
+    return tuple(changes)
+
+
+def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] = VanishedError) -> tuple[Change, ...]:
+    """The changes that undo *entries*, last first, without what cannot be read for the reason *past*."""
+    changes: list[Change] = []
+    for entry in reversed(entries):
+        with suppress(past):
+            now = node.read(entry.undo)
+            changes.append(Change(entry.undo, now, now != entry.prior))
+    return tuple(changes)
+
+
+def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
+    """Do all *jobs* or none.
+
+    Raises whatever stopped it, once the node and the journals are as they were before; RollbackError when
+    something could not be put back, and then the journal keeps what is left to undo.
+    """
+    written: list[Change] = []
+    try:
+        for job in jobs:
+            if job.pending.pending:
+                store.save(job.pending)
+        for job in jobs:
+            for change in job.needed:
+                checkpoint()
+                written.append(change)  # before the attempt: a failed write may have been half done
+                try:
+                    node.write(change.op)
+                except ProgramError as error:
+                    if error.untouched:
+                        written.pop()
+                    raise
+        still_wanted()  # the last one may have taken long
+        for job in jobs:
+            commit(job, store)
+    except BaseException as error:
+        if isinstance(error, KvmIfupError):
+            error.undone = bool(written)
+        problems = undo([change.entry for change in written], node)
+        if problems:
+            for job in jobs:
+                # Also one that has been committed by now, or nobody would try again.
+                with suppress(KvmIfupError):  # it says so already, unless it has been committed
+                    store.save(job.pending)
+            raise RollbackError(
+                f"{cause(error)}; and could not put back: {'; '.join(cause(problem) for _, problem in problems)}",
+                hint="`kvm-ifup gc` tries again",
+            ) from error
+        for job in jobs:
+            if job.known:
+                store.save(job.before)
+            else:
+                store.delete(job.before.nic.tap)
+        raise
+
+
+def commit(job: Job, store: Store) -> None:
+    """Make the journal say what is now true; a run that changed nothing does not write it again."""
+    if job.after is None:
+        store.delete(job.before.nic.tap)
+    elif undoable(job.needed) or not job.known or job.after != job.before:
+        store.save(job.after)
+
+
+def undoable(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """Those that there is a way back from."""
+    return tuple(change for change in changes if change.op.undoable)
+
+
+def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, Exception]]:
+    """Put back what *entries* found, last first, past failures; returns what could not be, and why.
+
+    What is no longer there needs no undoing.
+    """
+    problems: list[tuple[Entry, Exception]] = []
+    for entry in reversed(entries):
+        if not entry.op.undoable:
+            continue
+        try:
+            if node.read(entry.undo) != entry.prior:
+                node.write(entry.undo)
+        except VanishedError:
+            continue
+        except Exception as error:  # whatever it is, the remaining ones must be tried
+            problems.append((entry, error))
+    return problems
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong, in one clause."""
+    if isinstance(error, KvmIfupError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

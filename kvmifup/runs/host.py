@@ -1,0 +1,79 @@
+"""A node as a run sees it, and hosts that stand before another one."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from kvmifup.core.model import Config, Nic, NodeFacts
+from kvmifup.core.ops import Op, Value
+from kvmifup.runs.apply import Node
+
+
+class Host(Node, Protocol):
+    """A node that can also be asked for facts: `kvmifup.node.kernel.Kernel`, or a stand-in."""
+
+    def facts(self, nic: Nic, config: Config) -> NodeFacts:
+        """What a plan for *nic* needs to know. Raises KernelError."""
+
+    def ifindex(self, dev: str) -> int | None:
+        """The index of *dev*, None if there is no such device."""
+
+    def refresh(self) -> None:
+        """Forget what was read: something may have changed."""
+
+
+class Through:
+    """A host that asks another one; subclasses change an answer, or take note of it."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def refresh(self) -> None:
+        """As the host's."""
+        self._host.refresh()
+
+    def ifindex(self, dev: str) -> int | None:
+        """As the host's."""
+        return self._host.ifindex(dev)
+
+    def facts(self, nic: Nic, config: Config) -> NodeFacts:
+        """As the host's."""
+        return self._host.facts(nic, config)
+
+    def read(self, op: Op) -> Value:
+        """As the host's."""
+        return self._host.read(op)
+
+    def write(self, op: Op) -> None:
+        """As the host's."""
+        self._host.write(op)
+
+
+class Timed(Through):
+    """A host that takes note of how long reading and writing take: *seconds*, by op key."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.seconds: dict[tuple[object, ...], float] = defaultdict(float)
+
+    def read(self, op: Op) -> Value:
+        """As the host's."""
+        with self._timed(op):
+            return self._host.read(op)
+
+    def write(self, op: Op) -> None:
+        """As the host's."""
+        with self._timed(op):
+            self._host.write(op)
+
+    @contextmanager
+    def _timed(self, op: Op) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[op.key] += time.monotonic() - begun

@@ -1,0 +1,160 @@
+"""The journals in one directory, each read again only when its file is another."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from kvmifup.core.errors import JournalError
+from kvmifup.runs.journal import Journal
+
+Stamp = tuple[int, ...]  # of a file: what changes when it is replaced or written
+TRUSTED = 1.0  # seconds after which all files are looked at anyway: a person may have changed one
+TICK = 20_000_000  # ns: longer than two changes of a file can have one time (a jiffy is 10 ms at most)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A file as it was when it was read last: *stamp* tells it from another, *journal* None for an unreadable one.
+
+    *settled*: it had not just been written, so that a later write must give it another time.
+    """
+
+    stamp: Stamp
+    settled: bool
+    text: str
+    journal: Journal | None
+
+    @property
+    def names(self) -> set[Hashable]:
+        """What `Store.others` finds the journal by."""
+        if self.journal is None:
+            return set()
+        nic, entries = self.journal.nic, (*self.journal.entries, *self.journal.pending)
+        return {nic.instance, *map(str, nic.ip), *(entry.op.key for entry in entries if entry.op.shared)}
+
+
+class Files(Protocol):
+    """The journal files of one directory: `kvmifup.runs.store.Store`."""
+
+    def trusted_stamps(self) -> dict[str, Stamp]:
+        """The stamps of all journals, by tap; none where others could write."""
+
+    def read(self, tap: str) -> tuple[str, Journal]:
+        """The text of the file of *tap*, and the journal that it is. Raises JournalError, OSError."""
+
+
+class Index:
+    """The journals in one directory, each read again only when its file is another; for all threads.
+
+    A full node has hundreds, and every hook must know which address is on which of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, Seen] = {}
+        self._taps: dict[Hashable, set[str]] = {}  # by name
+        self._token = b""
+        self._updated = 0.0
+
+    def take_over(self, before: bytes, token: bytes) -> bool:
+        """Whether nothing can have changed since this process held the lock last; it does now, as *token*."""
+        with self._lock:
+            ours = self._token == before != b"" and time.monotonic() - self._updated < TRUSTED
+            self._token = token if ours else b""
+            return ours
+
+    def vouch(self, token: bytes) -> None:
+        """It has been updated since the lock was taken as *token*."""
+        with self._lock:
+            self._token = token
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change to a file: if that fails half way, nothing is known for sure."""
+        with self._lock:
+            token, self._token = self._token, b""
+        yield
+        with self._lock:
+            self._token = token
+
+    def update(self, files: Files) -> None:
+        """Look at every file, and read those that have changed."""
+        with self._lock:
+            self._updated = time.monotonic()
+            there = files.trusted_stamps()
+            for tap, stamp in there.items():
+                self._look_at(tap, stamp, files)
+            for tap in self._seen.keys() - there.keys():
+                self._forget(tap)
+
+    def _look_at(self, tap: str, stamp: Stamp, files: Files) -> None:
+        seen = self._seen.get(tap)
+        if seen and seen.settled and seen.stamp == stamp:
+            return
+        now = time.time_ns()
+        text, journal = "", None
+        with suppress(OSError, JournalError):
+            text, journal = files.read(tap)
+        self._remember(tap, Seen(stamp, now - stamp[0] > TICK, text, journal))
+
+    def _forget(self, tap: str) -> None:
+        seen = self._seen.pop(tap, None)
+        for name in seen.names if seen else ():
+            self._taps[name].discard(tap)
+            if not self._taps[name]:
+                del self._taps[name]
+
+    def decoded(self, tap: str, text: str) -> Journal | None:
+        """The journal that *text* was last time, None if that was another text."""
+        seen = self._seen.get(tap)
+        return seen.journal if seen and seen.text == text else None
+
+    def removed(self, tap: str) -> None:
+        """Forget what this process has removed."""
+        with self._lock:
+            self._forget(tap)
+
+    def written(self, tap: str, text: str, journal: Journal) -> None:
+        """Remember what this process has written. The file is read again all the same: it may be another by now."""
+        with self._lock:
+            self._remember(tap, Seen((), False, text, journal))
+
+    def _remember(self, tap: str, seen: Seen) -> None:
+        self._forget(tap)
+        self._seen[tap] = seen
+        for name in seen.names:
+            self._taps.setdefault(name, set()).add(tap)
+
+    def naming(self, name: Hashable) -> Iterator[tuple[str, Journal]]:
+        """The journals that *name* is in, with their taps; one by one, as the first is mostly all that is wanted."""
+        with self._lock:
+            taps = tuple(self._taps.get(name, ()))
+        for tap in taps:
+            with self._lock:
+                seen = self._seen.get(tap)
+            if seen and seen.journal:
+                yield tap, seen.journal
+
+    def all(self) -> list[Journal]:
+        """All of them."""
+        with self._lock:
+            return [seen.journal for seen in self._seen.values() if seen.journal]
+
+
+def stamp_of(info: os.stat_result) -> Stamp:
+    """The stamp of a file, its time in ns first."""
+    return info.st_mtime_ns, info.st_ctime_ns, info.st_ino, info.st_size
+
+
+@cache
+def index_of(_directory: Path) -> Index:
+    """The index of a directory: one for all that this process does."""
+    return Index()

@@ -1,0 +1,118 @@
+"""What was done for each tap and what was there before, on disk before the kernel is touched.
+
+One JSON file per tap, `state/<tap>.json` below the run directory::
+
+    {"version": 1, "namespace": 4026531840, "nic": {...}, "ifindex": 7, "phase": "pre",
+     "since": 1790000000.25, "by": "hook", "reason": null,
+     "entries": [{"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}, ...],
+     "pending": [...]}
+
+`namespace` is the network namespace that the tap is in, by the number that `lsns` shows too: runs in several can
+have one run directory, and what is a live tap in one is nothing in another.
+`since` (seconds since 1970) is when the phase was reached or last had something to mend, `by` whom: a hook,
+a person at a terminal, or the agent, and then `reason` says why: the guest's first frame, or a sentence.
+`entries` is what successful runs did, each op with the value from before the first of them. `pending` is
+what a run is about to do, or was doing when it was killed: its values are those from before that run.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmifup.core.model import Nic, Phase
+from kvmifup.core.ops import KINDS, Op, Value, field_names
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An op that was or will be done, and the value that the kernel had before."""
+
+    op: Op
+    prior: Value
+
+    @property
+    def undo(self) -> Op:
+        """The op that puts the old value back."""
+        return self.op.turned(self.prior)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Everything remembered about one tap; *phase* is the last one that succeeded, DOWN for none."""
+
+    nic: Nic
+    ifindex: int
+    phase: Phase = Phase.DOWN
+    entries: tuple[Entry, ...] = field(default=())
+    pending: tuple[Entry, ...] = field(default=())
+    since: float = 0.0
+    by: str = ""
+    reason: str | None = None
+    namespace: int = field(kw_only=True)
+
+    def prior(self, key: tuple[object, ...]) -> Entry | None:
+        """The committed entry about *key*."""
+        return next((entry for entry in self.entries if entry.op.key == key), None)
+
+
+# --- JSON ---------------------------------------------------------------------------------------------
+
+
+def encode(journal: Journal) -> dict[str, Any]:
+    """*journal* as JSON's types."""
+    return {
+        "version": VERSION,
+        "namespace": journal.namespace,
+        "nic": shallow(journal.nic) | {"ip": [str(prefix) for prefix in journal.nic.ip]},
+        "ifindex": journal.ifindex,
+        "phase": journal.phase.name.lower(),
+        "since": journal.since,
+        "by": journal.by,
+        "reason": journal.reason,
+        "entries": [encode_entry(entry) for entry in journal.entries],
+        "pending": [encode_entry(entry) for entry in journal.pending],
+    }
+
+
+def encode_entry(entry: Entry) -> dict[str, Any]:
+    """*entry* as JSON's types."""
+    return {"op": entry.op.kind, **shallow(entry.op), "prior": entry.prior}
+
+
+def shallow(data: Nic | Op) -> dict[str, Any]:
+    """The fields of *data*, without the deep copy that `dataclasses.asdict` takes its time for."""
+    return {name: getattr(data, name) for name in field_names(data)}
+
+
+def decode(data: dict[str, Any]) -> Journal:
+    """The journal that `encode` gave. Raises ValueError, KeyError or TypeError for anything else."""
+    if data["version"] != VERSION:
+        raise ValueError("another version")
+    reason = data["reason"] if "reason" in data else data["frame"]  # what it was called before 0.1.0
+    nic = Nic(**data["nic"] | {"ip": tuple(ipaddress.ip_network(prefix) for prefix in data["nic"]["ip"])})
+    return Journal(
+        nic=nic,
+        ifindex=int(data["ifindex"]),
+        phase=Phase[data["phase"].upper()],
+        entries=tuple(decode_entry(entry) for entry in data["entries"]),
+        pending=tuple(decode_entry(entry) for entry in data["pending"]),
+        since=float(data["since"]),
+        by=str(data["by"]),
+        reason=None if reason is None else str(reason),
+        namespace=int(data["namespace"]),
+    )
+
+
+def decode_entry(data: dict[str, Any]) -> Entry:
+    """The entry that `encode_entry` gave."""
+    values = {key: value for key, value in data.items() if key not in ("op", "prior")}
+    for name in ("selectors", "environment"):
+        if name in values:
+            values[name] = tuple((str(key), value) for key, value in values[name])
+    if not all(isinstance(value, str | int | float | tuple | None) for value in (*values.values(), data["prior"])):
+        raise TypeError
+    return Entry(KINDS[data["op"]](**values), data["prior"])

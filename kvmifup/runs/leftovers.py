@@ -1,0 +1,104 @@
+"""Clear up after dead NICs and killed runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, PrivilegeError, RollbackError
+from kvmifup.core.model import Phase
+from kvmifup.runs.apply import Change, cause, survey_undo, undo
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.outcome import Outcome, Results
+from kvmifup.runs.session import Session, alive
+from kvmifup.runs.shared import unshared
+
+# --- after a crash ----------------------------------------------------------------------------------------
+
+
+def recover(journal: Journal, session: Session) -> tuple[Journal | None, tuple[Change, ...]]:
+    """Undo what a killed run was doing, or all that a dead NIC left; returns the journal that remains."""
+    if not alive(journal, session):
+        return None, forget(journal, session)
+    if not journal.pending:
+        return journal, ()
+    undone = revert(journal, session)
+    rest = replace(journal, pending=())
+    if rest.phase is Phase.DOWN and not rest.entries:
+        if not session.dry:
+            session.store.delete(journal.nic.tap)
+        return None, undone
+    if not session.dry:
+        session.store.save(rest)
+    return rest, undone
+
+
+def forget(journal: Journal, session: Session) -> tuple[Change, ...]:
+    """Undo everything that *journal* knows, then remove it; returns what was undone.
+
+    First it says that all is to be undone, so that whoever comes after a crash goes on with that.
+    Raises PrivilegeError when we may not, RollbackError for what could not be undone.
+    """
+    doomed = replace(journal, phase=Phase.DOWN, entries=(), pending=(*journal.entries, *journal.pending))
+    if session.dry:
+        return revert(doomed, session)
+    session.store.save(doomed)
+    try:
+        undone = revert(doomed, session)
+    except PrivilegeError:
+        session.store.save(journal)
+        raise
+    session.store.delete(journal.nic.tap)
+    return undone
+
+
+def revert(journal: Journal, session: Session) -> tuple[Change, ...]:
+    """Undo what is pending in *journal*; returns what was undone.
+
+    On a tap that is another one now, only what outlives a tap is ours. A shared value stays while another
+    live tap needs it. Raises PrivilegeError when we may not, RollbackError for what could not be undone;
+    the journal then has what is left.
+    """
+    live = alive(journal, session)
+    mine = unshared(journal, [entry for entry in journal.pending if live or entry.op.outlives_tap], session)
+    changes = survey_undo(mine, session.kernel, past=KvmIfupError)  # `undo` meets it again, and reports it
+    problems = [] if session.dry else undo(mine, session.kernel)
+    for _, error in problems:
+        if isinstance(error, PrivilegeError):
+            raise error.at(journal.nic.label)
+    if problems:
+        left = tuple(entry for entry in mine if entry in [entry for entry, _ in problems])
+        session.store.save(replace(journal, pending=left))
+        raise RollbackError(
+            f"could not put back: {'; '.join(cause(error) for _, error in problems)}", hint="`kvm-ifup gc` tries again"
+        ).at(journal.nic.label)
+    return changes
+
+
+def collect(session: Session, taps: Sequence[str] | None = None) -> Results:
+    """Clear up after dead NICs and killed runs, of *taps* or of all; each for itself.
+
+    Whether the tap of a journal of another network namespace lives cannot be seen from here: it is left alone.
+    """
+    outcomes: list[Outcome] = []
+    failures: list[KvmIfupError] = []
+    for tap in session.store.taps() if taps is None else taps:
+        try:
+            with ExitStack() as stack:
+                session.locked(stack, [tap])
+                try:
+                    journal = session.store.load(tap)
+                except NamespaceError:
+                    continue
+                except JournalError as error:
+                    where = "" if session.dry else f"; it is now {session.store.set_aside(tap)}"
+                    outcomes.append(Outcome(tap, None, tap, Phase.DOWN, remarks=(f"{error}{where}",)))
+                    continue
+                if journal is not None and (journal.pending or not alive(journal, session)):
+                    session.share(stack, [], [journal])
+                    _, undone = recover(journal, session)
+                    outcomes.append(Outcome(journal.nic.label, journal.nic, tap, Phase.DOWN, undone))
+        except KvmIfupError as error:
+            failures.append(error.at(tap))
+    return outcomes, failures

@@ -1,0 +1,160 @@
+"""A guest that arrives, leaves, or whose uplink forgot it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from kvmifup import phases
+from kvmifup.core.errors import LockTimeoutError
+from kvmifup.core.model import Phase
+from kvmifup.core.ops import Sysctl
+from kvmifup.runs.apply import Job, apply, survey
+from kvmifup.runs.index import Stamp
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.leftovers import revert
+from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.planning import prepare
+from kvmifup.runs.session import Session, about, alive
+
+# --- arrival and departure ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """post for a NIC whose guest has yet to arrive: computed and admitted, so that only the doing is left.
+
+    *stamp* is its journal's, *devices* are those that the ops are about, with their indices.
+    """
+
+    outcome: Outcome
+    job: Job
+    stamp: Stamp | None
+    devices: tuple[tuple[str, int | None], ...]
+
+    @property
+    def waits(self) -> bool:
+        """Whether it can take long."""
+        return any(change.op.waits for change in self.job.needed)
+
+
+def ready(tap: str, session: Session) -> Ready | None:
+    """Find out what post will have to do for *tap*; None if its NIC does not wait for its guest.
+
+    Raises what `phases.plan` raises, LockTimeoutError, JournalError and NamespaceError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [tap])
+        stamp = session.store.stamp(tap)
+        journal = undisturbed(tap, session)
+        if journal is None or journal.phase is not Phase.PRE:
+            return None
+        session.share(stack, [], [journal])
+        stack.enter_context(about(journal.nic.label))
+        outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
+        devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
+        return Ready(outcome, job, stamp, tuple((dev, session.kernel.ifindex(dev)) for dev in devices))
+
+
+def arrive(ready: Ready, session: Session) -> Outcome | None:
+    """Do what is *ready*; None, and nothing was done, if anything has changed since or somebody works on it.
+
+    Only what others may change at any time is read again; the rest was checked a moment ago, or will be.
+    Raises what `apply.apply` raises.
+    """
+    tap = ready.outcome.tap
+    session = replace(session, config=replace(session.config, lock_timeout=0))
+    with ExitStack() as stack:
+        stack.enter_context(about(ready.outcome.label))
+        try:
+            session.locked(stack, [tap])
+            session.share(stack, [], [ready.job.before])
+        except LockTimeoutError:
+            return None
+        same = session.store.stamp(tap) == ready.stamp and all(
+            session.kernel.ifindex(dev) == index for dev, index in ready.devices
+        )
+        shared = [change for change in ready.job.changes if isinstance(change.op, Sysctl) and change.op.shared]
+        if not same or any(session.kernel.read(change.op) != change.now for change in shared):
+            return None
+        assert ready.job.after is not None
+        apply([replace(ready.job, after=session.dated(ready.job.after))], session.kernel, session.store)
+    return ready.outcome
+
+
+def settle(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Outcome | None:
+    """post for the NIC whose journal *tap* has, whoever wired it; None if it is not the *wanted* one (any more).
+
+    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [tap])
+        journal = undisturbed(tap, session)
+        if journal is None or journal.phase is Phase.DOWN or not wanted(journal):
+            return None
+        session.share(stack, [], [journal])
+        stack.enter_context(about(journal.nic.label))
+        outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
+        apply([job], session.kernel, session.store)
+        return outcome
+
+
+def undisturbed(tap: str, session: Session) -> Journal | None:
+    """The journal of *tap*, if its tap is still that one and no killed run has left something to undo."""
+    journal = session.store.load(tap)
+    return journal if journal and not journal.pending and alive(journal, session) else None
+
+
+def withdraw(tap: str, session: Session) -> Outcome | None:
+    """Undo what draws the traffic of the guest on *tap* here: it has left. The rest stays, as it was after pre.
+
+    None if there is nothing to undo. Raises LockTimeoutError, JournalError, NamespaceError, RollbackError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [tap])
+        journal = undisturbed(tap, session)
+        if journal is None or journal.phase is not Phase.POST:
+            return None
+        session.share(stack, [], [journal])
+        away = tuple(entry for entry in journal.entries if phases.only_here(entry.op))
+        if not away:
+            return None
+        rest = tuple(entry for entry in journal.entries if entry not in away)
+        waiting = session.dated(replace(journal, phase=Phase.PRE, entries=rest))
+        doomed = replace(waiting, pending=away)
+        session.store.save(doomed)
+        undone = revert(doomed, session)
+        session.store.save(waiting)
+        return Outcome(journal.nic.label, journal.nic, tap, Phase.PRE, undone)
+
+
+def restore(tap: str, uplink: str, session: Session) -> Outcome | None:
+    """Put back what the NIC on *tap* has lost on *uplink*: the kernel forgets proxy neighbours when it goes down.
+
+    What that was is in the journal. A plan would look for the default route to find the uplinks, and that comes
+    back later than the device: until then it would take away all that it should put back.
+
+    None if the guest does not run here, or the uplink has gone. Raises what `apply.apply` raises,
+    LockTimeoutError, JournalError and NamespaceError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [tap])
+        journal = undisturbed(tap, session)
+        if journal is None or journal.phase is not Phase.POST:
+            return None
+        session.share(stack, [], [journal])
+        if session.kernel.ifindex(uplink) is None:
+            return None
+        stack.enter_context(about(journal.nic.label))
+        only = replace(session.config, routed=replace(session.config.routed, uplinks=(uplink,)))
+        facts = session.kernel.facts(journal.nic, only)
+        ops = phases.again(uplink, [entry.op for entry in journal.entries], facts)
+        changes = survey(ops, session.kernel)
+        after = session.dated(journal) if any(change.needed for change in changes) else journal
+        apply([Job(changes, journal, True, after)], session.kernel, session.store)
+        return Outcome(journal.nic.label, journal.nic, tap, Phase.POST, changes=changes)

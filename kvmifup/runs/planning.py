@@ -1,0 +1,149 @@
+"""The one planner: what is to be done for a NIC. Hooks, `--plan`, `show`, `check`, `plan` and the agent all ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvmifup import phases
+from kvmifup.core.model import Config, Nic, NodeFacts, Phase
+from kvmifup.core.ops import Op, Value
+from kvmifup.runs.apply import Change, Job, survey, survey_undo
+from kvmifup.runs.host import Host, Through
+from kvmifup.runs.journal import Entry, Journal
+from kvmifup.runs.leftovers import recover
+from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.session import Session
+from kvmifup.runs.shared import claimed_elsewhere, unshared, with_claims
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What it takes to make *nic* right for *phase*, on the node as it was found.
+
+    *dropped* undoes what an earlier run did and nothing wants any more; *changes* are the ops of the phase. *before*
+    is the tap's journal, *known* whether it is on disk or an empty one made up for a new tap. *kept* are its entries
+    that this phase does not ask for, and that stay all the same.
+    """
+
+    nic: Nic
+    phase: Phase
+    facts: NodeFacts
+    before: Journal
+    known: bool
+    dropped: tuple[Change, ...]
+    changes: tuple[Change, ...]
+    kept: tuple[Entry, ...]
+
+    @property
+    def due(self) -> tuple[Change, ...]:
+        """What is not as it is to be. (An announcement is worth making only when something else is due.)"""
+        return tuple(
+            change for change in (*self.dropped, *self.changes) if change.needed and not change.op.after_change
+        )
+
+
+def plan(phase: Phase, nic: Nic, journal: Journal | None, session: Session, *, announce: bool = False) -> Plan:
+    """What is to be done for *nic* to be right for *phase*, if *journal* is that of its tap, with nothing pending.
+
+    *announce* forces the announcement. Raises what `phases.plan` and reading the node raise.
+    """
+    config = session.config
+    facts = with_claims(session.kernel.facts(nic, config), nic, session)
+    everything = phases.plan(Phase.POST, nic, config, facts, announce=announce)
+    ops = everything if phase is Phase.POST else phases.plan(phase, nic, config, facts, announce=announce)
+    assert facts.tap is not None  # phases.plan has refused a tap that is not there
+    before = journal or Journal(nic, facts.tap.ifindex, namespace=session.store.namespace)
+    same = set(ops)  # as nearly all entries are; to compare their keys would take longer
+    others = [entry for entry in before.entries if entry.op not in same]
+    planned = {op.key for op in ops} if others else set()
+    later = {op.key for op in everything} if others else set()
+    kept: list[Entry] = []
+    dropped: list[Entry] = []
+    for entry in others:
+        if entry.op.key in planned:  # with another value now
+            continue
+        # pre, called once more after post, takes nothing away from a guest that runs here.
+        stays = entry.op.key in later or phases.unseen(entry.op, nic, config, facts)
+        (kept if stays else dropped).append(entry)
+    return Plan(
+        nic,
+        phase,
+        facts,
+        before,
+        known=journal is not None,
+        dropped=survey_undo(unshared(before, dropped, session), session.kernel) if dropped else (),
+        changes=survey(ops, session.kernel, before),
+        kept=tuple(kept),
+    )
+
+
+def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tuple[Outcome, Job]:
+    """Clear up after a dead or killed run on this tap, then find out what *nic* needs; in a dry run, what it would."""
+    journal = session.store.load(nic.tap)
+    undone: tuple[Change, ...] = ()
+    if journal is not None:
+        journal, undone = recover(journal, session)
+    if session.dry:
+        session = replace(session, kernel=Foreseen(session.kernel, undone))
+    found = plan(phases.effective(asked, nic), nic, journal, session, announce=announce)
+    changes = (*found.dropped, *found.changes)
+    remarks = phases.remarks(found.phase, nic, found.facts)
+    outcome = Outcome(nic.label, nic, nic.tap, found.phase, undone, changes, remarks)
+    return outcome, Job(changes, found.before, found.known, journal_after(found, session))
+
+
+def journal_after(found: Plan, session: Session) -> Journal:
+    """The journal once *found* is done."""
+    after = replace(
+        found.before,
+        nic=found.nic,
+        phase=max(found.phase, found.before.phase),
+        entries=(*remembered(found, session), *found.kept),
+        pending=(),
+    )
+    changed = any(change.needed and change.op.undoable for change in (*found.dropped, *found.changes))
+    return session.dated(after) if changed or after.phase is not found.before.phase else after
+
+
+def remembered(found: Plan, session: Session) -> list[Entry]:
+    """What the journal must be able to undo of the changes in *found*.
+
+    The value from before the first run counts, not the one from before this one. A removal is final:
+    putting a dead NIC's rule back when this guest leaves would set a trap for the next one.
+    """
+    entries: list[Entry] = []
+    for change in found.changes:
+        op = change.op
+        if not op.undoable or op.wanted is False:
+            continue
+        earlier = found.before.prior(op.key)
+        if earlier is None and op.shared:
+            # Also from a dead NIC's journal that nobody has cleared up yet: what it found was before us, too.
+            earlier = claimed_elsewhere(op, found.nic.tap, session, dead=True)
+        if earlier is not None:
+            entries.append(Entry(op, earlier.prior))
+        elif change.needed:
+            entries.append(Entry(op, op.before_us(change.now)))
+    return entries
+
+
+class Foreseen(Through):
+    """The node as it will be once *undone* is undone: what a dry run plans on."""
+
+    def __init__(self, host: Host, undone: Sequence[Change]) -> None:
+        super().__init__(host)
+        self._values = {change.op.key: change.op.wanted for change in undone}
+
+    def write(self, op: Op) -> None:
+        """Never: a dry run has nothing to write."""
+        raise AssertionError(f"a dry run writes {op}")
+
+    def read(self, op: Op) -> Value:
+        """The value that will be there. Raises what the kernel raises."""
+        return self._values[op.key] if op.key in self._values else self._host.read(op)
+
+    def facts(self, nic: Nic, config: Config) -> NodeFacts:
+        """The facts, without the policy rules that will be gone."""
+        facts = self._host.facts(nic, config)
+        return replace(facts, rules=tuple(rule for rule in facts.rules if self._values.get(rule.key, True)))

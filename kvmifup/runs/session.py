@@ -1,0 +1,104 @@
+"""What one run works with: the node, the journals, the configuration, and the locks that it holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvmifup.core.errors import KvmIfupError
+from kvmifup.core.model import Config, Nic
+from kvmifup.node.kernel import Kernel
+from kvmifup.runs import locks
+from kvmifup.runs.host import Host, Timed
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.store import Store
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run works with. *dry*: read only: no lock is taken and nothing is written, not even a journal.
+
+    *by* is who runs it: "hook", "person" or "agent", and *reason* why the agent does, as in the journal.
+    """
+
+    kernel: Host
+    store: Store
+    run_dir: Path
+    config: Config
+    dry: bool = False
+    by: str = "hook"
+    reason: str | None = None
+
+    def locked(self, stack: ExitStack, taps: Sequence[str]) -> None:
+        """Hold the locks of *taps* until *stack* unwinds: their journals do not change. Raises LockTimeoutError."""
+        self.store.refresh()
+        self._hold(stack, [locks.of_tap(tap) for tap in taps])
+        self.kernel.refresh()
+
+    def share(self, stack: ExitStack, nics: Sequence[Nic], journals: Iterable[Journal] = ()) -> None:
+        """Hold the lock of what taps share, too, if a run for *nics*, or with *journals* so far, can change any of it.
+
+        After those of taps, always, so that no two runs wait for each other. A run that does not need it must not
+        have it: a program of the administrator's can take long, and every routed guest would wait for it.
+
+        Raises LockTimeoutError, and what *journals* raise.
+        """
+        if not self.dry and (any(nic.mode == "routed" for nic in nics) or any(map(shares, journals))):
+            self._hold(stack, [locks.UPLINK])
+            self.store.begin(locks.path(self.run_dir, locks.UPLINK))
+            self.kernel.refresh()
+
+    def dated(self, journal: Journal) -> Journal:
+        """*journal*, as of now and of this run: it has reached a phase, or had something to mend."""
+        return replace(journal, since=time.time(), by=self.by, reason=self.reason)
+
+    @property
+    def seconds(self) -> Mapping[tuple[object, ...], float] | None:
+        """How long each op took, by its key; None if nobody wanted to know."""
+        return self.kernel.seconds if isinstance(self.kernel, Timed) else None
+
+    def _hold(self, stack: ExitStack, names: Sequence[str]) -> None:
+        if not self.dry:
+            stack.enter_context(locks.hold(self.run_dir, names, self.config.lock_timeout))
+
+
+@contextmanager
+def opened(
+    run_dir: Path,
+    config: Config,
+    *,
+    dry: bool = False,
+    by: str = "hook",
+    reason: str | None = None,
+    timed: bool = False,
+    kernel: Callable[[], Kernel] | None = None,
+) -> Iterator[Session]:
+    """A session on this node, in the network namespace of the calling thread. *timed*: note how long each op takes."""
+    node = (kernel or Kernel)()
+    try:
+        yield Session(Timed(node) if timed else node, Store(run_dir), run_dir, config, dry, by, reason)
+    finally:
+        node.close()
+
+
+def alive(journal: Journal, session: Session) -> bool:
+    """Whether the tap is still the one that *journal* is about."""
+    return session.kernel.ifindex(journal.nic.tap) == journal.ifindex
+
+
+def shares(journal: Journal) -> bool:
+    """Whether *journal* is about something that taps share: an uplink's values, addresses."""
+    return journal.nic.mode == "routed" or any(one.op.shared for one in (*journal.entries, *journal.pending))
+
+
+@contextmanager
+def about(label: str) -> Iterator[None]:
+    """Errors inside name *label*, unless they already name something closer."""
+    try:
+        yield
+    except KvmIfupError as error:
+        error.at(label)
+        raise

@@ -1,0 +1,33 @@
+"""Run pre or post for NICs, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from kvmifup.core.model import Nic, Phase
+from kvmifup.runs.apply import apply
+from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.planning import prepare
+from kvmifup.runs.session import Session, about
+
+# --- up -------------------------------------------------------------------------------------------------
+
+
+def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -> list[Outcome]:
+    """Run phase *asked* for all *nics*, or for none of them.
+
+    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(", ".join(nic.label for nic in nics)))
+        session.locked(stack, [nic.tap for nic in nics])
+        # There may be something to clear up after whoever had the tap before.
+        session.share(stack, nics, (journal for nic in nics if (journal := session.store.load(nic.tap))))
+        prepared = []
+        for nic in nics:
+            with about(nic.label):
+                prepared.append(prepare(asked, nic, session, announce=announce))
+        if not session.dry:
+            apply([job for _, job in prepared], session.kernel, session.store)
+    return [outcome for outcome, _ in prepared]

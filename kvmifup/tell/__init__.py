@@ -1,0 +1,1 @@
+"""Results for people, programs, the log and whoever watches."""

@@ -1,0 +1,151 @@
+"""Say what was done, or would be: lines for people, JSON for programs; nothing unless asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from kvmifup.core.errors import KvmIfupError
+from kvmifup.core.model import Prefix
+from kvmifup.core.ops import Op
+from kvmifup.core.text import printable
+from kvmifup.runs.apply import Change
+from kvmifup.runs.outcome import Outcome
+
+
+def plan_lines(outcomes: Sequence[Outcome], command: Callable[[Op], str | None] | None = None) -> Iterator[str]:
+    """Every op of every NIC, with the value now and the value wanted; below it the *command* to do it by hand."""
+    if not outcomes:
+        yield "nothing to do"
+    for outcome in outcomes:
+        yield heading(outcome)
+        undone = [("undo  ", change) for change in outcome.undone if change.needed]
+        changes = [("do    " if change.needed else "right ", change) for change in outcome.changes]
+        for verb, change in (*undone, *changes):
+            yield f"  {verb} {transition(change)}"
+            line = command(change.op) if command and change.needed else None
+            if line:
+                yield f"           {line}"
+        if not outcome.undone and not outcome.changes:
+            yield "  nothing to do"
+
+
+def verbose_lines(
+    outcomes: Sequence[Outcome], seconds: Mapping[tuple[object, ...], float] | None = None
+) -> Iterator[str]:
+    """What was really done, and remarks: what -v prints. With *seconds*, by op key: every op, and how long it took."""
+    for outcome in outcomes:
+        changes = (*outcome.undone, *outcome.changes)
+        done = [change for change in changes if change.needed]
+        yield f"{heading(outcome)}: {len(done)} changed"
+        if seconds is None:
+            yield from (f"  {transition(change)}" for change in done)
+        else:
+            for change in changes:
+                milliseconds = 1000 * seconds.get(change.op.key, 0.0)
+                yield f"  {milliseconds:7.2f} ms  {'' if change.needed else 'right  '}{transition(change)}"
+        yield from remark_lines([outcome])
+
+
+def remark_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """What is no error but should be known."""
+    yield from (f"{outcome.label}: {remark}" for outcome in outcomes for remark in outcome.remarks)
+
+
+def heading(outcome: Outcome) -> str:
+    """Which NIC, how it is wired, which phase."""
+    mode = f"{outcome.nic.mode}, " if outcome.nic else ""
+    return f"{outcome.label}: {mode}{outcome.phase.name.lower()}"
+
+
+def transition(change: Change) -> str:
+    """One op: the value now, and the value wanted if it is another one."""
+    op = change.op
+    if op.after_change:
+        return op.describe() if change.needed else f"{op.describe()} (only after a change)"
+    if not change.needed:
+        return op.describe()
+    return f"{op.subject()}: {op.say(change.now)} -> {op.say(op.wanted)}"
+
+
+def as_json(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as one JSON array."""
+    return json.dumps([as_object(outcome) for outcome in outcomes], indent=2)
+
+
+def as_object(outcome: Outcome) -> dict[str, Any]:
+    """One outcome; `now` and `want` are null where absence is meant, and for what cannot be read."""
+    nic = outcome.nic
+    return {
+        "tap": outcome.tap,
+        "instance": nic.instance if nic else None,
+        "index": nic.index if nic else None,
+        "mode": nic.mode if nic else None,
+        "phase": outcome.phase.name.lower(),
+        "undone": [change_object(change) for change in outcome.undone],
+        "ops": [change_object(change) for change in outcome.changes],
+        "remarks": list(outcome.remarks),
+    }
+
+
+def change_object(change: Change) -> dict[str, Any]:
+    """One op."""
+    return {
+        "op": change.op.kind,
+        "about": change.op.subject(),
+        "now": change.now,
+        "want": change.op.wanted,
+        "needed": change.needed,
+    }
+
+
+def table(rows: Sequence[Sequence[str]], elastic: Sequence[int], width: int = 100) -> list[list[str]]:
+    """*rows*, the first being the headings, with every cell padded; the *elastic* columns give way to fit *width*."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        widest = max(elastic, key=lambda column: widths[column])
+        if widths[widest] <= len(rows[0][widest]):
+            break
+        widths[widest] -= 1
+    return [[clip(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)] for row in rows]
+
+
+def short(prefix: Prefix) -> str:
+    """An address without the length that it has anyway."""
+    text = str(prefix)
+    return text.rpartition("/")[0] if prefix.prefixlen == prefix.max_prefixlen else text
+
+
+def clip(text: str, size: int) -> str:
+    """*text*, or as much of it as fits into *size* characters."""
+    return text if len(text) <= size else f"{text[: size - 2]}.."
+
+
+def error_line(program: str, error: KvmIfupError) -> str:
+    """The one line that stderr gets: who, which NIC, why, what to do about it."""
+    return f"{printable(program)}: {sentence(error)}"
+
+
+def sentence(error: KvmIfupError) -> str:
+    """The same for a log that knows who: one line as well."""
+    where = f"{error.where}: " if error.where else ""
+    hint = f" ({error.hint})" if error.hint else ""
+    return printable(f"{where}{error}{hint}")
+
+
+def error_object(error: KvmIfupError) -> dict[str, Any]:
+    """The error, for JSON."""
+    return {
+        "error": type(error).__name__,
+        "code": error.code,
+        "where": error.where,
+        "cause": str(error),
+        "hint": error.hint,
+    }
+
+
+def errors_object(errors: Sequence[KvmIfupError]) -> str:
+    """*errors* as one JSON object: the first, which gives the exit code, and with it the *others*, if any."""
+    first, *others = map(error_object, errors)
+    return json.dumps({**first, "others": others} if others else first, indent=2)

@@ -1,0 +1,112 @@
+"""What runs and the agent do, told to whoever watches at the moment: `kvm-ifup watch`.
+
+A watcher listens on a datagram socket of its own in the directory `watch` below the run directory, which is root's
+alone. Whoever has something to tell sends it to each of them and never waits; with no watcher that is one look into
+a directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kvmifup.core.errors import KvmIfupError
+from kvmifup.core.signals import checkpoint
+from kvmifup.runs.outcome import Outcome
+from kvmifup.tell import render
+
+BUFFER = 1 << 20  # bytes that may wait for a watcher that is busy writing
+LARGEST = 1 << 17  # bytes of a datagram
+CHECK = 0.2  # seconds between two looks whether a signal has come
+
+
+def watched(run_dir: Path) -> bool:
+    """Whether anybody watches, and op by op must be timed."""
+    try:
+        return bool(os.listdir(run_dir / "watch"))
+    except OSError:
+        return False
+
+
+def run(
+    run_dir: Path,
+    program: str,
+    done: Sequence[Outcome],
+    failures: Sequence[KvmIfupError],
+    seconds: float,
+    by: str,
+    ops: Mapping[tuple[object, ...], float] | None,
+) -> None:
+    """Tell what *program*, called by *by*, did in *seconds*; *ops* has how long each op took, by its key."""
+    if not watched(run_dir):
+        return
+    for outcome in done:
+        changes = (*outcome.undone, *outcome.changes)
+        event = {
+            "nic": outcome.label,
+            "phase": outcome.phase.name.lower(),
+            "what": f"{render.heading(outcome)}, {sum(change.needed for change in changes)} changed",
+            "by": by,
+            "seconds": seconds,
+            "ops": [
+                {"what": render.transition(change), "seconds": (ops or {}).get(change.op.key)}
+                for change in changes
+                if change.needed
+            ],
+        }
+        tell(run_dir, program, event)
+    for failure in failures:
+        what = f"code {failure.code}: {failure.where}{': ' if failure.where else ''}{failure}"
+        tell(run_dir, program, {"nic": failure.where, "what": what, "by": by, "seconds": seconds, "ops": []})
+
+
+def tell(run_dir: Path, program: str, event: dict[str, Any]) -> None:
+    """Send *event* of *program* to every watcher; one that has gone without a word is cleared away."""
+    directory = run_dir / "watch"
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return
+    if not names:
+        return
+    data = json.dumps({"at": time.time(), "program": program, **event}).encode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        sender.setblocking(False)
+        for name in names:
+            try:
+                sender.sendto(data, str(directory / name))
+            except OSError as error:
+                if error.errno == errno.ECONNREFUSED:
+                    (directory / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def watching(run_dir: Path) -> Iterator[Iterator[dict[str, Any]]]:
+    """An endless iterator of the events from now on. Raises OSError; the iterator InterruptedRun, after a signal."""
+    directory = run_dir / "watch"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = directory / f"{os.getpid()}.sock"
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+        listener.bind(str(path))
+        try:
+            yield _events(listener)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _events(listener: socket.socket) -> Iterator[dict[str, Any]]:
+    listener.settimeout(CHECK)
+    while True:
+        checkpoint()
+        with suppress(ValueError, TimeoutError):
+            event: dict[str, Any] = json.loads(listener.recv(LARGEST))
+            yield event
