@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from kvmifup.commands.call import Call
 from kvmifup.commands.objects import finding_object, nic_object
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
-from kvmifup.diagnosis.nic import Finding, nic_findings
-from kvmifup.diagnosis.nics import Known, State, agent_lives, intended, look, phase_word
+from kvmifup.diagnosis.nic import Diagnosis, Finding, diagnose
+from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.node import node_findings
+from kvmifup.diagnosis.state import intended, look
 from kvmifup.inputs import config
 from kvmifup.runs.announcing import announce_later
 from kvmifup.runs.outcome import Outcome, Results
@@ -26,20 +27,6 @@ WRONG = 1  # the exit code of a check that has found something
 def wrong(findings: Sequence[Finding]) -> bool:
     """Whether anything is."""
     return any(finding.wrong for finding in findings)
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A NIC, its phase in one word, and what there is to say about it."""
-
-    one: Known
-    phase: str
-    findings: Sequence[Finding]
-
-    @property
-    def wrong(self) -> bool:
-        """Whether anything is."""
-        return wrong(self.findings)
 
 
 def run(call: Call) -> int:
@@ -60,7 +47,7 @@ def run(call: Call) -> int:
                 "failed": [render.error_object(error) for error in failures],
                 "nics": [
                     {
-                        **nic_object(one.one, one.phase, State(not one.wrong)),
+                        **nic_object(one.one, one.phase, replace(one.state, wired=not one.wrong)),
                         "findings": [finding_object(finding) for finding in one.findings],
                     }
                     for one in found
@@ -76,16 +63,8 @@ def run(call: Call) -> int:
 
 def diagnoses(call: Call) -> list[Diagnosis]:
     """What there is to say about each NIC that is asked about."""
-    agent = agent_lives(call.run_dir)
-    with look(call.options.name, call.run_dir, call.config) as (found, session, overview):
-        return [
-            Diagnosis(
-                one,
-                phase_word(one, call.config, agent=agent),
-                nic_findings(one, session, overview, ask=call.options.probe),
-            )
-            for one in found
-        ]
+    with look(call.options.name, call.run_dir, call.config) as seen:
+        return [diagnose(one, seen, ask=call.options.probe) for one in seen.nics]
 
 
 def repair(call: Call, nics: Sequence[Known]) -> Results:
@@ -137,8 +116,8 @@ def finding_lines(finding: Finding) -> Iterable[str]:
 def check_node(call: Call) -> int:
     """`kvm-ifup check --node`."""
     place = call.options.config or config.DIRECTORY
-    with look(call.options.name, call.run_dir, call.config) as (nics, _, overview):
-        findings = list(node_findings(nics, call.config, overview, call.run_dir, place))
+    with look(call.options.name, call.run_dir, call.config) as seen:
+        findings = list(node_findings(seen, place))
     if call.options.json:
         call.say_json({"ready": not wrong(findings), "findings": [finding_object(finding) for finding in findings]})
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvmifup.diagnosis.nic import Finding
-from kvmifup.diagnosis.nics import Known, State
+from kvmifup.diagnosis.nics import Known
+from kvmifup.diagnosis.state import State
 from kvmifup.tell import render
 
 

@@ -7,7 +7,8 @@ import time
 from kvmifup.commands.call import Call
 from kvmifup.commands.objects import nic_object
 from kvmifup.core.text import printable
-from kvmifup.diagnosis.nics import Known, State, agent_lives, look, phase_word, state_of
+from kvmifup.diagnosis.nics import Known
+from kvmifup.diagnosis.state import State, look, state_of
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "PHASE", "SINCE", "BY", "WIRED"]
@@ -18,9 +19,8 @@ COLOURS = {"yes": GREEN, "no": RED, "armed": YELLOW, "pre": YELLOW}
 
 def run(call: Call) -> int:
     """Print the table, or JSON; returns 0."""
-    agent = agent_lives(call.run_dir)
-    with look(call.options.name, call.run_dir, call.config) as (found, session, _):
-        rows = [(one, phase_word(one, call.config, agent=agent), state_of(one, session)) for one in found]
+    with look(call.options.name, call.run_dir, call.config) as seen:
+        rows = [(one, seen.phase_word(one), state_of(one, seen.session)) for one in seen.nics]
     if call.options.json:
         call.say_json([nic_object(*row) for row in rows])
         return 0

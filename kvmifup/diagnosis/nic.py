@@ -23,7 +23,8 @@ from kvmifup.core.ops import (
     Rule,
     Sysctl,
 )
-from kvmifup.diagnosis.nics import Known, compare, intended, stopped
+from kvmifup.diagnosis.nics import Known
+from kvmifup.diagnosis.state import UPLINK_HINT, Look, State, compared, intended, state_of, stopped
 from kvmifup.node import probe
 from kvmifup.node.overview import Overview
 from kvmifup.runs.apply import Change
@@ -47,35 +48,53 @@ class Finding:
     wrong: bool = True
 
 
-def nic_findings(one: Known, session: Session, kernel: Overview, *, ask: bool) -> list[Finding]:
-    """Everything that is to be said about *one*; *session* is a dry one on *kernel*.
+@dataclass(frozen=True)
+class Diagnosis:
+    """A NIC, its phase in one word and its state as `show` tells them, and what there is to say about it."""
+
+    one: Known
+    phase: str
+    state: State
+    findings: tuple[Finding, ...]
+
+    @property
+    def wrong(self) -> bool:
+        """Whether anything is."""
+        return any(finding.wrong for finding in self.findings)
+
+
+def diagnose(one: Known, look: Look, *, ask: bool) -> Diagnosis:
+    """Everything that is to be said about *one*.
 
     *ask*: also whether another node answers for its addresses, which takes a second. Raises OSError then.
     """
-    problem = one.trouble or stopped(one, session)
-    if problem:
-        return [of_error(problem)]
-    if one.nic is None or one.journal is None or one.phase is Phase.DOWN:
-        return list(never_wired(one, kernel))
+    state = state_of(one, look.session)
+    if one.trouble or stopped(one, look.session):
+        found = [of_error(state.problem)] if state.problem else []
+    elif one.nic is None or one.journal is None or one.phase is Phase.DOWN:
+        found = list(never_wired(one, look.overview))
+    else:
+        found = list(wired_findings(one, state, look.session, look.overview, ask=ask))
+    return Diagnosis(one, look.phase_word(one), state, tuple(found))
+
+
+def wired_findings(one: Known, state: State, session: Session, overview: Overview, *, ask: bool) -> Iterator[Finding]:
+    """What there is to say about a NIC that a phase has been done for."""
     try:
         nic = intended(one, session.config)
     except NicError as error:
-        return [of_error(error)]
-    found: list[Finding] = []
-    try:
-        missing = compare(one, session)
-    except KvmIfupError as error:
-        found.append(of_error(error, why_not_ready(error)))
-        try:
-            missing = compare(one, replace(session, kernel=Excused(kernel)))
-        except KvmIfupError:
-            missing = ()
-    found += drift(one, nic, missing, kernel, session.config)
+        yield of_error(error)
+        return
+    missing = state.missing
+    if state.problem and not state.wired:  # the node could not take it: say why, and compare the rest
+        yield of_error(state.problem, why_not_ready(state.problem))
+        with suppress(KvmIfupError):
+            missing = compared(one, replace(session, kernel=Excused(overview))).missing
+    yield from drift(one, nic, missing, overview, session.config)
     if nic.mode == "routed":
-        found += traffic(one, nic, missing, kernel, session.config)
+        yield from traffic(one, nic, missing, overview, session.config)
         if ask:
-            found += answers(one, nic, kernel, session.config)
-    return found
+            yield from answers(one, nic, overview, session.config)
 
 
 def of_error(error: KvmIfupError, why: str = "") -> Finding:
@@ -84,7 +103,7 @@ def of_error(error: KvmIfupError, why: str = "") -> Finding:
 
 
 def never_wired(one: Known, kernel: Overview) -> Iterator[Finding]:
-    """Of a NIC that no phase has succeeded for: right until its guest runs here."""
+    """A NIC that was never wired. That is right until its guest runs here."""
     if kernel.ifindex(one.tap) is not None:
         yield Finding(
             f"{one.tap} is there, but nothing has wired it",
@@ -135,6 +154,7 @@ def drift(one: Known, nic: Nic, missing: Sequence[Change], kernel: Overview, con
             "the default route has moved, or [routed] uplinks: the node answers for the guest where nobody asks"
             if now or config.routed.uplinks is not None
             else "there is no default route, which tells the uplinks: what was done there stays",
+            "" if now or config.routed.uplinks is not None else UPLINK_HINT,
         )
     consequences = {*moved[0], *moved[1]} if moved else set()
     for change in missing:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, NicError, NotReadyError, RollbackError
-from kvmifup.core.model import Config, Nic, Phase
-from kvmifup.inputs import nicfiles, values
-from kvmifup.node.overview import Overview
-from kvmifup.runs import planning
-from kvmifup.runs.apply import Change
+from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, NicError
+from kvmifup.core.model import Nic, Phase
+from kvmifup.inputs import nicfiles
 from kvmifup.runs.journal import Journal
-from kvmifup.runs.session import Session, alive, opened
 from kvmifup.runs.store import Store
 
 
@@ -127,83 +121,3 @@ def selected(name: str | None, everything: Sequence[Known]) -> list[Known]:
     if not found and name is not None:
         raise NicError("no journal and no NIC file is about it", hint="`kvm-ifup show` lists all", where=name)
     return found
-
-
-@contextmanager
-def look(name: str | None, run_dir: Path, config: Config) -> Iterator[tuple[list[Known], Session, Overview]]:
-    """The NICs that *name* means (`selected`), and the node as it is now, with a dry session on it. Raises NicError."""
-    found = selected(name, known(run_dir, Store(run_dir)))
-    overview = Overview()
-    with opened(run_dir, config, dry=True, kernel=lambda: overview) as session:
-        yield found, session, overview
-
-
-# --- how it is ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class State:
-    """How a NIC is, compared with how its phase wants it. *wired* is None where nothing has been asked for yet.
-
-    *missing* is what differs, *problem* why that could not be found out, or what keeps it from being right.
-    """
-
-    wired: bool | None
-    missing: tuple[Change, ...] = ()
-    problem: KvmIfupError | None = None
-
-
-def state_of(one: Known, session: Session) -> State:
-    """Compare *one* with what its phase's hook would make of it. *session* must be a dry one."""
-    problem = one.trouble or stopped(one, session)
-    if problem:
-        return State(False, problem=problem)
-    if one.phase is Phase.DOWN:
-        return State(None)
-    try:
-        missing = compare(one, session)
-    except KvmIfupError as error:
-        return State(False, problem=error)
-    return State(not missing, missing)
-
-
-def stopped(one: Known, session: Session) -> KvmIfupError | None:
-    """What has to be cleared up before anything else can be said about *one*."""
-    if one.journal and not alive(one.journal, session):
-        return NotReadyError("its tap is gone", hint="`kvm-ifup gc` clears up after it", where=one.label)
-    if one.journal and one.journal.pending:
-        return RollbackError("a run on it was killed", hint="`kvm-ifup gc`, then the hook again", where=one.label)
-    return None
-
-
-def compare(one: Known, session: Session) -> tuple[Change, ...]:
-    """What the hook of the phase that *one* has reached would do now. Raises what `planning.plan` raises."""
-    return planning.plan(one.phase, intended(one, session.config), one.journal, session).due
-
-
-def intended(one: Known, config: Config) -> Nic:
-    """The NIC as it is to be wired in the phase that it has reached, and in no later one. Raises NicError."""
-    assert one.nic is not None
-    nic = values.as_wired(one.nic, config)
-    return replace(nic, incoming=True) if one.phase is Phase.PRE else nic
-
-
-def phase_word(one: Known, config: Config, *, agent: bool) -> str:
-    """The phase for people: "none", "pre", "armed" (pre, and the agent waits for the guest), "post"."""
-    if one.phase is Phase.DOWN:
-        return "none"
-    if one.phase is Phase.PRE and one.journal and agent:
-        waited = time.time() - one.journal.since
-        return "armed" if waited < config.agent.arrival_timeout else "pre"
-    return one.phase.name.lower()
-
-
-def agent_lives(run_dir: Path) -> bool:
-    """Whether somebody answers on the agent's socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as caller:
-        caller.settimeout(1.0)
-        try:
-            caller.connect(str(run_dir / "agent.sock"))
-        except OSError:
-            return False
-        return True

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Config, Nic, Phase, Uplink
 from kvmifup.diagnosis.nic import Finding, of_error
-from kvmifup.diagnosis.nics import Known, agent_lives
+from kvmifup.diagnosis.state import UPLINK_HINT, Look
 from kvmifup.inputs import trust
 from kvmifup.inputs.values import as_wired
 from kvmifup.node.overview import Overview
@@ -20,12 +20,11 @@ from kvmifup.node.overview import Overview
 OLDEST = {"Python": (3, 11), "pyroute2": (0, 7, 2), "Linux": (4, 20)}
 
 
-def node_findings(
-    everything: Sequence[Known], config: Config, kernel: Overview, run_dir: Path, settings: Path
-) -> Iterator[Finding]:
+def node_findings(look: Look, settings: Path) -> Iterator[Finding]:
     """What is to be said about the node; *settings* is where its configuration is."""
+    config, kernel, run_dir = look.session.config, look.overview, look.session.run_dir
     nics = []
-    for one in everything:
+    for one in look.nics:
         if one.trouble:
             yield of_error(one.trouble, "a hook for this NIC fails, and QEMU does not start")
         elif one.nic:
@@ -35,7 +34,8 @@ def node_findings(
                 yield of_error(error, "a hook for this NIC fails, and QEMU does not start")
     yield from bridges([nic for nic, _ in nics], config, kernel)
     yield from uplinks(nics, config, kernel)
-    yield from agent(run_dir, needed=any(nic.mode == "routed" for nic, _ in nics))
+    if not look.agent:
+        yield no_agent(needed=any(nic.mode == "routed" for nic, _ in nics))
     yield from permissions(run_dir, "NIC files and journals")
     yield from permissions(settings, "the configuration")
     yield from versions({"Python": sys.version, "pyroute2": version("pyroute2"), "Linux": os.uname().release})
@@ -97,7 +97,7 @@ def uplinks(nics: Sequence[tuple[Nic, Phase]], config: Config, kernel: Overview)
         yield Finding(
             f"no IPv{family} uplink",
             "nothing answers for routed guests, and their arrival is not announced",
-            "add a default route, or set [routed] uplinks",
+            UPLINK_HINT,
         )
 
 
@@ -131,15 +131,14 @@ def uplink_findings(uplink: Uplink, kernel: Overview, *, answering: bool) -> Ite
         )
 
 
-def agent(run_dir: Path, *, needed: bool) -> Iterator[Finding]:
-    """Whether somebody notices arrivals: *needed* for routed guests, which post wires."""
-    if not agent_lives(run_dir):
-        yield Finding(
-            "the agent is not there",
-            "a routed guest that arrives is cut off until its manager calls kvm-ifup-post",
-            "`systemctl enable --now kvm-ifupd.socket`",
-            wrong=needed,
-        )
+def no_agent(*, needed: bool) -> Finding:
+    """Nobody notices arrivals: *needed* for routed guests, which post wires."""
+    return Finding(
+        "the agent is not there",
+        "a routed guest that arrives is cut off until its manager calls kvm-ifup-post",
+        "`systemctl enable --now kvm-ifupd.socket`",
+        wrong=needed,
+    )
 
 
 def permissions(directory: Path, what: str) -> Iterator[Finding]:

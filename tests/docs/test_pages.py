@@ -14,7 +14,8 @@ import pytest
 from kvmifup.commands.check import WRONG
 from kvmifup.commands.objects import nic_object
 from kvmifup.core import errors, model
-from kvmifup.diagnosis.nics import Known, State
+from kvmifup.diagnosis.nics import Known
+from kvmifup.diagnosis.state import State
 from kvmifup.inputs import config, nicfiles
 from tests.docs import pages
 from tests.docs.machine import CLEAN, TOOLS, require

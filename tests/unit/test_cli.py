@@ -64,7 +64,7 @@ class Shell:
 def module_shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     shell = Shell(tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("kvmifup.runs.session.Kernel", "kvmifup.diagnosis.nics.Overview"):
+        for name in ("kvmifup.runs.session.Kernel", "kvmifup.diagnosis.state.Overview"):
             patch.setattr(name, lambda: shell.kernel)
         patch.setattr(config, "DIRECTORY", tmp_path_factory.mktemp("etc"))
         patch.setattr(ganeti, "DIRECTORY", tmp_path_factory.mktemp("ganeti"))
