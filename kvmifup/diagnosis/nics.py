@@ -53,7 +53,7 @@ class Known:
         return self.journal.phase if self.journal else Phase.DOWN
 
 
-def known(run_dir: Path, store: Store) -> list[Known]:
+def all_nics(run_dir: Path, store: Store) -> list[Known]:
     """Every NIC that a journal or a NIC file tells of, by guest and number.
 
     Raises PermissionError if they are not ours to read.

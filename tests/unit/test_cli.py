@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from kvmifup import __version__
 from kvmifup.commands import call, main, request
 from kvmifup.commands.call import need_capability, need_privileges
+from kvmifup.core.errors import KernelError
+from kvmifup.core.ops import Op
 from kvmifup.inputs import config, ganeti
 
 from .conftest import ROOT
@@ -353,6 +355,70 @@ def test_gc(shell: Shell) -> None:
     ran = shell("kvm-ifup", "gc")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     assert shell.kernel.values == {}
+
+
+# --- several failures -----------------------------------------------------------------------------------------
+
+
+def refused(shell: Shell, *taps: str) -> None:
+    """From now on nothing can be put back on *taps*."""
+    write = shell.kernel.write
+
+    def refuse(op: Op) -> None:
+        if getattr(op, "dev", None) in taps:
+            raise KernelError(f"{op.describe()}: refused", errno=16)
+        write(op)
+
+    shell.kernel.write = refuse  # type: ignore[method-assign]
+
+
+def wired(shell: Shell, *taps: str) -> None:
+    """All of one guest's NICs, on *taps*."""
+    for number, tap in enumerate(taps):
+        nic = {"INTERFACE": tap, "INSTANCE": "web1", "INTERFACE_INDEX": str(number)}
+        environ = {**nic, "MODE": "bridged", "LINK": "br0", "MAC": f"aa:00:00:35:ac:0{number}"}
+        assert shell("kvm-ifup-post", environ=environ).code == 0
+
+
+@pytest.mark.parametrize("command", ["down", "gc"])
+def test_every_nic_that_fails_is_reported(shell: Shell, command: str) -> None:
+    wired(shell, "tap0", "tap1")
+    program, argv = ("kvm-ifdown", ["--instance", "web1"]) if command == "down" else ("kvm-ifup", ["gc"])
+    if command == "gc":
+        for tap in ("tap0", "tap1"):
+            pending = shell.run_dir / "state" / f"{tap}.json"
+            data = json.loads(pending.read_text())
+            pending.write_text(json.dumps(data | {"pending": data["entries"], "entries": []}))
+    refused(shell, "tap0", "tap1")
+    ran = shell(program, *argv, "--json")
+    assert ran.code == 70
+    first, second = ran.err.splitlines()
+    assert "tap0" in first
+    assert "tap1" in second
+    told = json.loads(ran.out)
+    assert (told["code"], [one["code"] for one in told["others"]]) == (70, [70])
+
+
+def test_what_went_right_is_told_beside_what_failed(shell: Shell) -> None:
+    wired(shell, "tap0", "tap1")
+    refused(shell, "tap0")
+    ran = shell("kvm-ifdown", "--instance", "web1", "-v")
+    assert ran.code == 70
+    assert "web1/1 (tap1): bridged, down: " in ran.err
+    assert len([line for line in ran.err.splitlines() if line.startswith("kvm-ifdown: ")]) == 1
+    assert not (shell.run_dir / "state/tap1.json").exists()
+
+
+def test_every_nic_file_that_is_wrong_is_reported(shell: Shell) -> None:
+    for number in range(3):
+        file = shell.run_dir / "nic/web1" / f"{number}.toml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        right = f'tap = "tap0"\nmac = "{MAC}"\nmode = "bridged"\nlink = "br0"\n'
+        file.write_text('mac = "nonsense"' if number else right)
+    ran = shell("kvm-ifup", "nic", "list")
+    assert ran.code == 65
+    assert "tap0" in ran.out
+    assert [line.partition(".toml")[0][-1] for line in ran.err.splitlines()] == ["1", "2"]
 
 
 def test_an_ext_network_is_wired_as_configured(shell: Shell) -> None:
