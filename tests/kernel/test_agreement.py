@@ -1,0 +1,121 @@
+"""After any single disturbance `show`, `check`, `plan`, `--plan` and the hook itself agree on what is to be done."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests import netns
+from tests.netns import GUEST_IP4, GUEST_IP6, Node, call, check
+
+NICS: dict[str, dict[str, Any]] = {
+    "bridged": {"mode": "bridged", "link": "br0"},
+    "table": {"mode": "routed", "link": "100", "ip": [GUEST_IP4, "198.51.100.0/29", GUEST_IP6]},
+    "routed": {"mode": "routed", "ip": [GUEST_IP4, GUEST_IP6]},
+}
+# What somebody does to the node.
+TO_ANY = {
+    "nothing": "true",
+    "down": "ip link set tap0 down",
+    "down and up": "ip link set tap0 down; ip link set tap0 up",
+    "MAC": "ip link set tap0 address fe:00:00:00:00:01",
+    "another bridge": "ip link set tap0 master br1",
+    "another rule": "ip rule add iif tap0 lookup 200 priority 5",
+}
+TO_BRIDGED = {
+    "MTU": "ip link set tap0 mtu 1300",
+    "no bridge": "ip link set tap0 nomaster",
+    "bridge MTU": "ip link set br0 mtu 1400",
+    "bridge down": "ip link set br0 down",
+    "bridge gone": "ip link del br0",
+    "addrgenmode": "ip link set tap0 addrgenmode eui64",
+}
+TO_ROUTED = {
+    "no rule": "ip rule add iif tap0 lookup 100; ip rule del iif tap0 lookup 100",
+    "no route": f"ip route flush {GUEST_IP4} dev tap0 table all",
+    "another route": f"ip route replace {GUEST_IP4} dev eth0",
+    "no neighbour": f"ip neigh del {GUEST_IP4} dev tap0",
+    "another neighbour": f"ip neigh replace {GUEST_IP6} lladdr 02:00:00:00:00:77 nud permanent dev tap0",
+    "no proxy": f"ip neigh add proxy {GUEST_IP4} dev eth0; ip neigh del proxy {GUEST_IP4} dev eth0",
+    "proxy_ndp": "sysctl -qw net.ipv6.conf.eth0.proxy_ndp=0",
+    "proxy_delay": "sysctl -qw net.ipv4.neigh.eth0.proxy_delay=80",
+    "rp_filter": "sysctl -qw net.ipv4.conf.tap0.rp_filter=0",
+    "forwarding": "sysctl -qw net.ipv4.conf.tap0.forwarding=0",
+    "uplink forwarding": "sysctl -qw net.ipv4.conf.eth0.forwarding=0",
+    "uplink down": "ip link set eth0 down",
+    "uplink down and up": "ip link set eth0 down; ip link set eth0 up",
+    "uplink gone": "ip link del eth0",
+    "no IPv4 default": "ip -4 route flush default",
+    "no IPv6 default": "ip -6 route flush default",
+    "no default": "ip -4 route flush default; ip -6 route flush default",
+    "default elsewhere": "ip link add eth1 type veth peer name far; ip link set eth1 up; ip link set far up;"
+    " sysctl -qw net.ipv4.conf.eth1.forwarding=1; ip route replace default dev eth1",
+}
+CASES = [
+    pytest.param(nic, phase, line, id=f"{nic}, {phase}, {name}")
+    for nic in NICS
+    for phase in ("pre", "post")
+    for name, line in {**TO_ANY, **(TO_BRIDGED if nic == "bridged" else TO_ROUTED)}.items()
+]
+What = set[tuple[str, str, Any]]
+
+
+def set_up(node: Node, nic: str, phase: str) -> None:
+    """A NIC that the hook of *phase* has wired."""
+    node.uplink()
+    netns.add_bridge("br0", mtu=9000)
+    netns.add_bridge("br1")
+    node.guest()
+    netns.ip("rule add iif eth0 lookup 100")
+    netns.write_nic(**NICS[nic], incoming=phase == "pre")
+    check(call(f"kvm-ifup-{phase}", "tap0"), 0)
+
+
+def due(ops: list[dict[str, Any]]) -> What:
+    """What of *ops* is to be done; an announcement only follows from the others."""
+    return {
+        (op["about"], str(op["now"]), op["want"]) for op in ops if op.get("needed", True) and op["op"] != "announce"
+    }
+
+
+def told(result: netns.Result, *keys: str) -> What | str:
+    """What a plan says, or why there is none."""
+    if result.code:
+        return str(json.loads(result.out)["cause"])
+    (one,) = json.loads(result.out)
+    return due([op for key in keys for op in one[key]])
+
+
+def seen(one: dict[str, Any]) -> What | str:
+    """The same of one NIC in `show --json`."""
+    if one["wired"] is False and one["problem"] and not one["missing"]:
+        return str(one["problem"]["cause"])
+    return due(one["missing"])
+
+
+@pytest.mark.parametrize(("nic", "phase", "disturbance"), CASES)
+def test_all_agree_on_what_is_to_be_done(node: Node, nic: str, phase: str, disturbance: str) -> None:
+    set_up(node, nic, phase)
+    netns.run("sh", "-euc", disturbance)
+    hook = f"kvm-ifup-{phase}"
+    planned = told(call(hook, "tap0", "--plan", "--json"), "undone", "ops")
+    assert told(call("kvm-ifup", "plan", phase, "tap0", "--json"), "undone", "ops") == planned
+    (shown,) = json.loads(call("kvm-ifup", "show", "--json").out)
+    checked = call("kvm-ifup", "check", "--json")
+    (found,) = json.loads(checked.out)["nics"]
+    assert seen(shown) == planned
+    assert found["missing"] == shown["missing"]
+    if planned:
+        assert checked.code == 1
+        assert found["findings"]
+    done = call(hook, "tap0", "--json")
+    if isinstance(planned, str):
+        assert (done.code, json.loads(done.out)["cause"]) == (69, planned)
+        return
+    assert told(done, "undone", "ops") == planned
+    # And when it is done, nothing is left to do, for nobody.
+    assert told(call(hook, "tap0", "--plan", "--json"), "undone", "ops") == set()
+    (shown,) = json.loads(call("kvm-ifup", "show", "--json").out)
+    assert (shown["wired"], shown["missing"]) == (True, [])
