@@ -19,6 +19,8 @@ from kvmifup.core import signals
 from kvmifup.core.errors import BugError, KvmIfupError, all_known
 from kvmifup.core.model import Background
 from kvmifup.inputs import config
+from kvmifup.runs import announcing
+from kvmifup.tell import render, syslog, watchers
 
 # Told the program, its exit code, how many seconds it took, and what went wrong.
 Observer = Callable[[str, int, float, Sequence[KvmIfupError]], None]
@@ -26,8 +28,6 @@ Observer = Callable[[str, int, float, Sequence[KvmIfupError]], None]
 
 def script(program: str, note: str = "") -> NoReturn:
     """*program* in this process. *note* says why the agent has not done it, to who asks for more (-v)."""
-    from kvmifup.runs import announcing
-
     signals.catch()
     # A caller may have closed what we write to; that must not change how we end.
     out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
@@ -123,8 +123,6 @@ def tell(call: Call, argv: Sequence[str], failures: Sequence[KvmIfupError], seco
     hook_failed = failures and call.program in request.PHASES and "--plan" not in argv
     if not failures and not call.done:
         return
-    from kvmifup.tell import render, syslog, watchers
-
     if call.done or hook_failed:
         syslog.run(call.program, call.done, failures, seconds, call.by)
         watchers.run(call.run_dir, call.program, call.done, failures, seconds, call.by, call.seconds)

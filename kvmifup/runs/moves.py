@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from kvmifup import phases
@@ -44,18 +44,13 @@ def ready(tap: str, session: Session) -> Ready | None:
 
     Raises what `phases.plan` raises, LockTimeoutError, JournalError and NamespaceError.
     """
-    with ExitStack() as stack:
-        stack.enter_context(about(tap))
-        session.locked(stack, [tap])
-        stamp = session.store.stamp(tap)
-        journal = undisturbed(tap, session)
-        if journal is None or journal.phase is not Phase.PRE:
+    with holding(tap, session, lambda journal: journal.phase is Phase.PRE) as journal:
+        if journal is None:
             return None
-        session.share(stack, [], [journal])
-        stack.enter_context(about(journal.nic.label))
         outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
         devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
-        return Ready(outcome, job, stamp, tuple((dev, session.kernel.ifindex(dev)) for dev in devices))
+        indices = tuple((dev, session.kernel.ifindex(dev)) for dev in devices)
+        return Ready(outcome, job, session.store.stamp(tap), indices)
 
 
 def arrive(ready: Ready, session: Session) -> Outcome | None:
@@ -89,23 +84,12 @@ def settle(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Out
 
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
     """
-    with ExitStack() as stack:
-        stack.enter_context(about(tap))
-        session.locked(stack, [tap])
-        journal = undisturbed(tap, session)
-        if journal is None or journal.phase is Phase.DOWN or not wanted(journal):
+    with holding(tap, session, lambda journal: journal.phase is not Phase.DOWN and wanted(journal)) as journal:
+        if journal is None:
             return None
-        session.share(stack, [], [journal])
-        stack.enter_context(about(journal.nic.label))
         outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
         apply([job], session.kernel, session.store)
         return outcome
-
-
-def undisturbed(tap: str, session: Session) -> Journal | None:
-    """The journal of *tap*, if its tap is still that one and no killed run has left something to undo."""
-    journal = session.store.load(tap)
-    return journal if journal and not journal.pending and alive(journal, session) else None
 
 
 def withdraw(tap: str, session: Session) -> Outcome | None:
@@ -113,15 +97,9 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
 
     None if there is nothing to undo. Raises LockTimeoutError, JournalError, NamespaceError, RollbackError.
     """
-    with ExitStack() as stack:
-        stack.enter_context(about(tap))
-        session.locked(stack, [tap])
-        journal = undisturbed(tap, session)
-        if journal is None or journal.phase is not Phase.POST:
-            return None
-        session.share(stack, [], [journal])
-        away = tuple(entry for entry in journal.entries if phases.only_here(entry.op))
-        if not away:
+    with holding(tap, session, answered_for) as journal:
+        away = tuple(entry for entry in journal.entries if phases.only_here(entry.op)) if journal else ()
+        if journal is None or not away:
             return None
         rest = tuple(entry for entry in journal.entries if entry not in away)
         waiting = session.dated(replace(journal, phase=Phase.PRE, entries=rest))
@@ -141,16 +119,9 @@ def restore(tap: str, uplink: str, session: Session) -> Outcome | None:
     None if the guest does not run here, or the uplink has gone. Raises what `apply.apply` raises,
     LockTimeoutError, JournalError and NamespaceError.
     """
-    with ExitStack() as stack:
-        stack.enter_context(about(tap))
-        session.locked(stack, [tap])
-        journal = undisturbed(tap, session)
-        if journal is None or journal.phase is not Phase.POST:
+    with holding(tap, session, answered_for) as journal:
+        if journal is None or session.kernel.ifindex(uplink) is None:
             return None
-        session.share(stack, [], [journal])
-        if session.kernel.ifindex(uplink) is None:
-            return None
-        stack.enter_context(about(journal.nic.label))
         only = replace(session.config, routed=replace(session.config.routed, uplinks=(uplink,)))
         facts = session.kernel.facts(journal.nic, only)
         ops = phases.again(uplink, [entry.op for entry in journal.entries], facts)
@@ -158,3 +129,27 @@ def restore(tap: str, uplink: str, session: Session) -> Outcome | None:
         after = session.dated(journal) if any(change.needed for change in changes) else journal
         apply([Job(changes, journal, True, after)], session.kernel, session.store)
         return Outcome(journal.nic.label, journal.nic, tap, Phase.POST, changes=changes)
+
+
+def answered_for(journal: Journal) -> bool:
+    """Whether post has been done: this node answers for the guest."""
+    return journal.phase is Phase.POST
+
+
+@contextmanager
+def holding(tap: str, session: Session, wanted: Callable[[Journal], bool]) -> Iterator[Journal | None]:
+    """Hold the lock of *tap*, and that of what it shares; yields its journal.
+
+    None if it has none, or it is not the *wanted* one, its tap is another one now, or a killed run has left
+    something to undo. Raises LockTimeoutError, JournalError and NamespaceError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(about(tap))
+        session.locked(stack, [tap])
+        journal = session.store.load(tap)
+        if journal is None or journal.pending or not alive(journal, session) or not wanted(journal):
+            yield None
+            return
+        session.share(stack, [], [journal])
+        stack.enter_context(about(journal.nic.label))
+        yield journal
