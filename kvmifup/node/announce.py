@@ -1,4 +1,4 @@
-"""Tell an uplink's neighbours where an address is now: gratuitous ARP and unsolicited NA, repeated."""
+"""Tell an uplink's neighbours where an address is now: gratuitous ARP and unsolicited NA."""
 
 from __future__ import annotations
 
