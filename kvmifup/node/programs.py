@@ -47,6 +47,17 @@ def find(directory: Path, name: str) -> str:
     return str(path)
 
 
+def run_for_phase(op: Program) -> None:
+    """Run an administrator's program for its phase, or to undo pre. Raises ProgramError."""
+    if not op.want and op.phase == "post":
+        return  # undoing pre comes next, and tells the program to take everything down
+    environ = dict(op.environment) | {"KVM_IFUP_PHASE": op.phase if op.want else "down"}
+    result = run((op.program,), environ, op.timeout)
+    if result.code:
+        said = result.complaint or "it says nothing"
+        raise ProgramError(f"{op.program} failed with exit code {result.code}: {said}", untouched=True)
+
+
 def run(argv: Sequence[str], environ: Mapping[str, str], timeout: float) -> Result:
     """Run *argv* for at most *timeout* seconds; it and its children are killed when the time is up.
 
@@ -76,14 +87,3 @@ def run(argv: Sequence[str], environ: Mapping[str, str], timeout: float) -> Resu
         err.seek(0)
         lines = err.read().decode(errors="replace").strip().splitlines()
         return Result(code, out.read().decode(errors="replace"), lines[-1] if lines else "")
-
-
-def run_program(op: Program) -> None:
-    """Run an administrator's program for its phase, or to undo pre. Raises ProgramError."""
-    if not op.want and op.phase == "post":
-        return  # undoing pre comes next, and tells the program to take everything down
-    environ = dict(op.environment) | {"KVM_IFUP_PHASE": op.phase if op.want else "down"}
-    result = run((op.program,), environ, op.timeout)
-    if result.code:
-        said = result.complaint or "it says nothing"
-        raise ProgramError(f"{op.program} failed with exit code {result.code}: {said}", untouched=True)

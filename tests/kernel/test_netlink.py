@@ -148,7 +148,7 @@ def test_a_foreign_rule_is_put_back_as_it_was(selector: str, uplinked: Node) -> 
     before = netns.ask("-4 rule")
     kernel = Kernel()
     try:
-        (rule,) = kernel._rules_of(4, "tap1")
+        (rule,) = kernel._view.rules(4, "tap1")
         assert rule.selectors
         if "dport" in selector:
             return  # a range of ports is beyond a journal; as before, it is left to others
