@@ -1,7 +1,7 @@
 """Policy rules of others: read and written through pyroute2, because they can say anything.
 
 No other module imports pyroute2, and this one does so only inside its functions: it takes 150 ms, longer than all
-the rest of a hook, and hardly any node has such a rule.
+the rest of a hook, and few taps are named in such a rule.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ RULE_FIELDS = (
 
 
 def rule_of(message: bytes, family: int, iif: str) -> Rule:
-    """The policy rule in an RTM_NEWRULE message: one of ours, or another with all that it says beyond
-    `iif IIF lookup TABLE` as selectors.
+    """The policy rule in an RTM_NEWRULE message.
+
+    What a foreign rule says beyond `iif IIF lookup TABLE` becomes its selectors; one of ours has none.
     """
     plain = plain_rule(message, RTPROT_STATIC)
     if plain is not None:

@@ -82,7 +82,10 @@ class View:
         return self._links[dev]
 
     def _check_same(self, dev: str, index: int) -> None:
-        """A name can become another device's at any moment. What this run has read and wants is not about that one."""
+        """Raise VanishedError if *dev* has become another device, which can happen at any moment.
+
+        What this run has read and wants to write is not about that one.
+        """
         if self._indices.setdefault(dev, index) != index:
             raise VanishedError(f"{dev} is another device now", errno=errno.ENODEV)
 
@@ -133,8 +136,9 @@ class View:
         return messages.routes_to(prefix, self.routes(prefix.version, table))
 
     def routes_of(self, op: Route) -> list[RouteEntry]:
-        """The routes that are *op*'s: to its prefix, out of its device. Of a table that was not read yet, only the
-        routes out of that device are asked for.
+        """The routes that *op* is about: to its prefix, out of its device.
+
+        If the table has not been read yet, the kernel is asked only for the routes out of that device.
         """
         prefix, index = ipaddress.ip_network(op.prefix), self.index(op.dev)
         routes = self._routes.get((prefix.version, op.table))
