@@ -1,4 +1,4 @@
-"""The node, as ops change it: reads and writes the kernel's value for each of them, and decides nothing.
+"""Reads and writes the node's value for each op; it decides nothing.
 
 The errors of netlink, /proc and /sys come out as those of `kvmifup.core.errors`.
 """
@@ -78,7 +78,10 @@ class Kernel:
     # --- reading ----------------------------------------------------------------------------------------
 
     def read(self, op: Op) -> Value:
-        """The value that the node has now for *op*. Raises VanishedError, KernelError."""
+        """The value that the node has now for *op*.
+
+        Raises VanishedError, KernelError; NotReadyError and ProgramError for a port of Open vSwitch.
+        """
         match op:
             case LinkAddress():
                 return str(self._view.link(op.dev).address)
@@ -135,7 +138,8 @@ class Kernel:
     def write(self, op: Op) -> None:
         """Make the value that *op* wants true. Removing what is not there succeeds.
 
-        Raises NotReadyError (a port that does not come to forward), VanishedError, PrivilegeError, KernelError.
+        Raises NotReadyError (a port that does not forward in time), VanishedError, PrivilegeError, KernelError,
+        ProgramError.
         """
         try:
             with refusals(op.describe()):

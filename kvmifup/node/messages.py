@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
 from struct import Struct
+
+from kvmifup.core.model import Prefix
 
 # linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
@@ -31,7 +32,6 @@ RTM_F_FIB_MATCH, RTEXT_FILTER_SKIP_STATS = 0x2000, 0x8
 RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 2, 3, 4, 5, 6, 9, 15
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST = 1, 2, 3, 4, 5
 RTPROT_STATIC, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 4, 253, 0
-FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 # linux/if.h, linux/if_arp.h
 IFF_UP, IFF_NOARP = 0x1, 0x80
 ARPHRD_ETHER = 1
@@ -58,7 +58,8 @@ FIB_RULE_HDR = Struct("=BBBBBxxBI")  # family, dst_len, src_len, tos, table, act
 U32 = Struct("=I")
 BODY = NLMSGHDR.size  # where a message's own header begins
 RECEIVE = 1 << 16  # bytes to receive at once: the kernel puts up to 32 KiB of a dump into one datagram
-USER_HZ = 100  # the unit, in 1/s, of the times that the kernel tells: include/asm-generic/param.h
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+USER_HZ = 100  # the kernel tells times in hundredths of a second: include/asm-generic/param.h
 
 
 class NetlinkError(OSError):
@@ -197,10 +198,9 @@ class RouteEntry:
     priority: int | None
 
 
-def route_body(prefix: IPv4Network | IPv6Network, table: int, entry: RouteEntry) -> bytes:
+def route_body(prefix: Prefix, table: int, entry: RouteEntry) -> bytes:
     """What RTM_NEWROUTE and RTM_DELROUTE say of the route *entry* to *prefix* in *table*."""
-    family = socket.AF_INET if prefix.version == 4 else socket.AF_INET6
-    body = RTMSG.pack(family, prefix.prefixlen, 0, 0, 0, entry.protocol, entry.scope, entry.type, 0)
+    body = RTMSG.pack(FAMILIES[prefix.version], prefix.prefixlen, 0, 0, 0, entry.protocol, entry.scope, entry.type, 0)
     body += attribute(RTA_DST, prefix.network_address.packed) + number(RTA_TABLE, table)
     for kind, value in ((RTA_OIF, entry.oif), (RTA_PRIORITY, entry.priority)):
         if value is not None:
@@ -208,7 +208,7 @@ def route_body(prefix: IPv4Network | IPv6Network, table: int, entry: RouteEntry)
     return body
 
 
-def routes_to(prefix: IPv4Network | IPv6Network, routes: list[bytes]) -> list[RouteEntry]:
+def routes_to(prefix: Prefix, routes: list[bytes]) -> list[RouteEntry]:
     """Those of *routes* whose destination is exactly *prefix*."""
     raw, length = prefix.network_address.packed, prefix.prefixlen
     found = []

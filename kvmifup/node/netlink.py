@@ -6,9 +6,9 @@ import errno
 import fcntl
 import os
 import socket
-from ipaddress import IPv4Network, IPv6Network
 from struct import Struct
 
+from kvmifup.core.model import Prefix
 from kvmifup.node.messages import (
     BODY,
     FIB_RULE_HDR,
@@ -129,13 +129,13 @@ class Netlink:
         body = RTMSG.pack(family, 8 * len(raw), 0, 0, 0, 0, 0, 0, RTM_F_FIB_MATCH) + attribute(RTA_DST, raw)
         return self.transport.ask(RTM_GETROUTE, 0, body)[BODY + 7]
 
-    def add_route(self, prefix: IPv4Network | IPv6Network, index: int, table: int, protocol: int, scope: int) -> None:
+    def add_route(self, prefix: Prefix, index: int, table: int, protocol: int, scope: int) -> None:
         """Add the route to *prefix* out of the device *index*; *protocol* is RTPROT_*, *scope* RT_SCOPE_*."""
         entry = RouteEntry(protocol, scope, RTN_UNICAST, index, None)
         body = route_body(prefix, table, entry)
         self.transport.ask(RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body)
 
-    def delete_route(self, prefix: IPv4Network | IPv6Network, table: int, entry: RouteEntry) -> None:
+    def delete_route(self, prefix: Prefix, table: int, entry: RouteEntry) -> None:
         """Remove the route *entry* to *prefix*, and no other."""
         self.transport.ask(RTM_DELROUTE, NLM_F_ACK, route_body(prefix, table, entry))
 
