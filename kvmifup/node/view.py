@@ -19,7 +19,7 @@ from kvmifup.node.refusals import refusal, refusals
 class View:
     """A netlink socket, what it has told since the last change, and which devices this run is about.
 
-    Everything that asks the kernel raises VanishedError for a device that is not there, and KernelError.
+    What asks the kernel raises VanishedError for a device that is not there, and KernelError for any other refusal.
     """
 
     def __init__(self) -> None:
