@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.agent.loop import Loop
-from kvmifup.node import messages, netlink
+from kvmifup.node import messages
 
 RTNLGRP_LINK, RTNLGRP_ROUTE, RTNLGRP_NETCONF = (1,), (7, 11), (24, 25)  # linux/rtnetlink.h; IPv4, IPv6
 RTM_NEWNETCONF = 80
@@ -48,7 +48,7 @@ class Subscription:
     def read(self) -> bool:
         """Take what has come; False if there was nothing."""
         try:
-            found = list(split(self.socket.recv(netlink.RECEIVE)))
+            found = list(split(self.socket.recv(messages.RECEIVE)))
         except BlockingIOError:
             return False
         except OSError as error:

@@ -1,1 +1,1 @@
-"""What everybody speaks of: errors, ops, the model. No I/O."""
+"""What every other room uses: errors, ops, the model. No I/O."""

@@ -3,7 +3,7 @@
 ::
 
     KvmIfupError
-    ├── UsageError         64  the command line, or it contradicts the environment
+    ├── UsageError         64  the command line is wrong, or contradicts the environment
     ├── NicError           65  a NIC's description is wrong, missing or not to be trusted
     ├── NotReadyError      69  the node cannot take this NIC: nothing was touched, or all was put back
     ├── NamespaceError     69  the tap's journal is of another network namespace: nothing was touched
@@ -28,19 +28,19 @@ from typing import ClassVar
 
 
 class KvmIfupError(Exception):
-    """The root of the tree: `str()` is the cause in one clause, `hint` says what to do about it."""
+    """The root of the tree. `str()` is the cause in one clause, `hint` what to do, `where` the NIC or the file."""
 
     code: ClassVar[int] = 70
-    reference: ClassVar[str] = ""  # the hint, unless there is a better one
+    reference: ClassVar[str] = ""  # the hint if none is given
 
     def __init__(self, cause: str, *, hint: str = "", where: str = "") -> None:
         super().__init__(cause)
         self.hint = hint or self.reference
         self.where = where
-        self.undone = False  # whether something had been changed by then, and had to be put back
+        self.undone = False  # whether something had been changed before, and had to be put back
 
     def at(self, where: str) -> KvmIfupError:
-        """Name the NIC or file that this is about, unless a closer caller has done so."""
+        """Name the NIC or file that this is about, unless it is named already."""
         self.where = self.where or where
         return self
 
@@ -65,25 +65,25 @@ class NotReadyError(KvmIfupError):
 
 
 class NamespaceError(KvmIfupError):
-    """The tap of this name that is wired is in another network namespace, where only a run in there can touch it."""
+    """The tap of this name is wired in another network namespace, and only a run in there can touch it."""
 
     code = 69
 
 
 class BugError(KvmIfupError):
-    """An unforeseen exception: ours to mend."""
+    """An exception that nobody has foreseen: a defect of kvm-ifup."""
 
     code = 70
 
 
 class JournalError(KvmIfupError):
-    """The journal of a tap cannot be read, so what it promised to undo is unknown."""
+    """The journal of a tap cannot be read, so nobody knows what is to be undone."""
 
     code = 70
 
 
 class RollbackError(KvmIfupError):
-    """Something failed, and what had been done could not all be put back; the journal remembers it."""
+    """Something failed, and not all that had been done could be put back; the journal has the rest."""
 
     code = 70
 
@@ -105,7 +105,7 @@ class VanishedError(KernelError):
 class ProgramError(KvmIfupError):
     """ovs-vsctl or an administrator's program failed or took too long. What had been done was put back.
 
-    *untouched*: it ended by itself and so left things as it found them; there is nothing of it to undo.
+    *untouched*: the program ended by itself. So it is taken to have left things as they were: nothing is undone.
     """
 
     code = 71
@@ -149,14 +149,14 @@ def raise_all(failures: Sequence[KvmIfupError]) -> None:
 
 
 def all_known(error: Exception, hint: str = "please report it") -> list[KvmIfupError]:
-    """The errors in *error*, as `known` makes them: one, or those of a group."""
+    """Every error in *error*, which may be a group, as `known` makes it."""
     if isinstance(error, ExceptionGroup):
         return [one for inner in error.exceptions for one in all_known(inner, hint)]
     return [known(error, hint)]
 
 
 def known(error: Exception, hint: str = "please report it") -> KvmIfupError:
-    """*error* as one of ours, whatever it is; *hint* is for one that nobody has foreseen."""
+    """*error* as a KvmIfupError, whatever it is. *hint* is for one that nobody has foreseen."""
     if isinstance(error, KvmIfupError):
         return error
     if isinstance(error, OSError):

@@ -11,7 +11,7 @@ from kvmifup.core.ops import Rule
 
 Prefix = IPv4Network | IPv6Network
 Message = tuple[str, str, str]  # an announcement: uplink, address, source (as in kvmifup.core.ops.Announce)
-# Sends the later rounds of an announcement: what, and whether it is still true.
+# Sends an announcement's later rounds: the messages, and a function that says whether they are still true.
 Background = Callable[[Sequence[Message], Callable[[], bool]], None]
 
 MODES = ("bridged", "routed", "openvswitch", "ext")
@@ -20,7 +20,7 @@ LOCAL_TABLE = 255  # RT_TABLE_LOCAL
 
 
 class Phase(IntEnum):
-    """The moments of a guest's life on this node, in order; post includes pre."""
+    """How far a guest has come on this node, in order; POST includes PRE."""
 
     DOWN = 0
     PRE = 1
@@ -29,9 +29,9 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Nic:
-    """One NIC of one guest, as its process manager described it; validated.
+    """One NIC of one guest, as its process manager described it, and validated.
 
-    *mac* is the guest's. *ip* holds host addresses as /32 and /128. *source* says where this was read.
+    *mac* is the guest's. *ip* has host addresses as /32 and /128. *source* says where the NIC was read from.
     """
 
     tap: str
@@ -54,13 +54,13 @@ class Nic:
 
     @property
     def tap_mac(self) -> str:
-        """The tap's own MAC: the same on every node, and never the lowest on a bridge."""
+        """The tap's own MAC: the same on every node, and higher than other ports', so that no bridge takes it over."""
         return "fe" + self.mac[2:]
 
 
 @dataclass(frozen=True)
 class BridgedConfig:
-    """`[bridged]`: *forwarding_timeout* is how many seconds a port may take to forward."""
+    """`[bridged]`: a port may take *forwarding_timeout* seconds until it forwards."""
 
     forwarding_timeout: float = 5.0
 
@@ -84,7 +84,7 @@ class ExtNetwork:
 
 @dataclass(frozen=True)
 class ExtConfig:
-    """`[ext]`: *timeout* is how many seconds a program may take; *networks* are the names that need none."""
+    """`[ext]`: a program may take *timeout* seconds; *networks* are those that are wired without a program."""
 
     timeout: float = 30.0
     networks: tuple[tuple[str, ExtNetwork], ...] = ()
@@ -92,8 +92,9 @@ class ExtConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """`[agent]`: for how many seconds it waits for a guest to arrive; whether it takes a guest's traffic off this
-    node when another one announces the guest; after how many idle seconds it exits, 0 for never.
+    """`[agent]`: it waits *arrival_timeout* seconds for a guest, and exits after *idle_exit* idle seconds, 0 for never.
+
+    *withdraw*: it removes a guest's route and proxy entries when another node announces the guest.
     """
 
     arrival_timeout: float = 3600.0
@@ -114,7 +115,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Tap:
-    """The tap as the kernel has it; *is_tap* is false for any other device of that name."""
+    """The device with the tap's name; *is_tap* is false if it is not a tap."""
 
     ifindex: int
     is_tap: bool
@@ -122,9 +123,10 @@ class Tap:
 
 @dataclass(frozen=True)
 class Bridge:
-    """The bridge, Linux's or Open vSwitch's, that a NIC's `link` names. *forward_delay* is in seconds.
+    """The bridge, Linux's or Open vSwitch's, that a NIC's `link` names. *forward_delay* is in seconds, *mtu* in bytes.
 
-    *adopts*: the bridge would take over the tap's MAC (it has no other port and no address of its own).
+    *adopts*: the bridge would take over the tap's MAC, because it has neither another port nor a MAC of its own.
+    *is_bridge*: it is a bridge, and not another device of that name.
     """
 
     is_bridge: bool
@@ -141,8 +143,8 @@ class Uplink:
     """One uplink for one address family (4 or 6).
 
     *arp* is false on a device that has no neighbours to resolve (point-to-point, tunnel).
-    *mend* lists the sysctl settings that it takes for the node to forward what comes in there.
-    *source* is the address that an NA is sent from there: its link-local one, None if it has none.
+    *mend* lists the sysctl settings that are missing for the node to forward what comes in there.
+    *source* is the uplink's link-local address, from which an NA is sent; None if it has none, and for IPv4.
     """
 
     name: str
@@ -158,10 +160,10 @@ class Uplink:
 class NodeFacts:
     """What a plan needs to know of the node, read once, before anything is touched.
 
-    *table* is the number that `link` stands for, None when no such name is known. *rules* are all policy
-    rules that name the tap. *taken* says of a prefix or address why it cannot be the guest's.
-    *program* is what wires an ext NIC. *ipv6*: the kernel has IPv6 at all; *ipv6_mend*: the sysctl settings that
-    it takes to have it on the tap.
+    *table* is the number that `link` stands for, None if no such name is known. *rules* are all policy
+    rules that name the tap. *taken* has each address or prefix that cannot be the guest's, and why.
+    *program* is the path of the program that wires an ext NIC. *ipv6*: the kernel has IPv6 at all.
+    *ipv6_mend* lists the sysctl settings that are missing for the tap to have IPv6.
     """
 
     tap: Tap | None

@@ -1,8 +1,8 @@
-"""The closed set of things that can be done to a node, each naming its target and the value wanted.
+"""The ops: everything that can be done to a node. Each names its target and the value that it wants there.
 
-An op is data: it can be compared, printed, stored in the journal and turned round. What it takes to
-read or write the kernel's value for it is `kvmifup.kernel`'s business; which ops a NIC needs is
-`kvmifup.phases`'. A value is a string, a number or a boolean, and None or False where absence is meant.
+An op is data: it can be compared, printed, stored in the journal, and turned into the op that undoes it.
+`kvmifup.node.kernel` reads and writes the node's value for an op; `kvmifup.phases` decides which ops a NIC needs.
+A value is a string, a number or a boolean; None and False mean that something is absent.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ Selectors = tuple[tuple[str, str | int], ...]
 
 @dataclass(frozen=True)
 class Op:
-    """What all ops share; only the subclasses in `KINDS` exist.
+    """What all ops have in common; `KINDS` has all subclasses by their `kind`.
 
-    `outlives_tap`: the effect stays when the tap disappears, so somebody has to undo it.
-    `undoable`: there is a value to go back to; an op that is not is never journalled.
-    `after_change`: the op is only worth doing when an earlier one in the same run changed something.
-    `waits`: doing it can take long.
-    `readable`: the node can be asked for the value; where it cannot, the journal tells what was done.
+    `undoable`: there is a value to go back to. An op without one is never journalled.
+    `after_change`: the op is done only if an earlier op of the same run has changed something.
+    `readable`: the node can be asked for the value. If not, the journal tells what was done.
+    `waits`: writing the value can take long.
     """
 
     kind: ClassVar[str]
@@ -35,31 +34,31 @@ class Op:
 
     @property
     def outlives_tap(self) -> bool:
-        """Whether the effect stays on the node when the tap is gone."""
+        """Whether the effect stays on the node when the tap is gone, so that somebody has to undo it."""
         return False
 
     @property
     def shared(self) -> bool:
-        """Whether several NICs may want this very value, so that the last one to leave puts it back."""
+        """Whether several NICs may want the same value, so that it is put back only when the last of them leaves."""
         return False
 
     @cached_property
     def key(self) -> tuple[object, ...]:
-        """What the op is about, without the value wanted: two ops with one key concern one thing."""
+        """What the op is about, without the value wanted: two ops with equal keys are about the same thing."""
         return (self.kind, *(getattr(self, name) for name in field_names(self) if name not in _NOT_IDENTITY))
 
     @property
     def wanted(self) -> Value:
-        """The value that makes a further run a no-op."""
+        """The value that the node is to have."""
         want: Value = getattr(self, "want")  # noqa: B009 (declared by each subclass with its own type)
         return want
 
     def before_us(self, found: Value) -> Value:
-        """What to leave when the guest has gone, if *found* was there when it came."""
+        """The value to leave behind when the guest has gone, if *found* was there when it came."""
         return found
 
     def turned(self, want: Value) -> Op:
-        """The same op with another value wanted: how an undo is expressed."""
+        """The same op with *want* as the value wanted: this is how an undo is expressed."""
         return dataclasses.replace(self, want=want)  # type: ignore[call-arg]
 
     def subject(self) -> str:
@@ -78,7 +77,7 @@ class Op:
 
 
 def field_names(data: object) -> tuple[str, ...]:
-    """The names of the fields of a dataclass, without the time that `dataclasses.fields` takes."""
+    """The names of the fields of a dataclass; `dataclasses.fields` would take longer."""
     names: tuple[str, ...] = type(data).__match_args__  # type: ignore[attr-defined]
     return names
 
@@ -100,11 +99,11 @@ class LinkAddress(Op):
 
 @dataclass(frozen=True)
 class BridgeAddress(Op):
-    """The hardware address of the bridge *dev*, pinned.
+    """The hardware address of the bridge *dev*, set so that it does not change any more.
 
-    A bridge whose address nobody set takes the lowest address among its ports
-    (`br_stp_recalculate_bridge_id`), so one without ports would take the tap's, and all zeros when the
-    tap leaves. Setting the address that it has stops that. It cannot be unset, and does no harm.
+    A bridge whose address nobody has set takes the lowest address among its ports
+    (`br_stp_recalculate_bridge_id`). One without ports would take the tap's, and all zeros when the tap leaves.
+    To set the address that the bridge has prevents that. This cannot be undone, and does no harm.
     """
 
     kind = "bridge-address"
@@ -118,7 +117,7 @@ class BridgeAddress(Op):
 
 @dataclass(frozen=True)
 class AddrGenMode(Op):
-    """How *dev* makes its IPv6 link-local address: a number, IN6_ADDR_GEN_MODE_* of linux/if_link.h."""
+    """How *dev* makes its IPv6 link-local address: IN6_ADDR_GEN_MODE_* of linux/if_link.h, a number."""
 
     kind = "addr-gen-mode"
     dev: str
@@ -146,7 +145,7 @@ class LinkMtu(Op):
 
 @dataclass(frozen=True)
 class LinkMaster(Op):
-    """The bridge that *dev* is a port of; None for none."""
+    """The bridge that *dev* is a port of, None for none."""
 
     kind = "link-master"
     dev: str
@@ -176,7 +175,7 @@ class LinkUp(Op):
 
 @dataclass(frozen=True)
 class PortForwarding(Op):
-    """The bridge port *dev* really forwards; doing it means waiting, at most *timeout* seconds."""
+    """The state of the bridge port *dev*. Writing it means to wait for it, at most *timeout* seconds."""
 
     kind = "port-forwarding"
     waits = True
@@ -191,7 +190,7 @@ class PortForwarding(Op):
 
 @dataclass(frozen=True)
 class Sysctl(Op):
-    """`net.ipv{family}.{group}.{dev}.{name}`; *group* is conf or neigh. On an uplink it is shared."""
+    """The sysctl `net.ipv{family}.{group}.{dev}.{name}`; *group* is conf or neigh. NICs share those of an uplink."""
 
     kind = "sysctl"
     family: int
@@ -211,7 +210,7 @@ class Sysctl(Op):
 
     @property
     def path(self) -> str:
-        """Below /proc/sys; with slashes, because a device's name may contain dots."""
+        """The file below /proc/sys; with slashes, because a device's name may contain dots."""
         return f"net/ipv{self.family}/{self.group}/{self.dev}/{self.name}"
 
     def subject(self) -> str:
@@ -220,9 +219,9 @@ class Sysctl(Op):
 
 @dataclass(frozen=True)
 class Rule(Op):
-    """The policy rule `iif TAP lookup TABLE`; *selectors* are further attributes of a foreign rule.
+    """The policy rule `iif TAP lookup TABLE`; *selectors* is what a foreign rule says beyond that, by attribute.
 
-    It names the tap by name, outlives it, and binds again to the next tap of that name.
+    A rule refers to the tap by its name. So it stays when the tap goes, and then applies to the next tap of that name.
     """
 
     kind = "rule"
@@ -244,7 +243,7 @@ class Rule(Op):
 
 @dataclass(frozen=True)
 class Neighbour(Op):
-    """The permanent neighbour entry *address* → MAC on *dev*; None when there is no permanent one."""
+    """The MAC in the permanent neighbour entry for *address* on *dev*; None for no permanent entry."""
 
     kind = "neighbour"
     dev: str
@@ -257,7 +256,7 @@ class Neighbour(Op):
 
 @dataclass(frozen=True)
 class Route(Op):
-    """The route to *prefix* out of *dev*, on link, in *table*."""
+    """The route in *table* to *prefix* out of *dev*, without a next hop."""
 
     kind = "route"
     prefix: str
@@ -271,7 +270,7 @@ class Route(Op):
 
 @dataclass(frozen=True)
 class ProxyNeighbour(Op):
-    """The entry that makes the node answer ARP or NDP for *address* on the uplink *dev*."""
+    """The proxy neighbour entry, which makes the node answer ARP or NDP for *address* on the uplink *dev*."""
 
     kind = "proxy-neighbour"
     dev: str
@@ -284,7 +283,7 @@ class ProxyNeighbour(Op):
 
     @property
     def shared(self) -> bool:
-        return True  # a guest's new tap needs it still when its old one is cleared up after
+        return True  # a guest's new tap may need the entry when its old tap is cleared up after
 
     def subject(self) -> str:
         return f"proxy neighbour {self.address} dev {self.dev}"
@@ -292,9 +291,9 @@ class ProxyNeighbour(Op):
 
 @dataclass(frozen=True)
 class OvsPort(Op):
-    """The Open vSwitch port *dev*: "BRIDGE" or "BRIDGE VLANS" in Ganeti's notation, None for no port.
+    """The Open vSwitch port *dev*: "BRIDGE" or "BRIDGE VLANS", in Ganeti's notation; None for no port.
 
-    It is in Open vSwitch's database, outlives the tap, and takes the next tap of that name.
+    The port is in Open vSwitch's database. So it stays when the tap goes, and takes the next tap of that name.
     """
 
     kind = "ovs-port"
@@ -307,7 +306,7 @@ class OvsPort(Op):
         return True
 
     def before_us(self, _found: Value) -> Value:
-        return None  # a port that was there before the guest was a dead guest's
+        return None  # a port that was there before the guest belonged to a dead guest
 
     def subject(self) -> str:
         return f"Open vSwitch port {self.dev}"
@@ -315,9 +314,9 @@ class OvsPort(Op):
 
 @dataclass(frozen=True)
 class Program(Op):
-    """The administrator's *program* has been run for *phase*, pre or post, with *environment*.
+    """Whether the administrator's *program* has been run for *phase*, pre or post, with *environment*.
 
-    Undoing pre runs it with KVM_IFUP_PHASE=down, which undoes post as well. *timeout* is in seconds.
+    To undo pre, the program is run with KVM_IFUP_PHASE=down, which undoes post as well. *timeout* is in seconds.
     """
 
     kind = "program"
@@ -342,10 +341,10 @@ class Program(Op):
 
 @dataclass(frozen=True)
 class Announce(Op):
-    """Tell the uplinks' neighbours where the addresses are: gratuitous ARP, unsolicited NA.
+    """Tell the uplinks' neighbours where addresses are now, by gratuitous ARP and unsolicited NA.
 
-    *messages*: (uplink, address, source) each, where source is the IPv6 source address of an NA and the
-    address itself for ARP. *force*: also when nothing changed.
+    Each of *messages* is (uplink, address, source). The source is the IPv6 source address of an NA; for ARP it is the
+    address itself. *force*: also if nothing has changed.
     """
 
     kind = "announce"

@@ -1,4 +1,4 @@
-"""Stop on a signal, but only between two operations, so that what was begun can be put back."""
+"""Stop a run on a signal, but only between two operations, so that it can put back what it has done."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _callers = threading.local()
 
 
 def catch() -> None:
-    """From now on SIGTERM, SIGINT and SIGHUP only take note; `checkpoint` acts on it."""
+    """From now on SIGTERM, SIGINT and SIGHUP are only noted, and `checkpoint` acts on them."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: _arrived.append(number))
 
 
 @contextmanager
 def while_wanted(gone: Callable[[], bool]) -> Iterator[None]:
-    """In here, `checkpoint` also stops this thread once *gone* says that its caller has gone.
+    """In this context, `checkpoint` also stops the calling thread, as soon as *gone* says that its caller has gone.
 
-    A hook that is killed puts back what it has done; one that the agent runs must do the same.
+    A hook that is killed puts back what it has done. A hook that the agent runs must do the same.
     """
     _callers.gone = gone
     try:

@@ -1,4 +1,4 @@
-"""Text of others, made fit for a message."""
+"""Make text that others wrote fit for a message."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def as_told(error: Exception, limit: int = 80) -> str:
-    """What a parser of somebody else's says, cut to *limit* characters."""
+    """The message of an error that a library raised, cut to *limit* characters."""
     text = str(error)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,1 +1,1 @@
-"""The node: reads facts, reads and writes ops. It decides nothing."""
+"""The node: reads facts, and reads and writes ops. It decides nothing."""

@@ -1,4 +1,4 @@
-"""Tell an uplink's neighbours where an address is now: gratuitous ARP and unsolicited NA, repeated."""
+"""Tell an uplink's neighbours where an address is now: gratuitous ARP and unsolicited NA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvmifup.node.sockets import mac_of, sender
 
 
 def send(messages: Sequence[Message]) -> None:
-    """Send every message once, from its uplink's own MAC. Raises OSError."""
+    """Announce each of *messages* once, from its uplink's MAC. Raises OSError, for instance if an uplink is gone."""
     via = sender.socket()
     macs = {dev: mac_of(via, dev) for dev in dict.fromkeys(message[0] for message in messages)}
     for dev, address, source in messages:

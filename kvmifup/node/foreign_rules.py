@@ -1,16 +1,26 @@
-"""Policy rules of others, which can say anything: through pyroute2."""
+"""Policy rules of others: read and written through pyroute2, because they can say anything.
+
+No other module imports pyroute2, and this one does so only inside its functions: it takes 150 ms, longer than all
+the rest of a hook, and few taps are named in such a rule.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from kvmifup.core.ops import Rule, Selectors
-from kvmifup.node import messages
-from kvmifup.node.messages import FAMILIES, RTPROT_STATIC
+from kvmifup.node.messages import (
+    FAMILIES,
+    FIB_RULE_INVERT,
+    FR_ACT_TO_TBL,
+    NO_PREFIX_LENGTH,
+    RTPROT_STATIC,
+    failure,
+    plain_rule,
+)
 
-FR_ACT_TO_TBL, FIB_RULE_INVERT = 1, 0x2  # linux/fib_rules.h
-# Of a rule's header: field, value in a plain rule, bits that belong to the rule. The other flags tell of
-# the moment, such as that the device is gone.
+# Fields of a rule's header: name, value in a plain rule, and which bits are part of the rule. The other flags
+# tell what is so at the moment, for instance that the device is gone.
 RULE_FIELDS = (
     ("src_len", 0, 0xFF),
     ("dst_len", 0, 0xFF),
@@ -18,15 +28,14 @@ RULE_FIELDS = (
     ("action", FR_ACT_TO_TBL, 0xFF),
     ("flags", 0, FIB_RULE_INVERT),
 )
-NO_PREFIX_LENGTH = 0xFFFFFFFF  # an unset FRA_SUPPRESS_PREFIXLEN
-
-
-# --- policy rules -----------------------------------------------------------------------------------------
 
 
 def rule_of(message: bytes, family: int, iif: str) -> Rule:
-    """The policy rule in a netlink message, with all that tells it from `iif X lookup T`."""
-    plain = messages.plain_rule(message, RTPROT_STATIC)
+    """The policy rule in an RTM_NEWRULE message.
+
+    What a foreign rule says beyond `iif IIF lookup TABLE` becomes its selectors; one of ours has none.
+    """
+    plain = plain_rule(message, RTPROT_STATIC)
     if plain is not None:
         return Rule(family, iif, *plain, selectors=(), want=True)
 
@@ -43,7 +52,7 @@ def rule_of(message: bytes, family: int, iif: str) -> Rule:
         unset = name == "FRA_SUPPRESS_PREFIXLEN" and value == NO_PREFIX_LENGTH
         if not known and not unset and isinstance(value, str | int):
             selectors[name.removeprefix("FRA_").lower()] = value
-    # A rule of ours is known by its target alone; a foreign one keeps who made it, to be put back whole.
+    # Our protocol is no selector. Another one is: a foreign rule must be put back with it.
     protocol = found.get_attr("FRA_PROTOCOL")
     if protocol not in (None, RTPROT_STATIC):
         selectors["protocol"] = protocol
@@ -58,13 +67,13 @@ def rule_of(message: bytes, family: int, iif: str) -> Rule:
 
 
 def write_foreign_rule(op: Rule) -> None:
-    """Add or remove a rule that says more than ours do. Raises NetlinkError."""
+    """Add or remove a rule that has selectors. Raises NetlinkError."""
     import pyroute2
 
     try:
-        # Without groups=0, 0.9 subscribes to every event on the node and never reads them.
+        # Without groups=0, version 0.9 subscribes to every event on the node and never reads them.
         socket_: Any = pyroute2.IPRoute(groups=0, strict_check=True)
-    except TypeError:  # 0.7: subscribes to nothing, and knows no such argument
+    except TypeError:  # version 0.7 subscribes to nothing, and does not have that argument
         socket_ = pyroute2.IPRoute(strict_check=True)
     try:
         socket_.rule(
@@ -76,11 +85,11 @@ def write_foreign_rule(op: Rule) -> None:
             **dict(op.selectors),
         )
     except pyroute2.NetlinkError as error:
-        raise messages.failure(error.code) from None
+        raise failure(error.code) from None
     finally:
         socket_.close()
 
 
 def as_selectors(selectors: dict[str, str | int]) -> Selectors:
-    """In one order, so that equal rules compare equal."""
+    """The selectors in order of their names, so that equal rules compare equal."""
     return tuple(sorted(selectors.items()))

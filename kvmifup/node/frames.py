@@ -1,4 +1,7 @@
-"""The frames of ARP and NDP that we send, and what we read out of others'."""
+"""The ARP and neighbour discovery frames that we send, and what we read out of the frames of others.
+
+MACs are six bytes here, and addresses text, unless a docstring says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -9,139 +12,158 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from kvmifup.core.model import Nic
+from kvmifup.node.messages import mac_bytes, packed
 
-ETH_P_ARP = 0x0806
-ETH_P_IPV6 = 0x86DD
-BROADCAST = b"\xff" * 6
-ALL_NODES = ipaddress.IPv6Address("ff02::1")
-ALL_NODES_MAC = b"\x33\x33\x00\x00\x00\x01"  # RFC 2464, section 7
+ETH_P_ARP, ETH_P_IPV6 = 0x0806, 0x86DD  # linux/if_ether.h
+NAMES = {0x0800: "IPv4", ETH_P_ARP: "ARP", 0x8035: "RARP", ETH_P_IPV6: "IPv6"}
 MIN_FRAME = 60  # bytes, without the checksum: IEEE 802.3
+BROADCAST = b"\xff" * 6
+ARP_REQUEST, ARP_REPLY = 1, 2  # RFC 826
+NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 135, 136  # RFC 4861, sections 4.3 and 4.4
+OVERRIDE = 0x20000000  # a flag of an advertisement: RFC 4861, section 4.4
+ALL_NODES = packed("ff02::1")
+SOLICITED_NODE = packed("ff02::1:ff00:0")[:13]  # of the group; the address's last three bytes follow
+
+
+# --- what we send -----------------------------------------------------------------------------------------
 
 
 def gratuitous_arp(mac: bytes, address: str) -> bytes:
     """The broadcast frame that moves *address* to *mac* in every cache that knows it.
 
-    A request whose sender and target are the same address: existing entries are updated and none is made
-    (`arp_is_garp` and `arp_process` in net/ipv4/arp.c; RFC 5227, section 2.3).
+    It is a request whose sender and target are the same address. It updates existing entries and makes no new
+    ones (`arp_is_garp` and `arp_process` in net/ipv4/arp.c; RFC 5227, section 2.3).
     """
-    packed = ipaddress.IPv4Address(address).packed
-    arp = struct.pack("!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, mac, packed, bytes(6), packed)
-    return (BROADCAST + mac + struct.pack("!H", ETH_P_ARP) + arp).ljust(MIN_FRAME, b"\0")
+    return arp_request(BROADCAST, mac, packed(address), packed(address))
 
 
 def unsolicited_na(mac: bytes, address: str, source: str) -> bytes:
-    """The multicast frame that moves *address* to *mac* in every neighbour cache that knows it.
+    """The multicast frame that moves *address* to *mac* in every neighbour cache that knows it (RFC 4861, 7.2.6).
 
-    RFC 4861, sections 4.4 and 7.2.6. Override is set: without it a cached MAC stays. Solicited is not,
-    nor Router: the guest is a host.
+    Override is set, because without it a cached MAC stays. Solicited is not, and Router is not: the guest is a host.
     """
-    override = 0x20000000
-    body = struct.pack("!I16sBB6s", override, ipaddress.IPv6Address(address).packed, 2, 1, mac)
-    sender = ipaddress.IPv6Address(source).packed
-    pseudo = sender + ALL_NODES.packed + struct.pack("!I3xB", 4 + len(body), socket.IPPROTO_ICMPV6)
-    checksum = internet_checksum(pseudo + struct.pack("!BBH", 136, 0, 0) + body)
-    icmp = struct.pack("!BBH", 136, 0, checksum) + body
-    header = struct.pack("!IHBB16s16s", 6 << 28, len(icmp), socket.IPPROTO_ICMPV6, 255, sender, ALL_NODES.packed)
-    return ALL_NODES_MAC + mac + struct.pack("!H", ETH_P_IPV6) + header + icmp
+    return neighbour_message(
+        NEIGHBOUR_ADVERTISEMENT, multicast_mac(ALL_NODES), mac, packed(source), ALL_NODES, packed(address), OVERRIDE
+    )
+
+
+def who_has(mac: bytes, address: str, sources: Sequence[str]) -> bytes:
+    """The frame in which *mac* asks everybody on its segment who has *address*.
+
+    The sender is the first of *sources* that is of the same family, or the unspecified address.
+    """
+    target = packed(address)
+    source = next((one for one in map(packed, sources) if len(one) == len(target)), bytes(len(target)))
+    if len(target) == 4:
+        return arp_request(BROADCAST, mac, source, target)
+    group = SOLICITED_NODE + target[13:]  # RFC 4291, section 2.7.1
+    return neighbour_message(NEIGHBOUR_SOLICITATION, multicast_mac(group), mac, source, group, target)
+
+
+def questions(nic: Nic) -> list[bytes]:
+    """Frames to send into the tap of *nic*, which its guest answers if it runs: one for each family.
+
+    Only a host address can be asked for. The frames go to the guest's MAC alone. The ARP request is a probe
+    (RFC 5227, section 2.1.1), which changes no cache.
+    """
+    guest, tap = mac_bytes(nic.mac), mac_bytes(nic.tap_mac)
+    hosts = [prefix.network_address for prefix in nic.ip if prefix.prefixlen == prefix.max_prefixlen]
+    frames = []
+    v4 = next((host.packed for host in hosts if host.version == 4), None)
+    if v4:
+        frames.append(arp_request(guest, tap, bytes(4), v4))
+    v6 = next((host.packed for host in hosts if host.version == 6), None)
+    if v6:
+        frames.append(neighbour_message(NEIGHBOUR_SOLICITATION, guest, tap, link_local_of(tap), v6, v6))
+    return frames
+
+
+def arp_request(to: bytes, mac: bytes, sender: bytes, target: bytes) -> bytes:
+    """The ARP request from *mac* to the MAC *to*, as a frame: *sender* asks for *target*, four bytes each (RFC 826)."""
+    arp = struct.pack("!HHBBH6s4s6x4s", 1, 0x0800, 6, 4, ARP_REQUEST, mac, sender, target)
+    return (to + mac + struct.pack("!H", ETH_P_ARP) + arp).ljust(MIN_FRAME, b"\0")
+
+
+def neighbour_message(
+    kind: int, to: bytes, mac: bytes, source: bytes, destination: bytes, target: bytes, flags: int = 0
+) -> bytes:
+    """The neighbour solicitation or advertisement (*kind*) about *target*, as a frame from *mac* to the MAC *to*.
+
+    It carries *mac* as an option: as the source's in a solicitation, as the target's in an advertisement. The
+    addresses are 16 bytes each (RFC 4861, sections 4.3, 4.4 and 4.6.1).
+    """
+    option = 1 if kind == NEIGHBOUR_SOLICITATION else 2
+    body = struct.pack("!I16sBB6s", flags, target, option, 1, mac)
+    pseudo = source + destination + struct.pack("!I3xB", 4 + len(body), socket.IPPROTO_ICMPV6)
+    checksum = internet_checksum(pseudo + struct.pack("!BBH", kind, 0, 0) + body)
+    icmp = struct.pack("!BBH", kind, 0, checksum) + body
+    # Hop limit 255: receivers drop any other, because only a node on the segment can have sent it.
+    header = struct.pack("!IHBB16s16s", 6 << 28, len(icmp), socket.IPPROTO_ICMPV6, 255, source, destination)
+    return to + mac + struct.pack("!H", ETH_P_IPV6) + header + icmp
 
 
 def internet_checksum(data: bytes) -> int:
-    """RFC 1071."""
+    """The checksum of RFC 1071 over *data*, an even number of bytes."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return int(~total & 0xFFFF)
 
 
-ARP_REQUEST, ARP_REPLY = 1, 2
+def multicast_mac(group: bytes) -> bytes:
+    """The MAC that frames to the IPv6 multicast address *group*, 16 bytes, go to (RFC 2464, section 7)."""
+    return b"\x33\x33" + group[12:]
 
 
-def question(mac: bytes, address: str, sources: Sequence[str]) -> bytes:
-    """The frame that asks who has *address*, from one of *sources* of its family."""
-    wanted = ipaddress.ip_address(address)
-    ours = (ipaddress.ip_address(source) for source in sources)
-    source = next((one for one in ours if one.version == wanted.version), None)
-    if wanted.version == 4:
-        sender = source.packed if source else bytes(4)  # RFC 5227, section 2.1.1
-        arp = struct.pack("!HHBBH6s4s6x4s", 1, 0x0800, 6, 4, ARP_REQUEST, mac, sender, wanted.packed)
-        return (BROADCAST + mac + struct.pack("!H", ETH_P_ARP) + arp).ljust(MIN_FRAME, b"\0")
-    sender = source.packed if source else bytes(16)
-    group = ipaddress.IPv6Address("ff02::1:ff00:0").packed[:13] + wanted.packed[13:]  # RFC 4291, section 2.7.1
-    body = struct.pack("!4x16sBB6s", wanted.packed, 1, 1, mac)
-    pseudo = sender + group + struct.pack("!I3xB", 4 + len(body), socket.IPPROTO_ICMPV6)
-    checksum = internet_checksum(pseudo + struct.pack("!BBH", NEIGHBOUR_SOLICITATION, 0, 0) + body)
-    icmp = struct.pack("!BBH", NEIGHBOUR_SOLICITATION, 0, checksum) + body
-    header = struct.pack("!IHBB16s16s", 6 << 28, len(icmp), socket.IPPROTO_ICMPV6, 255, sender, group)
-    return b"\x33\x33" + group[12:] + mac + struct.pack("!H", ETH_P_IPV6) + header + icmp
+def link_local_of(mac: bytes) -> bytes:
+    """The link-local address, as 16 bytes, that the kernel makes from *mac* (RFC 4291, appendix A)."""
+    return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
 
 
-def answered(frame: bytes) -> tuple[str, str] | None:
-    """The address that *frame* answers for, and the MAC that it gives; None for any other frame."""
-    try:
+# --- what others send -------------------------------------------------------------------------------------
+
+
+def name_of(frame: bytes) -> str:
+    """What kind of frame it is, for people: "RARP"."""
+    (ethertype,) = struct.unpack_from("!H", frame, 12)
+    return NAMES.get(ethertype, f"ethertype 0x{ethertype:04x}")
+
+
+def answer_in(frame: bytes) -> tuple[str, str] | None:
+    """The address that *frame* answers for, and the MAC that it gives, as text; None for any other frame."""
+    with suppress(struct.error, ValueError, IndexError):  # too short to be an answer
         (ethertype,) = struct.unpack_from("!H", frame, 12)
         if ethertype == ETH_P_ARP:
             kind, mac, sender = struct.unpack_from("!H6s4s", frame, 20)
             return (str(ipaddress.IPv4Address(sender)), mac.hex(":")) if kind == ARP_REPLY else None
         if ethertype == ETH_P_IPV6 and frame[20] == socket.IPPROTO_ICMPV6 and frame[54] == NEIGHBOUR_ADVERTISEMENT:
-            return str(ipaddress.IPv6Address(frame[62:78])), frame[6:12].hex(":")
-    except (struct.error, ValueError, IndexError):
-        pass  # too short to be one
+            return advertised(frame)
     return None
 
 
-NAMES = {0x0800: "IPv4", ETH_P_ARP: "ARP", 0x8035: "RARP", ETH_P_IPV6: "IPv6"}
-NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 135, 136  # RFC 4861
+def announcement_in(frame: bytes) -> tuple[str, str] | None:
+    """The address that *frame* announces, and the MAC that it gives, as text; None if it announces nothing.
 
-
-def name_of(frame: bytes) -> str:
-    """What kind of frame it is, for people."""
-    (ethertype,) = struct.unpack_from("!H", frame, 12)
-    return NAMES.get(ethertype, f"ethertype 0x{ethertype:04x}")
-
-
-def announced(frame: bytes) -> tuple[str, str] | None:
-    """The address that *frame* announces and the MAC that it gives for it; None if it announces nothing.
-
-    Advertisements count if they override (RFC 4861, section 4.4): one that does not moves nothing.
+    An advertisement counts only if it overrides (RFC 4861, section 4.4): one that does not changes no cached MAC.
     """
-    with suppress(struct.error, ValueError, IndexError):
+    with suppress(struct.error, ValueError, IndexError):  # too short to be an announcement
         (ethertype,) = struct.unpack_from("!H", frame, 12)
         if ethertype == ETH_P_ARP:
             kind, protocol, lengths, mac, sender, target = struct.unpack_from("!HHH2x6s4s6x4s", frame, 14)
             if (kind, protocol, lengths) == (1, 0x0800, 0x0604) and sender == target:
                 return str(ipaddress.IPv4Address(sender)), mac.hex(":")
-        # Hop limit 255: nobody off the segment can have sent it (RFC 4861, section 7.1.2). 0x20 is Override.
+        # Hop limit 255: it comes from this segment (RFC 4861, section 7.1.2).
         elif (
             ethertype == ETH_P_IPV6
             and frame[20:22] == bytes([socket.IPPROTO_ICMPV6, 255])
-            and frame[38:54] == ALL_NODES.packed
+            and frame[38:54] == ALL_NODES
             and frame[54] == NEIGHBOUR_ADVERTISEMENT
-            and frame[58] & 0x20
+            and frame[58] & OVERRIDE >> 24
         ):
-            return str(ipaddress.IPv6Address(frame[62:78])), frame[6:12].hex(":")
+            return advertised(frame)
     return None
 
 
-def questions(nic: Nic) -> list[bytes]:
-    """Frames into the tap that make the guest answer, whatever it is doing: one for each family that it has.
-
-    To its MAC alone. The ARP one is a probe (RFC 5227, section 2.1.1), which changes no cache.
-    """
-    frames = []
-    guest, tap = (bytes.fromhex(mac.replace(":", "")) for mac in (nic.mac, nic.tap_mac))
-    hosts = [prefix.network_address for prefix in nic.ip if prefix.prefixlen == prefix.max_prefixlen]
-    v4 = next((host for host in hosts if host.version == 4), None)
-    if v4:
-        arp = struct.pack("!HHBBH6s4x6x4s", 1, 0x0800, 6, 4, 1, tap, v4.packed)
-        frames.append((guest + tap + struct.pack("!H", ETH_P_ARP) + arp).ljust(60, b"\0"))
-    v6 = next((host for host in hosts if host.version == 6), None)
-    if v6:
-        # The tap's link-local address, as the kernel makes it: RFC 4291, appendix A.
-        source = b"\xfe\x80" + bytes(6) + bytes([tap[0] ^ 2]) + tap[1:3] + b"\xff\xfe" + tap[3:]
-        body = struct.pack("!4x16sBB6s", v6.packed, 1, 1, tap)
-        pseudo = source + v6.packed + struct.pack("!I3xB", 4 + len(body), socket.IPPROTO_ICMPV6)
-        checksum = internet_checksum(pseudo + struct.pack("!BBH", NEIGHBOUR_SOLICITATION, 0, 0) + body)
-        icmp = struct.pack("!BBH", NEIGHBOUR_SOLICITATION, 0, checksum) + body
-        header = struct.pack("!IHBB16s16s", 6 << 28, len(icmp), socket.IPPROTO_ICMPV6, 255, source, v6.packed)
-        frames.append(guest + tap + struct.pack("!H", ETH_P_IPV6) + header + icmp)
-    return frames
+def advertised(frame: bytes) -> tuple[str, str]:
+    """The target of a neighbour advertisement, and the MAC that it came from. Raises ValueError if it is too short."""
+    return str(ipaddress.IPv6Address(frame[62:78])), frame[6:12].hex(":")

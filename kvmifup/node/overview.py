@@ -1,126 +1,122 @@
-"""The whole node at once: one dump of each kind, however many NICs are asked about."""
+"""The whole node at once, for commands that only look: one dump of each kind, however many NICs there are."""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
-import os
 
-from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix, Uplink
+from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route, Rule
 from kvmifup.node import messages, ovs
 from kvmifup.node.foreign_rules import rule_of
 from kvmifup.node.kernel import Kernel
-from kvmifup.node.messages import FAMILIES, Link
-from kvmifup.node.procfs import content, device_name, link_local, sysctl, sysfs_of
+from kvmifup.node.messages import FAMILIES, Link, RouteEntry
+from kvmifup.node.procfs import device_name, link_local, read_file, sysctl, sysfs_of
 from kvmifup.node.refusals import refusal, refusals
+from kvmifup.node.view import View
 
-# --- the whole node at once -----------------------------------------------------------------------------
 
-
-class Overview(Kernel):
-    """The node as it was at the first look: one dump of each kind, however many NICs are asked about.
-
-    For reading only; nothing that happens later is noticed.
-    """
+class WholeView(View):
+    """A view that answers out of dumps. It never forgets them, so it does not notice what happens later."""
 
     def __init__(self) -> None:
         super().__init__()
         with refusals("reading devices"):
-            self._links = self._netlink.links()
-        self._named: dict[int, dict[str, list[bytes]]] = {}
-        self._prefixes: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
+            self._links = self.netlink.links()
+        self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
+        self._routes_by_prefix: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
-        self._defaults: dict[tuple[int, int], tuple[str, ...]] = {}
-        self._seen: dict[tuple[str, int], Uplink] = {}
         self._switch: tuple[frozenset[str], dict[str, str]] | None = None
 
     def refresh(self) -> None:
-        """Nothing: it is one look."""
+        """Do nothing: everything is from one moment."""
 
     def ifindex(self, dev: str) -> int | None:
-        """The index of *dev*, None if there is no such device."""
+        """As `View.ifindex`."""
         return self._links[dev].index if dev in self._links else None
 
-    def _link(self, name: str) -> Link:
-        if name not in self._links:
-            raise refusal(f"reading {name}", errno.ENODEV)
-        return self._links[name]
+    def link(self, dev: str) -> Link:
+        """As `View.link`."""
+        if dev not in self._links:
+            raise refusal(f"reading {dev}", errno.ENODEV)
+        return self._links[dev]
 
-    def _rules_of(self, family: int, iif: str) -> list[Rule]:
-        if family not in self._named:
+    def rules(self, family: int, iif: str) -> list[Rule]:
+        """As `View.rules`."""
+        if family not in self._rules_by_iif:
             with refusals("reading policy rules"):
-                self._named[family] = self._netlink.rules_by_iif(FAMILIES[family])
-        return [rule_of(message, family, iif) for message in self._named[family].get(iif, ())]
+                self._rules_by_iif[family] = self.netlink.rules_by_iif(FAMILIES[family])
+        return [rule_of(message, family, iif) for message in self._rules_by_iif[family].get(iif, ())]
 
-    def _routes_to(self, prefix: Prefix, table: int) -> list[messages.RouteEntry]:
+    def routes_to(self, prefix: Prefix, table: int) -> list[RouteEntry]:
+        """As `View.routes_to`."""
         key = (prefix.version, table)
-        if key not in self._prefixes:
-            self._prefixes[key] = messages.by_prefix(self._routes_of(*key))
-        same = self._prefixes[key].get((prefix.network_address.packed, prefix.prefixlen), [])
+        if key not in self._routes_by_prefix:
+            self._routes_by_prefix[key] = messages.by_prefix(self.routes(*key))
+        same = self._routes_by_prefix[key].get((prefix.network_address.packed, prefix.prefixlen), [])
         return messages.routes_to(prefix, same)
 
-    def _routes_here(self, op: Route) -> list[messages.RouteEntry]:
-        index = self._index(op.dev)
-        return [route for route in self._routes_to(ipaddress.ip_network(op.prefix), op.table) if route.oif == index]
+    def routes_of(self, op: Route) -> list[RouteEntry]:
+        """As `View.routes_of`."""
+        index = self.index(op.dev)
+        return [route for route in self.routes_to(ipaddress.ip_network(op.prefix), op.table) if route.oif == index]
 
-    def _route_type(self, family: int, address: str) -> int:
-        # Without a question for each address: what the node itself has is in the table local.
-        return next((route.type for route in self._routes_to(ipaddress.ip_network(address), LOCAL_TABLE)), 0)
+    def route_type(self, family: int, address: str) -> int:
+        """As `View.route_type`, for what the table local knows: the node's own, broadcast and anycast addresses."""
+        return next((route.type for route in self.routes_to(ipaddress.ip_network(address), LOCAL_TABLE)), 0)
 
-    def _default_devices(self, family: int, table: int) -> tuple[str, ...]:
-        if (family, table) not in self._defaults:
-            self._defaults[family, table] = super()._default_devices(family, table)
-        return self._defaults[family, table]
-
-    def _uplink(self, name: str, family: int) -> Uplink:
-        if (name, family) not in self._seen:
-            self._seen[name, family] = super()._uplink(name, family)
-        return self._seen[name, family]
-
-    def _neighbour(self, dev: str, address: str, flags: int) -> tuple[int, str | None] | None:
+    def neighbour(self, dev: str, address: str, flags: int) -> tuple[int, str | None] | None:
+        """As `View.neighbour`."""
         if flags not in self._neighbours:
             with refusals("reading neighbours"):
-                self._neighbours[flags] = self._netlink.neighbours(flags)
-        return self._neighbours[flags].get((self._index(dev), address))
+                self._neighbours[flags] = self.netlink.neighbours(flags)
+        return self._neighbours[flags].get((self.index(dev), address))
 
-    def _ovs(self) -> tuple[frozenset[str], dict[str, str]]:
+    def is_ovs_bridge(self, name: str) -> bool:
+        """As `View.is_ovs_bridge`."""
+        return name in self._ask_switch()[0]
+
+    def ovs_port(self, name: str) -> str | None:
+        """As `View.ovs_port`."""
+        return self._ask_switch()[1].get(name)
+
+    def _ask_switch(self) -> tuple[frozenset[str], dict[str, str]]:
         self._switch = self._switch or ovs.everything()
         return self._switch
 
-    def _is_ovs_bridge(self, name: str) -> bool:
-        return name in self._ovs()[0]
 
-    def _ovs_port(self, name: str) -> str | None:
-        return self._ovs()[1].get(name)
+class Overview(Kernel):
+    """The node as it was at the first look, for reading only, and what only diagnosis asks of it."""
 
-    # --- what only people ask -----------------------------------------------------------------------------
+    def __init__(self) -> None:
+        super().__init__(WholeView())
 
     def setting(self, path: str) -> str | None:
-        """The value of a sysctl, None when there is no such."""
+        """The value of the sysctl *path*, which has slashes; None if there is no such sysctl."""
         return sysctl(path)
 
     def gateway(self, family: int, dev: str) -> str | None:
-        """The next hop of a default route out of *dev* in main: somebody who sends from there."""
-        return messages.gateway(self._routes_of(family, MAIN_TABLE), self._index(dev))
+        """The next hop of a default route of *family*, 4 or 6, out of *dev* in the table main; None without one."""
+        return messages.gateway(self._view.routes(family, MAIN_TABLE), self._view.index(dev))
 
     def addresses(self, dev: str) -> list[str]:
-        """The addresses of this node's own on *dev*: IPv4, and IPv6 of link scope."""
-        found = messages.local_addresses(self._routes_of(4, LOCAL_TABLE), self._index(dev))
+        """The node's own addresses on *dev*: every IPv4 one, and an IPv6 one of link scope."""
+        found = messages.local_addresses(self._view.routes(4, LOCAL_TABLE), self._view.index(dev))
         return [*found, *filter(None, [link_local(dev)])]
 
     def way(self, source: str, destination: str, iif: str) -> str | None:
-        """The device out of which a packet would go that comes in on *iif*, None if it would be dropped there.
+        """The device by which a packet leaves that comes in on *iif*; None if the reverse path filter drops it.
 
-        Dropped because *source* is not to be expected there (reverse path filter); KernelError for any other reason.
+        Raises KernelError if it is dropped for any other reason, such as no route.
         """
         with refusals(f"reading the route to {destination}"):
-            index = self._netlink.way(source, destination, self._index(iif))
+            index = self._netlink.way(source, destination, self._view.index(iif))
         return None if index is None else device_name(index)
 
     def vlans(self, bridge: str) -> tuple[bool, int]:
         """Whether *bridge* filters VLANs, and in which VLAN it puts new ports, 0 for none."""
-        sysfs = sysfs_of(bridge, self._link(bridge))
-        if sysfs is None or not os.access(f"{sysfs}/bridge/vlan_filtering", os.R_OK):
+        sysfs = sysfs_of(bridge, self._view.link(bridge))
+        filtering = sysfs and read_file(f"{sysfs}/bridge/vlan_filtering")
+        if filtering is None:
             return False, 0
-        return content(f"{sysfs}/bridge/vlan_filtering") == "1", int(content(f"{sysfs}/bridge/default_pvid") or 0)
+        return filtering == "1", int(read_file(f"{sysfs}/bridge/default_pvid") or 0)

@@ -1,4 +1,4 @@
-"""Ports of an Open vSwitch bridge, through ovs-vsctl: one transaction for each change."""
+"""Ports of Open vSwitch bridges, read and changed with ovs-vsctl; each change is one transaction."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def has_bridge(name: str) -> bool:
 
 
 def port(name: str) -> str | None:
-    """Where the port *name* is and which VLANs it has: "ovs0" or "ovs0 .100:200"; None if there is no such port.
+    """The bridge and the VLANs of the port *name*: "ovs0" or "ovs0 .100:200"; None if there is no such port.
 
-    Raises ProgramError.
+    VLANs are in Ganeti's notation. Raises ProgramError.
     """
     rows = json.loads(done("--format=json", f"--columns={VLANS}", "find", "Port", f'name="{name}"'))["data"]
     return described(done("port-to-br", name).strip(), rows[0]) if rows else None
 
 
 def everything() -> tuple[frozenset[str], dict[str, str]]:
-    """The names of all bridges, and of all ports what `port` says, with one question. Raises NotReadyError
-    when the switch does not answer.
+    """The names of all bridges, and by name what `port` says of every port; asked for in one transaction.
 
-    A port of a bridge that Open vSwitch makes up for a VLAN counts as its parent's.
+    A port of a fake bridge (one that stands for a VLAN of another) counts as a port of that other bridge.
+    Raises NotReadyError when the switch does not answer.
     """
     found = answer(
         *("--format=json", "list-br"),
@@ -44,16 +44,19 @@ def everything() -> tuple[frozenset[str], dict[str, str]]:
 
 
 def described(bridge: str, columns: list[Any]) -> str:
-    """A port of *bridge* with these columns (`VLANS`), as `port` says it."""
+    """What `port` says of a port of *bridge*; *columns* are its tag, trunks and vlan_mode (`VLANS`)."""
     tag, trunks, mode = map(members, columns)
     vlan = "".join(f".{one}" for one in tag) + "".join(f":{one}" for one in sorted(trunks))
-    # A mode that is not the one we would set makes it another value.
+    # A mode that `put` would not set is part of the value, so that it is noticed, and put back by an undo.
     other = "" if not mode or mode == [vlan_mode(vlan)] else f" {mode[0]}"
     return f"{bridge} {vlan}{other}".strip() if vlan or other else bridge
 
 
 def put(name: str, value: str | None) -> None:
-    """Make *name* the port that *value* says, or no port; whatever port it was is replaced. Raises ProgramError."""
+    """Make *name* the port that *value*, as `port` says it, describes; None for no port. Raises ProgramError.
+
+    Whatever port of that name there was is replaced.
+    """
     done(*transaction(name, value))
 
 
@@ -73,21 +76,24 @@ def transaction(name: str, value: str | None) -> tuple[str, ...]:
 
 
 def vlan_mode(vlan: str) -> str:
-    """Open vSwitch's word for ".VID", ":VID:VID" and ".VID:VID"."""
+    """The vlan_mode for *vlan*: access for ".VID", trunk for ":VID:VID", native-untagged for ".VID:VID"."""
     if ":" not in vlan:
         return "access"
     return "native-untagged" if vlan.startswith(".") else "trunk"
 
 
 def members(cell: Any) -> list[Any]:
-    """What is in a column that holds at most one value, or a set (RFC 7047, section 5.1)."""
+    """The values in a column, which is one value or a set of them (RFC 7047, section 5.1)."""
     if isinstance(cell, list) and cell and cell[0] == "set":
         return list(cell[1])
     return [cell]
 
 
 def answer(*arguments: str, no: int = 0) -> programs.Result:
-    """What ovs-vsctl says to a question; the exit code *no* is an answer, too. Raises NotReadyError for none."""
+    """What ovs-vsctl answers to a question; the exit code *no* also counts as an answer.
+
+    Raises NotReadyError if there is no answer.
+    """
     try:
         result = vsctl(*arguments)
     except ProgramError as error:
@@ -106,5 +112,5 @@ def done(*arguments: str) -> str:
 
 
 def vsctl(*arguments: str) -> programs.Result:
-    """Run ovs-vsctl."""
+    """Run ovs-vsctl with *arguments*. Raises ProgramError if it cannot be started or does not end."""
     return programs.run(("ovs-vsctl", f"--timeout={TIMEOUT}", *arguments), {}, TIMEOUT + 5)

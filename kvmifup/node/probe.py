@@ -1,28 +1,16 @@
-"""Does another node answer for an address? ARP requests and neighbour solicitations, and who replies."""
+"""Find out whether another node answers for an address: ask with ARP and neighbour solicitations, and listen."""
 
 from __future__ import annotations
 
 import select
-import socket
-import struct
 import time
-from array import array
 from collections.abc import Sequence
 
-from kvmifup.node.frames import ETH_P_ARP, ETH_P_IPV6, NEIGHBOUR_ADVERTISEMENT, answered, question
+from kvmifup.node import sockets
+from kvmifup.node.frames import ETH_P_ARP, ETH_P_IPV6, answer_in, who_has
 
-# A node that answers for somebody else waits at random for up to proxy_delay, 0.8 s unless somebody has set it.
+# A node that answers for somebody else first waits at random for up to proxy_delay: 0.8 s by default.
 PATIENCE = 1.2  # seconds
-SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-# On a busy uplink only advertisements are worth waking up for. Classic BPF, linux/filter.h: next header and type.
-ADVERTISEMENTS = (
-    (0x30, 0, 0, 20),
-    (0x15, 0, 3, socket.IPPROTO_ICMPV6),
-    (0x30, 0, 0, 54),
-    (0x15, 0, 1, NEIGHBOUR_ADVERTISEMENT),
-    (0x06, 0, 0, 256),
-    (0x06, 0, 0, 0),
-)
 
 
 def others(
@@ -30,26 +18,23 @@ def others(
 ) -> dict[str, set[str]]:
     """For each of *addresses* the MACs, other than the uplink's own, that answer for it on *uplink*.
 
-    *sources* are addresses of this node there: a node does not answer a question without a sender for an address
+    *sources* are addresses of this node there. Without one as the sender, a node does not answer for an address
     that it only stands in for (`arp_process` in net/ipv4/arp.c). *wait* is in seconds. Raises OSError.
     """
     found: dict[str, set[str]] = {address: set() for address in addresses}
     with (
-        socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as arp,
-        socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as ndp,
+        sockets.listener(uplink, ETH_P_ARP, sockets.EVERYTHING) as arp,
+        sockets.listener(uplink, ETH_P_IPV6, sockets.ADVERTISEMENTS) as ndp,
     ):
-        code = array("B", b"".join(struct.pack("=HBBI", *line) for line in ADVERTISEMENTS))
-        option = struct.pack("@HP", len(ADVERTISEMENTS), code.buffer_info()[0])
-        ndp.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, option)
-        arp.bind((uplink, ETH_P_ARP))
-        ndp.bind((uplink, ETH_P_IPV6))
         mac: bytes = arp.getsockname()[4]
+        for via in (arp, ndp):
+            via.setblocking(True)  # many questions at once wait for room in the send buffer
         for address in addresses:
-            (ndp if ":" in address else arp).send(question(mac, address, sources))
+            (ndp if ":" in address else arp).send(who_has(mac, address, sources))
         deadline = time.monotonic() + wait
         while (left := deadline - time.monotonic()) > 0:
             for ready in select.select([arp, ndp], [], [], left)[0]:
-                answer = answered(ready.recv(256))
+                answer = answer_in(ready.recv(sockets.SNAP))
                 if answer and answer[0] in found and answer[1] != mac.hex(":"):
                     found[answer[0]].add(answer[1])
     return found

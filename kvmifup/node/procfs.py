@@ -8,27 +8,17 @@ import socket
 
 from kvmifup.node.messages import Link
 
-NET_ADDR_SET = "3"  # linux/netdevice.h, in /sys/class/net/DEV/addr_assign_type
-
 SYSCTL = "/proc/sys"
 SYS_NET = "/sys/class/net"
+NET_ADDR_SET = "3"  # linux/netdevice.h, in /sys/class/net/DEV/addr_assign_type
+IFA_F_TENTATIVE = 0x40  # linux/if_addr.h
+IPV6_ADDR_LINKLOCAL = 0x20  # net/ipv6.h
 
 
-# --- small reads ------------------------------------------------------------------------------------------
-
-
-def device_name(index: int) -> str:
-    """The name of the device *index*; "#7" for one that is gone."""
+def read_file(path: str) -> str | None:
+    """The text of a file in /proc or /sys, without white space around it; None if it cannot be read."""
     try:
-        return socket.if_indextoname(index)
-    except OSError:
-        return f"#{index}"
-
-
-def content(path: str) -> str | None:
-    """What a file of /proc or /sys says, None when there is none."""
-    try:
-        # Not through `open`: that takes longer than the kernel does, and a hook reads twenty.
+        # Not with `open`: that takes longer than the kernel does, and a hook reads twenty files.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.read(descriptor, 4096).decode().strip()
@@ -38,13 +28,16 @@ def content(path: str) -> str | None:
         return None
 
 
+# --- sysctls ----------------------------------------------------------------------------------------------
+
+
 def sysctl(path: str) -> str | None:
-    """The value of a sysctl, None when there is no such."""
-    return content(f"{SYSCTL}/{path}")
+    """The value of the sysctl *path*, which has slashes; None if there is no such sysctl."""
+    return read_file(f"{SYSCTL}/{path}")
 
 
 def write_sysctl(path: str, value: str) -> None:
-    """Set a sysctl. Raises OSError."""
+    """Set the sysctl *path*. Raises OSError."""
     descriptor = os.open(f"{SYSCTL}/{path}", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(descriptor, value.encode())
@@ -52,21 +45,46 @@ def write_sysctl(path: str, value: str) -> None:
         os.close(descriptor)
 
 
-def setting(path: str, value: str) -> str:
-    """What `sysctl -w` takes to set *path*; with slashes where a device's name has a dot."""
+def assignment(path: str, value: str) -> str:
+    """The argument with which `sysctl -w` sets *path*; it keeps its slashes if a device's name has a dot."""
     return f"{path if '.' in path else path.replace('/', '.')}={value}"
 
 
+def has_ipv6() -> bool:
+    """Whether the kernel has IPv6 at all."""
+    return os.access(f"{SYSCTL}/net/ipv6", os.F_OK)
+
+
+# --- devices ----------------------------------------------------------------------------------------------
+
+
+def device_name(index: int) -> str:
+    """The name of the device *index*; "#7" if it is gone."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return f"#{index}"
+
+
 def sysfs_of(name: str, link: Link) -> str | None:
-    """The directory of the device *name* in /sys, None when /sys shows another network namespace."""
-    place = f"{SYS_NET}/{name}"
-    same = content(f"{place}/ifindex") == str(link.index) and content(f"{place}/address") == link.address
-    return place if same else None
+    """The directory of the device *name* in /sys; None if /sys shows another network namespace."""
+    directory = f"{SYS_NET}/{name}"
+    same = read_file(f"{directory}/ifindex") == str(link.index) and read_file(f"{directory}/address") == link.address
+    return directory if same else None
+
+
+def address_is_set(sysfs: str) -> bool:
+    """Whether somebody has set the MAC of the device whose directory in /sys is *sysfs*."""
+    return read_file(f"{sysfs}/addr_assign_type") == NET_ADDR_SET
+
+
+def ports_of(sysfs: str) -> set[str]:
+    """The names of the ports of the bridge whose directory in /sys is *sysfs*. Raises OSError."""
+    return set(os.listdir(f"{sysfs}/brif"))
 
 
 def link_local(dev: str) -> str | None:
-    """A link-local address of *dev* that may be sent from; None if it has none."""
-    tentative, link_scope = 0x40, 0x20  # linux/if_addr.h, net/ipv6.h
+    """A link-local address of *dev* that may be sent from, because it is not tentative; None if there is none."""
     try:
         with open("/proc/net/if_inet6", encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().splitlines()
@@ -74,6 +92,6 @@ def link_local(dev: str) -> str | None:
         return None
     for line in lines:
         address, _index, _length, scope, flags, name = line.split()
-        if name == dev and int(scope, 16) == link_scope and not int(flags, 16) & tentative:
+        if name == dev and int(scope, 16) == IPV6_ADDR_LINKLOCAL and not int(flags, 16) & IFA_F_TENTATIVE:
             return str(ipaddress.IPv6Address(bytes.fromhex(address)))
     return None

@@ -1,4 +1,4 @@
-"""Run a program that is not ours: bounded in time, with a clean environment, never through a shell."""
+"""Run other programs: for a limited time, with a clean environment, and never through a shell."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended: its exit code, what it wrote to stdout, and the last line that it wrote to stderr."""
+    """How a program ended: its exit code, all that it wrote to stdout, and the last line that it wrote to stderr."""
 
     code: int
     output: str
@@ -29,9 +29,9 @@ class Result:
 
 
 def find(directory: Path, name: str) -> str:
-    """The administrator's program *name* in *directory*.
+    """The path of the administrator's program *name* in *directory*.
 
-    Raises NotReadyError if there is none that can be executed, ConfigError if others can write to it.
+    Raises NotReadyError if it is missing or cannot be executed, ConfigError if others could have written it.
     """
     path = directory / name
     try:
@@ -84,10 +84,10 @@ def run(argv: Sequence[str], environ: Mapping[str, str], timeout: float) -> Resu
         return Result(code, out.read().decode(errors="replace"), lines[-1] if lines else "")
 
 
-def run_program(op: Program) -> None:
-    """Run an administrator's program for its phase, or to undo pre. Raises ProgramError."""
+def run_for_phase(op: Program) -> None:
+    """Run the administrator's program of *op* for its phase, or for the phase down to undo pre. Raises ProgramError."""
     if not op.want and op.phase == "post":
-        return  # undoing pre comes next, and tells the program to take everything down
+        return  # undoing pre comes next, and the program then takes everything down
     environ = dict(op.environment) | {"KVM_IFUP_PHASE": op.phase if op.want else "down"}
     result = run((op.program,), environ, op.timeout)
     if result.code:

@@ -1,4 +1,4 @@
-"""What netlink and /proc refuse, as our errors."""
+"""What the kernel refuses, by netlink or in /proc and /sys, as errors of `kvmifup.core.errors`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import os
 from kvmifup.core.errors import KernelError, PrivilegeError, VanishedError
 from kvmifup.node.messages import NetlinkError
 
-# --- errors -------------------------------------------------------------------------------------------
-
 
 class refusals:  # noqa: N801 (a context manager reads as a function)
-    """Turn what netlink and /proc/sys raise inside into our errors about *what*."""
+    """A context manager: OSError and NetlinkError inside it become the error that `refusal` makes, about *what*."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -24,11 +22,15 @@ class refusals:  # noqa: N801 (a context manager reads as a function)
         if isinstance(error, NetlinkError):
             raise refusal(self.what, error.errno or 0) from None
         if isinstance(error, OSError) and error.errno is not None:
+            # A sysctl that is not there belongs to a device that is gone.
             raise refusal(self.what, errno.ENODEV if error.errno == errno.ENOENT else error.errno) from None
 
 
-class forgiven:  # noqa: N801
-    """Let the netlink error *code* pass: what was asked for is already so."""
+class forgiven:  # noqa: N801 (likewise)
+    """A context manager: NetlinkError with the errno *code* inside it counts as success.
+
+    The kernel reports with it that what was asked for is already so.
+    """
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -41,7 +43,10 @@ class forgiven:  # noqa: N801
 
 
 def refusal(what: str, number: int) -> KernelError | PrivilegeError:
-    """The error for errno *number*."""
+    """The error for errno *number*; *what* says what was being done.
+
+    VanishedError if the device is not there, PrivilegeError without CAP_NET_ADMIN, KernelError for all else.
+    """
     if number in (errno.ENODEV, errno.ENXIO):
         return VanishedError(f"{what}: the device is not there", errno=number)
     if number in (errno.EPERM, errno.EACCES):

@@ -1,6 +1,6 @@
-"""Packet sockets that the kernel filters: a guest's own frames on its tap, and announcements on an uplink.
+"""Packet sockets: one that sends, and those that hear only what their filter lets through.
 
-The filters are classic BPF (linux/filter.h).
+The filters are classic BPF programs (linux/filter.h), which the kernel runs on every frame.
 """
 
 from __future__ import annotations
@@ -12,20 +12,28 @@ import struct
 import threading
 import time
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvmifup.node.frames import ETH_P_ARP, ETH_P_IPV6, NEIGHBOUR_ADVERTISEMENT
+from kvmifup.node.messages import mac_bytes
 
 SIOCGIFHWADDR = 0x8927  # linux/sockios.h
+ETH_P_ALL = 3  # linux/if_ether.h
+SO_ATTACH_FILTER, SO_TIMESTAMPNS = 26, 35  # asm-generic/socket.h
 NAMESPACE = Path("/proc/thread-self/ns/net")
+SNAP = 128  # bytes of a frame that we look at, at most
+
+
+# --- sending ----------------------------------------------------------------------------------------------
 
 
 class Sender:
-    """A packet socket that receives nothing, for all that this process announces; also from several threads.
+    """A packet socket that only sends, for everything that this process sends; for several threads at once.
 
     It stays open because closing one takes the kernel a grace period of RCU (`packet_release` in
-    net/packet/af_packet.c): 7 to 15 ms, longer than all the rest of a hook. It belongs to the network
-    namespace that it was opened in, so it is opened anew in another.
+    net/packet/af_packet.c): 7 to 15 ms, longer than all the rest of a hook. A socket belongs to the network
+    namespace that it was opened in, so a thread in another one opens it anew.
     """
 
     def __init__(self) -> None:
@@ -34,7 +42,7 @@ class Sender:
         self._socket: socket.socket | None = None
 
     def socket(self) -> socket.socket:
-        """The socket. Raises OSError."""
+        """The socket of the calling thread's network namespace. Raises OSError."""
         with self._lock:
             namespace = NAMESPACE.readlink()
             if self._socket is None or self._namespace != namespace:
@@ -46,7 +54,7 @@ class Sender:
 
     @property
     def descriptor(self) -> int | None:
-        """What must be kept open in a child that goes on sending."""
+        """The descriptor that a child needs to go on sending; None while there is no socket."""
         return self._socket.fileno() if self._socket else None
 
 
@@ -54,41 +62,25 @@ sender = Sender()
 
 
 def mac_of(via: socket.socket, dev: str) -> bytes:
-    """The MAC of *dev*. Raises OSError."""
+    """The MAC of *dev*, asked for through *via*, any socket. Raises OSError."""
     answer = fcntl.ioctl(via, SIOCGIFHWADDR, struct.pack("16s16x", os.fsencode(dev)))
     return answer[18:24]  # struct ifreq: the name, a family, the address
 
 
-def close(packet_socket: socket.socket) -> None:
-    """Close *packet_socket*, and do not wait until it is: see `Sender`."""
-    threading.Thread(target=packet_socket.close, daemon=True).start()
+def send(dev: str, frames: Sequence[bytes]) -> None:
+    """Send *frames* out of *dev*. Raises OSError."""
+    via = sender.socket()
+    for frame in frames:
+        via.sendto(frame, (dev, 0))
 
 
-ETH_P_ALL = 3  # linux/if_ether.h
-SO_ATTACH_FILTER, SO_TIMESTAMPNS = 26, 35  # asm-generic/socket.h
-SNAP = 128  # bytes of a frame that we look at, at most
+# --- filters ----------------------------------------------------------------------------------------------
 
-Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, operand: struct sock_filter
+Instruction = tuple[int, int, int, int]  # struct sock_filter: code, instructions to skip if true and if false, operand
 LOAD_WORD, LOAD_HALF, LOAD_BYTE, TO_X = 0x20, 0x28, 0x30, 0x07
 IF_EQUAL, IF_EQUAL_X, RETURN = 0x15, 0x1D, 0x06
 PACKET_TYPE = 0xFFFFF004  # SKF_AD_OFF + SKF_AD_PKTTYPE
 PACKET_OUTGOING = 4  # linux/if_packet.h
-
-
-def from_the_guest(mac: str) -> list[Instruction]:
-    """Frames that come out of a tap with the source address *mac*, not those that we send into it."""
-    packed = bytes.fromhex(mac.replace(":", ""))
-    return [
-        (LOAD_WORD, 0, 0, PACKET_TYPE),
-        (IF_EQUAL, 5, 0, PACKET_OUTGOING),
-        (LOAD_WORD, 0, 0, 6),
-        (IF_EQUAL, 0, 3, int.from_bytes(packed[:4], "big")),
-        (LOAD_HALF, 0, 0, 10),
-        (IF_EQUAL, 0, 1, int.from_bytes(packed[4:], "big")),
-        (RETURN, 0, 0, SNAP),
-        (RETURN, 0, 0, 0),
-    ]
-
 
 # What another node sends when a guest has arrived there: ARP whose sender is its target, and advertisements.
 GRATUITOUS_ARP: list[Instruction] = [
@@ -107,54 +99,66 @@ ADVERTISEMENTS: list[Instruction] = [
     (RETURN, 0, 0, SNAP),
     (RETURN, 0, 0, 0),
 ]
+EVERYTHING: list[Instruction] = [(RETURN, 0, 0, SNAP)]
+
+
+def from_the_guest(mac: str) -> list[Instruction]:
+    """Frames that come out of a tap with the source address *mac*, not those that we send into it."""
+    packed = mac_bytes(mac)
+    return [
+        (LOAD_WORD, 0, 0, PACKET_TYPE),
+        (IF_EQUAL, 5, 0, PACKET_OUTGOING),
+        (LOAD_WORD, 0, 0, 6),
+        (IF_EQUAL, 0, 3, int.from_bytes(packed[:4], "big")),
+        (LOAD_HALF, 0, 0, 10),
+        (IF_EQUAL, 0, 1, int.from_bytes(packed[4:], "big")),
+        (RETURN, 0, 0, SNAP),
+        (RETURN, 0, 0, 0),
+    ]
+
+
+# --- listening --------------------------------------------------------------------------------------------
 
 
 def guest_listener(tap: str, mac: str) -> socket.socket:
     """A non-blocking socket for what the guest with *mac* sends on *tap*. Raises OSError.
 
-    For every ethertype: a bridge takes a port's frames away before a socket for one ethertype would get them
+    It takes every ethertype: a bridge takes a port's frames away before a socket for one ethertype would get them
     (`__netif_receive_skb_core` in net/core/dev.c).
     """
-    listener = _listen(tap, ETH_P_ALL, from_the_guest(mac))
-    listener.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-    return listener
+    made = listener(tap, ETH_P_ALL, from_the_guest(mac))
+    made.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    return made
 
 
 def uplink_listener(uplink: str, family: int) -> socket.socket:
     """A non-blocking socket for announcements of *family*, 4 or 6, that come in on *uplink*. Raises OSError.
 
-    For one ethertype: it costs the uplink's other traffic nothing, and never shows what we send.
+    It takes one ethertype. So the uplink's other traffic does not pass the filter at all, and what this node sends
+    is never heard.
     """
     if family == 4:
-        return _listen(uplink, ETH_P_ARP, GRATUITOUS_ARP)
-    return _listen(uplink, ETH_P_IPV6, ADVERTISEMENTS)
+        return listener(uplink, ETH_P_ARP, GRATUITOUS_ARP)
+    return listener(uplink, ETH_P_IPV6, ADVERTISEMENTS)
 
 
-def _listen(dev: str, ethertype: int, program: list[Instruction]) -> socket.socket:
-    listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+def listener(dev: str, ethertype: int, program: list[Instruction]) -> socket.socket:
+    """A non-blocking socket for the frames of *ethertype* on *dev* that *program* lets through. Raises OSError."""
+    made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
     try:
         code = array("B", b"".join(struct.pack("=HBBI", *line) for line in program))
-        listener.setsockopt(
-            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program), code.buffer_info()[0])
-        )
-        listener.bind((dev, ethertype))  # only now: before the filter everything would get in
+        fprog = struct.pack("@HP", len(program), code.buffer_info()[0])
+        made.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+        made.bind((dev, ethertype))  # after the filter is attached, or other frames would get in before
     except OSError:
-        listener.close()
+        made.close()
         raise
-    return listener
+    return made
 
 
-def is_device(name: str, index: int) -> bool:
-    """Whether *name* is still the device with *index*: a listener stays with the device that it began with."""
-    try:
-        return socket.if_nametoindex(name) == index
-    except OSError:
-        return False
-
-
-def receive(listener: socket.socket) -> tuple[bytes, float]:
+def receive(via: socket.socket) -> tuple[bytes, float]:
     """A frame of a `guest_listener`, and when the kernel got it, in seconds since 1970. Raises OSError."""
-    frame, ancillary, _flags, _address = listener.recvmsg(SNAP, 64)
+    frame, ancillary, _flags, _address = via.recvmsg(SNAP, 64)
     for level, kind, value in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
             seconds, nanoseconds = struct.unpack("@ll", value[:16])
@@ -162,8 +166,14 @@ def receive(listener: socket.socket) -> tuple[bytes, float]:
     return frame, time.time()
 
 
-def send(dev: str, frames: list[bytes]) -> None:
-    """Send *frames* out of *dev*. Raises OSError."""
-    via = sender.socket()
-    for frame in frames:
-        via.sendto(frame, (dev, 0))
+def is_device(name: str, index: int) -> bool:
+    """Whether *name* is still the device with *index*; a listener stays with the device that it was bound to."""
+    try:
+        return socket.if_nametoindex(name) == index
+    except OSError:
+        return False
+
+
+def close(packet_socket: socket.socket) -> None:
+    """Close *packet_socket* in a thread of its own, because that takes long: see `Sender`."""
+    threading.Thread(target=packet_socket.close, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What kvmifup.netlink reads and writes, beside what `ip` says of the same node."""
+"""What kvmifup.node.netlink reads and writes, beside what `ip` says of the same node."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_foreign_rule_is_put_back_as_it_was(selector: str, uplinked: Node) -> 
     before = netns.ask("-4 rule")
     kernel = Kernel()
     try:
-        (rule,) = kernel._rules_of(4, "tap1")
+        (rule,) = kernel._view.rules(4, "tap1")
         assert rule.selectors
         if "dport" in selector:
             return  # a range of ports is beyond a journal; as before, it is left to others
@@ -161,9 +161,11 @@ def test_a_foreign_rule_is_put_back_as_it_was(selector: str, uplinked: Node) -> 
 
 
 def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next_one(rt: netlink.Netlink) -> None:
-    rt._send(messages.RTM_GETRULE, messages.NLM_F_DUMP, messages.FIB_RULE_HDR.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0))
+    rt.transport.send(
+        messages.RTM_GETRULE, messages.NLM_F_DUMP, messages.FIB_RULE_HDR.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0)
+    )
     assert rt.link("lo").index == 1
-    rt._send(
+    rt.transport.send(
         messages.RTM_GETROUTE, 0, messages.RTMSG.pack(2, 32, 0, 0, 0, 0, 0, 0, 0) + messages.attribute(1, bytes(4))
     )
     assert [messages.text(messages.attributes(one, 28).get(3)) for one in rt.rules(socket.AF_INET, "none")] == []
@@ -241,5 +243,5 @@ def test_garbage_is_nothing(rt: netlink.Netlink) -> None:
     assert messages.attributes(b"") == messages.attributes(b"\x01\x00") == messages.attributes(bytes(64)) == {}
     assert messages.attributes(struct.pack("=HH4s", 4000, 1, b"abcd")) == {1: b"abcd"}
     with pytest.raises(messages.NetlinkError) as caught:
-        rt._ask(messages.RTM_GETLINK, 0, b"short")
+        rt.transport.ask(messages.RTM_GETLINK, 0, b"short")
     assert caught.value.errno == errno.EINVAL

@@ -206,18 +206,18 @@ def test_the_table(uplinked: Node) -> None:
 
 def test_show_changes_nothing_and_asks_once(uplinked: Node) -> None:
     """However many NICs there are, the same number of dumps."""
-    from kvmifup.node.netlink import Netlink
+    from kvmifup.node.transport import Transport
 
     asked: list[int] = []
     counts = []
     with pytest.MonkeyPatch.context() as patch:
-        send = Netlink._send
+        send = Transport.send
 
-        def counting(self: Netlink, kind: int, flags: int, body: bytes) -> int:
+        def counting(self: Transport, kind: int, flags: int, body: bytes) -> int:
             asked.append(kind)
             return send(self, kind, flags, body)
 
-        patch.setattr(Netlink, "_send", counting)
+        patch.setattr(Transport, "send", counting)
         for number in range(1, 4):
             tap = f"tap{number}"
             netns.add_tap(tap)

@@ -25,12 +25,12 @@ def nic(*ip: str) -> Nic:
 
 
 def test_our_own_kind_of_announcement_is_understood() -> None:
-    assert frames.announced(ARP) == ("192.0.2.8", OTHER)
-    assert frames.announced(NA) == ("2001:db8::8", OTHER)
+    assert frames.announcement_in(ARP) == ("192.0.2.8", OTHER)
+    assert frames.announcement_in(NA) == ("2001:db8::8", OTHER)
 
 
 def test_so_is_an_arp_reply_with_sender_and_target_alike() -> None:
-    assert frames.announced(ARP[:20] + b"\0\2" + ARP[22:]) == ("192.0.2.8", OTHER)
+    assert frames.announcement_in(ARP[:20] + b"\0\2" + ARP[22:]) == ("192.0.2.8", OTHER)
 
 
 @pytest.mark.parametrize(
@@ -50,19 +50,19 @@ def test_so_is_an_arp_reply_with_sender_and_target_alike() -> None:
     ids=str,
 )
 def test_what_moves_no_address_is_none(frame: bytes) -> None:
-    assert frames.announced(frame) is None
+    assert frames.announcement_in(frame) is None
 
 
 @given(st.binary(max_size=128))
 def test_no_frame_is_too_strange(frame: bytes) -> None:
     for head in (b"", ARP[:14], NA[:14], NA[:56]):
-        frames.announced(head + frame)
+        frames.announcement_in(head + frame)
 
 
 @given(st.integers(0, len(NA)))
 def test_no_frame_is_too_short(length: int) -> None:
-    assert frames.announced(ARP[: min(length, 41)]) is None
-    assert frames.announced(NA[: min(length, 77)]) is None
+    assert frames.announcement_in(ARP[: min(length, 41)]) is None
+    assert frames.announcement_in(NA[: min(length, 77)]) is None
 
 
 def test_the_names_of_frames() -> None:
@@ -149,7 +149,7 @@ def test_announcements_pass(frame: bytes) -> None:
 def test_the_filter_lets_everything_pass_that_announces_something(frame: bytes) -> None:
     for head in (b"", ARP[:28], NA[:20], NA[:54]):
         whole = head + frame
-        if frames.announced(whole):
+        if frames.announcement_in(whole):
             assert heard(whole)
 
 

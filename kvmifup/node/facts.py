@@ -1,0 +1,125 @@
+"""The facts about the node that a plan for a NIC needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from kvmifup.core.errors import VanishedError
+from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
+from kvmifup.inputs import tables
+from kvmifup.node import programs
+from kvmifup.node.messages import (
+    ARPHRD_ETHER,
+    IFF_UP,
+    RTN_ANYCAST,
+    RTN_BROADCAST,
+    RTN_LOCAL,
+    RTN_MULTICAST,
+    Link,
+)
+from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysctl, sysfs_of
+from kvmifup.node.view import View
+
+# Why an address whose route is of this type cannot be a guest's.
+NOT_A_GUESTS = {
+    RTN_LOCAL: "is this node's own address",
+    RTN_BROADCAST: "is a broadcast address here",
+    RTN_ANYCAST: "is an anycast address here",
+    RTN_MULTICAST: "is a multicast address here",
+}
+
+
+def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
+    """What a plan for *nic* needs to know; everything is read anew. Raises KernelError, NotReadyError, ConfigError."""
+    view.refresh()
+    ipv6 = has_ipv6()
+    facts = NodeFacts(
+        tap=tap_called(nic.tap, view),
+        bridge=bridge_of(nic, view) if nic.mode in ("bridged", "openvswitch") else None,
+        program=programs.find(programs.DIRECTORY, nic.link) if nic.mode == "ext" and nic.link else None,
+        rules=tuple(rule for family in (4, 6)[: 1 + ipv6] for rule in view.rules(family, nic.tap)),
+        ipv6=ipv6,
+    )
+    if nic.mode != "routed":
+        return facts
+    table = MAIN_TABLE if nic.link is None else tables.number(nic.link)
+    disabled = f"net/ipv6/conf/{nic.tap}/disable_ipv6"
+    return replace(
+        facts,
+        table=table,
+        uplinks=() if table is None else tuple(uplinks_of(nic, table, config, view)),
+        taken=() if table is None else tuple(taken(nic, table, view)),
+        ipv6_mend=(assignment(disabled, "0"),) if sysctl(disabled) not in (None, "0") else (),
+    )
+
+
+def tap_called(name: str, view: View) -> Tap | None:
+    """The tap *name*, None if there is no such device."""
+    try:
+        link = view.link(name)
+    except VanishedError:
+        return None
+    return Tap(ifindex=link.index, is_tap=link.kind == "tun" and link.type == ARPHRD_ETHER)
+
+
+def bridge_of(nic: Nic, view: View) -> Bridge | None:
+    """The bridge, Linux's or Open vSwitch's, that the link of *nic* names; None if there is no such device."""
+    name = nic.link or ""
+    try:
+        link = view.link(name)
+    except VanishedError:
+        return None
+    if nic.mode == "openvswitch":
+        return Bridge(
+            is_bridge=view.is_ovs_bridge(name),
+            up=True,
+            mac=link.address or "",
+            mtu=link.mtu,
+            stp=False,
+            forward_delay=0.0,
+            adopts=False,
+        )
+    is_bridge = link.kind == "bridge"
+    return Bridge(
+        is_bridge=is_bridge,
+        up=bool(link.flags & IFF_UP),
+        mac=link.address or "",
+        mtu=link.mtu,
+        stp=link.stp,
+        forward_delay=link.forward_delay,
+        adopts=is_bridge and would_adopt(name, link, nic.tap),
+    )
+
+
+def would_adopt(name: str, bridge: Link, tap: str) -> bool:
+    """Whether *bridge* would take over the MAC of *tap*: it has neither a MAC of its own nor another port."""
+    sysfs = sysfs_of(name, bridge)
+    if sysfs is None:
+        # /sys is another network namespace's. A bridge without a carrier has no live port that it could follow.
+        return not bridge.carrier
+    return not address_is_set(sysfs) and not ports_of(sysfs) - {tap}
+
+
+def uplinks_of(nic: Nic, table: int, config: Config, view: View) -> Iterator[Uplink]:
+    """The uplinks of *nic*: the configured ones, or the devices of the default routes in *table*, or else in main."""
+    for family in sorted({prefix.version for prefix in nic.ip}):
+        names = config.routed.uplinks
+        if names is None:
+            names = view.default_devices(family, table) or view.default_devices(family, MAIN_TABLE)
+        yield from (view.uplink(name, family) for name in names if name != nic.tap)
+
+
+def taken(nic: Nic, table: int, view: View) -> Iterator[tuple[str, str]]:
+    """Each address or prefix of *nic* that means something else on this node, and what it is here."""
+    for prefix in nic.ip:
+        why = None
+        if prefix.prefixlen == prefix.max_prefixlen:
+            why = NOT_A_GUESTS.get(view.route_type(prefix.version, str(prefix.network_address)))
+        for route in view.routes_to(prefix, table):
+            dev = None if route.oif is None else device_name(route.oif)
+            if dev != nic.tap:
+                out = "to a next hop" if dev is None else f"out of {dev}"
+                why = why or f"is already routed {out} in table {table}"
+        if why:
+            yield str(prefix), why

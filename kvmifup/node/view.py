@@ -1,0 +1,178 @@
+"""What a run has read of the node so far: the kernel is asked again only after something may have changed."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+
+from kvmifup.core.errors import VanishedError
+from kvmifup.core.model import Prefix, Uplink
+from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl
+from kvmifup.node import messages, ovs
+from kvmifup.node.foreign_rules import rule_of
+from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
+from kvmifup.node.netlink import Netlink
+from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
+from kvmifup.node.refusals import refusal, refusals
+
+
+class View:
+    """A netlink socket, what it has told since the last change, and which devices this run is about.
+
+    What asks the kernel raises VanishedError for a device that is not there, and KernelError for any other refusal.
+    """
+
+    def __init__(self) -> None:
+        self.netlink = Netlink()
+        self._indices: dict[str, int] = {}  # of every device that was looked at; never forgotten
+        self._links: dict[str, Link] = {}
+        self._rules: dict[tuple[int, str], list[Rule]] = {}
+        self._routes: dict[tuple[int, int], list[bytes]] = {}
+        self._default_devices: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._uplinks: dict[tuple[str, int], Uplink] = {}
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.netlink.close()
+
+    def refresh(self) -> None:
+        """Forget what was read, because something may have changed."""
+        self._links.clear()
+        self._rules.clear()
+        self._uplinks.clear()
+        self._forget_routes()
+
+    def forget(self, op: Op) -> None:
+        """Forget what writing *op* may have changed. Changing a link can change anything."""
+        match op:
+            case Neighbour() | ProxyNeighbour() | Announce():
+                pass
+            case Rule():
+                self._rules.clear()
+            case Route() | Sysctl():  # turning IPv6 forwarding on removes routes: rt6_purge_dflt_routers
+                self._forget_routes()
+            case _:
+                self.refresh()
+
+    def _forget_routes(self) -> None:
+        self._routes.clear()
+        self._default_devices.clear()
+
+    # --- devices ------------------------------------------------------------------------------------------
+
+    def ifindex(self, dev: str) -> int | None:
+        """The index that *dev* has now, None if there is no such device."""
+        return self.netlink.index(dev)
+
+    def index(self, dev: str) -> int:
+        """The index that *dev* has now. Raises VanishedError, also if it is not the device any more that it was."""
+        index = self.ifindex(dev)
+        if index is None:
+            raise refusal(f"reading {dev}", errno.ENODEV)
+        self._check_same(dev, index)
+        return index
+
+    def link(self, dev: str) -> Link:
+        """The device *dev*. Raises VanishedError, also if it is not the device any more that it was."""
+        if dev not in self._links:
+            with refusals(f"reading {dev}"):
+                link = self.netlink.link(dev)
+            self._check_same(dev, link.index)
+            self._links[dev] = link
+        return self._links[dev]
+
+    def _check_same(self, dev: str, index: int) -> None:
+        """Raise VanishedError if *dev* has become another device, which can happen at any moment.
+
+        What this run has read and wants to write is not about that one.
+        """
+        if self._indices.setdefault(dev, index) != index:
+            raise VanishedError(f"{dev} is another device now", errno=errno.ENODEV)
+
+    def uplink(self, dev: str, family: int) -> Uplink:
+        """The uplink *dev* for *family*, 4 or 6; also if there is no such device."""
+        if (dev, family) not in self._uplinks:
+            self._uplinks[dev, family] = self._uplink(dev, family)
+        return self._uplinks[dev, family]
+
+    def _uplink(self, dev: str, family: int) -> Uplink:
+        try:
+            link = self.link(dev)
+        except VanishedError:
+            return Uplink(dev, family, present=False)
+        needed = {f"net/ipv{family}/conf/{dev}/forwarding": "1"}
+        if family == 6:
+            # IPv6 forwards for all devices or none (ip6_forward), and answers per device (ndisc_recv_ns).
+            needed |= {"net/ipv6/conf/all/forwarding": "1", f"net/ipv6/conf/{dev}/disable_ipv6": "0"}
+        return Uplink(
+            dev,
+            family,
+            present=True,
+            up=bool(link.flags & IFF_UP),
+            arp=link.type == ARPHRD_ETHER and not link.flags & IFF_NOARP,
+            mend=tuple(assignment(path, value) for path, value in needed.items() if sysctl(path) != value),
+            source=link_local(dev) if family == 6 else None,
+        )
+
+    # --- rules, routes, neighbours ------------------------------------------------------------------------
+
+    def rules(self, family: int, iif: str) -> list[Rule]:
+        """Every policy rule of *family*, 4 or 6, that names the incoming device *iif*."""
+        if (family, iif) not in self._rules:
+            with refusals("reading policy rules"):
+                found = self.netlink.rules(FAMILIES[family], iif)
+            self._rules[family, iif] = [rule_of(message, family, iif) for message in found]
+        return self._rules[family, iif]
+
+    def routes(self, family: int, table: int) -> list[bytes]:
+        """Every route of *family*, 4 or 6, in *table*, as whole messages."""
+        if (family, table) not in self._routes:
+            with refusals(f"reading table {table}"):
+                self._routes[family, table] = self.netlink.routes(FAMILIES[family], table)
+        return self._routes[family, table]
+
+    def routes_to(self, prefix: Prefix, table: int) -> list[RouteEntry]:
+        """The routes in *table* to exactly *prefix*."""
+        return messages.routes_to(prefix, self.routes(prefix.version, table))
+
+    def routes_of(self, op: Route) -> list[RouteEntry]:
+        """The routes that *op* is about: to its prefix, out of its device.
+
+        If the table has not been read yet, the kernel is asked only for the routes out of that device.
+        """
+        prefix, index = ipaddress.ip_network(op.prefix), self.index(op.dev)
+        routes = self._routes.get((prefix.version, op.table))
+        if routes is None:
+            with refusals(f"reading table {op.table}"):
+                routes = self.netlink.routes(FAMILIES[prefix.version], op.table, index)
+        return [route for route in messages.routes_to(prefix, routes) if route.oif == index]
+
+    def default_devices(self, family: int, table: int) -> tuple[str, ...]:
+        """The devices that the default routes of *family*, 4 or 6, in *table* lead out of."""
+        if (family, table) not in self._default_devices:
+            found = messages.default_devices(self.routes(family, table))
+            self._default_devices[family, table] = tuple(map(device_name, found))
+        return self._default_devices[family, table]
+
+    def route_type(self, family: int, address: str) -> int:
+        """The type (RTN_*) of the route to *address*; 0 if there is none, or it is unreachable."""
+        try:
+            return self.netlink.route_type(FAMILIES[family], address)
+        except NetlinkError:
+            return 0
+
+    def neighbour(self, dev: str, address: str, flags: int) -> tuple[int, str | None] | None:
+        """State (NUD_*) and MAC of a neighbour entry, with *flags* NTF_PROXY of a proxy one; None if there is none."""
+        index = self.index(dev)
+        with refusals(f"reading neighbour {address} on {dev}"):
+            return self.netlink.neighbour(index, address, flags)
+
+    # --- Open vSwitch -------------------------------------------------------------------------------------
+
+    def is_ovs_bridge(self, name: str) -> bool:
+        """Whether Open vSwitch has a bridge *name*. Raises NotReadyError."""
+        return ovs.has_bridge(name)
+
+    def ovs_port(self, name: str) -> str | None:
+        """The Open vSwitch port *name*, as `ovs.port` says it. Raises NotReadyError, ProgramError."""
+        return ovs.port(name)
