@@ -142,7 +142,7 @@ def canonical(vlan: str) -> str:
 
 def external(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     """The administrator's own program, told the phase and the NIC."""
-    assert facts.program is not None  # kvmifup.programs.find has refused a missing one
+    assert facts.program is not None  # kvmifup.node.programs.find has refused a missing one
     given = {
         "INTERFACE": nic.tap,
         "MODE": nic.mode,

@@ -18,7 +18,7 @@ from kvmifup.runs.store import Store
 
 
 class Node(Protocol):
-    """What can be read and written: `kvmifup.kernel.Kernel`, or a stand-in that fails on purpose."""
+    """What can be read and written: `kvmifup.node.kernel.Kernel`, or a stand-in that fails on purpose."""
 
     def read(self, op: Op) -> Value:
         """The value the node has now for *op*. Raises VanishedError, KernelError."""
