@@ -256,7 +256,7 @@ def test_every_key_of_a_nic_file_is_explained() -> None:
 
 
 def test_every_name_in_the_environment_is_explained() -> None:
-    text = (ROOT / "kvmifup/inputs.py").read_text(encoding="utf-8")
+    text = (ROOT / "kvmifup/inputs/environment.py").read_text(encoding="utf-8")
     read = set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', text))
     listed = {name for entry in section("kvm-ifup-nic.5", "ENVIRONMENT").entries for name in entry.split(", ")}
     assert listed == read
