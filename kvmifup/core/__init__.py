@@ -1,1 +1,1 @@
-"""What everybody speaks of: errors, ops, the model. No I/O."""
+"""Errors, ops and the model: all other rooms use them. No I/O."""

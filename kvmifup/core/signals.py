@@ -14,16 +14,17 @@ _callers = threading.local()
 
 
 def catch() -> None:
-    """From now on SIGTERM, SIGINT and SIGHUP only take note; `checkpoint` acts on it."""
+    """From now on SIGTERM, SIGINT and SIGHUP are only noted; `checkpoint` acts on them."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: _arrived.append(number))
 
 
 @contextmanager
 def while_wanted(gone: Callable[[], bool]) -> Iterator[None]:
-    """In here, `checkpoint` also stops this thread once *gone* says that its caller has gone.
+    """Inside, `checkpoint` also stops this thread once *gone* says that its caller has gone.
 
-    A hook that is killed puts back what it has done; one that the agent runs must do the same.
+    A hook that gets a signal puts back what it has done. A hook that the agent runs must do the same when its
+    caller is killed.
     """
     _callers.gone = gone
     try:
