@@ -22,7 +22,7 @@ from kvmifup.runs.shared import with_claims
 def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], session: Session) -> Outcome:
     """Undo all that was done for *tap*; without a journal, withdraw the NIC that *describe* knows, if any.
 
-    Repeating it succeeds. A tap that is another guest's than *instance*'s by now is left alone: names are
+    A second run succeeds. A tap that belongs to another guest than *instance* by now is left alone: names are
     reused at once, and a manager may be late.
 
     Raises LockTimeoutError, JournalError, NamespaceError, and RollbackError for what could not be undone.

@@ -39,10 +39,10 @@ class Session:
         self.kernel.refresh()
 
     def share(self, stack: ExitStack, nics: Sequence[Nic], journals: Iterable[Journal] = ()) -> None:
-        """Hold the lock of what taps share, too, if a run for *nics*, or with *journals* so far, can change any of it.
+        """Also hold the lock of what taps share, if a run for *nics* with these *journals* can change any of it.
 
-        After those of taps, always, so that no two runs wait for each other. A run that does not need it must not
-        have it: a program of the administrator's can take long, and every routed guest would wait for it.
+        Always after those of taps, so that no two runs wait for each other. A run that does not need it must not
+        hold it: an administrator's program can take long, and every routed guest would wait for it.
 
         Raises LockTimeoutError, and what *journals* raise.
         """
@@ -52,7 +52,7 @@ class Session:
             self.kernel.refresh()
 
     def dated(self, journal: Journal) -> Journal:
-        """*journal*, as of now and of this run: it has reached a phase, or had something to mend."""
+        """*journal* with the time and the caller of this run, which has reached a phase or changed something."""
         return replace(journal, since=time.time(), by=self.by, reason=self.reason)
 
     @property
