@@ -25,7 +25,7 @@ Observer = Callable[[str, int, float, Sequence[KvmIfupError]], None]
 
 
 def script(program: str, note: str = "") -> NoReturn:
-    """*program* in this process. *note* says why the agent has not done it; -v prints it."""
+    """*program* in this process. *note* says why the agent has not done it, to who asks for more (-v)."""
     from kvmifup.runs import announcing
 
     signals.catch()
