@@ -1,1 +1,1 @@
-"""Errors, ops and the model: all other rooms use them. No I/O."""
+"""What everybody speaks of: errors, ops, the model. No I/O."""

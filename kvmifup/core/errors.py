@@ -6,7 +6,7 @@
     ├── UsageError         64  the command line, or it contradicts the environment
     ├── NicError           65  a NIC's description is wrong, missing or not to be trusted
     ├── NotReadyError      69  the node cannot take this NIC: nothing was touched, or all was put back
-    ├── NamespaceError     69  the tap's journal belongs to another network namespace: nothing was touched
+    ├── NamespaceError     69  the tap's journal is of another network namespace: nothing was touched
     ├── BugError           70  our own mistake
     ├── JournalError       70  a journal that cannot be read
     ├── RollbackError      70  something failed, and so did putting it back
@@ -52,7 +52,7 @@ class UsageError(KvmIfupError):
 
 
 class NicError(KvmIfupError):
-    """The description of the NIC is wrong, missing, or could have been written by others than root."""
+    """What describes the NIC is wrong, missing, or could have been written by somebody else."""
 
     code = 65
     reference = "see kvm-ifup-nic(5)"
@@ -65,31 +65,31 @@ class NotReadyError(KvmIfupError):
 
 
 class NamespaceError(KvmIfupError):
-    """A tap of this name is wired in another network namespace: only a run in there can touch it."""
+    """The tap of this name that is wired is in another network namespace, where only a run in there can touch it."""
 
     code = 69
 
 
 class BugError(KvmIfupError):
-    """An unexpected exception: a mistake in kvm-ifup."""
+    """An unforeseen exception: ours to mend."""
 
     code = 70
 
 
 class JournalError(KvmIfupError):
-    """The journal of a tap cannot be read, so nobody knows what it would have undone."""
+    """The journal of a tap cannot be read, so what it promised to undo is unknown."""
 
     code = 70
 
 
 class RollbackError(KvmIfupError):
-    """A run failed, and not all of its changes could be undone; the journal has the rest."""
+    """Something failed, and what had been done could not all be put back; the journal remembers it."""
 
     code = 70
 
 
 class KernelError(KvmIfupError):
-    """The kernel refused a change, for the reason `errno`. What had been done was put back."""
+    """The kernel refused a change; `errno` is its number. What had been done was put back."""
 
     code = 71
 
@@ -105,7 +105,7 @@ class VanishedError(KernelError):
 class ProgramError(KvmIfupError):
     """ovs-vsctl or an administrator's program failed or took too long. What had been done was put back.
 
-    *untouched*: the program ended by itself, so it has left everything as it was, and there is nothing to undo.
+    *untouched*: it ended by itself and so left things as it found them; there is nothing of it to undo.
     """
 
     code = 71
@@ -134,14 +134,14 @@ class PrivilegeError(KvmIfupError):
 
 
 class ConfigError(KvmIfupError):
-    """The configuration is wrong, missing, or could have been written by others than root."""
+    """The configuration is wrong, missing, or could have been written by somebody else."""
 
     code = 78
     reference = "see kvm-ifup.toml(5)"
 
 
 def raise_all(failures: Sequence[KvmIfupError]) -> None:
-    """Raise *failures*, if there are any: one as it is, several as a group."""
+    """Raise all that went wrong, if anything: the one error, or a group of several."""
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -156,7 +156,7 @@ def all_known(error: Exception, hint: str = "please report it") -> list[KvmIfupE
 
 
 def known(error: Exception, hint: str = "please report it") -> KvmIfupError:
-    """*error* as a `KvmIfupError`; *hint* is for an unexpected one."""
+    """*error* as one of ours, whatever it is; *hint* is for one that nobody has foreseen."""
     if isinstance(error, KvmIfupError):
         return error
     if isinstance(error, OSError):

@@ -11,7 +11,7 @@ from kvmifup.core.ops import Rule
 
 Prefix = IPv4Network | IPv6Network
 Message = tuple[str, str, str]  # an announcement: uplink, address, source (as in kvmifup.core.ops.Announce)
-# Sends the later rounds of an announcement: its messages, as long as the function says that they are still true.
+# Sends the later rounds of an announcement: what, and whether it is still true.
 Background = Callable[[Sequence[Message], Callable[[], bool]], None]
 
 MODES = ("bridged", "routed", "openvswitch", "ext")
@@ -92,10 +92,8 @@ class ExtConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """`[agent]`: *arrival_timeout* is how many seconds it waits for a guest to arrive.
-
-    *withdraw*: it takes a guest's traffic off this node when another node announces the guest. *idle_exit* is after
-    how many seconds with nothing to look after it ends, 0 for never.
+    """`[agent]`: for how many seconds it waits for a guest to arrive; whether it takes a guest's traffic off this
+    node when another one announces the guest; after how many idle seconds it exits, 0 for never.
     """
 
     arrival_timeout: float = 3600.0
@@ -143,7 +141,7 @@ class Uplink:
     """One uplink for one address family (4 or 6).
 
     *arp* is false on a device that has no neighbours to resolve (point-to-point, tunnel).
-    *mend* lists the sysctl settings without which the node does not forward what comes in there.
+    *mend* lists the sysctl settings that it takes for the node to forward what comes in there.
     *source* is the address that an NA is sent from there: its link-local one, None if it has none.
     """
 
@@ -161,9 +159,9 @@ class NodeFacts:
     """What a plan needs to know of the node, read once, before anything is touched.
 
     *table* is the number that `link` stands for, None when no such name is known. *rules* are all policy
-    rules that name the tap. *taken* has the addresses and prefixes that cannot be the guest's, each with
-    the reason. *program* is what wires an ext NIC. *ipv6*: the kernel has IPv6 at all; *ipv6_mend*: the sysctl
-    settings without which the tap has none.
+    rules that name the tap. *taken* says of a prefix or address why it cannot be the guest's.
+    *program* is what wires an ext NIC. *ipv6*: the kernel has IPv6 at all; *ipv6_mend*: the sysctl settings that
+    it takes to have it on the tap.
     """
 
     tap: Tap | None

@@ -1,8 +1,8 @@
 """The closed set of things that can be done to a node, each naming its target and the value wanted.
 
-An op is data: it can be compared, printed, stored in the journal, and turned round to undo it. `kvmifup.node.kernel`
-reads and writes the node's value for it; `kvmifup.phases` says which ops a NIC needs. A value is a string, a
-number or a boolean; None or False means that there is nothing.
+An op is data: it can be compared, printed, stored in the journal and turned round. What it takes to
+read or write the kernel's value for it is `kvmifup.kernel`'s business; which ops a NIC needs is
+`kvmifup.phases`'. A value is a string, a number or a boolean, and None or False where absence is meant.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Op:
         return want
 
     def before_us(self, found: Value) -> Value:
-        """The value to go back to when the guest has gone, if *found* was there before it came."""
+        """What to leave when the guest has gone, if *found* was there when it came."""
         return found
 
     def turned(self, want: Value) -> Op:

@@ -14,17 +14,16 @@ _callers = threading.local()
 
 
 def catch() -> None:
-    """From now on SIGTERM, SIGINT and SIGHUP are only noted; `checkpoint` acts on them."""
+    """From now on SIGTERM, SIGINT and SIGHUP only take note; `checkpoint` acts on it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: _arrived.append(number))
 
 
 @contextmanager
 def while_wanted(gone: Callable[[], bool]) -> Iterator[None]:
-    """Inside, `checkpoint` also stops this thread once *gone* says that its caller has gone.
+    """In here, `checkpoint` also stops this thread once *gone* says that its caller has gone.
 
-    A hook that gets a signal puts back what it has done. A hook that the agent runs must do the same when its
-    caller is killed.
+    A hook that is killed puts back what it has done; one that the agent runs must do the same.
     """
     _callers.gone = gone
     try:

@@ -1,4 +1,4 @@
-"""Text from others, made safe to print in a message."""
+"""Text of others, made fit for a message."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def as_told(error: Exception, limit: int = 80) -> str:
-    """The message of another library's *error*, cut to *limit* characters."""
+    """What a parser of somebody else's says, cut to *limit* characters."""
     text = str(error)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
