@@ -61,8 +61,8 @@ def ready(tap: str, session: Session) -> Ready | None:
 def arrive(ready: Ready, session: Session) -> Outcome | None:
     """Do what is *ready*; None, and nothing was done, if anything has changed since or somebody works on it.
 
-    Only what others may change at any time is read again. The rest was checked when it was made ready, and `settle`
-    checks everything again a moment later.
+    Only what others may change at any time is read again. The rest was checked when it was prepared, and the agent
+    has everything checked again a moment later.
     Raises what `apply.apply` raises.
     """
     tap = ready.outcome.tap
