@@ -17,7 +17,7 @@ from kvmifup.runs.up import up
 
 
 def run(call: Call) -> int:
-    """What the call's request asks for; returns 0. Raises KvmIfupError, or a group of them."""
+    """Do what the call's request asks for; returns 0. Raises KvmIfupError, or a group of them."""
     assert call.request is not None  # `main.execute` has made it
     return running.run(call, partial(carry_out, call, call.request))
 

@@ -99,7 +99,7 @@ def requested(call: Call) -> request.Request | None:
 
 
 def runner(verb: str) -> Callable[[Call], int]:
-    """What runs *verb*: of all modules of verbs, only this one is loaded."""
+    """The function that runs *verb*. Of all modules of verbs, only its own is loaded."""
     match verb:
         case "hook":
             from kvmifup.commands.hooks import run

@@ -29,7 +29,7 @@ class Node(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """An op and the value found; *needed* when that is not the value wanted."""
+    """An op and the value found; *needed* if that is not the value wanted."""
 
     op: Op
     now: Value
@@ -37,7 +37,7 @@ class Change:
 
     @property
     def entry(self) -> Entry:
-        """What the journal has to know."""
+        """The entry for the journal."""
         return Entry(self.op, self.now)
 
 
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def needed(self) -> tuple[Change, ...]:
-        """The changes that will write."""
+        """The changes that have to be written."""
         return tuple(change for change in self.changes if change.needed)
 
     @property

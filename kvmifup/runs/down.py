@@ -58,6 +58,6 @@ def taps_of_instance(instance: str, session: Session) -> list[str]:
 
 
 def present(ops: Sequence[Op], facts: NodeFacts) -> list[Op]:
-    """Those of *ops* whose device is there: what is on a device goes with it."""
+    """Those of *ops* whose device is there; what was on another one went with it."""
     gone = {uplink.name for uplink in facts.uplinks if not uplink.present}
     return [op for op in ops if getattr(op, "dev", None) not in gone and (facts.tap or op.outlives_tap)]

@@ -37,7 +37,7 @@ class Seen:
 
     @property
     def names(self) -> set[Hashable]:
-        """What `Store.others` finds the journal by."""
+        """The names by which `Store.others` finds the journal."""
         if self.journal is None:
             return set()
         nic, entries = self.journal.nic, (*self.journal.entries, *self.journal.pending)

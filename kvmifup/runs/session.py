@@ -19,7 +19,7 @@ from kvmifup.runs.store import Store
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with. *dry*: read only: no lock is taken and nothing is written, not even a journal.
+    """What a run works with. A *dry* one only reads: it takes no lock and writes nothing, not even a journal.
 
     *by* is who runs it: "hook", "person" or "agent", and *reason* why the agent does, as in the journal.
     """
@@ -57,7 +57,7 @@ class Session:
 
     @property
     def seconds(self) -> Mapping[tuple[object, ...], float] | None:
-        """How long each op took, by its key; None if nobody wanted to know."""
+        """How long each op took, by its key; None if that was not asked for."""
         return self.kernel.seconds if isinstance(self.kernel, Timed) else None
 
     def _hold(self, stack: ExitStack, names: Sequence[str]) -> None:

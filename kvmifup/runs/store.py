@@ -22,9 +22,11 @@ MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
 
 class Store:
-    """The journals below *run_dir* that belong to the network namespace in which the store is made: it neither loads
-    nor finds those of another one. Writing is atomic and survives a power cut; the next write replaces the temporary
-    file of a run that was killed."""
+    """The journals below *run_dir* of the network namespace in which the store is made.
+
+    It neither loads nor finds those of another one. Writing is atomic and survives a power cut. The next write
+    replaces the temporary file of a run that was killed.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -59,7 +61,7 @@ class Store:
         return self.directory / f"{tap}.json"
 
     def load(self, tap: str) -> Journal | None:
-        """The journal of *tap*, None if it has none. Raises JournalError; NamespaceError if it is another's."""
+        """The journal of *tap*, None if it has none. Raises JournalError; NamespaceError for another namespace's."""
         try:
             os.lstat(self.path(tap))  # most hooks find none, and this is quicker than what it takes to trust one
             _, journal = self.read(tap)
@@ -99,7 +101,7 @@ class Store:
         )
 
     def stamp(self, tap: str) -> Stamp | None:
-        """What changes whenever the journal of *tap* does; None if it has none."""
+        """A stamp that changes whenever the journal of *tap* does; None if it has none."""
         try:
             info = self.path(tap).stat()
         except OSError:

@@ -49,7 +49,7 @@ def verbose_lines(
 
 
 def remark_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """What is no error but should be known."""
+    """The remarks: no errors, but worth knowing."""
     yield from (f"{outcome.label}: {remark}" for outcome in outcomes for remark in outcome.remarks)
 
 
