@@ -1,12 +1,12 @@
-"""The start of every command: let the agent do it, else load all that it takes to do it here.
+"""The start of every command: hand it to the agent, or else do it in this process.
 
-A script runs this with next to nothing imported: each module costs a VM start that much more. So no
+Scripts run this with almost nothing imported, because every import delays the start of a VM. So it uses no
 `os`, `socket` or `struct`, and the fields of a message are separated by NULs, which neither arguments
 nor variables can contain.
 
-A request is a length (4 bytes, big-endian) and that many bytes, `PROTOCOL` and the version first. The agent
-answers with `ALIVE` every `HEARTBEAT` seconds until it is done, and in the end with `DONE`, the exit code
-(1 byte), and twice a length (4 bytes) and what goes to stdout and stderr; or it answers `REFUSED` and hangs up.
+A request is a length (4 bytes, big-endian) and that many bytes, `PROTOCOL` and the version first. While the agent
+works, it answers with `ALIVE` every `HEARTBEAT` seconds. In the end it answers with `DONE`, the exit code (1 byte), and
+the texts for stdout and stderr, each with its length (4 bytes). Or it answers `REFUSED` and hangs up.
 """
 
 import _socket
@@ -27,13 +27,13 @@ HEARTBEAT = 0.5  # seconds
 PATIENCE = 2  # whole seconds without a sign of life after which the agent counts as stuck
 NAMESPACE = "/proc/self/ns/net"
 
-# What these name may be relative to our own directory; and whoever uses them wants just that to be read.
-# `nic` reads standard input, and `watch` does not end.
+# These paths may be relative, so the command runs here. So do `nic`, which reads standard input, and `watch`,
+# which does not end.
 OURSELVES = ("--config", "--run-dir", "nic", "watch")
 
 
 def script(program: str) -> "NoReturn":
-    """What each script is: this process, as *program*."""
+    """Run *program* with the arguments of this process, and exit with its code: all that a script does."""
     why = "--config, --run-dir, nic or watch given"
     if not any(argument.startswith(OURSELVES) for argument in sys.argv[1:]):
         try:

@@ -46,14 +46,14 @@ ADDR_GEN_MODE_NONE = 1  # IN6_ADDR_GEN_MODE_NONE, linux/if_link.h
 
 
 def effective(asked: Phase, nic: Nic) -> Phase:
-    """The phase to run for the one *asked* for: without an elsewhere, pre goes on to post."""
+    """The phase to run when *asked* is called: for a NIC that is not incoming, pre becomes post."""
     return Phase.POST if asked is Phase.PRE and not nic.incoming else asked
 
 
 def plan(phase: Phase, nic: Nic, config: Config, facts: NodeFacts, *, announce: bool = False) -> tuple[Op, ...]:
     """The ops that make *nic* right for *phase*, in order; *announce* forces the announcement.
 
-    Raises NotReadyError for whatever would keep this node from running the guest, in either phase.
+    Raises NotReadyError if anything would keep this node from running the guest, also if only post would fail.
     """
     steps = tuple(wiring(nic, config, facts, announce=announce))
     return (*stale(facts, steps), *(op for since, op in steps if since <= phase))
@@ -85,7 +85,7 @@ def wiring(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
 
 def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     """A forwarding port of a bridge: all of it may be true on two nodes at once."""
-    assert nic.link is not None  # kvmifup.inputs sees to it
+    assert nic.link is not None  # kvmifup.inputs.values has checked it
     bridge = ready_bridge(nic, nic.link, config, facts.bridge)
     if facts.ipv6:
         yield PRE, AddrGenMode(nic.tap, ADDR_GEN_MODE_NONE)
@@ -121,7 +121,7 @@ def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> 
 
 def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
     """A port of an Open vSwitch bridge, its VLANs set in the same transaction that adds it."""
-    assert nic.link is not None  # kvmifup.inputs sees to it
+    assert nic.link is not None  # kvmifup.inputs.values has checked it
     if facts.bridge is None or not facts.bridge.is_bridge:
         raise NotReadyError(f"no such Open vSwitch bridge: {nic.link}", hint=f"`ovs-vsctl add-br {nic.link}`")
     if facts.ipv6:
@@ -217,9 +217,9 @@ def again(name: str, done: Iterable[Op], facts: NodeFacts) -> tuple[Op, ...]:
 
 
 def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:
-    """Whether *op* was done on an uplink that cannot be told now: no default route of its family leads anywhere.
+    """Whether *op* is about an uplink that cannot be found now, because there is no default route of its family.
 
-    So it is while an uplink is down, and for a while after. Nothing says that it has become wrong.
+    That is so while an uplink is down, and for a while after. It does not make *op* wrong.
     """
     if nic.mode != "routed" or config.routed.uplinks is not None:
         return False
@@ -239,7 +239,7 @@ def only_here(op: Op) -> bool:
 
 
 def tap_sysctls(nic: Nic, config: Config) -> Iterator[Op]:
-    """What makes the node the guest's router on this tap; it all dies with the tap."""
+    """What makes the node the guest's router on this tap; all of it goes with the tap."""
 
     def conf(family: int, name: str, value: str) -> Op:
         return Sysctl(family, "conf", nic.tap, name, False, value)
@@ -259,7 +259,7 @@ def tap_sysctls(nic: Nic, config: Config) -> Iterator[Op]:
 
 
 def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
-    """The uplinks of the NIC's families that have neighbours to answer. Raises NotReadyError."""
+    """The uplinks of the NIC's address families on which there are neighbours. Raises NotReadyError."""
     families = {prefix.version for prefix in nic.ip}
     if 6 in families and not facts.ipv6:
         raise NotReadyError("this node's kernel has no IPv6", hint="boot it without ipv6.disable=1")
@@ -281,7 +281,7 @@ def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
 
 
 def remarks(phase: Phase, nic: Nic, facts: NodeFacts) -> tuple[str, ...]:
-    """What is no error but worth a line to somebody who asks for more (-v)."""
+    """What is no error, but worth a line with -v."""
     if phase is Phase.DOWN or nic.mode != "routed":
         return ()
     lacking = sorted({prefix.version for prefix in nic.ip} - {uplink.family for uplink in facts.uplinks})
@@ -289,7 +289,7 @@ def remarks(phase: Phase, nic: Nic, facts: NodeFacts) -> tuple[str, ...]:
 
 
 def withdrawal(nic: Nic, facts: NodeFacts) -> tuple[Op, ...]:
-    """What takes a NIC's traffic off this node when no journal tells what was done: kvm-ifdown's fallback.
+    """The ops that take a NIC's traffic off this node when there is no journal: kvm-ifdown's fallback.
 
     Only what names the tap or the NIC's addresses; never anything that serves other guests as well.
     """

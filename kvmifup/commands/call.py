@@ -22,11 +22,11 @@ CAP_NET_ADMIN = 12  # linux/capability.h
 
 @dataclass
 class Call:
-    """*program*, called with *environ* and these streams; *stdin* None: there is none to read.
+    """*program*, called with *environ* and these streams; if *stdin* is None, there is none to read.
 
     *background* sends the later rounds of announcements; None leaves them out. *options*, *config* and *request* (of
-    a hook, or of `plan`) are there once they have been read. *done* has an `Outcome` for each NIC that something was
-    done to, *seconds* how long each op took, by its key, if somebody wants to know.
+    a hook, or of `plan`) are there once they have been read. *done* has an `Outcome` for each NIC that was worked on.
+    *seconds* says how long each op took, by its key, if that was asked for.
     """
 
     program: str
@@ -49,7 +49,7 @@ class Call:
 
     @property
     def by(self) -> str:
-        """Who it is that calls, for the journal and the log."""
+        """Who calls, for the journal and the log."""
         return "person" if self.err.isatty() else "hook"
 
     def say(self, lines: Iterable[str]) -> None:
@@ -66,7 +66,7 @@ class Call:
 
 
 def need_privileges() -> None:
-    """Raise PrivilegeError unless we are root with CAP_NET_ADMIN: half of it would do half of the work."""
+    """Raise PrivilegeError unless we are root with CAP_NET_ADMIN: one without the other can do half of the work."""
     if os.geteuid() != 0:
         raise PrivilegeError("not root", hint="run it as root")
     need_capability()
@@ -74,7 +74,7 @@ def need_privileges() -> None:
 
 @cache
 def need_capability() -> None:
-    """Raise PrivilegeError without CAP_NET_ADMIN. A process that has it keeps it, so it is looked at once."""
+    """Raise PrivilegeError without CAP_NET_ADMIN. A process that has it keeps it, so one look is enough."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
     if not effective >> CAP_NET_ADMIN & 1:

@@ -14,7 +14,7 @@ def run(call: Call) -> int:
 
     def work(session: Session) -> Results:
         results = collect(session)
-        # Whoever runs it in the wrong network namespace must not take silence for success.
+        # In the wrong network namespace, silence must not look like success.
         for namespace, number in sorted(session.store.elsewhere().items()):
             hint = "(run gc there; `lsns -t net` finds it)"
             call.add([f"kvm-ifup: NICs of network namespace {namespace} left alone: {number} {hint}"])

@@ -17,7 +17,7 @@ from kvmifup.runs.up import up
 
 
 def run(call: Call) -> int:
-    """What the call's request asks for; returns 0. Raises KvmIfupError, or a group of them."""
+    """Do what the call's request asks for; returns 0. Raises KvmIfupError, or a group of them."""
     assert call.request is not None  # `main.execute` has made it
     return running.run(call, partial(carry_out, call, call.request))
 
@@ -31,10 +31,10 @@ def carry_out(call: Call, request: Request, session: Session) -> Results:
 
 
 def take_down(call: Call, request: Request, session: Session) -> Results:
-    """kvm-ifdown, of each tap for itself: what cannot be undone on one keeps the others from nothing."""
+    """kvm-ifdown, each tap for itself: a failure on one does not stop the others."""
 
     def described(tap: str) -> Nic | None:
-        """Where there is no journal, a NIC file may say what to withdraw."""
+        """The NIC to withdraw when there is no journal."""
         nic = nic_of(tap, call.run_dir, call.environ, needed=False)
         return nic and values.as_wired(nic, session.config)
 

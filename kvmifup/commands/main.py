@@ -1,7 +1,7 @@
 """The commands: arguments and environment in, exit code and a sentence out.
 
-All input is read and refused here, before the module of the verb is loaded: that module loads what speaks to the
-kernel, and what is refused need not wait for it.
+All input is read and checked here, before the verb's module is loaded. That module loads what speaks to the kernel,
+and wrong input must not wait for it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main(
 ) -> int:
     """Run *program* with *argv* (without the program's name); returns the exit code, never raises.
 
-    *background* sends the later announcements (messages, and whether they are still true); None leaves
-    them out. *stdin* None: there is none to read, nor are files whose path is relative.
+    *background* sends the later rounds of announcements; None leaves them out. If *stdin* is None, there is none to
+    read, and files with a relative path are not read either.
     """
     begun = time.monotonic()
     call = Call(program, environ, stdout, stderr, stdin, background)
@@ -89,7 +89,7 @@ def execute(call: Call, argv: Sequence[str]) -> int:
 
 
 def requested(call: Call) -> request.Request | None:
-    """What a hook or `kvm-ifup plan` is about; None for a tap that is none of our business. Raises KvmIfupError."""
+    """What a hook or `kvm-ifup plan` is about; None for a tap that is left alone. Raises KvmIfupError."""
     asked = call.options
     if call.program in request.PHASES:
         return request.of_hook(call.program, asked.tap, asked.instance, call.run_dir, call.environ)
@@ -99,7 +99,7 @@ def requested(call: Call) -> request.Request | None:
 
 
 def runner(verb: str) -> Callable[[Call], int]:
-    """What runs *verb*: of all modules of verbs, only this one is loaded."""
+    """The function that runs *verb*. Of all modules of verbs, only its own is loaded."""
     match verb:
         case "hook":
             from kvmifup.commands.hooks import run
@@ -119,7 +119,7 @@ def runner(verb: str) -> Callable[[Call], int]:
 
 
 def tell(call: Call, argv: Sequence[str], failures: Sequence[KvmIfupError], seconds: float) -> None:
-    """Tell the log and whoever watches what was done, and the caller what went wrong."""
+    """Tell the log and the watchers what was done, and the caller what went wrong."""
     hook_failed = failures and call.program in request.PHASES and "--plan" not in argv
     if not failures and not call.done:
         return

@@ -17,7 +17,7 @@ KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "incomi
 
 
 def run(call: Call) -> int:
-    """The verb that is asked for; returns 0. Raises KvmIfupError, OSError, or a group."""
+    """Run the verb that is asked for; returns 0. Raises KvmIfupError, OSError, or a group."""
     {"put": put, "list": list_nics, "rm": remove}[call.options.verb](call)
     return 0
 

@@ -29,11 +29,11 @@ EPILOG = (
 
 
 class Told(Exception):
-    """What --help or --version has to say: parsers are shared by threads, and do not know who asks."""
+    """The text of --help or --version. Raised, because threads share the parsers, which do not know who asks."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are ours, and that writes nothing itself."""
+    """An argument parser that raises our errors, and writes nothing itself."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
@@ -57,7 +57,7 @@ def verb(options: argparse.Namespace) -> str:
 
 
 def writes(options: argparse.Namespace) -> bool:
-    """Whether it takes root: it changes the node, or listens where only root may."""
+    """Whether it needs root, because it changes the node or listens where only root may."""
     match verb(options):
         case "hook" | "gc":
             return not options.plan
@@ -86,7 +86,7 @@ def parser(program: str) -> Parser:
 
 
 def add_options(made: Parser, *, again: bool = False) -> None:
-    """What every command and subcommand takes; *again*: after a subcommand, too, where it wins."""
+    """What every command and subcommand takes. *again*: for a subcommand; what is given there wins."""
 
     def default(value: object) -> Any:
         return argparse.SUPPRESS if again else value

@@ -19,7 +19,7 @@ class Request:
     """A phase, for one tap or for all NICs of a guest.
 
     *nics* are those to be wired; none for `Phase.DOWN`, where the journals know what to undo. *owner* is the guest
-    that the caller takes the tap to be of, None if it does not say.
+    that has the tap, as the caller says; None if it does not say.
     """
 
     phase: Phase
@@ -32,7 +32,7 @@ class Request:
 def of_hook(
     program: str, tap: str | None, instance: str | None, run_dir: Path, environ: Mapping[str, str]
 ) -> Request | None:
-    """What *program* is to do, for *tap* or all NICs of *instance*; None for a tap that is none of our business.
+    """What *program* is to do, for *tap* or all NICs of *instance*; None for a tap that is left alone.
 
     Raises UsageError, NicError, JournalError and NamespaceError: all that can be wrong with the input is found here.
     """
@@ -89,7 +89,7 @@ def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool 
 
 
 def names_tap(name: str, run_dir: Path, environ: Mapping[str, str]) -> bool:
-    """Whether *name* is a tap's rather than a guest's: a guest has NIC files, here or Ganeti's, or a journal."""
+    """Whether *name* is the name of a tap, and not of a guest with NIC files, ours or Ganeti's."""
     if environ.get("INTERFACE") == name or Path("/sys/class/net", name).exists() or name in Store(run_dir).taps():
         return True
     try:

@@ -1,4 +1,4 @@
-"""A command that changes NICs: let it work, remember what it did, and say so as its options ask."""
+"""Run a command that changes NICs, remember what it did, and print what its options ask for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvmifup.tell import render, watchers
 
 
 def run(call: Call, work: Callable[[Session], Results]) -> int:
-    """Give *work* a session, and tell what it has done; then raise what went wrong. Returns 0."""
+    """Give *work* a session, and print what it has done; then raise what went wrong. Returns 0."""
     options = call.options
     timed = options.verbose > 1 or watchers.watched(call.run_dir)
     with opened(call.run_dir, call.config, dry=options.plan, by=call.by, timed=timed) as session:

@@ -23,7 +23,7 @@ from kvmifup.core.ops import (
 )
 from kvmifup.node import ovs
 
-# Of a foreign rule's further attributes: what ip-rule(8) calls them.
+# The further attributes of a foreign rule, with the words that ip-rule(8) has for them.
 SELECTORS = {
     "tos": "tos",
     "oifname": "oif",

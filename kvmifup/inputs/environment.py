@@ -10,7 +10,7 @@ from kvmifup.core.model import Nic
 from kvmifup.core.text import shown
 from kvmifup.inputs.values import assemble
 
-# Ganeti names the tap of its own communication network so, and wires it itself.
+# The taps of Ganeti's own communication network begin with this; Ganeti wires them itself.
 GANETI_OWN = "gnt.com."
 
 
@@ -44,7 +44,7 @@ def from_environment(environ: Mapping[str, str]) -> Nic:
 
 
 def refuse_contradiction(command: str, tap: str | None, environ: Mapping[str, str]) -> None:
-    """Raise UsageError when the environment says something else than the command line."""
+    """Raise UsageError when the environment contradicts the command line."""
     interface = environ.get("INTERFACE")
     if not interface:
         return

@@ -35,7 +35,7 @@ def nics_of_instance(instance: str) -> list[Nic]:
 
 
 def nic_of_file(path: Path, tap: str) -> Nic:
-    """The NIC that *path* gives a tap to. Raises NicError."""
+    """The NIC whose tap the file *path* names. Raises NicError."""
     runtime = DIRECTORY / "conf" / f"{path.parent.name}.runtime"
     try:
         described = json.loads(trust.read(runtime, DIRECTORY))[1]
@@ -70,7 +70,7 @@ def nic_of_file(path: Path, tap: str) -> Nic:
 
 
 def content(path: Path) -> str | None:
-    """The text of a NIC file, None for one that cannot be read or trusted: it may be anybody's."""
+    """The text of a NIC file; None if it cannot be read, or others could have written it."""
     try:
         return trust.read(path, DIRECTORY).strip()
     except (trust.Untrusted, OSError):

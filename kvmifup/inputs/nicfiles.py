@@ -1,4 +1,4 @@
-"""Write and remove NIC files, each with the symlink that finds it by its tap."""
+"""Read, write and remove NIC files, each with the symlink that leads to it from the name of its tap."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def place(run_dir: Path, instance: str, index: int) -> Path:
 
 
 def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
-    """Install *text* as a NIC file, if it is a right one: whole or not at all, and found by its tap from then on.
+    """Check *text*, and install it as a NIC file with its symlink: whole or not at all.
 
     Raises NicError, OSError.
     """
@@ -50,7 +50,7 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
 
 
 def remove(run_dir: Path, instance: str, index: int | None = None) -> list[Path]:
-    """Remove one NIC file of *instance*, or all; returns those that there were. Raises NicError, OSError."""
+    """Remove one NIC file of *instance*, or all; returns those that were there. Raises NicError, OSError."""
     directory = run_dir / "nic" / instance_name(instance)
     paths = sorted(directory.glob("*.toml")) if index is None else [place(run_dir, instance, index)]
     removed = []
@@ -65,7 +65,7 @@ def remove(run_dir: Path, instance: str, index: int | None = None) -> list[Path]
 
 
 def found(run_dir: Path, instance: str | None = None) -> list[Nic | NicError]:
-    """All NIC files, or those of *instance*; in the place of one that is wrong, what is wrong with it.
+    """All NIC files, or those of *instance*: each as its NIC, or as the error if it is wrong.
 
     Raises NicError for a name that cannot be a guest's.
     """
@@ -80,19 +80,19 @@ def found(run_dir: Path, instance: str | None = None) -> list[Nic | NicError]:
 
 
 def forget_links(run_dir: Path, path: Path, keep: str | None = None) -> None:
-    """Remove the symlinks that lead to *path*, but for that of the tap *keep*. Raises OSError."""
+    """Remove the symlinks that lead to *path*, except that of the tap *keep*. Raises OSError."""
     for link in (run_dir / "tap").glob("*"):
         if link.name != keep and link.is_symlink() and str(link.readlink()) == target(path):
             link.unlink()
 
 
 def target(path: Path) -> str:
-    """What the symlink of a tap says."""
+    """Where the symlink of a tap leads to."""
     return f"../nic/{path.parent.name}/{path.name}"
 
 
 def replace(path: Path, make: Callable[[Path], None]) -> None:
-    """Put what *make* makes in the place of *path*, so that nobody ever sees half of it, or nothing."""
+    """Replace *path* by what *make* makes; at every moment either the old or the new one is there, whole."""
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     make(new)
@@ -180,8 +180,8 @@ def read_nic(path: Path, run_dir: Path) -> Nic:
 def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
     """The NIC file of *tap*: through the symlink tap/<tap>, else the one file that names it.
 
-    None when nothing names it. Raises NicError for a file that is wrong, not to be trusted, or not alone;
-    if the NIC is *needed*, also for a wrong one that may be meant.
+    None when nothing names it. Raises NicError for a file that is wrong or not to be trusted, and when several
+    name the tap. If the NIC is *needed* and no file names the tap, also for any wrong file: it may be that one.
     """
     link = run_dir / "tap" / tap
     if leads_somewhere(link):
@@ -212,7 +212,7 @@ def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
 
 
 def leads_somewhere(link: Path) -> bool:
-    """Whether there is something at *link*, if only a loop; a link to what has been removed is none."""
+    """Whether *link* leads to something, even to itself; False when what it led to has been removed."""
     try:
         link.stat()
     except FileNotFoundError:

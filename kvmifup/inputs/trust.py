@@ -10,7 +10,7 @@ MAX_BYTES = 65536
 
 
 class Untrusted(Exception):
-    """Why a file is not to be trusted; the caller knows what kind of file it is, and which code that is."""
+    """Why a file is not to be trusted. The caller makes it an error with the right exit code."""
 
 
 def check(path: Path, base: Path) -> Path:
@@ -19,7 +19,7 @@ def check(path: Path, base: Path) -> Path:
     Raises Untrusted; FileNotFoundError and other OSErrors pass through.
     """
     real, real_base = os.path.realpath(path), str(base)
-    if real != str(path) or not real.startswith(f"{real_base}/"):  # or there is no symlink, in the base neither
+    if real != str(path) or not real.startswith(f"{real_base}/"):  # else there is no symlink, not even in the base
         real_base = os.path.realpath(base)
     if real != real_base and not real.startswith(f"{real_base}/".replace("//", "/")):
         raise Untrusted(f"it leads out of {base}")

@@ -1,4 +1,4 @@
-"""From arguments, environment and NIC files to a validated `Nic`; all that others wrote ends here."""
+"""Check single values, and make a validated `Nic` of them: nothing unchecked goes further."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def guest_mac(text: str) -> str:
 def prefix(text: str) -> Prefix:
     """An address or prefix that can be behind a NIC. Raises NicError."""
     try:
-        if "%" in text:  # a scope is a device of this node's, and no part of the guest's address
+        if "%" in text:  # a scope is a device of this node, not a part of the guest's address
             raise ValueError
         exact = ipaddress.ip_interface(text)
     except ValueError:
@@ -80,7 +80,7 @@ def _networks(*pairs: tuple[str, str]) -> tuple[tuple[Prefix, str], ...]:
     return tuple((ipaddress.ip_network(text), why) for text, why in pairs)
 
 
-# Whatever overlaps one of these cannot be routed to a guest; the first also catches the default route.
+# A prefix that overlaps one of these cannot be routed to a guest. The first also catches the default route.
 _UNUSABLE = {
     4: _networks(
         ("0.0.0.0/8", "is the default route or the unspecified network"),
@@ -195,7 +195,7 @@ def consistent(nic: Nic) -> Nic:
 
 
 def as_wired(nic: Nic, config: Config) -> Nic:
-    """*nic* in the mode that the configuration gives to its ext network, if it does. Raises NicError."""
+    """*nic* with the mode and link that the configuration gives to its ext network, if any. Raises NicError."""
     network = dict(config.ext.networks).get(nic.link or "") if nic.mode == "ext" else None
     if network is None:
         return nic
@@ -208,7 +208,7 @@ def as_wired(nic: Nic, config: Config) -> Nic:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint that names the known word most like *word*."""
-    from difflib import get_close_matches  # only ever needed to report a mistake
+    from difflib import get_close_matches  # only needed to report a mistake
 
     close = get_close_matches(word, known, n=1)
     return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Later rounds of an announcement, as long as it is true."""
+"""The later rounds of an announcement, sent as long as it is true."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.store import Store
 
 # When QEMU announces a guest after a migration, in seconds (net/announce.c: 50 ms at first, growing by
-# 100 ms, five rounds). The same schedule, because the same frames can get lost in the same way.
+# 100 ms, five rounds). We use the same schedule, because our frames can get lost in the same way.
 SCHEDULE = (0.0, 0.05, 0.2, 0.45, 0.8)
 
 
@@ -49,7 +49,7 @@ def repeat_detached(messages: Sequence[Message], still_true: Callable[[], bool])
 
 
 def announce_later(outcomes: Sequence[Outcome], store: Store, background: Background | None) -> None:
-    """Hand over the later rounds of whatever was announced; they stop when the guest leaves."""
+    """Have *background* send the later rounds of what was announced; they stop when the guest leaves."""
     for outcome in outcomes:
         if outcome.messages and background:
             addresses = {address for _, address, _ in outcome.messages}

@@ -1,6 +1,6 @@
 """One loop: compare, journal what was there, write; on any failure put everything back, last first.
 
-It knows no mode and no phase. What it is given, it makes true on the node or leaves the node as it was.
+It knows no mode and no phase. It makes all of the changes that it is given, or leaves the node as it was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Node(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """An op and the value found; *needed* when that is not the value wanted."""
+    """An op and the value found; *needed* if that is not the value wanted."""
 
     op: Op
     now: Value
@@ -37,7 +37,7 @@ class Change:
 
     @property
     def entry(self) -> Entry:
-        """What the journal has to know."""
+        """The entry for the journal."""
         return Entry(self.op, self.now)
 
 
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def needed(self) -> tuple[Change, ...]:
-        """The changes that will write."""
+        """The changes that have to be written."""
         return tuple(change for change in self.changes if change.needed)
 
     @property
@@ -64,7 +64,7 @@ class Job:
 def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tuple[Change, ...]:
     """Find out what the node has for each of *ops*; nothing is written. Raises VanishedError, KernelError.
 
-    What cannot be read was done if *before*, the journal, says so.
+    An op that cannot be read counts as done if *before*, the journal, has it.
     """
     changes: list[Change] = []
     for op in ops:
@@ -78,7 +78,7 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
 
 
 def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] = VanishedError) -> tuple[Change, ...]:
-    """The changes that undo *entries*, last first, without what cannot be read for the reason *past*."""
+    """The changes that undo *entries*, last first; one that cannot be read because of *past* is left out."""
     changes: list[Change] = []
     for entry in reversed(entries):
         with suppress(past):
@@ -141,12 +141,12 @@ def commit(job: Job, store: Store) -> None:
 
 
 def undoable(changes: Sequence[Change]) -> tuple[Change, ...]:
-    """Those that there is a way back from."""
+    """Those of *changes* that can be undone."""
     return tuple(change for change in changes if change.op.undoable)
 
 
 def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, Exception]]:
-    """Put back what *entries* found, last first, past failures; returns what could not be, and why.
+    """Put back the prior values of *entries*, last first, also after failures; returns what failed, and why.
 
     What is no longer there needs no undoing.
     """

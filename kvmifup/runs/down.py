@@ -22,7 +22,7 @@ from kvmifup.runs.shared import with_claims
 def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], session: Session) -> Outcome:
     """Undo all that was done for *tap*; without a journal, withdraw the NIC that *describe* knows, if any.
 
-    Repeating it succeeds. A tap that is another guest's than *instance*'s by now is left alone: names are
+    A second run succeeds. A tap that belongs to another guest than *instance* by now is left alone: names are
     reused at once, and a manager may be late.
 
     Raises LockTimeoutError, JournalError, NamespaceError, and RollbackError for what could not be undone.
@@ -58,6 +58,6 @@ def taps_of_instance(instance: str, session: Session) -> list[str]:
 
 
 def present(ops: Sequence[Op], facts: NodeFacts) -> list[Op]:
-    """Those of *ops* whose device is there: what is on a device goes with it."""
+    """Those of *ops* whose device is there; what was on another one went with it."""
     gone = {uplink.name for uplink in facts.uplinks if not uplink.present}
     return [op for op in ops if getattr(op, "dev", None) not in gone and (facts.tap or op.outlives_tap)]

@@ -1,4 +1,4 @@
-"""A node as a run sees it, and hosts that stand before another one."""
+"""What a run needs of a node, and hosts that pass their calls on to another one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Host(Node, Protocol):
 
 
 class Through:
-    """A host that asks another one; subclasses change an answer, or take note of it."""
+    """A host that passes its calls on to another one; subclasses change an answer, or note something."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -54,7 +54,7 @@ class Through:
 
 
 class Timed(Through):
-    """A host that takes note of how long reading and writing take: *seconds*, by op key."""
+    """A host that notes how long reading and writing take: *seconds*, by op key."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)

@@ -1,4 +1,7 @@
-"""The journals in one directory, each read again only when its file is another."""
+"""The journals of one directory, in memory: each is read again only when its file has changed.
+
+docs/code.md explains the token, by which a process knows that nobody else has changed anything.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from kvmifup.runs.journal import Journal
 
 Stamp = tuple[int, ...]  # of a file: what changes when it is replaced or written
 TRUSTED = 1.0  # seconds after which all files are looked at anyway: a person may have changed one
-TICK = 20_000_000  # ns: longer than two changes of a file can have one time (a jiffy is 10 ms at most)
+TICK = 20_000_000  # ns: changes of a file that are this far apart have different times (a jiffy is 10 ms at most)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A file as it was when it was read last: *stamp* tells it from another, *journal* None for an unreadable one.
+    """A file as it was when it was read last. *stamp* changes with the file; *journal* is None if it is unreadable.
 
-    *settled*: it had not just been written, so that a later write must give it another time.
+    *settled*: it had not just been written, so a later write must give it another time.
     """
 
     stamp: Stamp
@@ -34,7 +37,7 @@ class Seen:
 
     @property
     def names(self) -> set[Hashable]:
-        """What `Store.others` finds the journal by."""
+        """The names by which `Store.others` finds the journal."""
         if self.journal is None:
             return set()
         nic, entries = self.journal.nic, (*self.journal.entries, *self.journal.pending)
@@ -52,7 +55,7 @@ class Files(Protocol):
 
 
 class Index:
-    """The journals in one directory, each read again only when its file is another; for all threads.
+    """The journals in one directory, each read again only when its file has changed; for all threads.
 
     A full node has hundreds, and every hook must know which address is on which of them.
     """
@@ -65,20 +68,23 @@ class Index:
         self._updated = 0.0
 
     def take_over(self, before: bytes, token: bytes) -> bool:
-        """Whether nothing can have changed since this process held the lock last; it does now, as *token*."""
+        """Take over the lock as *token*, after the holder that left *before*; whether what is known is still right.
+
+        It is if the last holder was this process, and if it has looked at the files a moment ago.
+        """
         with self._lock:
             ours = self._token == before != b"" and time.monotonic() - self._updated < TRUSTED
             self._token = token if ours else b""
             return ours
 
     def vouch(self, token: bytes) -> None:
-        """It has been updated since the lock was taken as *token*."""
+        """What is known is right as of *token*: it was updated after the lock was taken."""
         with self._lock:
             self._token = token
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Around a change to a file: if that fails half way, nothing is known for sure."""
+        """Around a change to a file: without the token meanwhile, so that nothing is trusted if it fails half way."""
         with self._lock:
             token, self._token = self._token, b""
         yield
@@ -113,7 +119,7 @@ class Index:
                 del self._taps[name]
 
     def decoded(self, tap: str, text: str) -> Journal | None:
-        """The journal that *text* was last time, None if that was another text."""
+        """The journal of *tap*, if its file had this *text* when it was read last; else None."""
         seen = self._seen.get(tap)
         return seen.journal if seen and seen.text == text else None
 
@@ -123,7 +129,7 @@ class Index:
             self._forget(tap)
 
     def written(self, tap: str, text: str, journal: Journal) -> None:
-        """Remember what this process has written. The file is read again all the same: it may be another by now."""
+        """Remember what this process has written. The file is read again all the same: it may have changed by then."""
         with self._lock:
             self._remember(tap, Seen((), False, text, journal))
 
@@ -134,7 +140,7 @@ class Index:
             self._taps.setdefault(name, set()).add(tap)
 
     def naming(self, name: Hashable) -> Iterator[tuple[str, Journal]]:
-        """The journals that *name* is in, with their taps; one by one, as the first is mostly all that is wanted."""
+        """The journals that *name* is in, with their taps; one by one, because mostly only the first is wanted."""
         with self._lock:
             taps = tuple(self._taps.get(name, ()))
         for tap in taps:
@@ -156,5 +162,5 @@ def stamp_of(info: os.stat_result) -> Stamp:
 
 @cache
 def index_of(_directory: Path) -> Index:
-    """The index of a directory: one for all that this process does."""
+    """The index of a directory: one in each process."""
     return Index()

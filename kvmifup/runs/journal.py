@@ -7,12 +7,12 @@ One JSON file per tap, `state/<tap>.json` below the run directory::
      "entries": [{"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}, ...],
      "pending": [...]}
 
-`namespace` is the network namespace that the tap is in, by the number that `lsns` shows too: runs in several can
-have one run directory, and what is a live tap in one is nothing in another.
-`since` (seconds since 1970) is when the phase was reached or last had something to mend, `by` whom: a hook,
-a person at a terminal, or the agent, and then `reason` says why: the guest's first frame, or a sentence.
+`namespace` is the network namespace that the tap is in, by the number that `lsns` shows. Runs in several namespaces
+can share one run directory, and a live tap of one does not exist in another.
+`since` (seconds since 1970) is when the phase was reached or last changed something. `by` says who did that: "hook",
+"person" (at a terminal) or "agent". `reason` says why the agent did it: the guest's first frame, or a sentence.
 `entries` is what successful runs did, each op with the value from before the first of them. `pending` is
-what a run is about to do, or was doing when it was killed: its values are those from before that run.
+what a run is about to do, or was doing when it was killed, with the values from before that run.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def encode_entry(entry: Entry) -> dict[str, Any]:
 
 
 def shallow(data: Nic | Op) -> dict[str, Any]:
-    """The fields of *data*, without the deep copy that `dataclasses.asdict` takes its time for."""
+    """The fields of *data*, without the slow deep copy of `dataclasses.asdict`."""
     return {name: getattr(data, name) for name in field_names(data)}
 
 

@@ -37,7 +37,7 @@ def recover(journal: Journal, session: Session) -> tuple[Journal | None, tuple[C
 def forget(journal: Journal, session: Session) -> tuple[Change, ...]:
     """Undo everything that *journal* knows, then remove it; returns what was undone.
 
-    First it says that all is to be undone, so that whoever comes after a crash goes on with that.
+    First the journal says that all is to be undone, so that after a crash the next run goes on with that.
     Raises PrivilegeError when we may not, RollbackError for what could not be undone.
     """
     doomed = replace(journal, phase=Phase.DOWN, entries=(), pending=(*journal.entries, *journal.pending))
@@ -56,7 +56,7 @@ def forget(journal: Journal, session: Session) -> tuple[Change, ...]:
 def revert(journal: Journal, session: Session) -> tuple[Change, ...]:
     """Undo what is pending in *journal*; returns what was undone.
 
-    On a tap that is another one now, only what outlives a tap is ours. A shared value stays while another
+    If the tap is another device now, only what outlives a tap is undone. A shared value stays while another
     live tap needs it. Raises PrivilegeError when we may not, RollbackError for what could not be undone;
     the journal then has what is left.
     """
@@ -79,7 +79,7 @@ def revert(journal: Journal, session: Session) -> tuple[Change, ...]:
 def collect(session: Session, taps: Sequence[str] | None = None) -> Results:
     """Clear up after dead NICs and killed runs, of *taps* or of all; each for itself.
 
-    Whether the tap of a journal of another network namespace lives cannot be seen from here: it is left alone.
+    A journal of another network namespace is left alone: whether its tap is alive cannot be seen from here.
     """
     outcomes: list[Outcome] = []
     failures: list[KvmIfupError] = []

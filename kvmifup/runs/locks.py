@@ -12,7 +12,7 @@ from pathlib import Path
 from kvmifup.core.errors import LockTimeoutError
 from kvmifup.core.signals import checkpoint
 
-UPLINK = "uplink"  # never a clash with a tap of that name: those are "tap.NAME"
+UPLINK = "uplink"  # no clash with a tap of that name: its lock is "tap.uplink"
 
 
 def of_tap(tap: str) -> str:

@@ -1,4 +1,4 @@
-"""A guest that arrives, leaves, or whose uplink forgot it."""
+"""What the agent runs: a guest arrives, a guest leaves, an uplink comes back."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def ready(tap: str, session: Session) -> Ready | None:
 def arrive(ready: Ready, session: Session) -> Outcome | None:
     """Do what is *ready*; None, and nothing was done, if anything has changed since or somebody works on it.
 
-    Only what others may change at any time is read again; the rest was checked a moment ago, or will be.
+    Only what others may change at any time is read again. The rest was checked when it was prepared, and the agent
+    has everything checked again a moment later.
     Raises what `apply.apply` raises.
     """
     tap = ready.outcome.tap
@@ -113,8 +114,8 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
 def restore(tap: str, uplink: str, session: Session) -> Outcome | None:
     """Put back what the NIC on *tap* has lost on *uplink*: the kernel forgets proxy neighbours when it goes down.
 
-    What that was is in the journal. A plan would look for the default route to find the uplinks, and that comes
-    back later than the device: until then it would take away all that it should put back.
+    The journal says what that was. A plan would not do: it finds the uplinks by the default route, which comes back
+    later than the device. Until then it would remove what it should put back.
 
     None if the guest does not run here, or the uplink has gone. Raises what `apply.apply` raises,
     LockTimeoutError, JournalError and NamespaceError.

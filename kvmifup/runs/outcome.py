@@ -33,4 +33,4 @@ class Outcome:
         )
 
 
-Results = tuple[list[Outcome], list[KvmIfupError]]  # what was done, and what went wrong: each NIC is one or the other
+Results = tuple[list[Outcome], list[KvmIfupError]]  # what was done, and what went wrong: each NIC is in one of them

@@ -19,7 +19,7 @@ from kvmifup.runs.store import Store
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with. *dry*: read only: no lock is taken and nothing is written, not even a journal.
+    """What a run works with. A *dry* one only reads: it takes no lock and writes nothing, not even a journal.
 
     *by* is who runs it: "hook", "person" or "agent", and *reason* why the agent does, as in the journal.
     """
@@ -39,10 +39,10 @@ class Session:
         self.kernel.refresh()
 
     def share(self, stack: ExitStack, nics: Sequence[Nic], journals: Iterable[Journal] = ()) -> None:
-        """Hold the lock of what taps share, too, if a run for *nics*, or with *journals* so far, can change any of it.
+        """Also hold the lock of what taps share, if a run for *nics* with these *journals* can change any of it.
 
-        After those of taps, always, so that no two runs wait for each other. A run that does not need it must not
-        have it: a program of the administrator's can take long, and every routed guest would wait for it.
+        Always after those of taps, so that no two runs wait for each other. A run that does not need it must not
+        hold it: an administrator's program can take long, and every routed guest would wait for it.
 
         Raises LockTimeoutError, and what *journals* raise.
         """
@@ -52,12 +52,12 @@ class Session:
             self.kernel.refresh()
 
     def dated(self, journal: Journal) -> Journal:
-        """*journal*, as of now and of this run: it has reached a phase, or had something to mend."""
+        """*journal* with the time and the caller of this run, which has reached a phase or changed something."""
         return replace(journal, since=time.time(), by=self.by, reason=self.reason)
 
     @property
     def seconds(self) -> Mapping[tuple[object, ...], float] | None:
-        """How long each op took, by its key; None if nobody wanted to know."""
+        """How long each op took, by its key; None if that was not asked for."""
         return self.kernel.seconds if isinstance(self.kernel, Timed) else None
 
     def _hold(self, stack: ExitStack, names: Sequence[str]) -> None:

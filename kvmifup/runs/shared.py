@@ -1,4 +1,4 @@
-"""What several NICs share: settings of an uplink, and addresses; and who else needs them."""
+"""What several NICs share: settings of an uplink and addresses, and who else needs them."""
 
 from __future__ import annotations
 

@@ -22,9 +22,11 @@ MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
 
 class Store:
-    """The journals below *run_dir*, for runs in the network namespace that it is made in: what they read, and
-    find by name, is never another's. Writing is atomic and survives a power cut; a dead run's temporary file is
-    overwritten by the next."""
+    """The journals below *run_dir* of the network namespace in which the store is made.
+
+    It neither loads nor finds those of another one. Writing is atomic and survives a power cut. The next write
+    replaces the temporary file of a run that was killed.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -41,7 +43,8 @@ class Store:
     def begin(self, lock: Path) -> None:
         """A run begins that holds *lock*, without which nobody changes what taps share.
 
-        Each run leaves its own mark in it: when the last one was this process's, there is nothing to look for.
+        Each run writes a token of its own into the lock's file. If the last token is this process's, nobody else has
+        held the lock since, and no journal need be looked at.
         """
         token = os.urandom(16)
         descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -58,7 +61,7 @@ class Store:
         return self.directory / f"{tap}.json"
 
     def load(self, tap: str) -> Journal | None:
-        """The journal of *tap*, None if it has none. Raises JournalError; NamespaceError if it is another's."""
+        """The journal of *tap*, None if it has none. Raises JournalError; NamespaceError for another namespace's."""
         try:
             os.lstat(self.path(tap))  # most hooks find none, and this is quicker than what it takes to trust one
             _, journal = self.read(tap)
@@ -98,7 +101,7 @@ class Store:
         )
 
     def stamp(self, tap: str) -> Stamp | None:
-        """What changes whenever the journal of *tap* does; None if it has none."""
+        """A stamp that changes whenever the journal of *tap* does; None if it has none."""
         try:
             info = self.path(tap).stat()
         except OSError:
@@ -194,8 +197,8 @@ class Store:
         """The readable journals of other taps that name *name*: an instance, an address or prefix of the NIC, or
         the key of a shared op. An unreadable one is its own tap's trouble.
 
-        They are as they were when the run began (`begin`), or at the first call since `refresh`, but for what
-        this process has written.
+        They are as they were at `begin`, or else at the first call after `refresh`, with what this process has
+        written since.
         """
         if not getattr(self._local, "fresh", False):
             self._index.update(self)

@@ -22,7 +22,7 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
     with ExitStack() as stack:
         stack.enter_context(about(", ".join(nic.label for nic in nics)))
         session.locked(stack, [nic.tap for nic in nics])
-        # There may be something to clear up after whoever had the tap before.
+        # An earlier guest on this tap may have left something to clear up.
         session.share(stack, nics, (journal for nic in nics if (journal := session.store.load(nic.tap))))
         prepared = []
         for nic in nics:

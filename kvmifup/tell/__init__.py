@@ -1,1 +1,1 @@
-"""Results for people, programs, the log and whoever watches."""
+"""Results for people, programs, the log and `kvm-ifup watch`."""

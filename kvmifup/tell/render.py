@@ -1,4 +1,4 @@
-"""Say what was done, or would be: lines for people, JSON for programs; nothing unless asked."""
+"""What was done, or would be, as lines for people or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def verbose_lines(
 
 
 def remark_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """What is no error but should be known."""
+    """The remarks: no errors, but worth knowing."""
     yield from (f"{outcome.label}: {remark}" for outcome in outcomes for remark in outcome.remarks)
 
 
@@ -112,7 +112,7 @@ def table(rows: Sequence[Sequence[str]], elastic: Sequence[int], width: int = 10
 
 
 def short(prefix: Prefix) -> str:
-    """An address without the length that it has anyway."""
+    """A single address without its prefix length; another prefix as it is."""
     text = str(prefix)
     return text.rpartition("/")[0] if prefix.prefixlen == prefix.max_prefixlen else text
 
@@ -128,7 +128,7 @@ def error_line(program: str, error: KvmIfupError) -> str:
 
 
 def sentence(error: KvmIfupError) -> str:
-    """The same for a log that knows who: one line as well."""
+    """The same line without the program, for a log that names it already."""
     where = f"{error.where}: " if error.where else ""
     hint = f" ({error.hint})" if error.hint else ""
     return printable(f"{where}{error}{hint}")

@@ -1,7 +1,7 @@
-"""One line in the system's log for every run of a phase: whatever else becomes of a hook's output, this stays.
+"""One line in the system's log for every run of a phase: it stays when a hook's output is discarded.
 
-RFC 3164, as syslog(3) writes it to /dev/log. Not by the `syslog` module: its identifier belongs to the process,
-and the agent runs several programs at a time. It also waits where the log is stuck, and a VM start must not.
+RFC 3164, as syslog(3) writes it to /dev/log. The `syslog` module will not do: its identifier belongs to the process,
+and the agent runs several programs at a time. It also waits when the log is stuck, and a VM start must not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvmifup.tell import render
 
 SOCKET = "/dev/log"
 DAEMON = 3 << 3  # the facility; sys/syslog.h
-ERROR, INFO = 3, 6  # how grave it is
+ERROR, INFO = 3, 6  # the severity
 MAX_TEXT = 1500  # bytes: all of the line that every log keeps
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -37,7 +37,7 @@ def run(program: str, done: Sequence[Outcome], failures: Sequence[KvmIfupError],
 
 
 def write(program: str, severity: int, text: str) -> None:
-    """Write one line; nothing where there is no log, or where nobody reads it."""
+    """Write one line. If there is no log, or nobody reads it, nothing happens."""
     now = time.localtime()
     moment = f"{MONTHS[now.tm_mon - 1]} {now.tm_mday:2} {now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
     line = f"<{DAEMON | severity}>{moment} {program}[{os.getpid()}]: {printable(text)}"

@@ -1,8 +1,7 @@
-"""What runs and the agent do, told to whoever watches at the moment: `kvm-ifup watch`.
+"""Events for `kvm-ifup watch`: what runs and the agent do, sent to all who watch at the moment.
 
-A watcher listens on a datagram socket of its own in the directory `watch` below the run directory, which is root's
-alone. Whoever has something to tell sends it to each of them and never waits; with no watcher that is one look into
-a directory.
+Each watcher listens on a datagram socket of its own in the directory `watch` below the run directory, where only root
+may look. An event is sent to each of them, and never waits. Without a watcher it costs one look into the directory.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ CHECK = 0.2  # seconds between two looks whether a signal has come
 
 
 def watched(run_dir: Path) -> bool:
-    """Whether anybody watches, and op by op must be timed."""
+    """Whether anybody watches, so that each op must be timed."""
     try:
         return bool(os.listdir(run_dir / "watch"))
     except OSError:
@@ -68,7 +67,7 @@ def run(
 
 
 def tell(run_dir: Path, program: str, event: dict[str, Any]) -> None:
-    """Send *event* of *program* to every watcher; one that has gone without a word is cleared away."""
+    """Send *event* of *program* to every watcher; the socket of one that was killed is removed."""
     directory = run_dir / "watch"
     try:
         names = os.listdir(directory)

@@ -189,6 +189,23 @@ def test_a_code_that_the_text_names_exists(command: str) -> None:
     assert {int(code) for code in re.findall(r"\bcode (\d+)", pages.source(f"{command}.8"))} <= codes()
 
 
+# --- the map of the code ---------------------------------------------------------------------------------
+
+
+def test_every_module_is_on_the_map() -> None:
+    text = (ROOT / "docs/code.md").read_text(encoding="utf-8")
+    listed = set[str]()
+    for row in re.findall(r"^\| (`.+?`) \| .+ \|$", text, re.MULTILINE):
+        # "`commands/show`, `plan`": the room is said once.
+        first, *more = re.findall(r"`([\w/]+)`", row)
+        listed |= {first, *(one if "/" in one else f"{first.partition('/')[0]}/{one}" for one in more)}
+    package = ROOT / "kvmifup"
+    modules = {str(path.relative_to(package).with_suffix("")) for path in package.rglob("*.py")}
+    assert {one for one in listed if "/" in one or one in modules} == {
+        one for one in modules if not one.endswith("__init__")
+    }
+
+
 # --- as documentation of the files -----------------------------------------------------------------------
 
 
@@ -257,7 +274,7 @@ def test_every_key_of_a_nic_file_is_explained() -> None:
 
 
 def test_every_name_in_the_environment_is_explained() -> None:
-    text = (ROOT / "kvmifup/inputs.py").read_text(encoding="utf-8")
+    text = (ROOT / "kvmifup/inputs/environment.py").read_text(encoding="utf-8")
     read = set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', text))
     listed = {name for entry in section("kvm-ifup-nic.5", "ENVIRONMENT").entries for name in entry.split(", ")}
     assert listed == read
