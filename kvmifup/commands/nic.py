@@ -59,12 +59,16 @@ def list_nics(call: Call) -> None:
     if instance and not found:
         raise NicError("there are no NIC files for it", hint="`kvm-ifup nic list` lists all", where=instance)
     nics = [one for one in found if isinstance(one, Nic)]
+    wrong = [one for one in found if isinstance(one, NicError)]
     if call.options.json:
-        call.say_json([{key: getattr(nic, key) for key in KEYS} | {"ip": [*map(render.short, nic.ip)]} for nic in nics])
+        if not wrong:  # else the failures are the one JSON value on stdout
+            call.say_json(
+                [{key: getattr(nic, key) for key in KEYS} | {"ip": [*map(render.short, nic.ip)]} for nic in nics]
+            )
     else:
         table = render.table([HEADINGS, *map(cells, nics)], ELASTIC)
         call.say("  ".join(row).rstrip() for row in table)
-    raise_all([one for one in found if isinstance(one, NicError)])
+    raise_all(wrong)
 
 
 def cells(nic: Nic) -> list[str]:

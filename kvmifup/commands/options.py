@@ -74,7 +74,8 @@ def parser(program: str) -> Parser:
     made = Parser(prog=program, description=DOES[program], epilog=EPILOG + found, allow_abbrev=False)
     if program != "kvm-ifup":
         made.add_argument("tap", nargs="?", metavar="TAP", help="the tap; default: INTERFACE from the environment")
-        made.add_argument("--instance", metavar="NAME", help="all NICs of this guest in one run, all or none")
+        together = "each for itself" if program == "kvm-ifdown" else "all or none"
+        made.add_argument("--instance", metavar="NAME", help=f"all NICs of this guest in one run, {together}")
         if program != "kvm-ifdown":
             made.add_argument("--announce", action="store_true", help="announce even if nothing changed")
         made.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")

@@ -419,6 +419,8 @@ def test_every_nic_file_that_is_wrong_is_reported(shell: Shell) -> None:
     assert ran.code == 65
     assert "tap0" in ran.out
     assert [line.partition(".toml")[0][-1] for line in ran.err.splitlines()] == ["1", "2"]
+    told = json.loads(shell("kvm-ifup", "nic", "list", "--json").out)
+    assert (told["code"], len(told["others"])) == (65, 1)
 
 
 def test_an_ext_network_is_wired_as_configured(shell: Shell) -> None:
