@@ -1,1 +1,20 @@
-"""kvm-ifupd: hooks run warm, arrivals, departures, and nothing left over."""
+"""kvm-ifupd, the node's agent: hooks run warm, arrivals, departures, uplinks that come back, and nothing left over.
+
+Threads
+-------
+
+The loop (`loop.Loop.run`) has the main thread. It runs what events, timers and signals call, one thing at a time,
+and does nothing that takes long. One piece of work is done there on purpose: a guest that arrives, and for whom all
+is prepared, is wired at once (`arrivals.Arrivals`). `Loop.work` gives everything else to one of two pools of threads:
+one for hooks, one for what the agent does by itself. The two are apart because all hooks may wait for one lock.
+
+=====================  =============================================================================================
+only in the loop       whatever rooms keep: the records of taps, queues, timers, listeners. So none of it has a lock
+in threads             methods whose docstring begins with "In a thread". They take what they need as arguments, and
+                       what they return goes to a method in the loop. Of a record they read only what never changes
+from any thread        `Loop.soon`, `Runner`, `Metrics`, `Announcements.begin`; `Runner.config` is replaced as a whole
+=====================  =============================================================================================
+
+Runs that change a tap keep out of each other's way by the locks of `kvmifup.runs.locks`, whether they run in the
+loop, in a thread or in another process.
+"""

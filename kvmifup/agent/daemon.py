@@ -1,4 +1,4 @@
-"""kvm-ifupd as a process: one on each node, its socket, its words, its end."""
+"""kvm-ifupd as a process: start-up, single instance, logging, shutdown."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR) -> None:
         try:
             loop.run()
         finally:
-            if not agent.activated:
+            if given is None:
                 (run_dir / SOCKET).unlink(missing_ok=True)
             agent.close()
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvmifup.agent.metrics import Metrics
+from kvmifup.commands import request
 from kvmifup.core.errors import KvmIfupError, known
 from kvmifup.inputs import config
 from kvmifup.runs.outcome import Outcome
@@ -17,6 +18,7 @@ from kvmifup.runs.store import Store
 from kvmifup.tell import render, syslog, watchers
 
 PROGRAM = "kvm-ifupd"
+BUSY = 0.5  # seconds to wait for a lock while other NICs wait for the thread
 
 
 class Runner:
@@ -42,6 +44,13 @@ class Runner:
     def complain(self, what: str, error: Exception) -> None:
         """Say what could not be done, and why."""
         self.say(render.error_line(what, known(error)), severity=syslog.ERROR)
+
+    def hook_done(self, program: str, code: int, seconds: float, failures: Sequence[KvmIfupError]) -> None:
+        """Count a command that the agent has run for a script: a `kvmifup.commands.main.Observer`."""
+        if program in request.PHASES:
+            self.metrics.add("kvm_ifup_runs_total", program=program, code=str(code))
+            self.metrics.took("kvm_ifup_run_seconds", seconds, program=program)
+        self.failed(failures)
 
     def failed(self, failures: Sequence[KvmIfupError]) -> None:
         """Count the runs that had to put something back because they have failed."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvmifup import __version__, client
 from kvmifup.agent import hook_server
-from kvmifup.agent.hook_server import Refused, Request, Service, parse
+from kvmifup.agent.hook_server import HookServer, Refused, Request, parse
 from kvmifup.agent.loop import Loop
 from kvmifup.core import signals
 from kvmifup.core.errors import InterruptedRun
@@ -89,7 +89,7 @@ class Agent:
         listener.listen(1000)
         self.programs: list[str] = []
         self.loop = Loop()
-        self.service = Service(self.loop, listener, lambda messages, still_true: None)
+        self.service = HookServer(self.loop, listener, lambda messages, still_true: None)
         self.thread = threading.Thread(target=self.loop.run)
         self.thread.start()
 
@@ -117,7 +117,7 @@ class Agent:
     def callers(self) -> int:
         """How many it has."""
         found: list[int] = []
-        self.do(lambda: found.append(len(self.service.callers)))
+        self.do(lambda: found.append(len(self.service.exchanges)))
         return found[0]
 
     def connect(self, said: bytes = b"") -> socket.socket:
