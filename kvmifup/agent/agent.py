@@ -1,4 +1,4 @@
-"""The agent's rooms, what they are told, and what is done from time to time.
+"""The agent put together: its rooms, the events that they get, periodic work, and stopping.
 
 What is to be watched is in the journals, so an agent that starts anew, or that has not run the hooks itself, watches
 the same:

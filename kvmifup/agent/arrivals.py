@@ -28,9 +28,9 @@ Preparation = tuple[TapRecord, PreparedArrival | KvmIfupError | None]
 
 
 def listen(runner: Runner, began: float, tap: TapRecord) -> None:
-    """In a thread: arm *tap*, if its guest may still come. Before post is prepared, so that no frame gets lost.
+    """In a thread: arm *tap*, unless its time is up. This comes before post is prepared, so that no frame gets lost.
 
-    *began*: when this agent did, in seconds since 1970. Before that nobody may have listened.
+    *began*: when this agent was started, in seconds since 1970. Before that, nobody may have listened.
     """
     if time_left(runner, tap) <= 0:
         return
@@ -101,7 +101,7 @@ class Arrivals:
         return None
 
     def _try_to_prepare(self, tap: TapRecord) -> Preparation:
-        """In a thread."""
+        """In a thread: compute and admit post."""
         try:
             # Whoever works on the tap may do so for long, and the others wait for us.
             with self._runner.session(patience=BUSY) as session:
@@ -191,7 +191,7 @@ class Arrivals:
     # --- the second look ------------------------------------------------------------------------------------
 
     def _look_again(self, tap: TapRecord) -> None:
-        """At all that post brings: `arrive` has read only what others may change at any time."""
+        """Check all that post brings: `arrive` has read only what others may change at any time."""
 
         # By then it may have left, and the tap wait for it or for another one.
         def still_here(journal: Journal) -> bool:

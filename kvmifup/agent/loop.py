@@ -1,8 +1,8 @@
 """One event loop: descriptors, timers, and work that threads do for it.
 
-Not asyncio. It was tried: a guest's arrival is wired 35 to 50 µs later than with `selectors`. And what a run does is
-blocking code anyway: it waits for locks, for a bridge that learns, for netlink. An arrival runs such code in the
-loop's own thread, where pyroute2 0.9 (it writes other people's policy rules) could not run inside another asyncio loop.
+Not asyncio. It was tried: a guest that arrives is wired 35 to 50 µs later than with `selectors`. A run is blocking code
+anyway: it waits for locks, for netlink, for a bridge that learns. At an arrival such code runs in the loop's own
+thread, and there pyroute2 0.9, which writes other people's policy rules, does not work inside a running asyncio loop.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Timers:
         self._timers[purpose] = self._loop.later(delay, action)
 
     def cancel(self) -> None:
-        """Do nothing of it."""
+        """Cancel all of them."""
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
@@ -191,7 +191,7 @@ class OneAtATime(Generic[T]):
         self._next()
 
     def ask_in(self, delay: float) -> None:
-        """Do it in *delay* seconds. Whoever asks again until then gets no later one, and no second one."""
+        """Do it in *delay* seconds. Asking again before that neither postpones it nor has it done twice."""
         if self._timer is None:
             self._timer = self._loop.later(delay, self._due)
 

@@ -31,9 +31,9 @@ class State(Enum):
 
     WIRED = "post is done: the guest runs here"
     UNFINISHED = "a run is at work on it, or was killed"
-    DISARMED = "pre is done, and nobody listens: not yet, or its time is up, or it cannot be listened to"
+    DISARMED = "nobody listens for its guest: not yet, no longer, or it is not possible"
     ARMING = "its guest's first frame is listened for, and post is prepared for the first time"
-    ARMED = "its guest's first frame is listened for; post will have to begin at the beginning"
+    ARMED = "its guest's first frame is listened for, and nothing is prepared: post begins at the beginning"
     READY = "its guest's first frame is listened for, and post is prepared"
     ARRIVING = "its guest has sent a frame: post is at work, has been done, or has failed and will be tried again"
     OVER = "the journal has changed, or is gone"
@@ -56,8 +56,9 @@ class TapRecord:
     """One tap, from its journal.
 
     *stamp* tells this version of the journal from others. *places* are where this node answers for the guest.
-    *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are cancelled
-    when nobody listens any more. *tries*: how many versions of the journal before this one were UNFINISHED too.
+    *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
+    cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
+    this one were UNFINISHED too.
     """
 
     def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:
@@ -169,7 +170,10 @@ class Taps:
         self._look.ask()
 
     def look_soon(self) -> None:
-        """The same in a moment, and once: a hook writes its journal twice, and must not have to share the processor."""
+        """The same in a moment, once for all changes until then.
+
+        A hook writes its journal twice, and we should not compete with it for the processor.
+        """
         self._look.ask_in(SETTLE)
 
     def look_again_at(self, tap: TapRecord) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -114,16 +113,6 @@ def test_every_message_of_a_bunch_is_read(bunch: list[tuple[int, int]]) -> None:
 
 
 # --- a directory -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    """A loop."""
-    before = signal.getsignal(signal.SIGIO)
-    one = Loop()
-    yield one
-    one.close()
-    signal.signal(signal.SIGIO, before)
 
 
 class Seen:

@@ -6,23 +6,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 
 from kvmifup.agent.loop import THREADS, Loop, OneAtATime, Timers
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    """A loop, and its end; signal handlers as before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGIO, signal.SIGTERM)}
-    one = Loop()
-    yield one
-    one.close()
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_timers_run_in_the_order_in_which_they_are_due(loop: Loop) -> None:

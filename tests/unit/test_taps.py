@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import threading
 import time
@@ -33,16 +32,6 @@ PRE = Journal(ROUTED, 7, Phase.PRE, (MTU,), since=1.0, namespace=HERE)
 POST = replace(PRE, phase=Phase.POST, entries=(MTU, PROXY))
 KILLED = replace(PRE, phase=Phase.DOWN, entries=(), pending=(MTU,))
 PREPARED = cast(PreparedArrival, object())
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    """A loop."""
-    before = signal.getsignal(signal.SIGIO)
-    one = Loop()
-    yield one
-    one.close()
-    signal.signal(signal.SIGIO, before)
 
 
 def record(loop: Loop, state: State) -> tuple[TapRecord, socket.socket | None]:
