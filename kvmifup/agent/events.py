@@ -107,8 +107,8 @@ def removed(found: list[NetlinkMessage]) -> list[int]:
 def came_up(found: list[NetlinkMessage], down: set[int]) -> list[str]:
     """The names of the devices that *found* reports to have come up, with a carrier.
 
-    *down* has the indices of those that are not, and is kept so. Whoever sets a device up or down says that this
-    has changed; a carrier comes and goes without such a word.
+    *down* has the indices of devices that are down or have no carrier, and is updated. A message says whether
+    somebody has set the device up or down (`ifi_change`), but not whether the carrier has changed.
     """
     names = []
     for one in found:

@@ -1,4 +1,4 @@
-"""What the agent runs by itself: each run in a session of its own, its failure a result, both told to the logs."""
+"""What the agent runs by itself: each run has a session of its own, its error is returned, and the log is told."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Runner:
     def attempt(
         self, what: Callable[[Session], Outcome | None], reason: str | None = None, patience: float | None = None
     ) -> Outcome | KvmIfupError | None:
-        """Do *what*; an error is a result as well."""
+        """Do *what* in a session of its own; returns its outcome, or the error that it raises."""
         try:
             begun = time.monotonic()
             with self.session(reason, patience) as session:
