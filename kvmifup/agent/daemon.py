@@ -1,4 +1,4 @@
-"""kvm-ifupd as a process: one on each node, its socket, its words, its end."""
+"""kvm-ifupd as a process: start-up, single instance, logging, shutdown."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR) -> None:
     need_privileges()
     run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with only_one(run_dir):
-        config.load(None)  # whatever is wrong with it: before there is a socket
+        config.load(None)  # what is wrong with it is found before there is a socket
         more_descriptors()
         given = activated()
         listener = given or own_socket(run_dir / SOCKET)
@@ -77,14 +77,15 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR) -> None:
         try:
             loop.run()
         finally:
-            if not agent.activated:
+            if given is None:
                 (run_dir / SOCKET).unlink(missing_ok=True)
             agent.close()
 
 
 def say(line: str, severity: int = syslog.INFO) -> None:
-    """One line on stderr, if anybody reads it: our name before it, or for systemd's journal, which knows it,
-    how grave it is, as in sd-daemon(3).
+    """Write one line to stderr, if anybody reads it.
+
+    It begins with our name, or in systemd's journal, which knows the name, with the priority, as in sd-daemon(3).
     """
     start = f"<{severity}>" if is_journal(2) else f"{PROGRAM}: "
     with suppress(OSError):
@@ -92,14 +93,14 @@ def say(line: str, severity: int = syslog.INFO) -> None:
 
 
 def with_standard_streams() -> None:
-    """Open what is closed of 0, 1 and 2: something else would get its number, and our words."""
+    """Open those of 0, 1 and 2 that are closed: else a socket would get such a number, and our output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 def more_descriptors() -> None:
-    """As many as we may have: each tap that is armed takes one, each hook some."""
+    """Raise the limit of open files as far as we may: each tap that is armed takes one, each hook some."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -12,6 +12,7 @@ from select import POLLIN, poll
 from kvmifup import phases
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
+from kvmifup.agent.taps import Place
 from kvmifup.core.model import Nic
 from kvmifup.node import frames, sockets
 from kvmifup.runs.moves import withdraw
@@ -20,7 +21,7 @@ ANSWER = 0.05  # seconds that a guest has to answer before it counts as gone
 AGAIN = 0.2  # seconds between two such questions
 FRAMES = 64  # of one uplink at a time
 
-Place = tuple[str, str]  # uplink, address
+Which = tuple[str, int]  # uplink, address family (4 or 6)
 
 
 class Departures:
@@ -30,9 +31,9 @@ class Departures:
         self._loop = loop
         self._runner = runner
         self._guests: Mapping[Place, Nic] = {}
-        self._uplinks: dict[tuple[str, int], tuple[socket.socket, int]] = {}  # by device and family; with its index
-        self._asked: dict[str, float] = {}  # when, by tap
-        self._asking: set[str] = set()
+        self._listeners: dict[Which, tuple[socket.socket, int]] = {}  # with the uplink's index
+        self._asked: dict[str, float] = {}  # when a guest was asked last, by tap
+        self._asking: set[str] = set()  # taps
 
     def look_after(self, guests: Mapping[Place, Nic]) -> None:
         """Listen where this node answers for *guests*, and nowhere else."""
@@ -44,30 +45,30 @@ class Departures:
     def renew(self) -> None:
         """Leave devices that have gone, or are another one now, and listen on what is there in their place."""
         wanted = {(uplink, phases.family_of(address)) for uplink, address in self._guests}
-        for which, (_, index) in list(self._uplinks.items()):
+        for which, (_, index) in list(self._listeners.items()):
             if which not in wanted or not sockets.is_device(which[0], index):
                 self._leave(which)
-        for which in wanted - self._uplinks.keys():
+        for which in wanted - self._listeners.keys():
             with suppress(OSError):
                 index = socket.if_nametoindex(which[0])
                 listener = sockets.uplink_listener(*which)
-                self._uplinks[which] = listener, index
+                self._listeners[which] = listener, index
                 self._loop.watch(listener, partial(self._heard, which))
 
     def close(self) -> None:
         """Let go of everything."""
-        for listener, _ in self._uplinks.values():
+        for listener, _ in self._listeners.values():
             listener.close()
 
-    def _leave(self, which: tuple[str, int]) -> None:
-        listener, _ = self._uplinks.pop(which)
+    def _leave(self, which: Which) -> None:
+        listener, _ = self._listeners.pop(which)
         self._loop.ignore(listener)
         sockets.close(listener)
 
-    def _heard(self, which: tuple[str, int]) -> None:
+    def _heard(self, which: Which) -> None:
         """Somebody on an uplink announces something: perhaps a guest of ours."""
         uplink = which[0]
-        listener, _ = self._uplinks[which]
+        listener, _ = self._listeners[which]
         for _ in range(FRAMES):
             try:
                 found = frames.announcement_in(listener.recv(sockets.SNAP))
@@ -81,7 +82,7 @@ class Departures:
 
     def _own_macs(self) -> set[str]:
         """The MACs that this node announces with."""
-        return {listener.getsockname()[4].hex(":") for listener, _ in self._uplinks.values()}
+        return {listener.getsockname()[4].hex(":") for listener, _ in self._listeners.values()}
 
     def _perhaps_gone(self, nic: Nic, why: str) -> None:
         now = time.monotonic()
@@ -92,7 +93,7 @@ class Departures:
         self._loop.work(partial(self._ask_and_withdraw, nic, why), lambda _: self._asking.discard(nic.tap))
 
     def _ask_and_withdraw(self, nic: Nic, why: str) -> None:
-        """In a thread."""
+        """In a thread: withdraw the guest unless it answers."""
         runner = self._runner
         try:
             if answers(nic, ANSWER):

@@ -1,4 +1,4 @@
-"""What the kernel tells unasked: which devices have gone, what a plan relied on, and that a journal has changed."""
+"""What the kernel reports unasked: devices that go or come up, changes that a plan relied on, and changed journals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUFFER = 1 << 20  # bytes: some thousand events
 
 
 @dataclass(frozen=True)
-class Message:
+class NetlinkMessage:
     """One netlink message, without its header."""
 
     kind: int
@@ -35,7 +35,11 @@ class Subscription:
     """Calls *heard* with the messages of *groups*, *lost* when the kernel could not tell all."""
 
     def __init__(
-        self, loop: Loop, groups: tuple[int, ...], heard: Callable[[list[Message]], None], lost: Callable[[], None]
+        self,
+        loop: Loop,
+        groups: tuple[int, ...],
+        heard: Callable[[list[NetlinkMessage]], None],
+        lost: Callable[[], None],
     ) -> None:
         self.heard, self.lost = heard, lost
         self.socket = socket.socket(
@@ -60,12 +64,12 @@ class Subscription:
         return True
 
 
-def split(data: bytes) -> Iterator[Message]:
+def split(data: bytes) -> Iterator[NetlinkMessage]:
     """The netlink messages in *data*."""
     offset = 0
     while offset + messages.NLMSGHDR.size <= len(data):
         length, kind, *_ = messages.NLMSGHDR.unpack_from(data, offset)
-        yield Message(kind, data[offset + messages.NLMSGHDR.size : offset + length])
+        yield NetlinkMessage(kind, data[offset + messages.NLMSGHDR.size : offset + length])
         offset += max(length + 3 & ~3, messages.NLMSGHDR.size)
 
 
@@ -84,27 +88,27 @@ class LinkEvents(Subscription):
     ) -> None:
         down: set[int] = set()
 
-        def heard(found: list[Message]) -> None:
-            if removed_ones := removed(found):
-                gone(removed_ones)
-            if risen_ones := risen(found, down):
-                up(risen_ones)
+        def heard(found: list[NetlinkMessage]) -> None:
+            if indices := removed(found):
+                gone(indices)
+            if names := came_up(found, down):
+                up(names)
 
         super().__init__(loop, RTNLGRP_LINK, heard, lost)
 
 
-def removed(found: list[Message]) -> list[int]:
+def removed(found: list[NetlinkMessage]) -> list[int]:
     """The indices of the devices whose removal *found* reports."""
     links = (messages.IFINFOMSG.unpack_from(one.body) for one in found if one.kind == messages.RTM_DELLINK)
     # With another family it is not the device that goes: a port that leaves its bridge says AF_BRIDGE.
     return [index for family, _type, index, _flags, _change in links if family == socket.AF_UNSPEC]
 
 
-def risen(found: list[Message], down: set[int]) -> list[str]:
+def came_up(found: list[NetlinkMessage], down: set[int]) -> list[str]:
     """The names of the devices that *found* reports to have come up, with a carrier.
 
-    *down* has the indices of those that are not, and is kept so. Whoever sets a device up or down says that this
-    has changed; a carrier comes and goes without such a word.
+    *down* has the indices of devices that are down or have no carrier, and is updated. A message says whether
+    somebody has set the device up or down (`ifi_change`), but not whether the carrier has changed.
     """
     names = []
     for one in found:
@@ -141,7 +145,7 @@ class NodeEvents(Subscription):
     """
 
     def __init__(self, loop: Loop, changed: Callable[[Touched], None]) -> None:
-        def heard(found: list[Message]) -> None:
+        def heard(found: list[NetlinkMessage]) -> None:
             changed(touched(found))
 
         groups = (*RTNLGRP_LINK, *RTNLGRP_ROUTE, *RTNLGRP_NETCONF)
@@ -153,7 +157,7 @@ class NodeEvents(Subscription):
             pass
 
 
-def touched(found: list[Message]) -> Touched:
+def touched(found: list[NetlinkMessage]) -> Touched:
     """What *found* is about. A default route's destination is "0.0.0.0/0" or "::/0"."""
     devices, routes = set(), set()
     for one in found:
@@ -193,8 +197,8 @@ class DirectoryEvents:
         self.close()
         self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         wanted = fcntl.DN_RENAME | fcntl.DN_DELETE | fcntl.DN_MULTISHOT
-        self._descriptors = (watched(self._directory, wanted),)
-        self._descriptors += (watched(self._directory.parent, wanted | fcntl.DN_CREATE),)
+        self._descriptors = (opened(self._directory, wanted),)
+        self._descriptors += (opened(self._directory.parent, wanted | fcntl.DN_CREATE),)
 
     def close(self) -> None:
         """Watch it no longer."""
@@ -210,8 +214,8 @@ class DirectoryEvents:
         self._changed()
 
 
-def watched(directory: Path, events: int) -> int:
-    """A descriptor of *directory* that sends SIGIO. Raises OSError."""
+def opened(directory: Path, events: int) -> int:
+    """A descriptor of *directory* that has SIGIO sent for *events*, as in fcntl(2). Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fcntl.fcntl(descriptor, fcntl.F_NOTIFY, events)
     return descriptor

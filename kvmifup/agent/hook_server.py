@@ -1,4 +1,4 @@
-"""Run the commands that scripts hand over (`kvmifup.client`), each in a thread, with `cli.main`."""
+"""Run the commands that scripts hand over (`kvmifup.client`): each in a thread, as they would run them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from kvmifup.core import signals
 from kvmifup.core.model import Background
 
 MAX_REQUEST = 1 << 20  # bytes
-MAX_CALLERS = 512
-TO_ASK = 5.0  # seconds that a caller may take to say what it wants
-PAUSE = 0.1  # seconds without new callers when there are no descriptors left
+MAX_EXCHANGES = 512
+TO_ASK = 5.0  # seconds that a script may take to say what it wants
+PAUSE = 0.1  # seconds without new scripts when there are no descriptors left
 CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -59,14 +59,14 @@ def parse(body: bytes) -> Request:
 
 
 class Stream(io.StringIO):
-    """What a command writes, for a caller whose own stream may be a terminal."""
+    """What a command writes, for a script whose own stream may be a terminal."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__()
         self._terminal = terminal
 
     def isatty(self) -> bool:
-        """Whether the caller's stream is a terminal."""
+        """Whether the script's stream is a terminal."""
         return self._terminal
 
     @property
@@ -76,8 +76,8 @@ class Stream(io.StringIO):
         return len(data).to_bytes(4, "big") + data
 
 
-class Service:
-    """Listens on *listener* and runs what is asked for; *background* and *observer* are `cli.main`'s."""
+class HookServer:
+    """Listens on *listener* and runs what is asked for; for *background* and *observer* see `kvmifup.commands.main`."""
 
     def __init__(
         self, loop: Loop, listener: socket.socket, background: Background, observer: Observer | None = None
@@ -86,7 +86,7 @@ class Service:
         self.listener = listener
         self.background = background
         self.observer = observer
-        self.callers: set[Caller] = set()
+        self.exchanges: set[Exchange] = set()
         self.last = time.monotonic()  # when somebody last wanted something
         self.closed = False
         self._listen()
@@ -101,38 +101,38 @@ class Service:
             return
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         _pid, uid, _gid = CREDENTIALS.unpack(credentials)
-        if uid not in (0, os.geteuid()) or len(self.callers) >= MAX_CALLERS:
+        if uid not in (0, os.geteuid()) or len(self.exchanges) >= MAX_EXCHANGES:
             connection.close()
             return
         self.last = time.monotonic()
-        caller = Caller(self, connection)
-        self.callers.add(caller)
-        caller.read()  # it is there already, nearly always
+        exchange = Exchange(self, connection)
+        self.exchanges.add(exchange)
+        exchange.read()  # the request is there already, nearly always
 
     def _listen(self) -> None:
         if not self.closed:
             self.loop.watch(self.listener, self._accept)
 
     def close(self) -> None:
-        """Take no new callers, and none that has not yet said what it wants; those that run come to their end."""
+        """Take no new scripts, nor any that has not yet said what it wants; what runs comes to its end."""
         if self.closed:
             return
         self.closed = True
         with suppress(KeyError):  # during a pause
             self.loop.ignore(self.listener)
         self.listener.close()
-        for caller in list(self.callers):
-            if not caller.running:
-                caller.end()
+        for exchange in list(self.exchanges):
+            if not exchange.running:
+                exchange.end()
 
 
-class Caller:
+class Exchange:
     """One connection, from its request to its answer."""
 
-    def __init__(self, service: Service, connection: socket.socket) -> None:
+    def __init__(self, server: HookServer, connection: socket.socket) -> None:
         connection.setblocking(False)
-        self.service = service
-        self.loop = service.loop
+        self.server = server
+        self.loop = server.loop
         self.connection = connection
         self.received = b""
         self.running = False
@@ -142,7 +142,7 @@ class Caller:
         self.loop.watch(connection, self.read)
 
     def read(self) -> None:
-        """See what the caller has sent, or that it has gone."""
+        """See what the script has sent, or that it has gone."""
         try:
             data = self.connection.recv(65536)
         except BlockingIOError:
@@ -176,7 +176,7 @@ class Caller:
             self._send(REFUSED)
             self.end()
             return
-        # A caller that we have kept waiting for too long has done it by itself: then it must not be done again.
+        # A script that we have kept waiting for too long has done it by itself: then it must not be done again.
         if self._hung_up():
             self.end()
             return
@@ -193,7 +193,7 @@ class Caller:
             return True
 
     def _run(self, request: Request) -> None:
-        """In a thread."""
+        """In a thread: run the command, and answer."""
         out, err = (Stream(terminal) for terminal in request.terminals)
         # Not only what the loop has noticed: after a stop (SIGSTOP) this thread may go on before it.
         with signals.while_wanted(lambda: self.gone or self._hung_up()):
@@ -203,11 +203,11 @@ class Caller:
                 request.environ,
                 out,
                 err,
-                self.service.background,
-                observer=self.service.observer,
+                self.server.background,
+                observer=self.server.observer,
             )
         with self.answering, suppress(OSError):
-            # From here, not from the loop, which may be busy; and long output takes the caller a while to read.
+            # From here, not from the loop, which may be busy; and long output takes the script a while to read.
             self.connection.settimeout(TO_ASK)
             self.connection.sendall(DONE + bytes([code]) + out.content + err.content)
 
@@ -233,4 +233,4 @@ class Caller:
             self.timer.cancel()
         self._stop_watching()
         self.connection.close()
-        self.service.callers.discard(self)
+        self.server.exchanges.discard(self)

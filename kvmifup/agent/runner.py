@@ -1,4 +1,4 @@
-"""What the agent runs by itself: each run in a session of its own, its failure a result, both told to the logs."""
+"""What the agent runs by itself: each run has a session of its own, its error is returned, and the log is told."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvmifup.agent.metrics import Metrics
+from kvmifup.commands import request
 from kvmifup.core.errors import KvmIfupError, known
 from kvmifup.inputs import config
 from kvmifup.runs.outcome import Outcome
@@ -17,6 +18,7 @@ from kvmifup.runs.store import Store
 from kvmifup.tell import render, syslog, watchers
 
 PROGRAM = "kvm-ifupd"
+BUSY = 0.5  # seconds to wait for a lock while other NICs wait for the thread
 
 
 class Runner:
@@ -43,6 +45,13 @@ class Runner:
         """Say what could not be done, and why."""
         self.say(render.error_line(what, known(error)), severity=syslog.ERROR)
 
+    def hook_done(self, program: str, code: int, seconds: float, failures: Sequence[KvmIfupError]) -> None:
+        """Count a command that the agent has run for a script: a `kvmifup.commands.main.Observer`."""
+        if program in request.PHASES:
+            self.metrics.add("kvm_ifup_runs_total", program=program, code=str(code))
+            self.metrics.took("kvm_ifup_run_seconds", seconds, program=program)
+        self.failed(failures)
+
     def failed(self, failures: Sequence[KvmIfupError]) -> None:
         """Count the runs that had to put something back because they have failed."""
         self.metrics.add("kvm_ifup_rollbacks_total", sum(failure.undone for failure in failures))
@@ -57,7 +66,7 @@ class Runner:
     def attempt(
         self, what: Callable[[Session], Outcome | None], reason: str | None = None, patience: float | None = None
     ) -> Outcome | KvmIfupError | None:
-        """Do *what*; an error is a result as well."""
+        """Do *what* in a session of its own; returns its outcome, or the error that it raises."""
         try:
             begun = time.monotonic()
             with self.session(reason, patience) as session:

@@ -1,39 +1,39 @@
-"""What an uplink loses while it is down, put back when it comes up again: the kernel forgets proxy neighbours then."""
+"""An uplink that comes up again: the kernel has dropped its proxy neighbours, and they are put back."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from kvmifup.agent.departures import Place
-from kvmifup.agent.loop import Loop
-from kvmifup.agent.runner import Runner
+from kvmifup.agent.announcements import Announcements
+from kvmifup.agent.loop import Loop, OneAtATime
+from kvmifup.agent.runner import BUSY, Runner
+from kvmifup.agent.taps import Place
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError
-from kvmifup.core.model import Background, Nic
-from kvmifup.runs import announcing
+from kvmifup.core.model import Nic
 from kvmifup.runs.moves import restore
 
 AGAIN = 1.0  # seconds until a failure is tried again, then twice as long, and so on
 TRIES = 6
-BUSY = 0.5  # seconds to wait for whoever works on a NIC: the others' guests are unreachable meanwhile
 
-Which = tuple[str, str]  # uplink, tap
+Failures = dict[tuple[str, str], int]  # by uplink and tap: how often it has failed
 
 
-class Restorations:
-    """Mends one NIC after the other, in one thread: hundreds may be on the uplink that has come up again.
+class Uplinks:
+    """Puts back what NICs have lost on an uplink, one after the other: hundreds may be on the one that comes up.
 
-    By the journals. A plan would find no uplink before its default route is back, which may take long.
+    What that was is in the journals. A plan would find no uplink before its default route is back, which may take
+    long.
     """
 
-    def __init__(self, loop: Loop, runner: Runner, background: Background) -> None:
+    def __init__(self, loop: Loop, runner: Runner, announcements: Announcements) -> None:
         self._loop = loop
         self._runner = runner
-        self._background = background
+        self._announcements = announcements
         self._taps: dict[str, set[str]] = {}  # by uplink
-        self._due: dict[Which, int] = {}  # how often it has failed
-        self._busy = False
+        self._due: Failures = {}
+        self._restoring = OneAtATime(loop, self._begin, self._restored)
 
     def look_after(self, guests: Mapping[Place, Nic]) -> None:
         """This node answers for *guests*."""
@@ -41,41 +41,34 @@ class Restorations:
         for (uplink, _), nic in guests.items():
             self._taps.setdefault(uplink, set()).add(nic.tap)
 
-    def up_again(self, devices: Iterable[str]) -> None:
+    def came_up(self, devices: Iterable[str]) -> None:
         """*devices* have come up: some may be uplinks."""
-        self._add({(dev, tap): 0 for dev in devices for tap in self._taps.get(dev, ())})
+        self._due |= {(dev, tap): 0 for dev in devices for tap in self._taps.get(dev, ())}
+        self._restoring.ask()
 
-    def all_up_again(self) -> None:
-        """Any of them may have."""
-        self.up_again(self._taps)
+    def all_came_up(self) -> None:
+        """Any uplink may have come up."""
+        self.came_up(self._taps)
 
-    def _again(self, failed: dict[Which, int]) -> None:
+    def _again(self, failed: Failures) -> None:
         for (uplink, tap), tries in failed.items():
             if tap in self._taps.get(uplink, ()):
                 self._due.setdefault((uplink, tap), tries)
-        self._next()
+        self._restoring.ask()
 
-    def _add(self, more: dict[Which, int]) -> None:
-        self._due |= more
-        self._next()
+    def _begin(self) -> Callable[[], Failures] | None:
+        due, self._due = self._due, {}
+        return partial(self._restore, due) if due else None
 
-    def _next(self) -> None:
-        if self._due and not self._busy:
-            self._busy = True
-            due, self._due = self._due, {}
-            self._loop.work(partial(self._restore, due), self._restored)
-
-    def _restored(self, failed: dict[Which, int]) -> None:
-        self._busy = False
+    def _restored(self, failed: Failures) -> None:
         if failed:
             self._loop.later(AGAIN * 2 ** (min(failed.values()) - 1), partial(self._again, failed))
-        self._next()
 
-    def _restore(self, due: dict[Which, int]) -> dict[Which, int]:
-        """In a thread; returns what is to be tried again."""
+    def _restore(self, due: Failures) -> Failures:
+        """In a thread: put back what is *due*; returns what is to be tried again."""
         runner = self._runner
         mended: Counter[str] = Counter()
-        failed: dict[Which, int] = {}
+        failed: Failures = {}
         for (uplink, tap), tries in sorted(due.items()):
             outcome = runner.attempt(partial(restore, tap, uplink), f"{uplink} is up again", BUSY)
             if isinstance(outcome, KvmIfupError):
@@ -89,7 +82,7 @@ class Restorations:
             elif outcome and any(change.needed for change in outcome.changes):
                 mended[uplink] += 1
                 runner.metrics.add("kvm_ifup_restorations_total")
-                announcing.announce_later([outcome], runner.store, self._background)
+                self._announcements.repeat(outcome)
         for uplink, number in mended.items():
             runner.say(f"{uplink} is up again: proxy entries put back for {number} NIC{'s' * (number > 1)}")
         return failed

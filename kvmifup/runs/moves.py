@@ -22,7 +22,7 @@ from kvmifup.runs.session import Session, about, alive
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedArrival:
     """post for a NIC whose guest has yet to arrive: computed and admitted, so that only the doing is left.
 
     *stamp* is its journal's, *devices* are those that the ops are about, with their indices.
@@ -39,7 +39,7 @@ class Ready:
         return any(change.op.waits for change in self.job.needed)
 
 
-def ready(tap: str, session: Session) -> Ready | None:
+def prepare_arrival(tap: str, session: Session) -> PreparedArrival | None:
     """Find out what post will have to do for *tap*; None if its NIC does not wait for its guest.
 
     Raises what `phases.plan` raises, LockTimeoutError, JournalError and NamespaceError.
@@ -50,37 +50,37 @@ def ready(tap: str, session: Session) -> Ready | None:
         outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
         devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
         indices = tuple((dev, session.kernel.ifindex(dev)) for dev in devices)
-        return Ready(outcome, job, session.store.stamp(tap), indices)
+        return PreparedArrival(outcome, job, session.store.stamp(tap), indices)
 
 
-def arrive(ready: Ready, session: Session) -> Outcome | None:
-    """Do what is *ready*; None, and nothing was done, if anything has changed since or somebody works on it.
+def arrive(prepared: PreparedArrival, session: Session) -> Outcome | None:
+    """Do what is *prepared*; None, and nothing was done, if anything has changed since or somebody works on it.
 
     Only what others may change at any time is read again. The rest was checked when it was prepared, and the agent
     has everything checked again a moment later.
     Raises what `apply.apply` raises.
     """
-    tap = ready.outcome.tap
+    tap = prepared.outcome.tap
     session = replace(session, config=replace(session.config, lock_timeout=0))
     with ExitStack() as stack:
-        stack.enter_context(about(ready.outcome.label))
+        stack.enter_context(about(prepared.outcome.label))
         try:
             session.locked(stack, [tap])
-            session.share(stack, [], [ready.job.before])
+            session.share(stack, [], [prepared.job.before])
         except LockTimeoutError:
             return None
-        same = session.store.stamp(tap) == ready.stamp and all(
-            session.kernel.ifindex(dev) == index for dev, index in ready.devices
+        same = session.store.stamp(tap) == prepared.stamp and all(
+            session.kernel.ifindex(dev) == index for dev, index in prepared.devices
         )
-        shared = [change for change in ready.job.changes if isinstance(change.op, Sysctl) and change.op.shared]
+        shared = [change for change in prepared.job.changes if isinstance(change.op, Sysctl) and change.op.shared]
         if not same or any(session.kernel.read(change.op) != change.now for change in shared):
             return None
-        assert ready.job.after is not None
-        apply([replace(ready.job, after=session.dated(ready.job.after))], session.kernel, session.store)
-    return ready.outcome
+        assert prepared.job.after is not None
+        apply([replace(prepared.job, after=session.dated(prepared.job.after))], session.kernel, session.store)
+    return prepared.outcome
 
 
-def settle(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Outcome | None:
+def run_post(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Outcome | None:
     """post for the NIC whose journal *tap* has, whoever wired it; None if it is not the *wanted* one (any more).
 
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.

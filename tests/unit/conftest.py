@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from kvmifup.agent.loop import Loop
+
 from .samples import NAMESPACE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,3 +71,14 @@ def caught_signals() -> Iterator[None]:
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
     signals._arrived.clear()
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """A loop, and its end; signal handlers as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGIO, signal.SIGTERM)}
+    one = Loop()
+    yield one
+    one.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup.agent.events import ANYTHING, DirectoryEvents, Message, removed, risen, split, touched
+from kvmifup.agent.events import ANYTHING, DirectoryEvents, NetlinkMessage, came_up, removed, split, touched
 from kvmifup.agent.loop import Loop
 
 NEWLINK, DELLINK, NEWROUTE, DELROUTE, NEWNETCONF = 16, 17, 24, 25, 80
@@ -79,9 +78,9 @@ UP, CARRIER = 0x1, 0x10000
     ],
 )
 def test_which_devices_have_come_up(data: bytes, names: list[str]) -> None:
-    assert risen(list(split(data)), set()) == names
+    assert came_up(list(split(data)), set()) == names
     down: set[int] = set()
-    assert [name for one in split(data) for name in risen([one], down)] == names
+    assert [name for one in split(data) for name in came_up([one], down)] == names
 
 
 def test_what_is_touched() -> None:
@@ -104,7 +103,7 @@ def test_what_holds_for_all_devices_touches_any() -> None:
 def test_cut_or_senseless_messages_are_no_trouble(data: bytes) -> None:
     list(split(data))
     for kind in (NEWROUTE, NEWNETCONF):
-        touched([Message(kind, b"\x02\x20" + data)])
+        touched([NetlinkMessage(kind, b"\x02\x20" + data)])
 
 
 @given(st.lists(st.tuples(st.sampled_from([NEWLINK, DELLINK]), st.integers(1, 1 << 30)), max_size=20))
@@ -114,16 +113,6 @@ def test_every_message_of_a_bunch_is_read(bunch: list[tuple[int, int]]) -> None:
 
 
 # --- a directory -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    """A loop."""
-    before = signal.getsignal(signal.SIGIO)
-    one = Loop()
-    yield one
-    one.close()
-    signal.signal(signal.SIGIO, before)
 
 
 class Seen:

@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 
-from kvmifup.agent.loop import THREADS, Loop
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    """A loop, and its end; signal handlers as before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGIO, signal.SIGTERM)}
-    one = Loop()
-    yield one
-    one.close()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+from kvmifup.agent.loop import THREADS, Loop, OneAtATime, Timers
 
 
 def test_timers_run_in_the_order_in_which_they_are_due(loop: Loop) -> None:
@@ -217,3 +209,141 @@ def test_a_signal_after_the_end_does_nothing() -> None:
     loop.close()
     os.kill(os.getpid(), signal.SIGHUP)
     signal.signal(signal.SIGHUP, before)
+
+
+# --- one at a time ----------------------------------------------------------------------------------------
+
+
+class Job:
+    """A job that stays with its thread until it is let go, and how often it was begun and done."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.free = threading.Semaphore(0)
+        self.begun = 0
+        self.done: list[int] = []
+        self.at_once = 0
+        self.most_at_once = 0
+        self.one = OneAtATime(loop, self.begin, self.then)
+
+    def begin(self) -> Callable[[], int]:
+        """In the loop."""
+        self.begun += 1
+        return partial(self.task, self.begun)
+
+    def task(self, number: int) -> int:
+        """In a thread."""
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        assert self.free.acquire(timeout=30)
+        self.at_once -= 1
+        return number
+
+    def then(self, number: int) -> None:
+        """In the loop."""
+        assert self.one.busy
+        self.done.append(number)
+
+
+def until_idle(loop: Loop, one: OneAtATime[Any]) -> None:
+    """Run *loop* until nothing is done, nor will be."""
+
+    def look() -> None:
+        if one.busy:
+            loop.later(0.001, look)
+        else:
+            loop.stop()
+
+    loop.later(0, look)
+    loop._running = True
+    loop.run()
+
+
+def test_who_asks_while_it_is_done_has_it_done_once_more_and_once_only(loop: Loop) -> None:
+    job = Job(loop)
+    assert not job.one.busy
+    for _ in range(5):
+        job.one.ask()
+    assert (job.begun, job.one.busy) == (1, True)
+    job.free.release(10)
+    until_idle(loop, job.one)
+    assert (job.begun, job.done, job.most_at_once) == (2, [1, 2], 1)
+    job.one.ask()
+    until_idle(loop, job.one)
+    assert job.done == [1, 2, 3]
+
+
+def test_what_is_done_with_a_result_may_ask_for_the_next(loop: Loop) -> None:
+    queue = ["a", "b", "c"]
+    done: list[str] = []
+
+    def begin() -> Callable[[], str] | None:
+        return partial(str.upper, queue.pop(0)) if queue else None
+
+    def then(result: str) -> None:
+        done.append(result)
+        one.ask()
+
+    one = OneAtATime(loop, begin, then)
+    one.ask()
+    until_idle(loop, one)
+    assert (done, queue) == (["A", "B", "C"], [])
+
+
+def test_nothing_to_do_is_not_busy_and_may_be_asked_for_again(loop: Loop) -> None:
+    answers: list[Callable[[], int] | None] = [None, lambda: 7]
+    one: OneAtATime[int] = OneAtATime(loop, lambda: answers.pop(0), lambda result: done.append(result))
+    done: list[int] = []
+    one.ask()
+    assert not one.busy
+    one.ask()
+    until_idle(loop, one)
+    assert done == [7]
+
+
+def test_who_asks_within_the_delay_is_content_with_the_same_one_and_does_not_put_it_off(loop: Loop) -> None:
+    job = Job(loop)
+    job.free.release(10)
+    for expected in (1, 2):
+        begun = time.monotonic()
+
+        def again(expected: int = expected) -> None:
+            if job.begun == expected:
+                loop.stop()
+            else:
+                job.one.ask_in(0.05)
+                loop.later(0.001, again)
+
+        again()
+        loop._running = True
+        loop.run()
+        assert 0.05 <= time.monotonic() - begun < 5
+        until_idle(loop, job.one)
+    assert job.done == [1, 2]
+
+
+# --- timers of one owner ------------------------------------------------------------------------------------
+
+
+def test_a_timer_replaces_the_one_for_the_same_purpose_and_no_other(loop: Loop) -> None:
+    done: list[str] = []
+    timers = Timers(loop)
+    for number in range(1000):
+        timers.set("flapping", 0.01, partial(done.append, f"flapping {number}"))
+    timers.set("other", 0.01, partial(done.append, "other"))
+    assert len(timers._timers) == 2
+    loop.later(0.03, loop.stop)
+    loop.run()
+    assert done == ["flapping 999", "other"]
+
+
+def test_cancelled_timers_do_nothing_and_new_ones_do(loop: Loop) -> None:
+    done: list[str] = []
+    timers = Timers(loop)
+    timers.set("a", 0, partial(done.append, "a"))
+    timers.set("b", 0, partial(done.append, "b"))
+    timers.cancel()
+    timers.set("a", 0, partial(done.append, "a again"))
+    loop.later(0.02, loop.stop)
+    loop.run()
+    assert done == ["a again"]

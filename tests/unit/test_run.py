@@ -37,7 +37,7 @@ from kvmifup.runs import locks
 from kvmifup.runs.down import down, taps_of_instance
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.leftovers import collect
-from kvmifup.runs.moves import ready, restore, settle, withdraw
+from kvmifup.runs.moves import prepare_arrival, restore, run_post, withdraw
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session
 from kvmifup.runs.store import Store
@@ -851,9 +851,9 @@ def test_which_locks_it_takes_to_undo_something(nic: Nic, node: Node, taken: Cal
     expected = ["tap.tap0", "uplink"] if nic.mode == "routed" else ["tap.tap0"]
     node.pre(nic)
     taken()
-    ready("tap0", node.session())
+    prepare_arrival("tap0", node.session())
     assert taken() == expected
-    settle("tap0", lambda _journal: True, node.session())
+    run_post("tap0", lambda _journal: True, node.session())
     assert taken() == expected
     node.gc()
     assert taken() == ["tap.tap0"], "there is nothing to clear up"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvmifup import __version__, client
 from kvmifup.agent import hook_server
-from kvmifup.agent.hook_server import Refused, Request, Service, parse
+from kvmifup.agent.hook_server import HookServer, Refused, Request, parse
 from kvmifup.agent.loop import Loop
 from kvmifup.core import signals
 from kvmifup.core.errors import InterruptedRun
@@ -89,7 +89,7 @@ class Agent:
         listener.listen(1000)
         self.programs: list[str] = []
         self.loop = Loop()
-        self.service = Service(self.loop, listener, lambda messages, still_true: None)
+        self.server = HookServer(self.loop, listener, lambda messages, still_true: None)
         self.thread = threading.Thread(target=self.loop.run)
         self.thread.start()
 
@@ -114,10 +114,10 @@ class Agent:
         self.loop.soon(done.set)
         assert done.wait(30)
 
-    def callers(self) -> int:
+    def exchanges(self) -> int:
         """How many it has."""
         found: list[int] = []
-        self.do(lambda: found.append(len(self.service.callers)))
+        self.do(lambda: found.append(len(self.server.exchanges)))
         return found[0]
 
     def connect(self, said: bytes = b"") -> socket.socket:
@@ -130,7 +130,7 @@ class Agent:
 
     def close(self) -> None:
         """The end of it."""
-        self.loop.soon(self.service.close)
+        self.loop.soon(self.server.close)
         self.loop.soon(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -184,7 +184,7 @@ def test_a_request_in_pieces_is_a_request(agent: Agent) -> None:
     connection = agent.connect()
     for at in range(len(message)):
         connection.sendall(message[at : at + 1])
-        agent.callers()
+        agent.exchanges()
     assert rest(connection).lstrip(client.ALIVE)[:1] == client.DONE
 
 
@@ -232,14 +232,14 @@ def test_nothing_is_left_of_those_who_are_not_served(agent: Agent, said: bytes) 
         connection = agent.connect(said)
         connection.shutdown(socket.SHUT_WR)
         assert rest(connection) in (b"", client.REFUSED)
-    assert agent.callers() == 0
+    assert agent.exchanges() == 0
     assert agent.programs == []
 
 
 def test_who_says_nothing_is_hung_up_on(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook_server, "TO_ASK", 0.01)
     assert rest(agent.connect(b"\0\0\0")) == b""
-    assert agent.callers() == 0
+    assert agent.exchanges() == 0
 
 
 def test_at_its_end_those_who_wait_are_hung_up_on_and_those_who_are_served_get_their_answer(agent: Agent) -> None:
@@ -252,8 +252,8 @@ def test_at_its_end_those_who_wait_are_hung_up_on_and_those_who_are_served_get_t
     agent.main = main
     served, silent = agent.connect(client.request("kvm-ifup", ["gc"], {})), agent.connect()
     assert running.wait(30)
-    agent.do(agent.service.close)
-    agent.do(agent.service.close)  # once more changes nothing
+    agent.do(agent.server.close)
+    agent.do(agent.server.close)  # once more changes nothing
     assert rest(silent) == b""
     with pytest.raises(ConnectionRefusedError):
         agent.connect()
@@ -263,7 +263,7 @@ def test_at_its_end_those_who_wait_are_hung_up_on_and_those_who_are_served_get_t
 
 def test_without_descriptors_it_waits_until_there_are_some(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     left = [3]
-    accept = agent.service.listener.accept
+    accept = agent.server.listener.accept
 
     class Listener:
         """Refuses at first, as with EMFILE."""
@@ -277,9 +277,9 @@ def test_without_descriptors_it_waits_until_there_are_some(agent: Agent, monkeyp
         def __getattr__(self, name: str) -> object:
             return getattr(real, name)
 
-    real = agent.service.listener
+    real = agent.server.listener
     monkeypatch.setattr(hook_server, "PAUSE", 0.001)
-    monkeypatch.setattr(agent.service, "listener", Listener())
+    monkeypatch.setattr(agent.server, "listener", Listener())
     assert client.by_agent("kvm-ifup", ["gc"], {}) == 0
     assert left == [0]
 

@@ -1,0 +1,71 @@
+"""The later rounds of announcements, each sent when it is time and as long as it is true."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from kvmifup.agent.loop import Loop
+from kvmifup.agent.runner import Runner
+from kvmifup.core.model import Message
+from kvmifup.node import announce
+from kvmifup.runs import announcing
+from kvmifup.runs.announcing import SCHEDULE
+from kvmifup.runs.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """*messages*, as long as they are *still_true*; its first round was sent when the monotonic clock said *begun*."""
+
+    messages: Sequence[Message]
+    still_true: Callable[[], bool]
+    begun: float
+
+
+class Announcements:
+    """Sends the rounds after the first, by `kvmifup.runs.announcing.SCHEDULE`.
+
+    *under_way*: how many announcements have rounds left.
+    """
+
+    def __init__(self, loop: Loop, runner: Runner) -> None:
+        self._loop = loop
+        self._runner = runner
+        self.under_way = 0
+
+    def repeat(self, outcome: Outcome) -> None:
+        """Repeat what was announced with *outcome*, if anything was. From any thread."""
+        announcing.announce_later([outcome], self._runner.store, self.begin)
+
+    def begin(self, messages: Sequence[Message], still_true: Callable[[], bool]) -> None:
+        """Send *messages* again and again, as long as they are *still_true*. From any thread."""
+        self._loop.soon(partial(self._begin, messages, still_true))
+
+    def _begin(self, messages: Sequence[Message], still_true: Callable[[], bool]) -> None:
+        self.under_way += 1
+        self._send_in_time(Announcement(messages, still_true, time.monotonic()), 1)
+
+    def _send_in_time(self, one: Announcement, number: int) -> None:
+        """Round *number*; the first is 0."""
+        self._loop.later(one.begun + SCHEDULE[number] - time.monotonic(), partial(self._send, one, number))
+
+    def _send(self, one: Announcement, number: int) -> None:
+        if self._sent(one, number) and number + 1 < len(SCHEDULE):
+            self._send_in_time(one, number + 1)
+        else:
+            self.under_way -= 1
+
+    def _sent(self, one: Announcement, number: int) -> bool:
+        """Send round *number*; False if it is not true any more, or its uplink has gone."""
+        try:
+            if not one.still_true():
+                return False
+            announce.send(one.messages)
+            told = ", ".join(f"{address} on {uplink}" for uplink, address, _ in one.messages)
+            self._runner.tell(f"announced, round {number + 1} of {len(SCHEDULE)}: {told}")
+        except OSError:
+            return False
+        return True

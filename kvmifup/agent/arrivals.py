@@ -1,0 +1,206 @@
+"""A guest that arrives: its tap is armed, post is prepared, and its first frame has post done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+from kvmifup.agent.announcements import Announcements
+from kvmifup.agent.events import NodeEvents, Touched
+from kvmifup.agent.loop import Loop, OneAtATime
+from kvmifup.agent.runner import BUSY, Runner
+from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
+from kvmifup.core.errors import KvmIfupError, LockTimeoutError, known
+from kvmifup.core.model import Nic, Phase
+from kvmifup.node import frames, sockets
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.moves import PreparedArrival, arrive, prepare_arrival, run_post
+from kvmifup.runs.outcome import Outcome
+from kvmifup.tell import syslog
+
+QUIET = 0.2  # seconds after a change on the node until what was prepared is prepared anew
+RECHECK = 1.0  # seconds after an arrival, or a failure, until everything is looked at in full
+
+Result = Outcome | KvmIfupError | None  # of post
+Preparation = tuple[TapRecord, PreparedArrival | KvmIfupError | None]
+
+
+def listen(runner: Runner, began: float, tap: TapRecord) -> None:
+    """In a thread: arm *tap*, unless its time is up. This comes before post is prepared, so that no frame gets lost.
+
+    *began*: when this agent was started, in seconds since 1970. Before that, nobody may have listened.
+    """
+    if time_left(runner, tap) <= 0:
+        return
+    try:
+        tap.arm(sockets.guest_listener(tap.name, tap.nic.mac))
+    except OSError as error:
+        if tap.is_there():
+            runner.say(f"cannot listen: {error.strerror}", tap.nic.label, syslog.ERROR)
+        return
+    if tap.since < began:  # the guest may have arrived meanwhile: it is asked for a frame
+        with suppress(OSError):  # the tap is down: its guest cannot be here
+            sockets.send(tap.name, frames.questions(tap.nic))
+
+
+def time_left(runner: Runner, tap: TapRecord) -> float:
+    """For how many seconds the guest is still waited for."""
+    return tap.since + runner.config.agent.arrival_timeout - time.time()
+
+
+def relies_on(prepared: PreparedArrival, nic: Nic, touched: Touched) -> bool:
+    """Whether what is *prepared* for *nic* may be wrong now that *touched* has changed.
+
+    The tap does not count: `arrive` looks at it when it is needed.
+    """
+    devices = {index for dev, index in prepared.devices if dev != nic.tap} | {0}
+    routes = {str(prefix) for prefix in nic.ip} | {"0.0.0.0/0", "::/0", ""}
+    return not touched.devices.isdisjoint(devices) or not touched.routes.isdisjoint(routes)
+
+
+class Arrivals:
+    """Waits for guests on taps that are armed, and wires each that arrives."""
+
+    def __init__(self, loop: Loop, runner: Runner, taps: Taps, announcements: Announcements) -> None:
+        self._loop = loop
+        self._runner = runner
+        self._taps = taps
+        self._announcements = announcements
+        self._node = NodeEvents(loop, self._node_changed)
+        self._unprepared: dict[str, TapRecord] = {}
+        self._preparing = OneAtATime(loop, self._begin_preparing, self._prepared)
+        self._meanwhile: list[Touched] = []  # what has changed while one is prepared
+
+    def wait_for(self, tap: TapRecord) -> None:
+        """*tap* is ARMING: wait for its guest, and have post prepared."""
+        assert tap.listener
+        self._loop.watch(tap.listener, partial(self._heard, tap))
+        tap.timers.set("arrival", time_left(self._runner, tap), partial(self._give_up, tap))
+        self._prepare(tap)
+
+    def _give_up(self, tap: TapRecord) -> None:
+        tap.become(State.DISARMED)
+        seconds = self._runner.config.agent.arrival_timeout
+        self._runner.say(f"the guest has not arrived in {seconds:g} s: disarmed", tap.nic.label)
+
+    # --- preparing ----------------------------------------------------------------------------------------
+
+    def _prepare(self, tap: TapRecord) -> None:
+        """Have post for *tap* prepared: one after the other, in a thread."""
+        self._unprepared[tap.name] = tap
+        self._preparing.ask()
+
+    def _begin_preparing(self) -> Callable[[], Preparation] | None:
+        while self._unprepared:
+            _, tap = self._unprepared.popitem()
+            if tap.state in (State.ARMING, State.ARMED):
+                self._meanwhile.clear()
+                return partial(self._try_to_prepare, tap)
+        return None
+
+    def _try_to_prepare(self, tap: TapRecord) -> Preparation:
+        """In a thread: compute and admit post."""
+        try:
+            # Whoever works on the tap may do so for long, and the others wait for us.
+            with self._runner.session(patience=BUSY) as session:
+                return tap, prepare_arrival(tap.name, session)
+        except Exception as error:
+            return tap, known(error)
+
+    def _prepared(self, result: Preparation) -> None:
+        self._preparing.ask()  # the next one
+        tap, prepared = result
+        if tap.state not in LISTENING:
+            return
+        first = tap.state is State.ARMING
+        if isinstance(prepared, PreparedArrival):
+            tap.ready(prepared)
+            for touched in self._meanwhile:
+                self._outdate(tap, touched)
+        elif first:
+            tap.become(State.ARMED)
+        if isinstance(prepared, LockTimeoutError):
+            tap.timers.set("prepare", RECHECK, partial(self._prepare, tap))
+        elif isinstance(prepared, KvmIfupError):
+            self._runner.complain("not ready for its arrival", prepared)
+        if first:
+            self._runner.say("armed", tap.nic.label)
+
+    def _node_changed(self, touched: Touched) -> None:
+        """What is prepared and relies on *touched* has to be prepared anew, once all is quiet."""
+        if self._preparing.busy:
+            self._meanwhile.append(touched)
+        for tap in self._taps:
+            self._outdate(tap, touched)
+
+    def _outdate(self, tap: TapRecord, touched: Touched) -> None:
+        if tap.prepared and relies_on(tap.prepared, tap.nic, touched):
+            tap.become(State.ARMED)
+            tap.timers.set("prepare", QUIET, partial(self._prepare, tap))
+
+    # --- the first frame ------------------------------------------------------------------------------------
+
+    def _heard(self, tap: TapRecord) -> None:
+        """The guest on *tap* has sent something: it runs here."""
+        assert tap.listener
+        try:
+            data, sent = sockets.receive(tap.listener)
+        except BlockingIOError:
+            return
+        except OSError:  # ENETDOWN, once: the device is down, and may come up again; or it is gone, and so will be this
+            return
+        frame = frames.name_of(data)
+        self._node.catch_up()
+        if tap.prepared and not tap.prepared.waits:
+            outcome = self._runner.attempt(partial(arrive, tap.prepared), frame)
+            if outcome:
+                tap.become(State.ARRIVING)
+                self._arrived(tap, frame, sent, outcome)
+                return
+        tap.become(State.ARRIVING)
+        self._loop.work(partial(self._post, tap.name, tap.is_of, frame), partial(self._arrived, tap, frame, sent))
+
+    def _post(self, name: str, wanted: Callable[[Journal], bool], reason: str | None) -> Result:
+        """In a thread: post, from the beginning."""
+        return self._runner.attempt(partial(run_post, name, wanted), reason)
+
+    def _arrived(self, tap: TapRecord, frame: str, sent: float, outcome: Result) -> None:
+        if isinstance(outcome, KvmIfupError):
+            self._not_arrived(tap, outcome)
+        elif outcome:
+            seconds = time.time() - sent
+            self._runner.metrics.add("kvm_ifup_arrivals_total", frame=frame)
+            self._runner.metrics.took("kvm_ifup_arrival_seconds", seconds)
+            self._runner.say(f"arrived, first frame {frame}; wired {1000 * seconds:.1f} ms after it", outcome.label)
+            self._announcements.repeat(outcome)
+            self._loop.later(RECHECK, partial(self._look_again, tap))
+
+    def _not_arrived(self, tap: TapRecord, error: KvmIfupError) -> None:
+        """Say it, and try again at the guest's next frame."""
+        self._runner.metrics.add("kvm_ifup_arrival_failures_total")
+        self._runner.failed([error])
+        self._runner.complain("not arrived", error)
+        self._loop.later(RECHECK, partial(self._rearm, tap))
+
+    def _rearm(self, tap: TapRecord) -> None:
+        if tap.state is State.ARRIVING:
+            self._taps.look_again_at(tap)
+
+    # --- the second look ------------------------------------------------------------------------------------
+
+    def _look_again(self, tap: TapRecord) -> None:
+        """Check all that post brings: `arrive` has read only what others may change at any time."""
+
+        # By then it may have left, and the tap wait for it or for another one.
+        def still_here(journal: Journal) -> bool:
+            return tap.is_of(journal) and journal.phase is Phase.POST
+
+        self._loop.work(partial(self._post, tap.name, still_here, None), self._looked_again)
+
+    def _looked_again(self, outcome: Result) -> None:
+        if isinstance(outcome, KvmIfupError):
+            self._runner.complain("not looked at again", outcome)
+        elif outcome:
+            self._announcements.repeat(outcome)

@@ -1,0 +1,232 @@
+"""The taps that have a journal, and what the agent does for each of them at the moment."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from functools import partial
+
+from kvmifup.agent.loop import Loop, OneAtATime, Timers
+from kvmifup.agent.runner import Runner
+from kvmifup.core.errors import BugError, JournalError, NamespaceError
+from kvmifup.core.model import Nic, Phase
+from kvmifup.core.ops import ProxyNeighbour
+from kvmifup.node import sockets
+from kvmifup.runs.index import Stamp
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.moves import PreparedArrival
+from kvmifup.tell import syslog
+
+SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
+
+Place = tuple[str, str]  # where this node answers for a guest: uplink, address
+
+
+class State(Enum):
+    """What the agent does for a tap, as far as one version of its journal goes.
+
+    A run that changes the journal ends this: the record becomes OVER, and the new journal gets a new one.
+    """
+
+    WIRED = "post is done: the guest runs here"
+    UNFINISHED = "a run is at work on it, or was killed"
+    DISARMED = "nobody listens for its guest: not yet, no longer, or it is not possible"
+    ARMING = "its guest's first frame is listened for, and post is prepared for the first time"
+    ARMED = "its guest's first frame is listened for, and nothing is prepared: post begins at the beginning"
+    READY = "its guest's first frame is listened for, and post is prepared"
+    ARRIVING = "its guest has sent a frame: post is at work, has been done, or has failed and will be tried again"
+    OVER = "the journal has changed, or is gone"
+
+
+LISTENING = {State.ARMING, State.ARMED, State.READY}
+NEXT: dict[State, set[State]] = {
+    State.WIRED: {State.OVER},
+    State.UNFINISHED: {State.OVER},
+    State.DISARMED: {State.ARMING, State.OVER},
+    State.ARMING: {State.ARMED, State.READY, State.ARRIVING, State.DISARMED, State.OVER},
+    State.ARMED: {State.READY, State.ARRIVING, State.DISARMED, State.OVER},
+    State.READY: {State.ARMED, State.ARRIVING, State.DISARMED, State.OVER},
+    State.ARRIVING: {State.OVER},
+    State.OVER: set(),
+}
+
+
+class TapRecord:
+    """One tap, from its journal.
+
+    *stamp* tells this version of the journal from others. *places* are where this node answers for the guest.
+    *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
+    cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
+    this one were UNFINISHED too.
+    """
+
+    def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:
+        self.nic = journal.nic
+        self.ifindex = journal.ifindex
+        self.phase = journal.phase
+        self.since = journal.since
+        self.stamp = stamp
+        self.places = frozenset(
+            (entry.op.dev, entry.op.address)
+            for entry in journal.entries
+            if isinstance(entry.op, ProxyNeighbour) and journal.phase is Phase.POST
+        )
+        self.state = state_of(journal)
+        self.listener: socket.socket | None = None
+        self.prepared: PreparedArrival | None = None
+        self.timers = Timers(loop)
+        self.tries = 0
+        self._loop = loop
+
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return self.nic.tap
+
+    def become(self, state: State) -> None:
+        """Go on to *state*, and let go of what is not needed there. Raises BugError if that cannot follow."""
+        if state not in NEXT[self.state]:
+            raise BugError(f"{self.nic.label} cannot become {state.name}, being {self.state.name}")
+        self.state = state
+        if state is not State.READY:
+            self.prepared = None
+        if state not in LISTENING:
+            self.timers.cancel()
+            if self.listener:
+                self._loop.ignore(self.listener)
+                sockets.close(self.listener)
+                self.listener = None
+
+    def arm(self, listener: socket.socket) -> None:
+        """*listener* has been opened for the guest's frames."""
+        self.become(State.ARMING)
+        self.listener = listener
+
+    def ready(self, prepared: PreparedArrival) -> None:
+        """post is *prepared*."""
+        self.become(State.READY)
+        self.prepared = prepared
+
+    def is_there(self) -> bool:
+        """Whether the device still exists, and its name is still its own."""
+        return sockets.is_device(self.name, self.ifindex)
+
+    def is_of(self, journal: Journal) -> bool:
+        """Whether *journal* is about this guest: by now the tap may be another one's, or there for another one."""
+        return (journal.ifindex, journal.nic.mac) == (self.ifindex, self.nic.mac)
+
+
+def state_of(journal: Journal) -> State:
+    """What *journal* says, before anybody listens."""
+    if journal.pending:
+        return State.UNFINISHED
+    return State.WIRED if journal.phase is Phase.POST else State.DISARMED
+
+
+Found = tuple[set[str], dict[str, TapRecord]]  # all taps that have a journal; those whose journal is new
+
+
+class Taps:
+    """All taps that have a journal in this network namespace.
+
+    A thread reads the journals. For a new one in pre it calls *listen* with the record, so that no frame gets lost
+    while others are read. Then the loop calls *found* with each new record, and *looked* once, after all of them.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        runner: Runner,
+        listen: Callable[[TapRecord], None],
+        found: Callable[[TapRecord], None],
+        looked: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._runner = runner
+        self._listen, self._found, self._looked = listen, found, looked
+        self._taps: dict[str, TapRecord] = {}
+        self._look = OneAtATime(loop, self._begin, self._done)
+        # Of the thread that looks: journals that it need not read again while they stay as they are.
+        self._unreadable: dict[str, Stamp] = {}
+        self._elsewhere: dict[str, Stamp] = {}  # of other network namespaces
+
+    def __iter__(self) -> Iterator[TapRecord]:
+        return iter(self._taps.values())
+
+    def __len__(self) -> int:
+        return len(self._taps)
+
+    def named(self, names: Sequence[str]) -> list[TapRecord]:
+        """Those of *names* that have a record."""
+        return [self._taps[name] for name in names if name in self._taps]
+
+    def guests(self) -> dict[Place, Nic]:
+        """Where this node answers for whom."""
+        return {place: tap.nic for tap in self for place in tap.places}
+
+    def look(self) -> None:
+        """See what has changed in the journals."""
+        self._look.ask()
+
+    def look_soon(self) -> None:
+        """The same in a moment, once for all changes until then.
+
+        A hook writes its journal twice, and we should not compete with it for the processor.
+        """
+        self._look.ask_in(SETTLE)
+
+    def look_again_at(self, tap: TapRecord) -> None:
+        """Read its journal again, though it is the same, and begin anew with it."""
+        tap.become(State.OVER)
+        del self._taps[tap.name]
+        self.look()
+
+    def close(self) -> None:
+        """Let go of everything. The loop is closed."""
+        for tap in self:
+            if tap.listener:
+                tap.listener.close()
+
+    def _begin(self) -> Callable[[], Found]:
+        return partial(self._find, {name: tap.stamp for name, tap in self._taps.items()})
+
+    def _find(self, known: dict[str, Stamp]) -> Found:
+        """In a thread: see which journals there are, and read those that are not *known*."""
+        now = self._runner.store.stamps()
+        stamps = {name: stamp for name, stamp in now.items() if self._elsewhere.get(name) != stamp}
+        names = set(stamps)
+        new = {}
+        for name, stamp in sorted(stamps.items()):
+            if stamp == known.get(name):
+                continue
+            try:
+                journal = self._runner.store.load(name)
+            except NamespaceError:
+                self._elsewhere[name] = stamp
+                names.discard(name)
+                continue
+            except (JournalError, OSError) as error:
+                if self._unreadable.get(name) != stamp:
+                    self._runner.say(f"{name}: {error}", severity=syslog.ERROR)
+                self._unreadable[name] = stamp
+                continue
+            if journal is None:
+                continue
+            new[name] = tap = TapRecord(self._loop, journal, stamp)
+            if tap.phase is Phase.PRE and tap.state is State.DISARMED:
+                self._listen(tap)
+        return names, new
+
+    def _done(self, found: Found) -> None:
+        names, new = found
+        for name in self._taps.keys() - names:
+            self._taps.pop(name).become(State.OVER)
+        for name, tap in new.items():
+            if before := self._taps.get(name):
+                if tap.state is before.state is State.UNFINISHED:
+                    tap.tries = before.tries + 1
+                before.become(State.OVER)
+            self._taps[name] = tap
+            self._found(tap)
+        self._looked()

@@ -1,0 +1,313 @@
+"""A guest that is waited for: what is prepared and when again, its first frame, and a failure. Runs are stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from kvmifup.agent import announcements, arrivals
+from kvmifup.agent.announcements import Announcements
+from kvmifup.agent.arrivals import Arrivals
+from kvmifup.agent.events import ANYTHING, Touched
+from kvmifup.agent.loop import Loop
+from kvmifup.agent.runner import Runner
+from kvmifup.agent.taps import State, TapRecord, Taps
+from kvmifup.core.errors import KvmIfupError, LockTimeoutError, NotReadyError
+from kvmifup.core.model import AgentConfig, Config, Phase
+from kvmifup.node import announce
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.moves import PreparedArrival
+from kvmifup.runs.outcome import Outcome
+
+from .samples import HERE, MAC, ROUTED
+
+FRAME = bytes.fromhex("ff" * 6 + MAC.replace(":", "") + "8035") + bytes(46)
+NOTHING = Touched(frozenset({99}), frozenset())
+OUTCOME = Outcome(ROUTED.label, ROUTED, "tap0", Phase.POST)
+
+
+class Prepared(PreparedArrival):
+    """A post that is prepared, and relies on eth0, whose index is 2."""
+
+    def __init__(self, *, waits: bool = False) -> None:
+        vars(self).update(devices=(("eth0", 2),), slow=waits)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it can take long."""
+        return cast(bool, vars(self)["slow"])
+
+
+@dataclass
+class Waiting:
+    """A tap that is armed, and stand-ins for the runs: what each of them is to return or raise, in turn."""
+
+    loop: Loop
+    runner: Runner
+    said: list[str]
+    preparations: list[PreparedArrival | KvmIfupError | None] = field(default_factory=list)
+    arrivals: list[Outcome | KvmIfupError | None] = field(default_factory=list)
+    posts: list[Outcome | KvmIfupError | None] = field(default_factory=list)
+    calls: list[tuple[str, bool]] = field(default_factory=list)  # what was run, and whether in the loop's thread
+    while_preparing: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.ours, self.guest = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.ours.setblocking(False)
+        self.looked_again_at: list[TapRecord] = []
+        self.tap = TapRecord(self.loop, Journal(ROUTED, 7, Phase.PRE, namespace=HERE), (1,))
+        self.room = Arrivals(self.loop, self.runner, cast(Taps, self), Announcements(self.loop, self.runner))
+
+    def __iter__(self) -> Iterator[TapRecord]:
+        return iter([self.tap])
+
+    def look_again_at(self, tap: TapRecord) -> None:
+        """As `Taps`."""
+        self.looked_again_at.append(tap)
+        tap.become(State.OVER)
+
+    def next(self, what: str, results: list[Any]) -> Any:
+        """Do *what*."""
+        self.calls.append((what, threading.current_thread() is threading.main_thread()))
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def prepare_arrival(self, _tap: str, _session: object) -> Any:
+        """As `moves.prepare_arrival`."""
+        self.while_preparing()
+        return self.next("prepare", self.preparations)
+
+    def arm(self) -> None:
+        """Listen, and begin to wait."""
+        self.tap.arm(self.ours)
+        self.room.wait_for(self.tap)
+
+    def hear(self, outcome: Outcome | KvmIfupError) -> None:
+        """Prepare, and have the guest send a frame; *outcome* is of what is done then."""
+        self.preparations.append(Prepared())
+        self.arrivals.append(outcome)
+        self.arm()
+        self.run_until(State.READY)
+        self.guest.send(FRAME)
+
+    def until(self, true: Callable[[], object]) -> None:
+        """Run the loop until something is so."""
+
+        def look() -> None:
+            if true() and not self.loop.working:
+                self.loop.stop()
+            else:
+                self.loop.later(0.001, look)
+
+        alarm = self.loop.later(30, lambda: pytest.fail(f"{self.tap.state}, {self.calls}, {self.said}"))
+        self.loop.later(0, look)
+        self.loop._running = True
+        self.loop.run()
+        alarm.cancel()
+
+    def run_until(self, state: State) -> None:
+        """Run the loop until the tap is in *state*."""
+        self.until(lambda: self.tap.state is state)
+
+    def pass_time(self, seconds: float) -> None:
+        """Run the loop for so long."""
+        self.loop.later(seconds, self.loop.stop)
+        self.loop._running = True
+        self.loop.run()
+
+
+@pytest.fixture
+def waiting(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
+    """A tap whose guest will be waited for, for an hour. All delays are short."""
+    said: list[str] = []
+    runner = Runner(tmp_path, lambda line, _severity: said.append(line))
+    runner.config = Config()
+    monkeypatch.setattr(runner, "session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(runner, "attempt", lambda what, *_: attempted(what))
+    one = Waiting(loop, runner, said)
+    for name, results in (("arrive", one.arrivals), ("run_post", one.posts)):
+        monkeypatch.setattr(arrivals, name, lambda *_, name=name, results=results: one.next(name, results))
+    monkeypatch.setattr(arrivals, "prepare_arrival", one.prepare_arrival)
+    monkeypatch.setattr(arrivals, "QUIET", 0.01)
+    monkeypatch.setattr(arrivals, "RECHECK", 0.01)
+    one.tap.since = time.time()
+    yield one
+    one.room._node.socket.close()
+    if one.tap.state is not State.OVER:
+        one.tap.become(State.OVER)
+    one.guest.close()
+
+
+def attempted(what: Callable[[Any], Any]) -> Any:
+    """As `Runner.attempt`."""
+    try:
+        return what(None)
+    except KvmIfupError as error:
+        return error
+
+
+# --- preparing ------------------------------------------------------------------------------------------
+
+
+def test_what_is_prepared_is_ready_and_it_says_so(waiting: Waiting) -> None:
+    waiting.preparations.append(Prepared())
+    waiting.arm()
+    assert waiting.tap.state is State.ARMING
+    waiting.run_until(State.READY)
+    assert waiting.said == [f"{ROUTED.label}: armed"]
+    assert waiting.calls == [("prepare", False)]
+
+
+@pytest.mark.parametrize("result", [NotReadyError("no uplink"), None])
+def test_what_cannot_be_prepared_is_armed_all_the_same(waiting: Waiting, result: KvmIfupError | None) -> None:
+    waiting.preparations.append(result)
+    waiting.arm()
+    waiting.run_until(State.ARMED)
+    assert waiting.said[-1] == f"{ROUTED.label}: armed"
+    assert len(waiting.said) == (2 if result else 1)
+    assert ("no uplink" in waiting.said[0]) == bool(result)
+
+
+def test_who_works_on_the_tap_is_waited_for_and_armed_is_said_once(waiting: Waiting) -> None:
+    waiting.preparations += [LockTimeoutError("held"), LockTimeoutError("held"), Prepared()]
+    waiting.arm()
+    waiting.run_until(State.READY)
+    assert waiting.said == [f"{ROUTED.label}: armed"]
+    assert len(waiting.calls) == 3
+
+
+def test_what_has_become_wrong_is_prepared_anew_once_it_is_quiet(waiting: Waiting) -> None:
+    waiting.preparations += [Prepared(), Prepared()]
+    waiting.arm()
+    waiting.run_until(State.READY)
+    waiting.room._node_changed(NOTHING)
+    assert waiting.tap.prepared
+    for _ in range(100):
+        waiting.room._node_changed(ANYTHING)
+        assert not waiting.tap.prepared
+    waiting.run_until(State.READY)
+    assert len(waiting.calls) == 2
+    assert len(waiting.said) == 1
+
+
+def test_what_has_become_wrong_while_it_was_prepared_is_prepared_anew(waiting: Waiting) -> None:
+    def change_once() -> None:
+        if len(waiting.calls) == 0:
+            done = threading.Event()
+            waiting.loop.soon(lambda: waiting.room._node_changed(ANYTHING))
+            waiting.loop.soon(done.set)
+            assert done.wait(30)
+
+    waiting.while_preparing = change_once
+    waiting.preparations += [Prepared(), Prepared()]
+    waiting.arm()
+    waiting.until(lambda: len(waiting.calls) == 2)
+    waiting.run_until(State.READY)
+    waiting.pass_time(0.05)
+    assert len(waiting.calls) == 2
+
+
+def test_a_guest_that_does_not_come_in_time_is_not_waited_for(waiting: Waiting) -> None:
+    waiting.runner.config = replace(waiting.runner.config, agent=AgentConfig(arrival_timeout=0.05))
+    waiting.preparations.append(Prepared())
+    waiting.arm()
+    waiting.run_until(State.DISARMED)
+    assert waiting.said[-1] == f"{ROUTED.label}: the guest has not arrived in 0.05 s: disarmed"
+    waiting.room._node_changed(ANYTHING)
+    waiting.pass_time(0.05)
+    assert len(waiting.calls) == 1
+
+
+# --- the first frame ------------------------------------------------------------------------------------
+
+
+def test_the_first_frame_has_what_is_prepared_done_in_the_loop_itself(waiting: Waiting) -> None:
+    waiting.posts.append(None)  # the second look
+    waiting.hear(OUTCOME)
+    waiting.until(lambda: len(waiting.calls) == 3)
+    assert waiting.calls == [("prepare", False), ("arrive", True), ("run_post", False)]
+    assert waiting.tap.state is State.ARRIVING
+    assert waiting.tap.listener is None
+    assert "arrived, first frame RARP; wired" in waiting.said[-1]
+
+
+@pytest.mark.parametrize("why", ["not prepared", "takes long", "has changed"])
+def test_else_post_is_done_in_a_thread_from_the_beginning(waiting: Waiting, why: str) -> None:
+    waiting.preparations.append(None if why == "not prepared" else Prepared(waits=why == "takes long"))
+    waiting.arrivals.append(None)
+    waiting.posts += [OUTCOME, None]
+    waiting.arm()
+    waiting.run_until(State.ARMED if why == "not prepared" else State.READY)
+    waiting.guest.send(FRAME)
+    waiting.until(lambda: not waiting.posts)
+    tried = [("arrive", True)] if why == "has changed" else []
+    assert waiting.calls[1:] == [*tried, ("run_post", False), ("run_post", False)]
+    assert waiting.tap.state is State.ARRIVING
+
+
+def test_an_arrival_that_fails_is_said_and_the_next_frame_tries_again(waiting: Waiting) -> None:
+    waiting.hear(NotReadyError("forwarding is off"))
+    waiting.run_until(State.OVER)
+    assert waiting.looked_again_at == [waiting.tap]
+    assert "forwarding is off" in waiting.said[-1]
+
+
+def test_a_tap_whose_journal_has_changed_meanwhile_is_left_alone(waiting: Waiting) -> None:
+    waiting.hear(NotReadyError("forwarding is off"))
+    waiting.run_until(State.ARRIVING)
+    waiting.tap.become(State.OVER)
+    waiting.pass_time(0.05)
+    assert waiting.looked_again_at == []
+
+
+# --- announcements --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is sent, in quick rounds."""
+    sent: list[object] = []
+    monkeypatch.setattr(announcements, "SCHEDULE", (0.0, 0.001, 0.002, 0.003, 0.004))
+    monkeypatch.setattr(announce, "send", sent.append)
+    return sent
+
+
+MESSAGES = [("eth0", "192.0.2.8", "")]
+
+
+@pytest.mark.parametrize(("true", "sent"), [([True] * 4, 4), ([True, True, False], 2), ([False], 0)])
+def test_rounds_after_the_first_are_sent_as_long_as_they_are_true(
+    loop: Loop, waiting: Waiting, rounds: list[object], true: list[bool], sent: int
+) -> None:
+    room = Announcements(loop, waiting.runner)
+    room.begin(MESSAGES, lambda: true.pop(0))
+    waiting.until(lambda: not true)
+    waiting.pass_time(0.02)
+    assert rounds == [MESSAGES] * sent
+    assert room.under_way == 0
+
+
+def test_when_the_uplink_has_gone_nothing_more_is_sent(
+    loop: Loop, waiting: Waiting, rounds: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(messages: object) -> None:
+        rounds.append(messages)
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(announce, "send", send)
+    room = Announcements(loop, waiting.runner)
+    room.begin(MESSAGES, lambda: True)
+    waiting.until(lambda: rounds)
+    waiting.pass_time(0.02)
+    assert len(rounds) == 1
+    assert room.under_way == 0

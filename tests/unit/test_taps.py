@@ -1,0 +1,316 @@
+"""What the agent does for a tap: one state after another, as far as one version of its journal goes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from kvmifup.agent.arrivals import relies_on
+from kvmifup.agent.events import ANYTHING, Touched
+from kvmifup.agent.loop import Loop
+from kvmifup.agent.runner import Runner
+from kvmifup.agent.taps import LISTENING, NEXT, State, TapRecord, Taps, state_of
+from kvmifup.core.errors import BugError
+from kvmifup.core.model import Nic, Phase
+from kvmifup.core.ops import LinkMtu, ProxyNeighbour
+from kvmifup.runs.journal import Entry, Journal
+from kvmifup.runs.moves import PreparedArrival
+
+from .samples import DUAL, HERE, ROUTED
+
+MTU = Entry(LinkMtu("tap0", 9000), 1500)
+PROXY = Entry(ProxyNeighbour("eth0", "192.0.2.8", want=True), False)
+PRE = Journal(ROUTED, 7, Phase.PRE, (MTU,), since=1.0, namespace=HERE)
+POST = replace(PRE, phase=Phase.POST, entries=(MTU, PROXY))
+KILLED = replace(PRE, phase=Phase.DOWN, entries=(), pending=(MTU,))
+PREPARED = cast(PreparedArrival, object())
+
+
+def record(loop: Loop, state: State) -> tuple[TapRecord, socket.socket | None]:
+    """A tap in *state*, and its listener if it has one."""
+    tap = TapRecord(loop, {State.WIRED: POST, State.UNFINISHED: KILLED}.get(state, PRE), (1,))
+    if state not in (State.WIRED, State.UNFINISHED, State.DISARMED, State.OVER):
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        tap.arm(ours)
+        loop.watch(ours, lambda: None)
+    listener = tap.listener
+    if state is State.READY:
+        tap.ready(PREPARED)
+    elif state is not tap.state:
+        tap.become(state)
+    assert tap.state is state
+    return tap, listener
+
+
+# --- the table ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", State)
+@pytest.mark.parametrize("after", State)
+def test_only_what_the_table_has_can_follow(loop: Loop, before: State, after: State) -> None:
+    tap, _ = record(loop, before)
+    if after in NEXT[before]:
+        tap.become(after)
+        assert tap.state is after
+    else:
+        with pytest.raises(BugError, match=rf"{after.name}.*{before.name}"):
+            tap.become(after)
+        assert tap.state is before
+    if tap.state is not State.OVER:
+        tap.become(State.OVER)
+
+
+def test_every_state_can_be_reached_and_only_over_is_the_end() -> None:
+    assert NEXT.keys() == set(State)
+    begin = {state_of(journal) for journal in (PRE, POST, KILLED)}
+    assert begin | set().union(*NEXT.values()) == set(State)
+    assert {state for state, following in NEXT.items() if not following} == {State.OVER}
+    assert all(State.OVER in following for state, following in NEXT.items() if state is not State.OVER)
+
+
+@pytest.mark.parametrize(
+    ("journal", "state"),
+    [
+        (PRE, State.DISARMED),
+        (POST, State.WIRED),
+        (KILLED, State.UNFINISHED),
+        (replace(POST, pending=(MTU,)), State.UNFINISHED),
+        (replace(KILLED, pending=(), entries=(MTU,)), State.DISARMED),
+    ],
+)
+def test_how_a_journal_begins(journal: Journal, state: State) -> None:
+    assert state_of(journal) is state
+
+
+def ended(listener: socket.socket) -> bool:
+    """Whether it is closed, or will be: a thread does that."""
+    end = time.monotonic() + 30
+    while listener.fileno() != -1 and time.monotonic() < end:
+        time.sleep(0.001)
+    return listener.fileno() == -1
+
+
+@pytest.mark.parametrize("before", LISTENING)
+@pytest.mark.parametrize("after", [State.ARRIVING, State.DISARMED, State.OVER])
+def test_who_does_not_listen_any_more_lets_go_of_all_that_it_took(loop: Loop, before: State, after: State) -> None:
+    tap, listener = record(loop, before)
+    fired: list[str] = []
+    tap.timers.set("arrival", 0, partial(fired.append, "arrival"))
+    tap.become(after)
+    assert (tap.listener, tap.prepared) == (None, None)
+    assert listener
+    assert ended(listener)
+    loop.later(0.01, loop.stop)
+    loop.run()
+    assert fired == []
+
+
+def test_what_was_prepared_is_there_while_it_is_ready(loop: Loop) -> None:
+    tap, _ = record(loop, State.READY)
+    assert tap.prepared is PREPARED
+    tap.become(State.ARMED)
+    assert tap.prepared is None
+    assert tap.listener
+    tap.ready(PREPARED)
+    assert tap.prepared is PREPARED
+    tap.become(State.OVER)
+
+
+def test_timers_do_not_get_more_with_every_change(loop: Loop) -> None:
+    """As when a route comes and goes all the time."""
+    tap, _ = record(loop, State.READY)
+    for _ in range(1000):
+        tap.become(State.ARMED)
+        tap.timers.set("prepare", 0.2, lambda: None)
+        tap.ready(PREPARED)
+    assert len(tap.timers._timers) == 1
+    tap.become(State.OVER)
+
+
+def test_whose_journal_it_is(loop: Loop) -> None:
+    tap = TapRecord(loop, POST, (1,))
+    assert tap.is_of(PRE)
+    assert not tap.is_of(replace(PRE, ifindex=8))
+    assert not tap.is_of(replace(PRE, nic=replace(ROUTED, mac="aa:00:00:00:00:02")))
+    assert tap.places == {("eth0", "192.0.2.8")}
+    assert TapRecord(loop, replace(POST, phase=Phase.PRE), (1,)).places == set()
+
+
+# --- what relies on what --------------------------------------------------------------------------------
+
+
+class Prepared:
+    """What `relies_on` looks at."""
+
+    devices = (("tap0", 7), ("eth0", 2), ("lost0", None))
+
+
+@pytest.mark.parametrize(
+    ("devices", "routes", "relies"),
+    [
+        (set(), set(), False),
+        ({2}, set(), True),
+        ({7}, set(), False),
+        ({9}, set(), False),
+        (set(), {"192.0.2.8/32"}, True),
+        (set(), {"2001:db8::8/128"}, True),
+        (set(), {"192.0.2.9/32", "10.0.0.0/8"}, False),
+        (set(), {"0.0.0.0/0"}, True),
+        (set(), {"::/0"}, True),
+        (ANYTHING.devices, set(), True),
+        (set(), ANYTHING.routes, True),
+    ],
+)
+def test_what_was_prepared_relies_on_its_devices_and_routes(devices: set[int], routes: set[str], relies: bool) -> None:
+    touched = Touched(frozenset(devices), frozenset(routes))
+    assert relies_on(cast(PreparedArrival, Prepared()), DUAL, touched) is relies
+
+
+# --- the journals ---------------------------------------------------------------------------------------
+
+
+class Node:
+    """A `Taps` over journals on disk, and what it calls."""
+
+    def __init__(self, loop: Loop, run_dir: Path) -> None:
+        self.loop = loop
+        self.said: list[str] = []
+        self.listened: list[str] = []
+        self.found: list[tuple[str, State]] = []
+        self.looks = 0
+        self.runner = Runner(run_dir, lambda line, _severity: self.said.append(line))
+        self.taps = Taps(loop, self.runner, self.listen, self.note, self.looked)
+
+    def listen(self, tap: TapRecord) -> None:
+        """As for a tap whose guest can be listened to."""
+        assert threading.current_thread() is not threading.main_thread()
+        self.listened.append(tap.name)
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        tap.arm(ours)
+
+    def note(self, tap: TapRecord) -> None:
+        """As the agent."""
+        assert threading.current_thread() is threading.main_thread()
+        self.found.append((tap.name, tap.state))
+        if tap.listener:
+            self.loop.watch(tap.listener, lambda: None)
+
+    def looked(self) -> None:
+        """After each look."""
+        self.looks += 1
+        self.loop.stop()
+
+    def look(self, ask: Callable[[], None] | None = None) -> list[tuple[str, State]]:
+        """Look, and return what was found."""
+        self.found.clear()
+        (ask or self.taps.look)()
+        self.loop._running = True
+        self.loop.run()
+        return self.found.copy()
+
+    def save(self, journal: Journal) -> None:
+        """Write a journal."""
+        self.runner.store.save(journal)
+
+    def one(self) -> TapRecord:
+        """The only record."""
+        (tap,) = self.taps
+        return tap
+
+
+@pytest.fixture
+def node(loop: Loop, tmp_path: Path) -> Iterator[Node]:
+    """A node without journals."""
+    made = Node(loop, tmp_path / "run")
+    yield made
+    for tap in made.taps:
+        tap.become(State.OVER)
+
+
+def named(tap: str, journal: Journal = PRE, **changes: Any) -> Journal:
+    """The journal of another tap."""
+    nic: Nic = replace(journal.nic, tap=tap)
+    return replace(journal, nic=nic, **changes)
+
+
+def test_every_journal_is_found_once(node: Node) -> None:
+    for journal in (PRE, named("tap1", POST), named("tap2", KILLED)):
+        node.save(journal)
+    assert node.look() == [("tap0", State.ARMING), ("tap1", State.WIRED), ("tap2", State.UNFINISHED)]
+    assert node.listened == ["tap0"]
+    assert node.look() == []
+    assert len(node.taps) == 3
+    assert node.taps.guests() == {("eth0", "192.0.2.8"): replace(ROUTED, tap="tap1")}
+    assert [tap.name for tap in node.taps.named(["tap2", "tap9", "tap0"])] == ["tap2", "tap0"]
+
+
+def test_a_journal_that_changes_ends_its_record_and_begins_another(node: Node) -> None:
+    node.save(PRE)
+    node.look()
+    before = node.one()
+    node.save(POST)
+    assert node.look() == [("tap0", State.WIRED)]
+    assert (before.state, before.listener) == (State.OVER, None)
+    after = node.one()
+    node.runner.store.delete("tap0")
+    assert node.look() == []
+    assert after.state is State.OVER
+    assert len(node.taps) == 0
+
+
+def test_how_often_in_a_row_a_tap_was_unfinished_is_counted(node: Node) -> None:
+    tries = []
+    for journal in (KILLED, KILLED, KILLED, PRE, KILLED):
+        node.save(journal)
+        node.look()
+        tries.append(node.one().tries)
+    assert tries == [0, 1, 2, 0, 0]
+
+
+def test_a_journal_can_be_looked_at_again_though_it_is_the_same(node: Node) -> None:
+    node.save(PRE)
+    node.look()
+    before = node.one()
+    assert node.look(partial(node.taps.look_again_at, before)) == [("tap0", State.ARMING)]
+    assert before.state is State.OVER
+    assert node.one() is not before
+
+
+def test_many_changes_within_a_moment_are_one_look(node: Node) -> None:
+    node.save(PRE)
+
+    def ask() -> None:
+        for _ in range(10):
+            node.taps.look_soon()
+
+    assert node.look(ask) == [("tap0", State.ARMING)]
+    assert node.looks == 1
+
+
+def test_an_unreadable_journal_is_said_once_and_keeps_no_other_from_being_found(node: Node) -> None:
+    node.save(named("tap1", POST))
+    path = node.runner.store.path("tap0")
+    path.write_text("{")
+    path.chmod(0o600)
+    assert node.look() == [("tap1", State.WIRED)]
+    node.look()
+    assert len([line for line in node.said if "cannot be read" in line]) == 1
+    node.save(PRE)
+    assert node.look() == [("tap0", State.ARMING)]
+
+
+def test_a_journal_of_another_namespace_is_not_found(node: Node) -> None:
+    node.save(replace(POST, namespace=1))
+    assert node.look() == []
+    assert len(node.taps) == 0
+    assert node.said == []
