@@ -1,7 +1,7 @@
 """What a hook takes in a process that is warm already: `python -m bench.warm [--others N …] [--profile]`.
 
-`cli.main` itself, without the start of an interpreter: post, post once more when there is nothing to do, and down, for
-each kind of NIC, alone and among others. Medians; or where the time goes.
+`commands.main` itself, without the start of an interpreter: post, post once more when there is nothing to do, and down,
+for each kind of NIC, alone and among others. Medians; or where the time goes.
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ def test_a_bad_nic_file_is_refused_before_pyroute2_is_imported(ready: Node, text
     program = f"""
 import sys
 sys.path.insert(0, {str(netns.ROOT)!r})
-from kvmifup import cli
-code = cli.main("kvm-ifup-pre", ["tap0"], {{}}, sys.stdout, sys.stderr)
+from kvmifup.commands import main
+code = main.main("kvm-ifup-pre", ["tap0"], {{}}, sys.stdout, sys.stderr)
 print(code, "pyroute2" in sys.modules)
 """
     assert netns.run(sys.executable, "-I", "-c", program) == "65 False\n"

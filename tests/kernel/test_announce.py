@@ -215,12 +215,13 @@ def test_the_hook_does_not_keep_stdout_and_stderr_open(routed: Node, client: wir
     program = f"""
 import sys
 sys.path.insert(0, {str(netns.ROOT)!r})
-from kvmifup import announce, cli
+from kvmifup.commands import main
+from kvmifup.runs import announcing
 
 def gated(messages, still_true):
-    announce.repeat_detached(messages, lambda: bool(open({str(gate)!r}).read()) and still_true())
+    announcing.repeat_detached(messages, lambda: bool(open({str(gate)!r}).read()) and still_true())
 
-sys.exit(cli.main("kvm-ifup-post", ["tap0"], {{}}, sys.stdout, sys.stderr, gated))
+sys.exit(main.main("kvm-ifup-post", ["tap0"], {{}}, sys.stdout, sys.stderr, gated))
 """
     process = subprocess.Popen(
         [netns.command("")[0], "-I", "-c", program],

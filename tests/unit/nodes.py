@@ -1,4 +1,4 @@
-"""A node in memory, in the place of `kvmifup.kernel.Kernel`; it fails, or dies, where a test says so."""
+"""A node in memory, in the place of `kvmifup.node.kernel.Kernel`; it fails, or dies, where a test says so."""
 
 from __future__ import annotations
 
