@@ -6,20 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import netns
+from harness import namespaces, nodes
 
-netns.isolate()
+namespaces.isolate()
 
 
 @pytest.fixture
-def node() -> Iterator[netns.Node]:
+def node() -> Iterator[nodes.Node]:
     """A node with nothing on it but lo."""
-    with netns.fresh_node() as fresh:
+    with nodes.fresh_node() as fresh:
         yield fresh
 
 
 @pytest.fixture
-def uplinked(node: netns.Node) -> netns.Node:
+def uplinked(node: nodes.Node) -> nodes.Node:
     """A node with an uplink to the client, ready for routed guests."""
     node.uplink()
     return node
@@ -28,4 +28,4 @@ def uplinked(node: netns.Node) -> netns.Node:
 @pytest.fixture(autouse=True)
 def on_our_own() -> None:
     """No test runs where the run was started."""
-    netns.guard()
+    namespaces.guard()
