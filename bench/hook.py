@@ -23,8 +23,7 @@ from pathlib import Path
 from bench import picture
 from harness import agents, manager, nodes, tools
 from harness.addresses import CLIENT_IP4
-from lab import output
-from tests.ganeti import cluster
+from lab import debian, output
 
 PATIENCE = 60.0  # seconds
 AT_ONCE = 64
@@ -72,7 +71,7 @@ def script(name: str) -> str:
 
 def ganetis() -> str:
     """Ganeti's script, where it finds its library."""
-    source = cluster.unpacked() / "usr/lib/ganeti/3.0/usr/lib/ganeti"
+    source = debian.ganeti() / "usr/lib/ganeti/3.0/usr/lib/ganeti"
     here = Path("/run/ganeti-scripts")
     here.mkdir()
     for name in ("kvm-ifup", "net-common"):
