@@ -144,7 +144,7 @@ def test_ifdown_disarms(uplinked: Node, agent: Agent, how: str) -> None:
     assert [line for line in snapshots.changes(before, snapshots.snapshot_of_kernel()) if "tapw" not in line] == []
 
 
-def test_after_the_time_limit_a_frame_does_nothing_and_the_managers_post_does_all(uplinked: Node) -> None:
+def test_after_the_time_limit_a_frame_does_nothing_and_post_does_all(uplinked: Node) -> None:
     with agents.configured(agent={"arrival_timeout": 1.5}), agents.running() as agent:
         guest = uplinked.guest()
         manager.write_nic(mode="routed", ip=IPS, incoming=True)
@@ -204,7 +204,7 @@ def test_guests_that_arrive_at_once_are_each_wired_to_their_own_tap(uplinked: No
 # --- what has changed since pre --------------------------------------------------------------------------
 
 
-def test_a_shared_sysctl_that_has_changed_since_pre_is_put_back_to_its_new_value(uplinked: Node, agent: Agent) -> None:
+def test_a_shared_sysctl_changed_since_pre_is_put_back_to_its_new_value(uplinked: Node, agent: Agent) -> None:
     guest = incoming(uplinked, agent)
     oracle.sysctl("ipv4/neigh/eth0/proxy_delay", 40)
     oracle.sysctl("ipv6/conf/eth0/proxy_ndp", 1)
@@ -268,9 +268,7 @@ def test_what_was_prepared_is_prepared_anew_and_still_right_after_a_while(uplink
     assert oracle.proxies("eth1") == set()
 
 
-def test_a_new_tap_of_the_same_name_is_not_wired_by_what_was_meant_for_the_old_one(
-    uplinked: Node, agent: Agent
-) -> None:
+def test_a_new_tap_of_the_same_name_is_not_wired_by_the_old_ones_plan(uplinked: Node, agent: Agent) -> None:
     incoming(uplinked, agent)
     tools.ip("link del tap0")
     guest = uplinked.guest()
@@ -380,9 +378,7 @@ def test_a_hook_that_waits_for_a_lock_holds_up_no_arrival(uplinked: Node, agent:
     check(hooks.finish(waiting), 0)
 
 
-def test_more_hooks_that_wait_than_there_are_threads_hold_up_no_arming_and_no_arrival(
-    uplinked: Node, agent: Agent
-) -> None:
+def test_more_waiting_hooks_than_threads_hold_up_no_arming_and_no_arrival(uplinked: Node, agent: Agent) -> None:
     nodes.add_bridge("br0")
     nodes.add_tap("tap1")
     manager.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)

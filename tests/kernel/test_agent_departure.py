@@ -31,7 +31,7 @@ def heard_of(agent: Agent) -> int:
 
 
 @pytest.mark.parametrize("announcement", [garp(), advert()], ids=["gratuitous ARP", "unsolicited NA"])
-def test_a_silent_guest_that_another_node_announces_is_withdrawn_and_wired_again_when_it_speaks(
+def test_a_silent_guest_announced_elsewhere_is_withdrawn_until_it_speaks(
     uplinked: Node, agent: Agent, announcement: bytes
 ) -> None:
     guest = arrived(uplinked, agent, **NIC)
@@ -166,9 +166,7 @@ def test_thousands_of_announcements_of_others_hold_up_nobody(uplinked: Node, age
     assert wired() == WIRED
 
 
-def test_thousands_of_announcements_of_the_guest_itself_are_asked_about_now_and_then(
-    uplinked: Node, agent: Agent
-) -> None:
+def test_thousands_of_the_guests_own_announcements_are_asked_about_at_times(uplinked: Node, agent: Agent) -> None:
     guest = arrived(uplinked, agent)
     client = uplinked.listen()
     with answering(guest):

@@ -203,7 +203,7 @@ def test_a_state_directory_that_was_removed_and_made_anew_is_watched(uplinked: N
         until(lambda: phase("tap1") is None)
 
 
-def test_a_journal_that_cannot_be_read_is_set_aside_at_the_start_and_keeps_nothing_from_working(
+def test_an_unreadable_journal_is_set_aside_at_the_start_and_hinders_nothing(
     uplinked: Node,
 ) -> None:
     nodes.add_tap("tap5")

@@ -192,7 +192,7 @@ def activated(uplinked: Node) -> Iterator[Activated]:
     one.close()
 
 
-def test_it_takes_the_socket_that_it_is_given_and_tells_when_it_is_ready_and_when_it_ends(activated: Activated) -> None:
+def test_it_takes_the_socket_it_is_given_and_tells_of_its_start_and_end(activated: Activated) -> None:
     first = hooks.start("kvm-ifup", "gc", "-v")  # before there is an agent: this is what starts it
     agent = activated.start()
     assert activated.notified.recv(100) == b"READY=1"
@@ -358,7 +358,7 @@ def test_a_guest_that_has_not_arrived_is_asked_and_nothing_happens(uplinked: Nod
         assert wired() == NOT_WIRED
 
 
-def test_a_guest_that_left_while_there_was_no_agent_is_withdrawn_at_the_next_announcement(uplinked: Node) -> None:
+def test_a_guest_that_left_unseen_is_withdrawn_at_the_next_announcement(uplinked: Node) -> None:
     with agents.running() as first:
         guests.arrived(uplinked, first)
         first.end(signal.SIGKILL)

@@ -55,7 +55,7 @@ def test_post_sends_five_rounds_of_gratuitous_arp_and_unsolicited_na(routed: Nod
     assert na.checksum_right
 
 
-def test_without_a_link_local_address_on_the_uplink_the_na_comes_from_the_guests_own(routed: Node) -> None:
+def test_on_an_uplink_without_link_local_address_the_na_is_from_the_guests_own(routed: Node) -> None:
     tools.ip("-6 addr flush dev eth0 scope link")
     client = routed.listen()
     check(call("kvm-ifup-post", "tap0"), 0)

@@ -36,9 +36,7 @@ def as_one_of(now: snapshots.Snapshot, *whole: snapshots.Snapshot) -> bool:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("scene", SCENES, ids=str)
-def test_after_kill_9_at_any_op_gc_or_the_next_hook_or_ifdown_makes_the_node_whole(
-    uplinked: Node, scene: Scene
-) -> None:
+def test_after_kill_9_at_any_op_gc_or_any_hook_makes_the_node_whole(uplinked: Node, scene: Scene) -> None:
     scene.set_up()
     before = snapshots.snapshot()
     check(call(scene.program, "tap0"), 0)
@@ -218,9 +216,7 @@ def test_a_dead_nics_journal_is_undone_first_by_the_next_run_on_that_tap_name(
 
 @pytest.mark.parametrize("after", NICS)
 @pytest.mark.parametrize("before", NICS)
-def test_a_live_tap_whose_nic_is_described_anew_ends_as_if_it_had_always_been_so(
-    uplinked: Node, before: str, after: str
-) -> None:
+def test_a_live_tap_described_anew_ends_as_if_it_had_always_been_so(uplinked: Node, before: str, after: str) -> None:
     """The guest was given another network while it ran; ifdown gives back what was there before either."""
     scene = Scene(after)
     scene.set_up()

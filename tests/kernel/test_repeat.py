@@ -63,7 +63,7 @@ def test_pre_after_post_takes_nothing_away_and_the_next_post_is_a_no_op(uplinked
         assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
-def test_what_somebody_took_away_is_put_back_by_the_next_post_and_given_back_by_ifdown(uplinked: Node) -> None:
+def test_what_somebody_took_away_is_put_back_by_post_and_given_back_by_ifdown(uplinked: Node) -> None:
     Scene("routed, table").set_up()
     before = snapshots.snapshot()
     check(call("kvm-ifup-post", "tap0"), 0)
@@ -138,7 +138,7 @@ def test_ifdown_tolerates_an_uplink_and_a_bridge_that_have_vanished(uplinked: No
 @pytest.mark.parametrize("nic", ["routed, table", "routed"])
 @pytest.mark.parametrize("alive", [True, False])
 @pytest.mark.parametrize("facts", ["file", "environment"])
-def test_without_a_journal_ifdown_removes_the_route_rule_and_proxies_of_a_nic_that_is_described(
+def test_without_a_journal_ifdown_unwires_a_nic_that_is_described(
     uplinked: Node, nic: str, alive: bool, facts: str
 ) -> None:
     """A shell script wired it; nothing that serves other guests is touched."""
@@ -211,9 +211,7 @@ def test_ifdown_of_one_tap_does_not_stumble_over_another_guests_broken_file(upli
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("scene", [Scene("bridged", "elsewhere"), Scene("routed, table")], ids=str)
-def test_when_ifdown_cannot_undo_everything_it_is_70_and_gc_or_ifdown_completes_it(
-    uplinked: Node, scene: Scene
-) -> None:
+def test_an_ifdown_that_cannot_undo_everything_is_70_and_can_be_completed(uplinked: Node, scene: Scene) -> None:
     """It goes on past the failure, so only one thing is left."""
     Scene(scene.nic, scene.tap).set_up()
     before = snapshots.snapshot()

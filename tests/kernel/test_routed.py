@@ -74,9 +74,7 @@ def announced(frames: list[bytes]) -> list[str]:
 
 
 @pytest.mark.parametrize("link", [None, "100", "254", "4294967295"])
-def test_pre_on_an_incoming_nic_never_installs_a_host_route_a_proxy_entry_or_an_announcement_and_post_does(
-    uplinked: Node, link: str | None
-) -> None:
+def test_route_proxy_entry_and_announcement_come_with_post_never_with_pre(uplinked: Node, link: str | None) -> None:
     nodes.add_tap()
     manager.write_nic(mode="routed", link=link, ip=HOSTS + PREFIXES, incoming=True)
     client = uplinked.listen()
@@ -220,9 +218,7 @@ def test_the_first_packet_reaches_the_guest_without_a_question(uplinked: Node) -
 
 
 @pytest.mark.parametrize("link", [None, "100"])
-def test_the_node_answers_arp_and_ndp_for_the_guest_on_the_uplink_only_after_post(
-    uplinked: Node, link: str | None
-) -> None:
+def test_the_node_answers_arp_and_ndp_for_the_guest_only_after_post(uplinked: Node, link: str | None) -> None:
     """In table 100 the administrator's own rule brings the uplink's traffic in."""
     if link:
         for family in (4, 6):

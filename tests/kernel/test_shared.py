@@ -88,7 +88,7 @@ def test_shared_sysctls_stay_for_a_nic_that_came_after_the_first_one_had_died(
     assert shared() == original
 
 
-def test_a_dead_nic_that_nobody_has_cleared_away_does_not_keep_the_sysctls_for_ever(uplinked: Node) -> None:
+def test_a_dead_nic_not_yet_cleared_away_does_not_keep_the_sysctls_for_ever(uplinked: Node) -> None:
     original = shared()
     wire_up("tap0")
     wire_up("tap1")
@@ -101,9 +101,7 @@ def test_a_dead_nic_that_nobody_has_cleared_away_does_not_keep_the_sysctls_for_e
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("order", list(itertools.permutations(NICS)), ids="-".join)
-def test_three_nics_leave_in_any_order_one_of_them_while_it_had_been_killed_half_way(
-    uplinked: Node, order: tuple[str, str, str]
-) -> None:
+def test_three_nics_leave_in_any_order_one_of_them_killed_half_way(uplinked: Node, order: tuple[str, str, str]) -> None:
     original = shared()
     for tap in NICS:
         nodes.add_tap(tap)
