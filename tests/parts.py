@@ -97,7 +97,7 @@ def only_all(name: str, verb: str, *commands: Command, cores: int = 1, after: tu
 
 
 # In the order in which they start. What can fail soonest comes first, the longest before the shorter ones.
-# Twice runs only what can come out differently: tests/__init__.py says for which tests that is.
+# Twice runs only what can come out differently: pyproject.toml says for which tests that is (markers).
 PARTS = (
     both(
         "lint", "lint",
@@ -114,7 +114,7 @@ PARTS = (
         all=(pytest(KERNEL, cores=CORES),),
     ),
     only_all("pyroute2", "kernel", pytest(KERNEL, "-m", "pyroute2", python=DEBIAN)),
-    only_all("userns", "unprivileged", as_nobody(KERNEL, "-m", "userns")),
+    only_all("userns", "unprivileged", as_nobody(KERNEL, "-m", "userns and not sweep")),
     both("docs", "docs", pytest("tests/docs", "--ignore=tests/docs/test_libvirt.py")),
     both("scripts", "e2e", pytest("tests/e2e/test_scripts.py")),
     only_all("scripts-debian", "e2e", pytest("tests/e2e/test_scripts.py", python=DEBIAN)),
@@ -297,7 +297,7 @@ def table(done: Sequence[Run], seconds: float) -> str:
 def check(everything: bool) -> int:
     """`./dev check`, or `./dev check --all`."""
     begun = time.monotonic()
-    print(f"{CORES} cores; logs in {LOGS.relative_to(ROOT)}", flush=True)
+    print(f"{CORES} cores; logs in {LOGS}", flush=True)
     with interruptible():
         try:
             done = side_by_side(PARTS, everything, LOGS, CORES)

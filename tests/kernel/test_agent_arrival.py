@@ -23,6 +23,7 @@ def agent(uplinked: Node) -> Iterator[Agent]:
         yield one
 
 
+@pytest.mark.userns
 @pytest.mark.parametrize("kind", FRAMES)
 def test_any_frame_of_the_guests_runs_post_and_nothing_of_post_is_there_before(
     uplinked: Node, agent: Agent, kind: str

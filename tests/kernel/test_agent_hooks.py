@@ -413,6 +413,7 @@ def test_those_who_have_been_refused_do_not_count_any_more(described: Node) -> N
         through("kvm-ifup-post", "tap0")
 
 
+@pytest.mark.userns
 def test_the_socket_is_roots_alone_and_nobody_else_is_served(described: Node) -> None:
     with agents.running():
         info = SOCKET.stat()

@@ -23,6 +23,8 @@ from harness.guests import answering, incoming, rarp
 from harness.hooks import check, hook
 from harness.nodes import Node
 
+pytestmark = pytest.mark.userns  # the agent's own privileges, files and sockets
+
 
 def test_a_second_agent_ends_with_75_and_the_first_goes_on(uplinked: Node) -> None:
     with agents.running():

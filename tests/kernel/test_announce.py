@@ -14,6 +14,8 @@ from harness.addresses import CLIENT_IP4, CLIENT_MAC, GUEST_IP4, GUEST_IP6, GUES
 from harness.hooks import call, check, hook
 from harness.nodes import Node
 
+pytestmark = pytest.mark.userns  # sends through raw sockets
+
 ROUNDS = 5
 IPS = [GUEST_IP4, GUEST_IP6]
 

@@ -16,6 +16,8 @@ from harness.nodes import Node
 from harness.oracle import link
 from harness.wire import ethernet
 
+pytestmark = pytest.mark.userns  # a bridge's settings are sysfs files, too
+
 HOOKS = ("kvm-ifup-pre", "kvm-ifup-post")
 FROM_GUEST = ethernet("ff:ff:ff:ff:ff:ff", GUEST_MAC, 0x8035, bytes(46))  # RARP, as QEMU sends it on arrival
 

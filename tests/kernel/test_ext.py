@@ -17,6 +17,8 @@ from harness.nodes import Node
 from harness.oracle import link
 from harness.snapshots import changes, snapshot
 
+pytestmark = pytest.mark.userns  # whose program is trusted
+
 CONFIGURATION = Path("/etc/kvm-ifup")
 CALLS = Path("/run/calls")
 

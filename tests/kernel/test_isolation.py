@@ -9,6 +9,8 @@ import pytest
 from harness import namespaces, nodes, oracle, snapshots, tools
 from harness.nodes import Node
 
+pytestmark = pytest.mark.userns  # the tests' own namespaces are made in another way
+
 
 def test_a_run_in_the_namespace_it_was_started_in_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(namespaces, "_started_in", namespaces.netns_id())

@@ -18,6 +18,8 @@ from harness.namespaces import Namespace
 from harness.nodes import Node
 from harness.oracle import sysctl
 
+pytestmark = pytest.mark.userns  # enters and compares namespaces
+
 NIC: dict[str, Any] = {"mode": "routed", "link": "100", "ip": IPS}
 PROXY_DELAY = "ipv4/neigh/eth0/proxy_delay"
 

@@ -141,6 +141,7 @@ FOREIGN = (
 )  # fmt: skip
 
 
+@pytest.mark.pyroute2
 @pytest.mark.parametrize("selector", FOREIGN)
 def test_a_foreign_rule_is_put_back_as_it_was(selector: str, uplinked: Node) -> None:
     assert uplinked

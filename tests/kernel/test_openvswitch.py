@@ -19,6 +19,8 @@ from harness.snapshots import changes, snapshot
 from harness.tools import CLEAN
 from kvmifup.node import ovs, programs
 
+pytestmark = pytest.mark.userns  # the switch's database runs as another root
+
 SWITCH = Path("/run/openvswitch")
 SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
 

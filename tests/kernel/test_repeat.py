@@ -135,6 +135,7 @@ def test_ifdown_tolerates_an_uplink_and_a_bridge_that_have_vanished(uplinked: No
     assert oracle.link("tap0")["address"] != TAP_MAC
 
 
+@pytest.mark.pyroute2
 @pytest.mark.parametrize("nic", ["routed, table", "routed"])
 @pytest.mark.parametrize("alive", [True, False])
 @pytest.mark.parametrize("facts", ["file", "environment"])
@@ -174,6 +175,7 @@ def test_without_a_journal_ifdown_unwires_a_nic_that_is_described(
         assert not JOURNAL.exists()
 
 
+@pytest.mark.pyroute2
 @pytest.mark.parametrize("number", range(1, 7))
 def test_without_a_journal_ifdown_that_fails_half_way_changes_nothing(uplinked: Node, number: int) -> None:
     Scene("routed, table").set_up()

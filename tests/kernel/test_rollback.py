@@ -177,6 +177,7 @@ RULES = [
 ]
 
 
+@pytest.mark.pyroute2
 @pytest.mark.parametrize(("nic", "rule"), [("bridged", RULES[0]), *(("routed, table", rule) for rule in RULES)])
 def test_a_removed_stale_rule_is_put_back_by_a_rollback_but_not_by_ifdown(uplinked: Node, nic: str, rule: str) -> None:
     """A shell script leaves `iif tap0 lookup 100` behind, and it then applies to the next guest on tap0."""

@@ -25,6 +25,8 @@ from harness.addresses import (
 from harness.hooks import call, check, hook
 from harness.nodes import Node
 
+pytestmark = pytest.mark.userns  # writes sysctls, of which a user namespace does not own all
+
 HOSTS = [GUEST_IP4, "192.0.2.9", GUEST_IP6, "2001:db8::9"]
 PREFIXES = ["198.51.100.0/29", "2001:db8:1::/64"]
 TAP_SYSCTLS = {

@@ -75,6 +75,7 @@ def test_the_printed_commands_make_what_the_hook_makes(scene: Scene, phase: str)
     assert snapshots.changes(*made) == []
 
 
+@pytest.mark.pyroute2
 def test_a_stale_rule_by_hand(uplinked: Node) -> None:
     Scene("routed, table").set_up()
     tools.ip("rule add from 198.51.100.0/24 to 203.0.113.9 fwmark 0x5/0xff iif tap0 lookup 300 priority 77")

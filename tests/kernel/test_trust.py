@@ -13,6 +13,8 @@ from harness.addresses import GUEST_IP4
 from harness.hooks import call, check, hook
 from harness.nodes import Node
 
+pytestmark = pytest.mark.userns  # who owns a file, and what root without its capabilities may do
+
 
 def group_writable(file: Path) -> None:
     file.chmod(0o664)
