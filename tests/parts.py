@@ -96,7 +96,10 @@ def only_all(name: str, verb: str, *commands: Command, cores: int = 1, after: tu
     return Part(name, verb, (), commands, cores, after)
 
 
-# In the order in which they start. What can fail soonest comes first, the longest before the shorter ones.
+DEBS = str(ROOT / "build/deb")
+AUTOPKGTEST = "tests/package/test_autopkgtest.py"
+
+# In the order in which they start: what is quick to fail first, then what takes all cores, then the longest first.
 # Twice runs only what can come out differently: pyproject.toml says for which tests that is (markers).
 PARTS = (
     both(
@@ -108,16 +111,18 @@ PARTS = (
     both("types", "types", (".venv/bin/mypy",), (".venv/bin/mypy", "integration/libvirt/kvm-ifup")),
     both("unit", "unit", pytest("tests/unit")),
     only_all("unit-debian", "unit", pytest("tests/unit", python=DEBIAN)),
+    only_all("deb", "deb", ("debian/build", "build/deb")),
     Part(
         "kernel", "kernel", cores=CORES,
         check=(pytest(KERNEL, "-m", "not sweep", cores=CORES),),
         all=(pytest(KERNEL, cores=CORES),),
     ),
-    only_all("pyroute2", "kernel", pytest(KERNEL, "-m", "pyroute2", python=DEBIAN)),
+    only_all("installed-kernel", "package", pytest(AUTOPKGTEST, "-k", "kernel"), cores=CORES, after=("deb",)),
+    only_all("package", "package", pytest("tests/package", f"--ignore={AUTOPKGTEST}"), after=("deb",)),
+    only_all("ganeti", "ganeti", pytest("tests/ganeti", KVM_IFUP_DEBS=DEBS), after=("deb",)),
+    only_all("installed-e2e", "package", pytest(AUTOPKGTEST, "-k", "e2e"), after=("deb",)),
     only_all("userns", "unprivileged", as_nobody(KERNEL, "-m", "userns and not sweep")),
     both("docs", "docs", pytest("tests/docs", "--ignore=tests/docs/test_libvirt.py")),
-    both("scripts", "e2e", pytest("tests/e2e/test_scripts.py")),
-    only_all("scripts-debian", "e2e", pytest("tests/e2e/test_scripts.py", python=DEBIAN)),
     # The lab needs more than Debian has, so it runs on the newest; the scripts under test run on either.
     Part(
         "migration", "e2e",
@@ -127,10 +132,10 @@ PARTS = (
             pytest(ONE_MIGRATION, KVM_IFUP_PYTHON=str(ROOT / NEWEST)),
         ),
     ),
-    only_all("deb", "deb", ("debian/build", "build/deb")),
     only_all("libvirt", "docs", pytest("tests/docs/test_libvirt.py")),
-    only_all("package", "package", pytest("tests/package"), after=("deb",)),
-    only_all("ganeti", "ganeti", pytest("tests/ganeti", KVM_IFUP_DEBS=str(ROOT / "build/deb")), after=("deb",)),
+    both("scripts", "e2e", pytest("tests/e2e/test_scripts.py")),
+    only_all("scripts-debian", "e2e", pytest("tests/e2e/test_scripts.py", python=DEBIAN)),
+    only_all("pyroute2", "kernel", pytest(KERNEL, "-m", "pyroute2", python=DEBIAN)),
 )  # fmt: skip
 
 
