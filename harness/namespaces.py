@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,8 @@ def isolate() -> None:
     global _isolated
     if _isolated:
         return
+    # unshare(2) and setns(2) move the thread that calls them; programs are started from this one.
+    assert threading.current_thread() is threading.main_thread()
     missing = [tool for tool in TOOLS if not shutil.which(tool, path=CLEAN["PATH"])]
     if missing:
         pytest.exit(f"these tools are missing: {', '.join(missing)} (iproute2, iputils-ping, util-linux)", returncode=3)

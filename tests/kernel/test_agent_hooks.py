@@ -211,7 +211,7 @@ def test_an_agent_of_another_version(described: Node) -> None:
     shutil.copytree(tools.SCRIPTS, copy / "scripts")
     (copy / "kvmifup/__init__.py").write_text('"""Another one."""\n\n__version__ = "99"\n')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tools, "SCRIPTS", copy / "scripts")
+        patch.setattr(hooks, "SCRIPTS", copy / "scripts")
         other = Agent().ready()
     try:
         for _ in range(3):

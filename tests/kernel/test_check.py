@@ -31,6 +31,8 @@ def wire(node: Node, nic: str, program: str = "kvm-ifup-post", **more: Any) -> N
     node.guest()
     manager.write_nic(**{"incoming": True, **NICS[nic], **more})
     check(call(scene.program, "tap0"), 0)
+    if nic == BRIDGED:
+        oracle.settle("br0")  # with its carrier comes its link-local address, a moment later
 
 
 def found(*argv: str) -> tuple[int, list[dict[str, Any]]]:
