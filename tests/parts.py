@@ -37,7 +37,7 @@ Command = tuple[str, ...]
 def pytest(*arguments: str, python: str = NEWEST, cores: int = 1, **environ: str) -> Command:
     """A run of pytest; with several *cores*, shared out among so many processes."""
     settings = ("env", *(f"{name}={value}" for name, value in environ.items())) if environ else ()
-    shared = ("-n", str(cores)) if cores > 1 else ()
+    shared = ("-n", str(cores), "--dist", "worksteal") if cores > 1 else ()
     return (*settings, python, "-m", "pytest", "-q", f"--durations={SLOWEST}", *shared, *arguments)
 
 
