@@ -8,18 +8,17 @@ gets that knows of the arrival at the same moment and runs kvm-ifup-post, with n
 from __future__ import annotations
 
 import argparse
-import subprocess
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from bench import picture
+from harness import agents, guests, hooks, manager, nodes, tools, wire
+from harness.addresses import GUEST_IP4, GUEST_IP6, NODE_MAC
+from harness.nodes import Node
 from lab import output
-from tests import netns, wire
-from tests.netns import GUEST_IP4, GUEST_IP6, GUEST_MAC, NODE_MAC, Node
 
-RARP = wire.ethernet(wire.BROADCAST, GUEST_MAC, 0x8035, bytes(46))
-PATIENCE = 20.0  # seconds
 PAUSE = 1.2  # seconds after which nothing of an arrival goes on any more: announcements, the second look
 FAMILIES = {"IPv4": GUEST_IP4, "IPv6": GUEST_IP6}
 
@@ -37,8 +36,8 @@ def arrival(node: Node, number: int, address: str, begin: Callable[[wire.Tap, st
     """One incoming guest on a new tap: ms from *begin* to the client's knowing."""
     tap = f"tap{number}"
     guest = node.guest(tap)
-    netns.write_nic(tap, mode="routed", ip=[address], incoming=True)
-    netns.check(netns.hook("kvm-ifup-pre", tap), 0)
+    manager.write_nic(tap, mode="routed", ip=[address], incoming=True)
+    hooks.check(hooks.hook("kvm-ifup-pre", tap), 0)
     time.sleep(0.2)  # armed
     client = node.listen()
     start = time.perf_counter()
@@ -46,8 +45,8 @@ def arrival(node: Node, number: int, address: str, begin: Callable[[wire.Tap, st
     client.until(announced)
     taken = (time.perf_counter() - start) * 1000
     time.sleep(PAUSE)
-    netns.ip(f"link del {tap}")
-    netns.hook("kvm-ifdown", tap)
+    tools.ip(f"link del {tap}")
+    hooks.hook("kvm-ifdown", tap)
     guest.close()
     client.close()
     return taken
@@ -55,12 +54,12 @@ def arrival(node: Node, number: int, address: str, begin: Callable[[wire.Tap, st
 
 def first_frame(guest: wire.Tap, _tap: str) -> None:
     """The guest sends; the agent hears it."""
-    guest.send(RARP)
+    guest.send(guests.rarp())
 
 
-def manager(_guest: wire.Tap, tap: str) -> None:
+def by_manager(_guest: wire.Tap, tap: str) -> None:
     """The manager runs post."""
-    netns.start("kvm-ifup-post", tap)
+    hooks.start("kvm-ifup-post", tap)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,20 +70,13 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     rows: dict[str, list[float]] = {}
     for family, address in FAMILIES.items():
-        for label, begin in ((f"{family}, agent", first_frame), (f"{family}, kvm-ifup-post", manager)):
-            with netns.fresh_node() as node:
+        for label, begin in ((f"{family}, agent", first_frame), (f"{family}, kvm-ifup-post", by_manager)):
+            with nodes.fresh_node() as node:
                 node.uplink()
-                process = None
-                if begin is first_frame:
-                    process = subprocess.Popen(netns.command("kvm-ifupd"), env=netns.CLEAN, stderr=subprocess.PIPE)
-                    assert process.stderr is not None
-                    while b": ready" not in process.stderr.readline():
-                        pass
-                runs = options.runs if process else max(options.runs // 5, 3)
-                rows[label] = [arrival(node, number, address, begin) for number in range(runs)]
-                if process:
-                    process.terminate()
-                    process.communicate(timeout=PATIENCE)
+                heard = begin is first_frame
+                runs = options.runs if heard else max(options.runs // 5, 3)
+                with agents.running() if heard else contextlib.nullcontext():
+                    rows[label] = [arrival(node, number, address, begin) for number in range(runs)]
     print(picture.table("ms", rows, "IPv4, kvm-ifup-post"))
     title = "From the guest's first frame (or the manager's call) to the announcement at the client"
     for path in picture.save("bench-arrival", title, "ms", rows, options.out):

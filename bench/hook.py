@@ -17,14 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench import picture
-from lab import output
-from tests import netns
-from tests.ganeti import cluster
+from harness import agents, manager, nodes, tools
+from harness.addresses import CLIENT_IP4
+from lab import debian, output
 
 PATIENCE = 60.0  # seconds
 AT_ONCE = 64
@@ -39,7 +38,7 @@ GANETI, AGENT, ALONE = "Ganeti 3.0", "kvm-ifup-post", "kvm-ifup-post, no agent"
 
 def environment(kind: str, number: int) -> dict[str, str]:
     """What Ganeti's node daemon says of NIC *number*."""
-    told = {**netns.CLEAN, **netns.ganeti(f"tap{number}", **KINDS[kind])}
+    told = {**tools.CLEAN, **manager.ganeti(f"tap{number}", **KINDS[kind])}
     told |= {"INSTANCE": f"web{number}.example.com", "MAC": f"aa:00:00:35:{number >> 8:02x}:{number & 255:02x}"}
     if told["MODE"] == "routed":
         told["IP"] = f"198.18.{number >> 8}.{number & 255}"
@@ -67,12 +66,12 @@ def timed(argv: list[str], environ: Mapping[str, str], silent: Sequence[int] = (
 
 def script(name: str) -> str:
     """One of our scripts, started as a manager does: by its path."""
-    return str(netns.SCRIPTS / name)
+    return str(tools.SCRIPTS / name)
 
 
 def ganetis() -> str:
     """Ganeti's script, where it finds its library."""
-    source = cluster.unpacked() / "usr/lib/ganeti/3.0/usr/lib/ganeti"
+    source = debian.ganeti() / "usr/lib/ganeti/3.0/usr/lib/ganeti"
     here = Path("/run/ganeti-scripts")
     here.mkdir()
     for name in ("kvm-ifup", "net-common"):
@@ -88,21 +87,6 @@ def add_taps(numbers: Iterable[int]) -> None:
     subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)
 
 
-@contextmanager
-def agent() -> Iterator[int]:
-    """A running agent; its process id."""
-    process = subprocess.Popen(netns.command("kvm-ifupd"), env=netns.CLEAN, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    # It is silent from here on, but for what is wrong.
-    while b": ready" not in process.stderr.readline():
-        assert process.poll() is None
-    try:
-        yield process.pid
-    finally:
-        process.terminate()
-        process.communicate(timeout=PATIENCE)
-
-
 def memory(pid: int) -> float:
     """The most that a process has had in memory, in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -116,15 +100,15 @@ def one(who: str, kind: str, number: int, ganeti: str) -> float:
     add_taps([number])
     environ, tap = environment(kind, number), f"tap{number}"
     # With --run-dir the agent is not asked.
-    ours = [script("kvm-ifup-post"), tap, *([f"--run-dir={netns.RUN_DIR}"] if who == ALONE else [])]
+    ours = [script("kvm-ifup-post"), tap, *([f"--run-dir={manager.RUN_DIR}"] if who == ALONE else [])]
     if who == GANETI:
         taken = timed([ganeti, tap], environ, silent=(0, 1, 2))  # it first removes what is not there, and says so
         if environ.get("LINK") == TABLE:  # the rule outlives the tap
-            netns.ip(f"rule del iif {tap}")
+            tools.ip(f"rule del iif {tap}")
     else:
         taken = timed(ours, environ)
         timed([script("kvm-ifdown"), tap], environ)
-    netns.ip(f"link del {tap}")
+    tools.ip(f"link del {tap}")
     return taken
 
 
@@ -173,17 +157,17 @@ class Crowd:
 
 def crowd(many: int) -> None:
     """What is at the other end of a Crowd."""
-    with netns.fresh_node() as node:
+    with nodes.fresh_node() as node:
         node.uplink()
-        netns.ip(f"route add default via {netns.CLIENT_IP4} table {TABLE}")
-        with agent() as pid:
+        tools.ip(f"route add default via {CLIENT_IP4} table {TABLE}")
+        with agents.running() as agent:
             fill(range(many))
             numbers = itertools.count(4000)
             answers: Mapping[str, Callable[[], float]] = {
                 "ready": lambda: 0,
                 "one": lambda: one(AGENT, "routed with a table", next(numbers), ""),
                 "at once": at_once,
-                "memory": lambda: memory(pid),
+                "memory": lambda: memory(agent.process.pid),
             }
             for line in sys.stdin:
                 print(answers[line.strip()](), flush=True)
@@ -210,12 +194,12 @@ def main(argv: Sequence[str]) -> int:
     if options.crowd:
         crowd(options.crowd)
         return 0
-    with netns.fresh_node() as here:
+    with nodes.fresh_node() as here:
         ganeti = ganetis()
         here.uplink()
-        netns.add_bridge()
-        netns.ip(f"route add default via {netns.CLIENT_IP4} table {TABLE}")
-        with agent():
+        nodes.add_bridge()
+        tools.ip(f"route add default via {CLIENT_IP4} table {TABLE}")
+        with agents.running():
             rows = compare(options.runs, ganeti)
     few, full = Crowd(100), Crowd(500)
     among: dict[str, list[float]] = {f"{AGENT} among {many} NICs": [] for many in (100, 500)}

@@ -1,7 +1,7 @@
 """What a hook takes in a process that is warm already: `python -m bench.warm [--others N …] [--profile]`.
 
-`cli.main` itself, without the start of an interpreter: post, post once more when there is nothing to do, and down, for
-each kind of NIC, alone and among others. Medians; or where the time goes.
+`commands.main` itself, without the start of an interpreter: post, post once more when there is nothing to do, and down,
+for each kind of NIC, alone and among others. Medians; or where the time goes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from harness import manager, nodes, tools
+from harness.addresses import CLIENT_IP4
 from kvmifup.commands.main import main as run_command
-from tests import netns
 
 KINDS: Mapping[str, Mapping[str, str]] = {
     "bridged": {"MODE": "bridged", "LINK": "br0"},
@@ -31,7 +32,7 @@ MINE = 4000
 
 def environment(kind: str, number: int) -> dict[str, str]:
     """What Ganeti's node daemon says of NIC *number*."""
-    told = {**netns.ganeti(f"tap{number}", **KINDS[kind]), "INSTANCE": f"web{number}.example.com"}
+    told = {**manager.ganeti(f"tap{number}", **KINDS[kind]), "INSTANCE": f"web{number}.example.com"}
     told["MAC"] = f"aa:00:00:35:{number >> 8:02x}:{number & 255:02x}"
     addresses = {"{4}": f"198.18.{number >> 8}.{number & 255}", "{6}": f"2001:db8:1::{number:x}"}
     for mark, address in addresses.items():
@@ -86,10 +87,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(argv)
-    with netns.fresh_node() as node:
+    with nodes.fresh_node() as node:
         node.uplink()
-        netns.add_bridge()
-        netns.ip(f"route add default via {netns.CLIENT_IP4} table 100")
+        nodes.add_bridge()
+        tools.ip(f"route add default via {CLIENT_IP4} table 100")
         add_taps([MINE])
         there = 0
         for others in options.others:

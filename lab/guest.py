@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 import re
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import debian
 from lab.errors import LabError
 
 KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
@@ -104,27 +102,21 @@ def build(progress: Callable[[str], None]) -> Image:
     if busybox is None:
         raise LabError("busybox is not installed", "apt-get install busybox-static")
     recipe = hashlib.sha256("\n".join((INIT, *MODULES)).encode() + Path(busybox).read_bytes()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvm-ifup-lab"
-    done = cache / f"{package}_{version}_{recipe[:12]}".replace(":", "%")
-    if not done.is_dir():
-        progress(f"building the guest from {package} {version} (once; kept in {cache})")
-        cache.mkdir(parents=True, exist_ok=True)
-        # A half-built guest is never seen: it gets its name only when it is whole.
-        with tempfile.TemporaryDirectory(dir=cache, prefix="tmp-") as tmp:
-            _build_into(Path(tmp), f"{package}={version}", Path(busybox))
-            try:
-                (Path(tmp) / "image").rename(done)
-            except OSError as e:
-                if not done.is_dir():
-                    raise LabError(f"cannot keep the guest in {done}: {e}", "is the cache writable?") from e
-                # Somebody else built the same guest in the meantime; theirs is as good.
+    name = f"{package}_{version}_{recipe[:12]}".replace(":", "%")
+
+    def make(scratch: Path) -> Path:
+        progress(f"building the guest from {package} {version} (once; kept in {debian.CACHE})")
+        _build_into(scratch, f"{package}={version}", Path(busybox))
+        return scratch / "image"
+
+    done = debian.kept("kvm-ifup-lab", name, make)
     return Image(kernel=done / "vmlinuz", initrd=done / "initrd")
 
 
 def _kernel_package() -> tuple[str, str]:
     """Name and version of the concrete kernel package that the metapackage stands for today."""
     hint = "run apt-get update; the lab needs Debian's package archive"
-    shown = _tool(["apt-cache", "show", "--no-all-versions", KERNEL_METAPACKAGE], hint)
+    shown = debian.tool(["apt-cache", "show", "--no-all-versions", KERNEL_METAPACKAGE], hint)
     found = re.search(r"^Depends:.*?(linux-image-[^ ,]+) \(= ([^)]+)\)", shown, re.MULTILINE)
     if found is None:
         raise LabError(f"{KERNEL_METAPACKAGE} names no kernel package", hint)
@@ -132,10 +124,10 @@ def _kernel_package() -> tuple[str, str]:
 
 
 def _build_into(tmp: Path, package: str, busybox: Path) -> None:
-    _tool(["apt-get", "-q", "download", package], "is the Debian archive reachable?", cwd=tmp)
+    debian.tool(["apt-get", "-q", "download", package], debian.ARCHIVE, cwd=tmp)
     unpacked, root, image = tmp / "unpacked", tmp / "root", tmp / "image"
     (deb,) = tmp.glob("*.deb")
-    _tool(["dpkg", "-x", str(deb), str(unpacked)], "is there room in the cache's file system?")
+    debian.unpack_package(deb, unpacked)
     for directory in (image, root / "bin", root / "modules"):
         directory.mkdir(parents=True)
 
@@ -149,7 +141,7 @@ def _build_into(tmp: Path, package: str, busybox: Path) -> None:
 
     names = sorted(str(p.relative_to(root)) for p in root.rglob("*"))
     with (image / "initrd").open("wb") as out:
-        _tool(
+        debian.tool(
             ["cpio", "--quiet", "--create", "--format=newc", "--owner=0:0"],
             "apt-get install cpio",
             cwd=root,
@@ -169,24 +161,3 @@ def _copy_module(unpacked: Path, name: str, to: Path) -> bool:
         if f"/{name}.ko" in builtin.read_text():
             return False
     raise LabError(f"the kernel package has no module {name}", "adapt MODULES in lab/guest.py to this kernel")
-
-
-def _tool(
-    argv: Sequence[str],
-    hint: str,
-    cwd: Path | None = None,
-    stdin: str | None = None,
-    stdout: int = subprocess.PIPE,
-) -> str:
-    """Runs one tool and returns its output; LabError with its last line when it fails or is missing."""
-    env = dict(os.environ, LC_ALL="C")
-    try:
-        done = subprocess.run(
-            argv, cwd=cwd, env=env, input=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, check=True
-        )
-    except FileNotFoundError as e:
-        raise LabError(f"{argv[0]} is not installed", f"apt-get install {argv[0]}") from e
-    except subprocess.CalledProcessError as e:
-        last = (e.stderr.strip().splitlines() or ["no message"])[-1]
-        raise LabError(f"{' '.join(argv[:3])} failed: {last}", hint) from e
-    return done.stdout or ""

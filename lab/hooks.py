@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
 from lab.errors import LabError
-from lab.nodes import GUEST_IP4, GUEST_IP6, GUEST_MAC, Mode, Namespace
+from lab.nodes import Mode, Namespace
 
 INSTANCE = "web1.example.com"
 TAP = "tap0"

@@ -20,27 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from harness import addresses
+from harness.addresses import CLIENT_IP4, CLIENT_IP6, CLIENT_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC
+from harness.tools import CLEAN
 from lab.errors import LabError
 from lab.guest import Addresses
 
 Mode = Literal["bridged", "routed"]
 
-CLIENT_IP4, CLIENT_IP6 = "192.0.2.1", "2001:db8::1"
-GUEST_IP4, GUEST_IP6 = "192.0.2.8", "2001:db8::8"
-GUEST_MAC = "aa:00:00:35:ac:01"
 # What the tap's MAC (fe: + the guest's last five bytes, the same on each node) makes of a link-local address.
 TAP_LINK_LOCAL = "fe80::fc00:ff:fe35:ac01"
 
-CLIENT_MAC = "02:00:00:00:00:01"
-NODE_MAC = {"a": "02:00:00:00:00:0a", "b": "02:00:00:00:00:0b"}
-NODE_IP4 = {"a": "192.0.2.11", "b": "192.0.2.12"}
-NODE_IP6 = {"a": "2001:db8::11", "b": "2001:db8::12"}
-
-# What a process manager hands down; nothing of ours may leak into the scripts (INTERFACE would change them).
-CLEAN_ENVIRONMENT: Mapping[str, str] = {
-    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-    "LC_ALL": "C",
-}
+NODE_MAC = {"a": addresses.NODE_MAC, "b": addresses.FOREIGN_MAC}
+NODE_IP4 = {"a": addresses.NODE_IP4, "b": "192.0.2.12"}
+NODE_IP6 = {"a": addresses.NODE_IP6, "b": "2001:db8::12"}
 
 TOOLS = {
     "setpriv": "util-linux",
@@ -82,7 +75,7 @@ class Namespace:
         """`argv` as a command that runs inside and dies with us."""
         return [*_DIES_WITH_US, "nsenter", f"--net=/proc/{self.pid}/ns/net", f"--mount=/proc/{self.pid}/ns/mnt", *argv]
 
-    def try_run(self, *argv: str, env: Mapping[str, str] = CLEAN_ENVIRONMENT) -> subprocess.CompletedProcess[str]:
+    def try_run(self, *argv: str, env: Mapping[str, str] = CLEAN) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end and returns it, whatever its exit code. At most 60 s, else LabError."""
         try:
             return subprocess.run(
@@ -113,7 +106,7 @@ class Namespace:
         stdin: int | IO[Any] = subprocess.DEVNULL,
         stdout: int | IO[Any] | None = subprocess.DEVNULL,
         stderr: int | IO[Any] | None = None,
-        env: Mapping[str, str] = CLEAN_ENVIRONMENT,
+        env: Mapping[str, str] = CLEAN,
     ) -> subprocess.Popen[str]:
         """Starts a command inside. The caller ends it (`end`)."""
         return subprocess.Popen(self.enter(argv), env=env, stdin=stdin, stdout=stdout, stderr=stderr, text=True)
@@ -153,7 +146,7 @@ def require_tools() -> None:
     if os.geteuid() != 0:
         raise LabError("the lab needs root, for namespaces and taps", "run it with sudo")
     for tool, package in TOOLS.items():
-        if shutil.which(tool, path=CLEAN_ENVIRONMENT["PATH"]) is None:
+        if shutil.which(tool, path=CLEAN["PATH"]) is None:
             raise LabError(f"{tool} is not installed", f"apt-get install {package}")
     if not Path("/dev/net/tun").exists():
         raise LabError("/dev/net/tun does not exist, so there can be no taps", "modprobe tun")
@@ -166,7 +159,7 @@ def _namespace(name: str) -> Iterator[Namespace]:
     argv = [*_DIES_WITH_US, "unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", script]
     holder = subprocess.Popen(
         argv,
-        env=CLEAN_ENVIRONMENT,
+        env=CLEAN,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

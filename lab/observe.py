@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
+from harness.tools import CLEAN
 from lab import clock, instrument, wire
 from lab.errors import LabError
-from lab.nodes import CLEAN_ENVIRONMENT, GUEST_IP4, GUEST_IP6, GUEST_MAC, Namespace, Network, end
+from lab.nodes import Namespace, Network, end
 
 # The prober is a host of its own on the client's port, so that the answers do not freshen the client's cache.
 PROBER_MAC = "02:00:00:00:00:fe"
@@ -190,7 +192,7 @@ def observer(net: Network) -> Iterator[Observer]:
 def _process(inside: Namespace, settings: instrument.Settings) -> Iterator[subprocess.Popen[str]]:
     repository = Path(__file__).resolve().parents[1]
     argv = [sys.executable, "-m", "lab.instrument", json.dumps(dataclasses.asdict(settings))]
-    env = {**CLEAN_ENVIRONMENT, "PYTHONPATH": str(repository)}
+    env = {**CLEAN, "PYTHONPATH": str(repository)}
     started = inside.popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
     try:
         _answer(started)

@@ -470,7 +470,7 @@ def test_a_target_that_cannot_take_the_guest_refuses_before_it_moves(hosts: Host
     assert target.node.routes("tap0") == {"192.0.2.8", "2001:db8::8"}
 
 
-def test_a_migration_that_was_announced_and_never_came_does_not_spoil_the_next_start(hosts: Hosts) -> None:
+def test_a_migration_that_was_announced_and_never_came_spoils_no_start(hosts: Hosts) -> None:
     host, neighbour = hosts.add("a"), hosts.add("b")
     uplink(host.node, neighbour.node)
     forwarding(host)

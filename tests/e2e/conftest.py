@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import netns
+from harness import nodes
 
 if TYPE_CHECKING:
     from lab import guest
@@ -25,9 +25,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def node() -> Iterator[netns.Node]:
+def node() -> Iterator[nodes.Node]:
     """A node with nothing on it but lo."""
-    with netns.fresh_node() as fresh:
+    with nodes.fresh_node() as fresh:
         yield fresh
 
 

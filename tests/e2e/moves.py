@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from harness.addresses import GUEST_IP4, GUEST_IP6
 from lab import cases, guest, observe
 from lab.cases import Stage
 from lab.hooks import TAP, Hooks
-from lab.nodes import GUEST_IP4, GUEST_IP6, Mode, Namespace, network
+from lab.nodes import Mode, Namespace, network
 
 UPLINK_SYSCTLS = ("net/ipv4/neigh/eth0/proxy_delay", "net/ipv6/neigh/eth0/proxy_delay", "net/ipv6/conf/eth0/proxy_ndp")
 # Slow enough that no migration can end before a test makes it fail.

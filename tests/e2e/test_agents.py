@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from harness.addresses import GUEST_IP4, GUEST_IP6
 from lab import cases, guest, observe
 from lab.agent import Agent, agent
 from lab.hooks import TAP, Hooks
-from lab.nodes import GUEST_IP4, GUEST_IP6, NODE_MAC, Mode, Namespace, network
+from lab.nodes import NODE_MAC, Mode, Namespace, network
 
 from .moves import CRAWL, Moved, names_guest, says, tap_forwards, wiring
 

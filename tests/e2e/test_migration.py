@@ -10,9 +10,10 @@ import time
 
 import pytest
 
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
 from lab import observe
 from lab.hooks import TAP
-from lab.nodes import GUEST_IP4, GUEST_IP6, GUEST_MAC, NODE_MAC, Mode
+from lab.nodes import NODE_MAC, Mode
 
 from .moves import CRAWL, Moved, names_guest, says, tap_forwards, wiring
 

@@ -9,14 +9,17 @@ import shutil
 import string
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import netns
-from tests.netns import GUEST_IP4, GUEST_IP6, GUEST_MAC, TAP_MAC, Node, call, check, ganeti
+from harness import hooks, manager, nodes, oracle, snapshots, tools
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC, TAP_MAC
+from harness.hooks import as_manager, call, check
+from harness.manager import ganeti
+from harness.nodes import Node
 
 HOOKS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown")
 
@@ -25,74 +28,59 @@ HOOKS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown")
 def ready(node: Node) -> Node:
     """A node with a bridge, an uplink and tap0."""
     node.uplink()
-    netns.add_bridge(mtu=9000)
-    netns.add_tap()
+    nodes.add_bridge(mtu=9000)
+    nodes.add_tap()
     return node
-
-
-def as_manager(program: str, *argv: str, environ: Mapping[str, str]) -> netns.Result:
-    """Run a script as Ganeti's node daemon does: nothing but its contract in the environment, cwd /, umask 077."""
-    done = subprocess.run(
-        netns.command(program, *argv),
-        env=dict(environ),
-        cwd="/",
-        umask=0o077,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=netns.PATIENCE,
-    )
-    return netns.Result(done.returncode, done.stdout, done.stderr)
 
 
 def test_a_bridged_guest_from_start_to_stop(ready: Node) -> None:
     """Start, with the VLAN that Ganeti leaves empty; stop, twice; the tap's name as the text of a bytes object."""
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     environ = ganeti(MODE="bridged", LINK="br0", BRIDGE="br0")
     check(as_manager("kvm-ifup-post", "b'tap0'", environ=environ), 0)
-    link = netns.link("tap0")
+    link = oracle.link("tap0")
     assert (link["address"], link["master"], link["mtu"]) == (TAP_MAC, "br0", 9000)
     for _ in range(2):
         check(as_manager("kvm-ifdown", "b'tap0'", environ={**environ, "ACTION": "down"}), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_a_routed_guest_through_a_migration(ready: Node) -> None:
     """Ganeti 3.2: pre at the start, post at the end, down when it leaves; several addresses in IP."""
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     environ = ganeti(MODE="routed", LINK="100", IP=f"{GUEST_IP4}, {GUEST_IP6}", ACTION="up")
     check(as_manager("kvm-ifup-pre", "tap0", environ={**environ, "MIGRATION_PHASE": "pre"}), 0)
-    assert netns.routes("tap0") == set()
+    assert oracle.routes("tap0") == set()
     check(as_manager("kvm-ifup-post", "tap0", environ={**environ, "MIGRATION_PHASE": "post"}), 0)
-    assert netns.routes("tap0", "100") == {GUEST_IP4, GUEST_IP6}
-    assert netns.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
+    assert oracle.routes("tap0", "100") == {GUEST_IP4, GUEST_IP6}
+    assert oracle.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
     check(as_manager("kvm-ifdown", "tap0", environ={**environ, "ACTION": "down"}), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_what_a_run_under_umask_077_leaves_can_be_used_by_the_next(ready: Node) -> None:
     environ = ganeti(MODE="routed", IP=GUEST_IP4)
     check(as_manager("kvm-ifup-pre", environ={**environ, "MIGRATION_PHASE": "pre"}), 0)
     check(as_manager("kvm-ifup-post", "tap0", environ={}), 0)
-    assert netns.routes("tap0") == {GUEST_IP4}
+    assert oracle.routes("tap0") == {GUEST_IP4}
 
 
 def test_an_empty_environment_and_a_nic_file_are_enough(ready: Node) -> None:
-    netns.write_nic(mode="bridged", link="br0")
+    manager.write_nic(mode="bridged", link="br0")
     check(as_manager("kvm-ifup-pre", "tap0", environ={}), 0)
-    assert netns.link("tap0")["master"] == "br0"
+    assert oracle.link("tap0")["master"] == "br0"
 
 
 @pytest.mark.parametrize("program", HOOKS)
 def test_ganetis_own_taps_are_left_alone(ready: Node, program: str) -> None:
-    netns.ip("tuntap add gnt.com.0 mode tap")
-    before = netns.snapshot()
-    files = sorted(netns.RUN_DIR.rglob("*"))
+    tools.ip("tuntap add gnt.com.0 mode tap")
+    before = snapshots.snapshot()
+    files = sorted(manager.RUN_DIR.rglob("*"))
     environ = ganeti("gnt.com.0", MODE="routed", IP=GUEST_IP4, ACTION="nonsense")
     for argv in (["gnt.com.0"], ["b'gnt.com.0'"], []):
-        assert as_manager(program, *argv, environ=environ) == netns.Result(0, "", "")
-    assert netns.changes(before, netns.snapshot()) == []
-    assert sorted(netns.RUN_DIR.rglob("*")) == files
+        assert as_manager(program, *argv, environ=environ) == hooks.Result(0, "", "")
+    assert snapshots.changes(before, snapshots.snapshot()) == []
+    assert sorted(manager.RUN_DIR.rglob("*")) == files
 
 
 CONTRADICTIONS = [
@@ -118,10 +106,10 @@ CONTRADICTIONS = [
 def test_a_contradiction_is_64_and_nothing_changes(
     ready: Node, program: str, argv: list[str], more: dict[str, str]
 ) -> None:
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     environ = ganeti(MODE="routed", IP=GUEST_IP4, **more)
     check(call(program, *argv, environ=environ), 64)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_a_real_contradiction_is_64(ready: Node) -> None:
@@ -140,27 +128,27 @@ def test_an_environment_that_lacks_something_is_65(ready: Node, program: str, la
 @pytest.mark.parametrize("program", HOOKS)
 def test_closed_standard_descriptors_do_not_change_the_exit_code(ready: Node, program: str) -> None:
     """Some daemons close 0 to 2; whatever is opened next gets those numbers."""
-    netns.write_nic(mode="bridged", link="nosuch")
+    manager.write_nic(mode="bridged", link="nosuch")
     expected = {"kvm-ifdown": 0}.get(program, 69)
 
     def close() -> None:
         os.closerange(0, 3)
 
-    done = subprocess.run(netns.command(program, "tap0"), env=netns.CLEAN, preexec_fn=close)
+    done = subprocess.run(hooks.command(program, "tap0"), env=tools.CLEAN, preexec_fn=close)
     assert done.returncode == expected
 
 
 @pytest.mark.parametrize("text", ["", 'tap = "tap0"\nmac = 7\n', "mode = [[[["])
 def test_a_bad_nic_file_is_refused_before_pyroute2_is_imported(ready: Node, text: str) -> None:
-    netns.write_nic(mode="bridged", link="br0").write_text(text)
+    manager.write_nic(mode="bridged", link="br0").write_text(text)
     program = f"""
 import sys
-sys.path.insert(0, {str(netns.ROOT)!r})
-from kvmifup import cli
-code = cli.main("kvm-ifup-pre", ["tap0"], {{}}, sys.stdout, sys.stderr)
+sys.path.insert(0, {str(tools.ROOT)!r})
+from kvmifup.commands import main
+code = main.main("kvm-ifup-pre", ["tap0"], {{}}, sys.stdout, sys.stderr)
 print(code, "pyroute2" in sys.modules)
 """
-    assert netns.run(sys.executable, "-I", "-c", program) == "65 False\n"
+    assert tools.run(sys.executable, "-I", "-c", program) == "65 False\n"
 
 
 @pytest.mark.parametrize("program", [*HOOKS, "kvm-ifup"])
@@ -267,7 +255,7 @@ def hostile_environments(seed: random.Random) -> Iterator[tuple[list[str], dict[
         yield argv, environ
 
 
-def judge(result: netns.Result, what: object) -> None:
+def judge(result: hooks.Result, what: object) -> None:
     """A documented exit code; on failure one line of printable text and no traceback."""
     assert result.code in ALLOWED, f"{result.code}: {result.err!r} for {what!r:.300}"
     assert "Traceback" not in result.err
@@ -288,8 +276,8 @@ def withdraw(tap: str = "tap0") -> None:
 def test_hostile_nic_files(ready: Node) -> None:
     """300 of them: a documented exit code, one printable line, and a node as before."""
     seed = random.Random(20)
-    file = netns.write_nic(mode="bridged", link="br0")
-    before = netns.snapshot_of_kernel()
+    file = manager.write_nic(mode="bridged", link="br0")
+    before = snapshots.snapshot_of_kernel()
     texts = hostile_texts(seed)
     for _ in range(HOSTILE):
         text = next(texts)
@@ -298,40 +286,40 @@ def test_hostile_nic_files(ready: Node) -> None:
         judge(result, text)
         if result.code == 0:
             withdraw()
-        assert netns.changes(before, netns.snapshot_of_kernel()) == [], text
-    assert not list((netns.RUN_DIR / "state").glob("*.json"))
+        assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == [], text
+    assert not list((manager.RUN_DIR / "state").glob("*.json"))
 
 
 def test_hostile_environments(ready: Node) -> None:
     seed = random.Random(21)
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     for _, (argv, environ) in zip(range(HOSTILE), hostile_environments(seed), strict=False):
         program = seed.choice(HOOKS)
         result = call(program, *argv, environ=environ)
         judge(result, (program, argv, environ))
         if result.code == 0 and program != "kvm-ifdown":
             withdraw()
-        assert netns.changes(before, netns.snapshot()) == [], (program, argv, environ)
+        assert snapshots.changes(before, snapshots.snapshot()) == [], (program, argv, environ)
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_every_bad_sort_of_address(ready: Node, address: str) -> None:
-    before = netns.snapshot()
-    netns.write_nic(mode="routed", ip=[address])
+    before = snapshots.snapshot()
+    manager.write_nic(mode="routed", ip=[address])
     result = call("kvm-ifup-post", "tap0")
     judge(result, address)
     if result.code == 0:
         withdraw()
-    (netns.RUN_DIR / "tap/tap0").unlink()
-    (netns.RUN_DIR / "nic/web1.example.com/0.toml").unlink()
-    assert netns.changes(before, netns.snapshot()) == []
+    (manager.RUN_DIR / "tap/tap0").unlink()
+    (manager.RUN_DIR / "nic/web1.example.com/0.toml").unlink()
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_hostile_configurations(ready: Node) -> None:
-    netns.write_nic(mode="bridged", link="br0")
-    option = netns.configuration()
+    manager.write_nic(mode="bridged", link="br0")
+    option = manager.configuration()
     file = Path(option.partition("=")[2])
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     more = [
         "lock_timeout = -1", "lock_timeout = nan", "lock_timeout = inf", "lock_timeout = true", "[bridged]\nx=1",
         "bridged = 1", "[[routed]]", "[routed]\nuplinks = ['a', 'a']", "[routed]\nuplinks = [1]",
@@ -344,15 +332,15 @@ def test_hostile_configurations(ready: Node) -> None:
         assert result.code in (0, 78), f"{result} for {text:.100}"
         if result.code == 0:
             withdraw()
-        assert netns.changes(before, netns.snapshot()) == [], text
+        assert snapshots.changes(before, snapshots.snapshot()) == [], text
 
 
 @pytest.mark.parametrize("number", range(10))
 def test_hostile_input_to_the_real_scripts(ready: Node, number: int) -> None:
     """Decoding of arguments and environment, and of stderr, is the interpreter's here."""
     seed = random.Random(100 + number)
-    file = netns.write_nic(mode="bridged", link="br0")
-    before = netns.snapshot_of_kernel()
+    file = manager.write_nic(mode="bridged", link="br0")
+    before = snapshots.snapshot_of_kernel()
     texts = hostile_texts(seed)
     for _ in range(seed.randint(len(ODD_TOML), len(ODD_TOML) + 20)):
         text = next(texts)
@@ -365,9 +353,9 @@ def test_hostile_input_to_the_real_scripts(ready: Node, number: int) -> None:
     )
     judge(as_manager("kvm-ifup-pre", *argv, environ=environ), (argv, environ))
     file.unlink()
-    (netns.RUN_DIR / "tap/tap0").unlink()
+    (manager.RUN_DIR / "tap/tap0").unlink()
     withdraw()
-    assert netns.changes(before, netns.snapshot_of_kernel()) == []
+    assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
 
 
 # --- QEMU -----------------------------------------------------------------------------------------------
@@ -378,21 +366,21 @@ def scripts(node: Node) -> Path:
     """A directory with the scripts for QEMU to call, which passes no arguments but the tap."""
     if not shutil.which("qemu-system-x86_64"):
         pytest.fail("qemu-system-x86_64 is missing (qemu-system-x86)")
-    place = netns.scratch()
+    place = nodes.scratch()
     for program in HOOKS:
         wrapper = place / program
         # Like the script's own first line, but with the interpreter under test.
-        wrapper.write_text(f'#!/bin/sh\nexec {" ".join(netns.command(program))} "$@"\n')
+        wrapper.write_text(f'#!/bin/sh\nexec {" ".join(hooks.command(program))} "$@"\n')
         wrapper.chmod(0o755)
     node.uplink()
-    netns.add_bridge(mtu=9000)
+    nodes.add_bridge(mtu=9000)
     # A live port, or the bridge would get its link-local address together with the guest.
-    netns.ip("link add port0 mtu 9000 type veth peer name far")
-    netns.ip("link set port0 master br0 up")
-    netns.ip("link set far up")
-    netns.settle("port0")
-    netns.settle("far")
-    netns.settle("br0")
+    tools.ip("link add port0 mtu 9000 type veth peer name far")
+    tools.ip("link set port0 master br0 up")
+    tools.ip("link set far up")
+    oracle.settle("port0")
+    oracle.settle("far")
+    oracle.settle("br0")
     return place
 
 
@@ -404,7 +392,7 @@ class Qemu:
         self.process = subprocess.Popen(
             ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-m", "16",
              "-qmp", "stdio", "-netdev", netdev, "-device", f"virtio-net-pci,netdev=n0,mac={GUEST_MAC},romfile="],
-            env=netns.CLEAN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=tools.CLEAN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def __enter__(self) -> Qemu:
@@ -431,21 +419,21 @@ class Qemu:
 @pytest.mark.parametrize("mode", ["bridged", "routed"])
 def test_qemu_wires_its_tap_with_our_script_and_cleans_up_when_it_quits(scripts: Path, up: str, mode: str) -> None:
     more: dict[str, Any] = {"link": "br0"} if mode == "bridged" else {"ip": [GUEST_IP4, GUEST_IP6], "link": "100"}
-    netns.write_nic("tap7", mode=mode, **more)
-    before = netns.snapshot()
+    manager.write_nic("tap7", mode=mode, **more)
+    before = snapshots.snapshot()
     with Qemu(scripts, up) as qemu:
         qemu.execute("qmp_capabilities")
-        assert netns.link("tap7")["address"] == TAP_MAC
+        assert oracle.link("tap7")["address"] == TAP_MAC
         if mode == "bridged":
-            (port,) = [one for one in netns.ask("bridge -j link") if one["ifname"] == "tap7"]
+            (port,) = [one for one in tools.ask("bridge -j link") if one["ifname"] == "tap7"]
             assert (port["state"], port["mtu"]) == ("forwarding", 9000)
         else:
-            assert netns.routes("tap7", "100") == {GUEST_IP4, GUEST_IP6}
-            assert netns.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
+            assert oracle.routes("tap7", "100") == {GUEST_IP4, GUEST_IP6}
+            assert oracle.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
         qemu.execute("quit")
-        _, err = qemu.process.communicate(timeout=netns.PATIENCE)
+        _, err = qemu.process.communicate(timeout=tools.PATIENCE)
         assert (qemu.process.returncode, err) == (0, "")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 @pytest.mark.parametrize(
@@ -458,23 +446,23 @@ def test_qemu_wires_its_tap_with_our_script_and_cleans_up_when_it_quits(scripts:
 def test_qemu_aborts_with_our_sentence_when_the_nic_cannot_be_wired(
     scripts: Path, keys: dict[str, Any], words: str
 ) -> None:
-    netns.write_nic("tap7", **keys)
-    before = netns.snapshot()
+    manager.write_nic("tap7", **keys)
+    before = snapshots.snapshot()
     with Qemu(scripts, "kvm-ifup-pre") as qemu:
-        _, err = qemu.process.communicate(timeout=netns.PATIENCE)
+        _, err = qemu.process.communicate(timeout=tools.PATIENCE)
         assert qemu.process.returncode == 1
         (ours,) = [line for line in err.splitlines() if line.startswith("kvm-ifup-pre: ")]
         assert words in ours
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_after_qemu_was_killed_gc_clears_up(scripts: Path) -> None:
     """Then nobody calls the downscript."""
-    netns.write_nic("tap7", mode="routed", ip=[GUEST_IP4, GUEST_IP6], link="100")
-    before = netns.snapshot()
+    manager.write_nic("tap7", mode="routed", ip=[GUEST_IP4, GUEST_IP6], link="100")
+    before = snapshots.snapshot()
     with Qemu(scripts, "kvm-ifup-post") as qemu:
         qemu.execute("qmp_capabilities")
         qemu.process.kill()
         qemu.process.wait()
-    check(netns.hook("kvm-ifup", "gc"), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    check(hooks.hook("kvm-ifup", "gc"), 0)
+    assert snapshots.changes(before, snapshots.snapshot()) == []

@@ -12,42 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab import guest
+from harness.addresses import GUEST_IP4, GUEST_MAC
+from harness.tools import CLEAN
+from lab import debian, guest
 from lab.errors import LabError
-from lab.nodes import (
-    CLEAN_ENVIRONMENT,
-    GUEST_IP4,
-    GUEST_MAC,
-    NODE_IP4,
-    Mode,
-    Namespace,
-    end,
-    guest_addresses,
-    network,
-)
+from lab.nodes import NODE_IP4, Mode, Namespace, end, guest_addresses, network
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
 
-# Ganeti 3.0 and those of its dependencies that its KVM code imports.
-PACKAGES = (
-    *("ganeti", "ganeti-3.0"),
-    *("python3-bitarray", "python3-paramiko", "python3-pycurl", "python3-pyinotify", "python3-simplejson"),
-)
 MACHINE_PACKAGES = {
     "OpenSSL": "python3-openssl",
     "psutil": "python3-psutil",
@@ -80,44 +63,12 @@ class GanetiError(Exception):
 def require() -> None:
     """LabError when something is missing that must be on the machine; nothing is ever skipped."""
     for tool, package in TOOLS.items():
-        if shutil.which(tool, path=CLEAN_ENVIRONMENT["PATH"]) is None:
+        if shutil.which(tool, path=CLEAN["PATH"]) is None:
             raise LabError(f"{tool} is not installed", f"apt-get install {package}")
     for module, package in MACHINE_PACKAGES.items():
         found = subprocess.run(["/usr/bin/python3", "-I", "-c", f"import {module}"], capture_output=True)
         if found.returncode:
             raise LabError(f"Debian's Python has no {module}", f"apt-get install {package}")
-
-
-@functools.cache
-def unpacked() -> Path:
-    """The directory with Ganeti's files, from the cache when these versions were unpacked before."""
-    listed = _tool("apt-get", "-q", "--print-uris", "download", *PACKAGES)
-    files = sorted(re.findall(r"\S+\.deb", listed))
-    name = hashlib.sha256("\n".join(files).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvm-ifup-ganeti"
-    done = cache / name
-    if done.is_dir():
-        return done
-    cache.mkdir(parents=True, exist_ok=True)
-    # What is half unpacked is never seen: it gets its name only when it is whole.
-    with tempfile.TemporaryDirectory(dir=cache, prefix="tmp-") as tmp:
-        _tool("apt-get", "-q", "download", *PACKAGES, cwd=Path(tmp))
-        for deb in Path(tmp).glob("*.deb"):
-            _tool("dpkg", "-x", str(deb), f"{tmp}/root")
-        try:
-            Path(tmp, "root").rename(done)
-        except OSError as e:
-            if not done.is_dir():
-                raise LabError(f"cannot keep Ganeti in {done}: {e}", "is the cache writable?") from e
-    return done
-
-
-def _tool(*argv: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(argv, cwd=cwd, env=CLEAN_ENVIRONMENT, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise LabError(f"`{' '.join(argv[:3])} …` failed: {last}", "is the Debian archive reachable? apt-get update")
-    return done.stdout
 
 
 # --- our packages -------------------------------------------------------------------------------------
@@ -163,7 +114,7 @@ def package(tree: Path, version: str = "1") -> Path:
             (control / name).write_text(script.read_text().replace("#DEBHELPER#", ""))
             (control / name).chmod(0o755)
     deb = tree.with_name(f"{tree.name}_{version}_all.deb")
-    _tool("dpkg-deb", "--root-owner-group", "-b", str(tree), str(deb))
+    debian.tool(["dpkg-deb", "--root-owner-group", "-b", str(tree), str(deb)], "see above")
     return deb
 
 
@@ -275,12 +226,12 @@ class Node:
         """Where other nodes reach it."""
         return NODE_IP4[self.name]
 
-    def run(self, *argv: str, stdin: str = "", env: Mapping[str, str] = CLEAN_ENVIRONMENT) -> str:
+    def run(self, *argv: str, stdin: str = "", env: Mapping[str, str] = CLEAN) -> str:
         """Run a command here to its end; returns what it said. LabError when it fails."""
         inside = ["setpriv", "--pdeathsig", "KILL", "nsenter", "--target", str(self.init)]
         done = subprocess.run(
             [*inside, "--net", "--mount", "--pid", "--", *argv],
-            env={**CLEAN_ENVIRONMENT, **env},
+            env={**CLEAN, **env},
             input=stdin,
             capture_output=True,
             text=True,
@@ -402,7 +353,7 @@ class Node:
 
 @contextlib.contextmanager
 def _node(lab: Namespace) -> Iterator[Node]:
-    setup = ["sh", "-c", SETUP, "sh", str(unpacked())]
+    setup = ["sh", "-c", SETUP, "sh", str(debian.ganeti())]
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
     holder = lab.popen([*unshare, *setup], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert holder.stdout is not None

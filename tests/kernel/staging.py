@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests import netns
-from tests.netns import GUEST_IP4, GUEST_IP6, call, check
+from harness import manager, nodes, tools
+from harness.addresses import GUEST_IP4, GUEST_IP6
+from harness.hooks import call, check
 
 NICS: dict[str, dict[str, Any]] = {
     "bridged": {"mode": "bridged", "link": "br0"},
@@ -40,16 +41,16 @@ class Scene:
 
     def make_tap(self) -> None:
         """tap0, for the first time or anew."""
-        netns.add_tap()
+        nodes.add_tap()
         if self.tap == "elsewhere":
-            netns.ip("link set tap0 address 02:00:00:00:77:77 master br1 up")
+            tools.ip("link set tap0 address 02:00:00:00:77:77 master br1 up")
 
     def set_up(self) -> None:
         """Bridges, the tap, its NIC file; to be called on a node with an uplink."""
-        netns.add_bridge("br0", mtu=9000)
-        netns.add_bridge("br1")
+        nodes.add_bridge("br0", mtu=9000)
+        nodes.add_bridge("br1")
         self.make_tap()
-        netns.write_nic(**{"incoming": True, **NICS[self.nic], **self.more})
+        manager.write_nic(**{"incoming": True, **NICS[self.nic], **self.more})
         self.prepare()
 
     def prepare(self) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import agent as agents
-from tests import netns, wire
-from tests.agent import FRAMES, IPS, NOT_WIRED, WIRED, Agent, incoming, phase, rarp, through, until, wired, witness
-from tests.netns import GUEST_IP4, GUEST_IP6, GUEST_MAC, NODE_MAC, Node, check, hook
+from harness import agents, guests, hooks, manager, monitors, nodes, oracle, snapshots, tools, wire
+from harness.addresses import CLIENT_IP4, CLIENT_IP6, GUEST_IP4, GUEST_IP6, GUEST_MAC, IPS, NODE_MAC
+from harness.agents import NOT_WIRED, WIRED, Agent, phase, through, until, wired
+from harness.guests import FRAMES, incoming, rarp, witness
+from harness.hooks import check, hook
+from harness.nodes import Node
 
 
 @pytest.fixture
@@ -21,6 +23,7 @@ def agent(uplinked: Node) -> Iterator[Agent]:
         yield one
 
 
+@pytest.mark.userns
 @pytest.mark.parametrize("kind", FRAMES)
 def test_any_frame_of_the_guests_runs_post_and_nothing_of_post_is_there_before(
     uplinked: Node, agent: Agent, kind: str
@@ -31,12 +34,12 @@ def test_any_frame_of_the_guests_runs_post_and_nothing_of_post_is_there_before(
     assert wired() == NOT_WIRED
     assert phase() == "pre"
     for address in IPS:
-        assert agents.announcements(uplinked.fence(client), address) == []
+        assert guests.announcements(uplinked.fence(client), address) == []
     guest.send(FRAMES[kind])
-    heard = client.until(lambda frame: bool(agents.announcements([frame], GUEST_IP4)))
+    heard = client.until(lambda frame: bool(guests.announcements([frame], GUEST_IP4)))
     # The journal is last, so that after a crash all is undone that was not committed.
     assert wired() == WIRED
-    heard += client.until(agents.rounds_of(*IPS, rounds=4))
+    heard += client.until(guests.rounds_of(*IPS, rounds=4))
     (claim,) = {arp for frame in heard if (arp := wire.arp(frame)) and arp.sender == GUEST_IP4}
     assert claim == wire.Arp(wire.BROADCAST, 1, NODE_MAC, GUEST_IP4, GUEST_IP4)
     claims = [na for frame in heard if (na := wire.advertisement(frame)) and na.target == GUEST_IP6]
@@ -50,10 +53,10 @@ def test_any_frame_of_the_guests_runs_post_and_nothing_of_post_is_there_before(
 def test_five_rounds_and_no_more(uplinked: Node, agent: Agent) -> None:
     client = uplinked.listen()
     incoming(uplinked, agent).send(rarp())
-    heard = client.until(agents.rounds_of(*IPS))
+    heard = client.until(guests.rounds_of(*IPS))
     witness(uplinked, agent)
     heard += uplinked.fence(client)
-    assert [len(agents.announcements(heard, address)) for address in IPS] == [5, 5]
+    assert [len(guests.announcements(heard, address)) for address in IPS] == [5, 5]
 
 
 def test_what_goes_into_the_tap_and_what_comes_from_another_mac_does_not_count(uplinked: Node, agent: Agent) -> None:
@@ -72,12 +75,12 @@ def test_what_goes_into_the_tap_and_what_comes_from_another_mac_does_not_count(u
 
 def test_what_a_bridge_floods_into_the_tap_does_not_count(uplinked: Node, agent: Agent) -> None:
     """The guest, which still runs elsewhere, is heard on the bridge."""
-    netns.add_bridge("br0")
+    nodes.add_bridge("br0")
     guest = incoming(uplinked, agent, mode="bridged", link="br0", ip=None)
-    netns.add_tap("tap1")
+    nodes.add_tap("tap1")
     other = wire.attach("tap1")
-    netns.ip("link set tap1 master br0 up")
-    until(lambda: netns.ask("bridge -j link show dev tap1")[0]["state"] == "forwarding")
+    tools.ip("link set tap1 master br0 up")
+    until(lambda: tools.ask("bridge -j link show dev tap1")[0]["state"] == "forwarding")
     other.send(rarp())
     guest.until(lambda frame: frame[6:12] == wire.mac_bytes(GUEST_MAC))
     witness(uplinked, agent)
@@ -89,36 +92,36 @@ def test_what_a_bridge_floods_into_the_tap_does_not_count(uplinked: Node, agent:
 
 def test_a_bridged_guest_arrives_too(uplinked: Node, agent: Agent) -> None:
     """The bridge takes a port's frames; the agent hears them all the same."""
-    netns.add_bridge("br0")
+    nodes.add_bridge("br0")
     guest = incoming(uplinked, agent, mode="bridged", link="br0", ip=None)
-    before = netns.snapshot_of_kernel()
+    before = snapshots.snapshot_of_kernel()
     guest.send(rarp())
     until(lambda: phase() == "post")
     agent.heard("tap0", "arrived")
-    assert netns.changes(before, netns.snapshot_of_kernel()) == []
+    assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
     journal = agents.journal()
     assert journal is not None
     assert (journal["by"], journal["reason"]) == ("agent", "RARP")
 
 
 def test_the_managers_own_post_is_then_a_no_op_and_silent_on_the_wire(uplinked: Node, agent: Agent) -> None:
-    agents.arrived(uplinked, agent)
+    guests.arrived(uplinked, agent)
     client = uplinked.listen()
-    state = netns.snapshot()
-    with netns.monitored() as monitor:
+    state = snapshots.snapshot()
+    with monitors.monitored() as monitor:
         result = hook("kvm-ifup-post", "tap0", "--json")
         assert result.code == 0
         assert result.needed == []
         assert monitor.events() == []
     witness(uplinked, agent)  # the agent's own second look has been by then
     witness(uplinked, agent)
-    assert agents.announcements(uplinked.fence(client), GUEST_IP4) == []
-    assert [line for line in netns.changes(state, netns.snapshot()) if "tapw" not in line] == []
+    assert guests.announcements(uplinked.fence(client), GUEST_IP4) == []
+    assert [line for line in snapshots.changes(state, snapshots.snapshot()) if "tapw" not in line] == []
 
 
 def test_a_pre_that_the_agent_has_not_run_arms_too(uplinked: Node, agent: Agent) -> None:
     guest = uplinked.guest()
-    netns.write_nic(mode="routed", ip=IPS, incoming=True)
+    manager.write_nic(mode="routed", ip=IPS, incoming=True)
     result = hook("kvm-ifup-pre", "tap0", "--run-dir=/run/kvm-ifup", "-v")
     assert "done without the agent" in result.err
     agent.armed()
@@ -129,23 +132,23 @@ def test_a_pre_that_the_agent_has_not_run_arms_too(uplinked: Node, agent: Agent)
 @pytest.mark.parametrize("how", ["through the agent", "directly"])
 def test_ifdown_disarms(uplinked: Node, agent: Agent, how: str) -> None:
     guest = uplinked.guest()
-    before = netns.snapshot_of_kernel()
-    netns.write_nic(mode="routed", ip=IPS, incoming=True)
+    before = snapshots.snapshot_of_kernel()
+    manager.write_nic(mode="routed", ip=IPS, incoming=True)
     through("kvm-ifup-pre", "tap0")
     agent.armed()
     check(hook("kvm-ifdown", "tap0", *(["--run-dir=/run/kvm-ifup"] if how == "directly" else [])), 0)
-    netns.ip("link set tap0 up")
+    tools.ip("link set tap0 up")
     guest.send(rarp())
     witness(uplinked, agent)
-    netns.ip("link set tap0 down")
+    tools.ip("link set tap0 down")
     assert wired() == NOT_WIRED
-    assert [line for line in netns.changes(before, netns.snapshot_of_kernel()) if "tapw" not in line] == []
+    assert [line for line in snapshots.changes(before, snapshots.snapshot_of_kernel()) if "tapw" not in line] == []
 
 
-def test_after_the_time_limit_a_frame_does_nothing_and_the_managers_post_does_all(uplinked: Node) -> None:
+def test_after_the_time_limit_a_frame_does_nothing_and_post_does_all(uplinked: Node) -> None:
     with agents.configured(agent={"arrival_timeout": 1.5}), agents.running() as agent:
         guest = uplinked.guest()
-        netns.write_nic(mode="routed", ip=IPS, incoming=True)
+        manager.write_nic(mode="routed", ip=IPS, incoming=True)
         through("kvm-ifup-pre", "tap0")
         agent.heard("tap0", "disarmed")
         agents.configure(agent={"arrival_timeout": 3600})
@@ -161,7 +164,7 @@ def test_after_the_time_limit_a_frame_does_nothing_and_the_managers_post_does_al
 def test_a_time_limit_of_nothing_never_arms(uplinked: Node) -> None:
     with agents.configured(agent={"arrival_timeout": 0}), agents.running() as agent:
         guest = uplinked.guest()
-        netns.write_nic(mode="routed", ip=IPS, incoming=True)
+        manager.write_nic(mode="routed", ip=IPS, incoming=True)
         through("kvm-ifup-pre", "tap0")
         guest.send(rarp())
         through("kvm-ifup", "gc")
@@ -176,11 +179,11 @@ def test_a_burst_is_one_arrival(uplinked: Node, agent: Agent) -> None:
     for _ in range(200):
         for frame in FRAMES.values():
             guest.send(frame)
-    heard = client.until(agents.rounds_of(*IPS))
+    heard = client.until(guests.rounds_of(*IPS))
     witness(uplinked, agent)
     heard += uplinked.fence(client)
     assert wired() == WIRED
-    assert [len(agents.announcements(heard, address)) for address in IPS] == [5, 5]
+    assert [len(guests.announcements(heard, address)) for address in IPS] == [5, 5]
     assert agent.said().count("(tap0): arrived") == 1
 
 
@@ -191,47 +194,47 @@ def test_guests_that_arrive_at_once_are_each_wired_to_their_own_tap(uplinked: No
         guests.append((incoming(uplinked, agent, f"tap{number}", mac=mac, ip=[f"192.0.2.{40 + number}"]), mac))
     for guest, mac in guests:
         guest.send(rarp(mac))
-    until(lambda: netns.proxies() == {f"192.0.2.{40 + number}" for number in range(5)})
+    until(lambda: oracle.proxies() == {f"192.0.2.{40 + number}" for number in range(5)})
     until(lambda: all(phase(f"tap{number}") == "post" for number in range(5)))
     for number in range(5):
-        assert netns.routes(f"tap{number}") == {f"192.0.2.{40 + number}"}
+        assert oracle.routes(f"tap{number}") == {f"192.0.2.{40 + number}"}
         through("kvm-ifdown", f"tap{number}")
-    assert netns.proxies() == set()
+    assert oracle.proxies() == set()
 
 
 # --- what has changed since pre --------------------------------------------------------------------------
 
 
-def test_a_shared_sysctl_that_has_changed_since_pre_is_put_back_to_its_new_value(uplinked: Node, agent: Agent) -> None:
+def test_a_shared_sysctl_changed_since_pre_is_put_back_to_its_new_value(uplinked: Node, agent: Agent) -> None:
     guest = incoming(uplinked, agent)
-    netns.sysctl("ipv4/neigh/eth0/proxy_delay", 40)
-    netns.sysctl("ipv6/conf/eth0/proxy_ndp", 1)
+    oracle.sysctl("ipv4/neigh/eth0/proxy_delay", 40)
+    oracle.sysctl("ipv6/conf/eth0/proxy_ndp", 1)
     guest.send(rarp())
     until(lambda: phase() == "post")
     assert wired() == WIRED
-    assert netns.sysctl("ipv4/neigh/eth0/proxy_delay") == "0"
+    assert oracle.sysctl("ipv4/neigh/eth0/proxy_delay") == "0"
     through("kvm-ifdown", "tap0")
-    assert netns.sysctl("ipv4/neigh/eth0/proxy_delay") == "40"
-    assert netns.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
+    assert oracle.sysctl("ipv4/neigh/eth0/proxy_delay") == "40"
+    assert oracle.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
 
 
 def other_uplink() -> None:
     """eth1, ready to be one."""
-    netns.ip("link add eth1 type veth peer name far1")
+    tools.ip("link add eth1 type veth peer name far1")
     for dev in ("eth1", "far1"):
-        netns.ip(f"link set {dev} up")
-    netns.ip("addr add 198.51.100.1/24 dev eth1")
-    netns.ip("addr add 2001:db8:1::1/64 dev eth1")
+        tools.ip(f"link set {dev} up")
+    tools.ip("addr add 198.51.100.1/24 dev eth1")
+    tools.ip("addr add 2001:db8:1::1/64 dev eth1")
     for family in (4, 6):
-        netns.sysctl(f"ipv{family}/conf/eth1/forwarding", 1)
-    netns.settle("eth1")
+        oracle.sysctl(f"ipv{family}/conf/eth1/forwarding", 1)
+    oracle.settle("eth1")
 
 
 def move_default_routes() -> None:
     """The node's way out is eth1 now."""
-    netns.ip("route replace default via 198.51.100.2 dev eth1")
-    netns.ip("-6 route del default")
-    netns.ip("-6 route add default via 2001:db8:1::2 dev eth1")
+    tools.ip("route replace default via 198.51.100.2 dev eth1")
+    tools.ip("-6 route del default")
+    tools.ip("-6 route add default via 2001:db8:1::2 dev eth1")
 
 
 def test_a_default_route_that_has_moved_since_pre_takes_the_proxies_along(uplinked: Node, agent: Agent) -> None:
@@ -242,12 +245,12 @@ def test_a_default_route_that_has_moved_since_pre_takes_the_proxies_along(uplink
     move_default_routes()
     guest.send(rarp())
     until(lambda: phase() == "post")
-    assert netns.proxies("eth1") == set(IPS)
-    assert netns.proxies("eth0") == set()
+    assert oracle.proxies("eth1") == set(IPS)
+    assert oracle.proxies("eth0") == set()
     journal = agents.journal()
     assert journal is not None
     assert "eth0" not in {entry.get("dev") for entry in journal["entries"]}
-    assert agents.announcements(uplinked.fence(client), GUEST_IP4) == []
+    assert guests.announcements(uplinked.fence(client), GUEST_IP4) == []
 
 
 def test_what_was_prepared_is_prepared_anew_and_still_right_after_a_while(uplinked: Node, agent: Agent) -> None:
@@ -255,36 +258,34 @@ def test_what_was_prepared_is_prepared_anew_and_still_right_after_a_while(uplink
     guest = incoming(uplinked, agent)
     for _ in range(3):
         move_default_routes()
-        netns.ip(f"route replace default via {netns.CLIENT_IP4} dev eth0")
-        netns.ip("-6 route del default")
-        netns.ip(f"-6 route add default via {netns.CLIENT_IP6} dev eth0")
+        tools.ip(f"route replace default via {CLIENT_IP4} dev eth0")
+        tools.ip("-6 route del default")
+        tools.ip(f"-6 route add default via {CLIENT_IP6} dev eth0")
     witness(uplinked, agent)
     witness(uplinked, agent)
     guest.send(rarp())
     until(lambda: phase() == "post")
-    assert netns.proxies("eth0") == set(IPS)
-    assert netns.proxies("eth1") == set()
+    assert oracle.proxies("eth0") == set(IPS)
+    assert oracle.proxies("eth1") == set()
 
 
-def test_a_new_tap_of_the_same_name_is_not_wired_by_what_was_meant_for_the_old_one(
-    uplinked: Node, agent: Agent
-) -> None:
+def test_a_new_tap_of_the_same_name_is_not_wired_by_the_old_ones_plan(uplinked: Node, agent: Agent) -> None:
     incoming(uplinked, agent)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     guest = uplinked.guest()
-    netns.ip("link set tap0 up")
+    tools.ip("link set tap0 up")
     guest.send(rarp())
     until(lambda: phase() is None)
     witness(uplinked, agent)
     assert wired() == NOT_WIRED
-    assert netns.rules() == []
+    assert oracle.rules() == []
 
 
 def test_a_new_tap_of_the_same_name_for_another_guest(uplinked: Node, agent: Agent) -> None:
     """The next guest on the name waits for its own frame, whatever happened there a moment ago."""
     for _ in range(3):
-        agents.arrived(uplinked, agent)
-        netns.ip("link del tap0")
+        guests.arrived(uplinked, agent)
+        tools.ip("link del tap0")
         mac, address = "aa:00:00:00:00:55", "192.0.2.55"
         guest = incoming(uplinked, None, mac=mac, ip=[address])
         guest.send(rarp())  # not its own
@@ -295,7 +296,7 @@ def test_a_new_tap_of_the_same_name_for_another_guest(uplinked: Node, agent: Age
         guest.send(rarp(mac))
         until(lambda: phase() == "post")
         assert wired() == ({"192.0.2.55"}, {"192.0.2.55"})
-        netns.ip("link del tap0")
+        tools.ip("link del tap0")
         until(lambda: phase() is None)
 
 
@@ -313,7 +314,7 @@ def test_a_guest_that_leaves_right_after_its_arrival_is_not_wired_again(uplinked
         witness(uplinked, agent)
     heard += uplinked.fence(client)
     assert (phase(), wired()) == ("pre", NOT_WIRED)
-    assert agents.announcements(heard, GUEST_IP4) == []
+    assert guests.announcements(heard, GUEST_IP4) == []
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -322,16 +323,16 @@ def test_an_arrival_that_fails_says_why_and_a_later_frame_tries_again(
 ) -> None:
     guest = incoming(uplinked, agent)
     client = uplinked.listen()
-    pre = netns.snapshot_of_kernel()
-    netns.sysctl(f"ipv{family}/conf/eth0/forwarding", 0)
-    off = netns.snapshot_of_kernel()
+    pre = snapshots.snapshot_of_kernel()
+    oracle.sysctl(f"ipv{family}/conf/eth0/forwarding", 0)
+    off = snapshots.snapshot_of_kernel()
     guest.send(rarp())
     agent.heard("tap0", f"IPv{family} forwarding is off on uplink eth0", "sysctl -w")
     assert wired() == NOT_WIRED
-    assert netns.changes(off, netns.snapshot_of_kernel()) == []
-    assert agents.announcements(uplinked.fence(client), GUEST_IP4) == []
-    netns.sysctl(f"ipv{family}/conf/eth0/forwarding", 1)
-    assert netns.changes(pre, netns.snapshot_of_kernel()) == []
+    assert snapshots.changes(off, snapshots.snapshot_of_kernel()) == []
+    assert guests.announcements(uplinked.fence(client), GUEST_IP4) == []
+    oracle.sysctl(f"ipv{family}/conf/eth0/forwarding", 1)
+    assert snapshots.changes(pre, snapshots.snapshot_of_kernel()) == []
 
     def tried() -> bool:
         guest.send(rarp())
@@ -343,7 +344,7 @@ def test_an_arrival_that_fails_says_why_and_a_later_frame_tries_again(
 
 def test_an_address_that_is_the_nodes_own_by_now_is_not_taken(uplinked: Node, agent: Agent) -> None:
     guest = incoming(uplinked, agent)
-    netns.ip(f"addr add {GUEST_IP4}/32 dev lo")
+    tools.ip(f"addr add {GUEST_IP4}/32 dev lo")
     guest.send(rarp())
     agent.heard("tap0", GUEST_IP4, "is this node's own address")
     assert wired() == NOT_WIRED
@@ -351,14 +352,14 @@ def test_an_address_that_is_the_nodes_own_by_now_is_not_taken(uplinked: Node, ag
 
 def test_a_tap_that_went_down_and_up_stays_armed(uplinked: Node, agent: Agent) -> None:
     guest = incoming(uplinked, agent)
-    netns.ip("link set tap0 down")
+    tools.ip("link set tap0 down")
     witness(uplinked, agent)
-    netns.ip("link set tap0 up")
+    tools.ip("link set tap0 up")
     guest.send(rarp())
     until(lambda: phase() == "post")
     # The entries and addresses that the kernel drops on a device that goes down are ours to put back.
     assert wired() == WIRED
-    until(lambda: netns.neighbours() == dict.fromkeys(IPS, GUEST_MAC))
+    until(lambda: oracle.neighbours() == dict.fromkeys(IPS, GUEST_MAC))
 
 
 # --- hooks that wait ------------------------------------------------------------------------------------
@@ -366,29 +367,27 @@ def test_a_tap_that_went_down_and_up_stays_armed(uplinked: Node, agent: Agent) -
 
 def test_a_hook_that_waits_for_a_lock_holds_up_no_arrival(uplinked: Node, agent: Agent) -> None:
     guest = incoming(uplinked, agent)
-    netns.add_tap("tap1")
-    netns.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)
-    netns.add_bridge("br0")
+    nodes.add_tap("tap1")
+    manager.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)
+    nodes.add_bridge("br0")
     with agents.locked("tap1"):
-        waiting = netns.start("kvm-ifup-pre", "tap1")
+        waiting = hooks.start("kvm-ifup-pre", "tap1")
         until(lambda: agent.holds(agents.lock_file("tap1")))
         guest.send(rarp())
         until(lambda: wired() == WIRED)
         assert waiting.poll() is None
-    check(netns.finish(waiting), 0)
+    check(hooks.finish(waiting), 0)
 
 
-def test_more_hooks_that_wait_than_there_are_threads_hold_up_no_arming_and_no_arrival(
-    uplinked: Node, agent: Agent
-) -> None:
-    netns.add_bridge("br0")
-    netns.add_tap("tap1")
-    netns.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)
+def test_more_waiting_hooks_than_threads_hold_up_no_arming_and_no_arrival(uplinked: Node, agent: Agent) -> None:
+    nodes.add_bridge("br0")
+    nodes.add_tap("tap1")
+    manager.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)
     with agents.locked("tap1"):
-        waiting = [netns.start("kvm-ifup-pre", "tap1") for _ in range(70)]
+        waiting = [hooks.start("kvm-ifup-pre", "tap1") for _ in range(70)]
         until(lambda: agent.holds(agents.lock_file("tap1")))
         guest = uplinked.guest()
-        netns.write_nic(mode="routed", ip=IPS, incoming=True)
+        manager.write_nic(mode="routed", ip=IPS, incoming=True)
         check(hook("kvm-ifup-pre", "tap0", "--run-dir=/run/kvm-ifup"), 0)
         agent.armed()
         guest.send(rarp())
@@ -396,12 +395,12 @@ def test_more_hooks_that_wait_than_there_are_threads_hold_up_no_arming_and_no_ar
         for process in waiting:
             process.kill()
     for process in waiting:
-        netns.finish(process)
+        hooks.finish(process)
 
 
 def test_a_tap_that_somebody_works_on_holds_up_the_arming_of_no_other(uplinked: Node) -> None:
     """At the agent's start one tap's lock is held, and stays held."""
-    netns.add_bridge("br0")
+    nodes.add_bridge("br0")
     incoming(uplinked, None, "tap1", mode="bridged", link="br0", ip=None, mac="aa:00:00:00:00:01")
     guest = incoming(uplinked)
     with agents.locked("tap1"), agents.running():
@@ -416,17 +415,17 @@ def test_a_tap_that_somebody_works_on_holds_up_the_arming_of_no_other(uplinked: 
 
 
 def test_a_bridge_that_learns_holds_up_no_arrival(uplinked: Node, agent: Agent) -> None:
-    netns.add_bridge("br0", options="stp_state 1 forward_delay 200")
+    nodes.add_bridge("br0", options="stp_state 1 forward_delay 200")
     guest = incoming(uplinked, agent)
     uplinked.guest("tap1")
-    netns.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)
-    waiting = netns.start("kvm-ifup-pre", "tap1")
-    until(lambda: "master" in netns.link("tap1"))
+    manager.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)
+    waiting = hooks.start("kvm-ifup-pre", "tap1")
+    until(lambda: "master" in oracle.link("tap1"))
     guest.send(rarp())
     until(lambda: wired() == WIRED)
     assert waiting.poll() is None
-    check(netns.finish(waiting), 0)
-    (port,) = netns.ask("bridge -j link show dev tap1")
+    check(hooks.finish(waiting), 0)
+    (port,) = tools.ask("bridge -j link show dev tap1")
     assert port["state"] == "forwarding"
 
 

@@ -8,25 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests import agent as agents
-from tests import netns, wire
-from tests.agent import (
-    IPS,
-    NOT_WIRED,
-    WIRED,
-    Agent,
-    advert,
-    answering,
-    arrived,
-    garp,
-    phase,
-    rarp,
-    through,
-    until,
-    wired,
-    witness,
-)
-from tests.netns import GUEST_IP4, GUEST_IP6, NODE_MAC, Node, check, hook
+from harness import agents, guests, oracle, snapshots, tools, wire
+from harness.addresses import CLIENT_IP4, CLIENT_IP6, FOREIGN_MAC, GUEST_IP4, GUEST_IP6, IPS, NODE_IP6, NODE_MAC
+from harness.agents import NOT_WIRED, WIRED, Agent, phase, through, until, wired
+from harness.guests import advert, answering, arrived, garp, rarp, witness
+from harness.hooks import check, hook
+from harness.nodes import Node
 
 NIC: dict[str, Any] = {"mode": "routed", "link": "100", "ip": IPS}
 
@@ -44,19 +31,19 @@ def heard_of(agent: Agent) -> int:
 
 
 @pytest.mark.parametrize("announcement", [garp(), advert()], ids=["gratuitous ARP", "unsolicited NA"])
-def test_a_silent_guest_that_another_node_announces_is_withdrawn_and_wired_again_when_it_speaks(
+def test_a_silent_guest_announced_elsewhere_is_withdrawn_until_it_speaks(
     uplinked: Node, agent: Agent, announcement: bytes
 ) -> None:
     guest = arrived(uplinked, agent, **NIC)
     client = uplinked.listen()
-    in_post, tap = agents.journal(), netns.snapshot_of_kernel()
-    rules = netns.rules()
+    in_post, tap = agents.journal(), snapshots.snapshot_of_kernel()
+    rules = oracle.rules()
     client.send(announcement)
     until(lambda: phase() == "pre")
     assert wired() == NOT_WIRED
     # Whatever may be true on two nodes stays.
-    assert netns.rules() == rules != []
-    gone = [line for line in netns.changes(tap, netns.snapshot_of_kernel()) if "/tap0/" in line]
+    assert oracle.rules() == rules != []
+    gone = [line for line in snapshots.changes(tap, snapshots.snapshot_of_kernel()) if "/tap0/" in line]
     assert gone == []
     journal = agents.journal()
     assert journal is not None
@@ -65,14 +52,14 @@ def test_a_silent_guest_that_another_node_announces_is_withdrawn_and_wired_again
     assert "announced by 02:00:00:00:00:0b on eth0" in journal["reason"]
     assert journal["since"] > in_post["since"]
     agent.armed(times=2)
-    assert agents.announcements(uplinked.fence(client), GUEST_IP4) == []
+    assert guests.announcements(uplinked.fence(client), GUEST_IP4) == []
     guest.send(rarp())
-    client.until(agents.rounds_of(*IPS))
+    client.until(guests.rounds_of(*IPS))
     until(lambda: phase() == "post")
     assert wired() == WIRED
-    assert netns.changes(tap, netns.snapshot_of_kernel()) == []
+    assert snapshots.changes(tap, snapshots.snapshot_of_kernel()) == []
     check(hook("kvm-ifdown", "tap0"), 0)
-    assert (wired(), netns.rules()) == (NOT_WIRED, [])
+    assert (wired(), oracle.rules()) == (NOT_WIRED, [])
 
 
 @pytest.mark.parametrize("announcement", [garp(), advert()], ids=["gratuitous ARP", "unsolicited NA"])
@@ -84,42 +71,42 @@ def test_a_guest_that_answers_keeps_everything(
         announcement = garp() if ip == [GUEST_IP4] else advert()
     guest = arrived(uplinked, agent, ip=ip)
     client = uplinked.listen()
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     with answering(guest):
         client.send(announcement)
         agent.heard("announced by", "the guest runs here")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_withdrawing_puts_the_uplinks_journalled_sysctls_back_only_at_the_end(uplinked: Node, agent: Agent) -> None:
-    clean = netns.snapshot_of_kernel()
+    clean = snapshots.snapshot_of_kernel()
     arrived(uplinked, agent)
     uplinked.listen().send(garp())
     until(lambda: phase() == "pre")
     check(hook("kvm-ifdown", "tap0"), 0)
-    netns.ip("link del tap0")
-    assert netns.changes(clean, netns.snapshot_of_kernel()) == []
+    tools.ip("link del tap0")
+    assert snapshots.changes(clean, snapshots.snapshot_of_kernel()) == []
 
 
 def test_a_guest_that_was_withdrawn_and_vanishes_leaves_nothing(uplinked: Node, agent: Agent) -> None:
-    clean = netns.snapshot_of_kernel()
+    clean = snapshots.snapshot_of_kernel()
     arrived(uplinked, agent, **NIC)
     uplinked.listen().send(garp())
     until(lambda: phase() == "pre")
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     until(lambda: phase() is None)
-    assert netns.changes(clean, netns.snapshot_of_kernel()) == []
+    assert snapshots.changes(clean, snapshots.snapshot_of_kernel()) == []
 
 
 def test_a_node_that_was_told_not_to_withdraw_does_not(uplinked: Node) -> None:
     with agents.configured(agent={"withdraw": False}), agents.running() as agent:
         arrived(uplinked, agent)
         client = uplinked.listen()
-        before = netns.snapshot()
+        before = snapshots.snapshot()
         for frame in (garp(), advert()):
             client.send(frame)
         witness(uplinked, agent)
-        assert [line for line in netns.changes(before, netns.snapshot()) if "tapw" not in line] == []
+        assert [line for line in snapshots.changes(before, snapshots.snapshot()) if "tapw" not in line] == []
         # Until it is told otherwise.
         agents.configure(agent={"withdraw": True})
         agent.send(signal.SIGHUP)
@@ -134,7 +121,7 @@ def test_our_own_announcements_never_count(uplinked: Node, agent: Agent) -> None
     client = uplinked.listen()
     for _ in range(2):
         through("kvm-ifup-post", "tap0", "--announce")
-        client.until(agents.rounds_of(*IPS))
+        client.until(guests.rounds_of(*IPS))
     client.send(garp(NODE_MAC))
     client.send(advert(NODE_MAC))
     witness(uplinked, agent)
@@ -143,11 +130,11 @@ def test_our_own_announcements_never_count(uplinked: Node, agent: Agent) -> None
 
 
 NO_ANNOUNCEMENTS = {
-    "a question for it": wire.arp_request(agents.FOREIGN_MAC, netns.CLIENT_IP4, GUEST_IP4),
-    "a question of its own": wire.arp_request(agents.FOREIGN_MAC, GUEST_IP4, netns.CLIENT_IP4),
-    "a solicitation": wire.solicitation(agents.FOREIGN_MAC, netns.CLIENT_IP6, GUEST_IP6),
+    "a question for it": wire.arp_request(FOREIGN_MAC, CLIENT_IP4, GUEST_IP4),
+    "a question of its own": wire.arp_request(FOREIGN_MAC, GUEST_IP4, CLIENT_IP4),
+    "a solicitation": wire.solicitation(FOREIGN_MAC, CLIENT_IP6, GUEST_IP6),
     "an advertisement that does not override": advert(override=False),
-    "an advertisement to the node alone": advert(to=netns.NODE_IP6),
+    "an advertisement to the node alone": advert(to=NODE_IP6),
     "RARP": rarp(),
     "a short frame": garp()[:20],
     "another address": garp(address="192.0.2.200"),
@@ -179,9 +166,7 @@ def test_thousands_of_announcements_of_others_hold_up_nobody(uplinked: Node, age
     assert wired() == WIRED
 
 
-def test_thousands_of_announcements_of_the_guest_itself_are_asked_about_now_and_then(
-    uplinked: Node, agent: Agent
-) -> None:
+def test_thousands_of_the_guests_own_announcements_are_asked_about_at_times(uplinked: Node, agent: Agent) -> None:
     guest = arrived(uplinked, agent)
     client = uplinked.listen()
     with answering(guest):
@@ -195,27 +180,27 @@ def test_thousands_of_announcements_of_the_guest_itself_are_asked_about_now_and_
 
 def test_an_uplink_that_went_down_and_up_is_listened_to_again(uplinked: Node, agent: Agent) -> None:
     arrived(uplinked, agent)
-    netns.ip("link set eth0 down")
+    tools.ip("link set eth0 down")
     through("kvm-ifup", "gc")
-    netns.ip("link set eth0 up")
-    netns.settle("eth0")
+    tools.ip("link set eth0 up")
+    oracle.settle("eth0")
     client = uplinked.listen()
 
-    agents.withdraw(client)
+    guests.withdraw(client)
 
 
 def test_an_uplink_that_was_made_anew_is_listened_to(uplinked: Node, agent: Agent) -> None:
     arrived(uplinked, agent)
-    netns.ip("link set eth0 down")
-    netns.ip("link del eth0")
+    tools.ip("link set eth0 down")
+    tools.ip("link del eth0")
     uplinked.uplink()
     for family in (4, 6):
-        netns.sysctl(f"ipv{family}/conf/eth0/forwarding", 1)
+        oracle.sysctl(f"ipv{family}/conf/eth0/forwarding", 1)
     through("kvm-ifup-post", "tap0")
     assert wired() == WIRED
     client = uplinked.listen()
 
-    agents.withdraw(client)
+    guests.withdraw(client)
 
 
 def test_only_the_guest_that_is_announced_is_withdrawn(uplinked: Node, agent: Agent) -> None:
@@ -224,16 +209,16 @@ def test_only_the_guest_that_is_announced_is_withdrawn(uplinked: Node, agent: Ag
     uplinked.listen().send(garp())
     until(lambda: phase() == "pre")
     assert phase("tap1") == "post"
-    assert netns.proxies() == {"192.0.2.77"}
+    assert oracle.proxies() == {"192.0.2.77"}
 
 
 def test_to_and_fro(uplinked: Node, agent: Agent) -> None:
     guest = arrived(uplinked, agent)
     client = uplinked.listen()
-    whole = netns.snapshot_of_kernel()
+    whole = snapshots.snapshot_of_kernel()
 
     for _ in range(5):
-        agents.withdraw(client)
+        guests.withdraw(client)
         assert wired() == NOT_WIRED
 
         def back() -> bool:
@@ -241,16 +226,16 @@ def test_to_and_fro(uplinked: Node, agent: Agent) -> None:
             return phase() == "post"
 
         until(back)
-        assert netns.changes(whole, netns.snapshot_of_kernel()) == []
+        assert snapshots.changes(whole, snapshots.snapshot_of_kernel()) == []
 
 
 def test_a_withdrawn_guest_is_not_wired_by_the_second_look_at_its_arrival(uplinked: Node, agent: Agent) -> None:
-    guest = agents.incoming(uplinked, agent)
+    guest = guests.incoming(uplinked, agent)
     client = uplinked.listen()
     guest.send(rarp())
     until(lambda: phase() == "post")
 
-    agents.withdraw(client)
+    guests.withdraw(client)
     for _ in range(4):  # the second look is due within this time
         witness(uplinked, agent)
     assert (phase(), wired()) == ("pre", NOT_WIRED)

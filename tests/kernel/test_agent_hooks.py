@@ -10,16 +10,17 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import agent as agents
-from tests import netns
-from tests.agent import IPS, SOCKET, Agent, phase, through, until, wired, witness
-from tests.netns import Node, Result, check, hook
+from harness import agents, guests, hooks, manager, monitors, nodes, oracle, snapshots, tools
+from harness.addresses import IPS
+from harness.agents import SOCKET, Agent, phase, through, until, wired
+from harness.guests import witness
+from harness.hooks import Result, check, hook
+from harness.nodes import Node
 
 BY_ITSELF = re.compile(r"^kvm-if\w+(-\w+)?: done without the agent: .*\n")
 
@@ -33,7 +34,7 @@ def agent(uplinked: Node) -> Iterator[Agent]:
 
 # --- alike ----------------------------------------------------------------------------------------------
 
-BRIDGED = netns.ganeti("tap0", MODE="bridged", LINK="br0")
+BRIDGED = manager.ganeti("tap0", MODE="bridged", LINK="br0")
 CALLS: list[tuple[str, list[str], dict[str, str], int]] = [
     ("kvm-ifup-pre", ["tap0"], {}, 0),
     ("kvm-ifup-pre", ["tap0", "--json"], {}, 0),
@@ -81,13 +82,13 @@ def outputs() -> list[Result]:
 
 
 def test_exit_code_and_output_are_those_of_a_run_without_the_agent(uplinked: Node) -> None:
-    netns.add_bridge("br0")
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=IPS, incoming=True)
+    nodes.add_bridge("br0")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=IPS, incoming=True)
     hook("kvm-ifup-post", "tap0", "--announce")
     hook("kvm-ifdown", "tap0")
     without = outputs()
-    netns.reap()
+    hooks.reap()
     with agents.running():
         through("kvm-ifup-post", "tap0")
         check(hook("kvm-ifdown", "tap0"), 0)
@@ -96,8 +97,8 @@ def test_exit_code_and_output_are_those_of_a_run_without_the_agent(uplinked: Nod
 
 
 def test_a_bad_configuration_is_78_either_way_and_does_not_end_the_agent(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=IPS)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=IPS)
     with agents.configured(), agents.running() as agent:
         agents.configure(routed={"nonsense": 1})
         through_agent, directly = (
@@ -114,17 +115,17 @@ def test_a_bad_configuration_is_78_either_way_and_does_not_end_the_agent(uplinke
 
 def test_a_kernel_that_refuses_is_the_same_error_and_all_is_put_back(uplinked: Node) -> None:
     """An administrator's program that fails: 71."""
-    netns.add_tap()
-    netns.write_nic(mode="ext", link="blue")
+    nodes.add_tap()
+    manager.write_nic(mode="ext", link="blue")
     with agents.configured() as etc:
         program(etc, "echo what it says >&2; exit 3")
-        before = netns.snapshot()
+        before = snapshots.snapshot()
         directly = hook("kvm-ifup-post", "tap0")
         check(directly, 71, "what it says")
         with agents.running():
             assert hook("kvm-ifup-post", "tap0") == directly
-        (netns.RUN_DIR / "agent.lock").unlink()
-        assert netns.changes(before, netns.snapshot()) == []
+        (manager.RUN_DIR / "agent.lock").unlink()
+        assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def program(etc: Path, body: str) -> None:
@@ -142,9 +143,9 @@ def calls() -> list[str]:
 
 
 def test_long_arguments_and_a_large_environment_arrive_whole(uplinked: Node, agent: Agent) -> None:
-    netns.add_tap()
+    nodes.add_tap()
     addresses = [f"2001:db8:1::{number:x}" for number in range(1, 2000)]
-    environ = netns.ganeti("tap0", MODE="routed", IP=",".join(addresses), TAGS="x" * 100_000)
+    environ = manager.ganeti("tap0", MODE="routed", IP=",".join(addresses), TAGS="x" * 100_000)
     result = hook("kvm-ifup-post", "--plan", "-v", environ=environ)
     assert result.code == 0
     assert "without the agent" not in result.err
@@ -152,8 +153,8 @@ def test_long_arguments_and_a_large_environment_arrive_whole(uplinked: Node, age
 
 
 def test_what_is_too_large_for_the_agent_is_done_without_it(uplinked: Node, agent: Agent) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=IPS)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=IPS)
     environ = {f"LARGE{number}": "x" * 120_000 for number in range(12)}
     result = hook("kvm-ifup-post", "tap0", "-v", environ=environ)
     assert result.code == 0
@@ -181,7 +182,7 @@ def does_it_itself(*words: str) -> None:
 def described(uplinked: Node) -> Node:
     """A node with a guest's tap and its NIC's file."""
     uplinked.guest()
-    netns.write_nic(mode="routed", ip=IPS, incoming=True)
+    manager.write_nic(mode="routed", ip=IPS, incoming=True)
     return uplinked
 
 
@@ -205,12 +206,12 @@ def test_an_agent_that_is_stopped(described: Node) -> None:
 
 
 def test_an_agent_of_another_version(described: Node) -> None:
-    copy = netns.scratch() / "checkout"
-    shutil.copytree(netns.ROOT / "kvmifup", copy / "kvmifup", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(netns.SCRIPTS, copy / "scripts")
+    copy = nodes.scratch() / "checkout"
+    shutil.copytree(tools.ROOT / "kvmifup", copy / "kvmifup", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tools.SCRIPTS, copy / "scripts")
     (copy / "kvmifup/__init__.py").write_text('"""Another one."""\n\n__version__ = "99"\n')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(netns, "SCRIPTS", copy / "scripts")
+        patch.setattr(hooks, "SCRIPTS", copy / "scripts")
         other = Agent().ready()
     try:
         for _ in range(3):
@@ -226,7 +227,7 @@ def test_an_agent_in_another_network_namespace(described: Node) -> None:
         result = hook("kvm-ifup-pre", "tap0", "-v")
         assert result.code == 0
         assert "another network namespace" in result.err.splitlines()[0]
-        assert len(netns.neighbours()) == 2
+        assert len(oracle.neighbours()) == 2
     finally:
         other.end()
 
@@ -254,11 +255,9 @@ def test_something_else_behind_the_socket(described: Node) -> None:
 def test_a_standard_stream_that_is_closed(described: Node, descriptor: int) -> None:
     with agents.running():
         line = f'exec "$@" {descriptor}{"<" if descriptor == 0 else ">"}&-'
-        done = subprocess.run(
-            ["sh", "-c", line, "sh", *netns.command("kvm-ifup-pre", "tap0", "-v")],
-            env=netns.CLEAN, capture_output=True, text=True, timeout=netns.PATIENCE, check=True,
-        )  # fmt: skip
-        assert ("a standard stream is closed" in done.stderr) == (descriptor != 2)
+        done = hook("kvm-ifup-pre", "tap0", "-v", within=["sh", "-c", line, "sh"])
+        assert done.code == 0
+        assert ("a standard stream is closed" in done.err) == (descriptor != 2)
         assert phase() == "pre"
 
 
@@ -266,12 +265,9 @@ def test_a_reader_that_has_gone_changes_nothing_about_what_is_done(described: No
     with agents.running():
         reading, writing = os.pipe()
         os.close(reading)
-        done = subprocess.run(
-            netns.command("kvm-ifup-post", "tap0", "--json", "-v"), env=netns.CLEAN,
-            stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, timeout=netns.PATIENCE, check=False,
-        )  # fmt: skip
+        done = hook("kvm-ifup-post", "tap0", "--json", "-v", stdout=writing, stderr=writing)
         os.close(writing)
-        assert done.returncode == 0
+        assert done.code == 0
         assert wired() == agents.WIRED
 
 
@@ -280,46 +276,46 @@ def test_a_reader_that_has_gone_changes_nothing_about_what_is_done(described: No
 
 def test_what_a_script_has_given_up_on_is_not_done_later(described: Node) -> None:
     """pre does not get an answer and does it itself; so does ifdown. When the agent goes on, that is how it stays."""
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     with agents.running() as agent:
         agent.send(signal.SIGSTOP)
         for program in ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"):
             result = hook(program, "tap0", "-v")
             assert result.code == 0
             assert "does not answer" in result.err
-        with netns.monitored() as monitor:
+        with monitors.monitored() as monitor:
             agent.send(signal.SIGCONT)
             through("kvm-ifup", "gc")
             through("kvm-ifdown", "tap0")
             assert monitor.events() == []
-    (netns.RUN_DIR / "agent.lock").unlink()
-    assert netns.changes(before, netns.snapshot()) == []
+    (manager.RUN_DIR / "agent.lock").unlink()
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_a_script_that_is_killed_while_it_waits_for_a_lock_has_done_nothing(described: Node) -> None:
     with agents.running() as agent:
         through("kvm-ifup", "gc")
-        before = netns.snapshot()
+        before = snapshots.snapshot()
         with agents.locked("tap0"):
-            waiting = netns.start("kvm-ifup-post", "tap0")
+            waiting = hooks.start("kvm-ifup-post", "tap0")
             until(lambda: agent.holds(agents.lock_file("tap0")))
             waiting.kill()
-            netns.finish(waiting)
+            hooks.finish(waiting)
         until(lambda: not agent.holds(agents.lock_file("tap0")))
-        assert netns.changes(before, netns.snapshot()) == []
+        assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_script_that_is_killed_while_its_program_runs_is_rolled_back(described: Node, number: int) -> None:
-    netns.write_nic(mode="ext", link="blue", incoming=True)
+    manager.write_nic(mode="ext", link="blue", incoming=True)
     with agents.configured() as etc, agents.running():
         program(etc, "[ $KVM_IFUP_PHASE = down ] || read answer < /run/answer")
         os.mkfifo("/run/answer")
-        before = netns.snapshot()
-        waiting = netns.start("kvm-ifup-pre", "tap0")
+        before = snapshots.snapshot()
+        waiting = hooks.start("kvm-ifup-pre", "tap0")
         until(lambda: calls() == ["pre"])
         waiting.send_signal(number)
-        result = netns.finish(waiting)
+        result = hooks.finish(waiting)
         if number == signal.SIGINT:
             check(result, 75, "kvm-ifup-pre: interrupted by SIGINT")
         else:
@@ -327,33 +323,33 @@ def test_a_script_that_is_killed_while_its_program_runs_is_rolled_back(described
         Path("/run/answer").write_text("go on\n")
         until(lambda: calls() == ["pre", "down"])
         until(lambda: phase() is None)
-        assert netns.changes(before, netns.snapshot()) == []
+        assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_a_script_that_is_killed_while_a_port_learns_is_rolled_back(described: Node) -> None:
-    netns.add_bridge("br0", options="stp_state 1 forward_delay 200")
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
+    nodes.add_bridge("br0", options="stp_state 1 forward_delay 200")
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
     with agents.running():
-        before = netns.snapshot()
-        waiting = netns.start("kvm-ifup-pre", "tap0")
-        until(lambda: "master" in netns.link("tap0"))
+        before = snapshots.snapshot()
+        waiting = hooks.start("kvm-ifup-pre", "tap0")
+        until(lambda: "master" in oracle.link("tap0"))
         waiting.kill()
-        netns.finish(waiting)
+        hooks.finish(waiting)
         until(lambda: phase() is None)
-        assert netns.changes(before, netns.snapshot()) == []
+        assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_an_agent_that_is_killed_while_a_hook_runs_leaves_it_to_the_script(described: Node) -> None:
-    netns.add_bridge("br0", options="stp_state 1 forward_delay 200")
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
+    nodes.add_bridge("br0", options="stp_state 1 forward_delay 200")
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
     with agents.running() as agent:
-        waiting = netns.start("kvm-ifup-pre", "tap0", "-v")
-        until(lambda: "master" in netns.link("tap0"))
+        waiting = hooks.start("kvm-ifup-pre", "tap0", "-v")
+        until(lambda: "master" in oracle.link("tap0"))
         agent.end(signal.SIGKILL)
-        result = netns.finish(waiting)
+        result = hooks.finish(waiting)
         assert result.code == 0
         assert "done without the agent" in result.err
-        (port,) = netns.ask("bridge -j link show dev tap0")
+        (port,) = tools.ask("bridge -j link show dev tap0")
         assert port["state"] == "forwarding"
         assert phase() == "pre"
 
@@ -364,7 +360,7 @@ def test_an_agent_that_is_killed_while_a_hook_runs_leaves_it_to_the_script(descr
 def connected() -> socket.socket:
     """A connection to the agent."""
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(netns.PATIENCE)
+    client.settimeout(tools.PATIENCE)
     client.connect(str(SOCKET))
     return client
 
@@ -417,12 +413,13 @@ def test_those_who_have_been_refused_do_not_count_any_more(described: Node) -> N
         through("kvm-ifup-post", "tap0")
 
 
+@pytest.mark.userns
 def test_the_socket_is_roots_alone_and_nobody_else_is_served(described: Node) -> None:
     with agents.running():
         info = SOCKET.stat()
         assert (stat.S_IMODE(info.st_mode), info.st_uid) == (0o600, os.geteuid())
         SOCKET.chmod(0o666)
-        result = as_nobody(lambda: asked(netns.command("kvm-ifup-post", "tap0")))
+        result = as_nobody(lambda: asked(hooks.command("kvm-ifup-post", "tap0")))
         assert result in (b"", "no other user")
         through("kvm-ifup-post", "tap0")
 
@@ -467,17 +464,17 @@ def as_nobody(what: Callable[[], bytes]) -> bytes | str:
 def test_64_hooks_at_once(uplinked: Node) -> None:
     numbers = range(64)
     for number in numbers:
-        netns.add_tap(f"tap{number}")
-        netns.write_nic(f"tap{number}", f"web{number}", mode="routed", ip=[f"192.0.2.{100 + number}"])
+        nodes.add_tap(f"tap{number}")
+        manager.write_nic(f"tap{number}", f"web{number}", mode="routed", ip=[f"192.0.2.{100 + number}"])
     with agents.running():
         for program in ("kvm-ifup-post", "kvm-ifdown"):
-            started = [netns.start(program, f"tap{number}", "-v") for number in numbers]
+            started = [hooks.start(program, f"tap{number}", "-v") for number in numbers]
             for process in started:
-                result = netns.finish(process)
+                result = hooks.finish(process)
                 assert result.code == 0, result.err
                 assert "without the agent" not in result.err
             there = {f"192.0.2.{100 + number}" for number in numbers} if program == "kvm-ifup-post" else set()
-            assert netns.proxies() == there
+            assert oracle.proxies() == there
 
 
 def test_many_descriptors_are_no_trouble(described: Node) -> None:
@@ -490,13 +487,13 @@ def test_many_descriptors_are_no_trouble(described: Node) -> None:
     try:
         one.ready()
         client = described.listen()
-        netns.ip("link del tap0")
-        guest = agents.incoming(described, one)
-        guest.send(agents.rarp())
-        client.until(agents.rounds_of(*IPS))
-        client.send(agents.garp())
+        tools.ip("link del tap0")
+        guest = guests.incoming(described, one)
+        guest.send(guests.rarp())
+        client.until(guests.rounds_of(*IPS))
+        client.send(guests.garp())
         until(lambda: phase() == "pre")
-        assert netns.proxies() == set()
+        assert oracle.proxies() == set()
     finally:
         one.end()
         for descriptor in held:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests import agent as agents
-from tests import netns
-from tests.agent import IPS, STATE, WIRED, Agent, incoming, phase, rarp, through, until, wired, witness
-from tests.netns import GUEST_IP4, GUEST_IP6, Node, check, hook
+from harness import agents, guests, hooks, manager, nodes, oracle, snapshots, tools
+from harness.addresses import GUEST_IP4, GUEST_IP6, IPS
+from harness.agents import STATE, WIRED, Agent, phase, through, until, wired
+from harness.guests import incoming, rarp, witness
+from harness.hooks import check, hook
+from harness.nodes import Node
 
 NIC: dict[str, Any] = {"mode": "routed", "link": "100", "ip": [*IPS, "198.51.100.0/29"]}
 DIRECTLY = "--run-dir=/run/kvm-ifup"
@@ -26,66 +28,66 @@ def agent(uplinked: Node) -> Iterator[Agent]:
         yield one
 
 
-def without_taps(snapshot: netns.Snapshot) -> netns.Snapshot:
+def without_taps(snapshot: snapshots.Snapshot) -> snapshots.Snapshot:
     """What is left when taps come and go: not the files that describe them."""
-    return netns.Snapshot(
+    return snapshots.Snapshot(
         {line: count for line, count in snapshot.items() if "/nic/" not in line and "/tap/" not in line}
     )
 
 
-def same(before: netns.Snapshot) -> bool:
+def same(before: snapshots.Snapshot) -> bool:
     """Whether the node is as it was *before*, but for NIC files."""
-    return netns.changes(without_taps(before), without_taps(netns.snapshot())) == []
+    return snapshots.changes(without_taps(before), without_taps(snapshots.snapshot())) == []
 
 
 @pytest.mark.parametrize("after", ["kvm-ifup-pre", "kvm-ifup-post"])
 @pytest.mark.parametrize("how", ["through the agent", "directly"])
 def test_when_a_tap_vanishes_all_that_outlives_it_does(uplinked: Node, agent: Agent, after: str, how: str) -> None:
     """Also a failed migration on its target: QEMU is gone after pre, and nobody calls anything."""
-    before = netns.snapshot()
-    netns.add_tap()
-    netns.write_nic(incoming=True, **NIC)
+    before = snapshots.snapshot()
+    nodes.add_tap()
+    manager.write_nic(incoming=True, **NIC)
     check(hook(after, "tap0", *([DIRECTLY] if how == "directly" else [])), 0)
-    assert len(netns.rules()) == 2
-    assert (netns.proxies() != set()) == (after == "kvm-ifup-post")
-    netns.ip("link del tap0")
+    assert len(oracle.rules()) == 2
+    assert (oracle.proxies() != set()) == (after == "kvm-ifup-post")
+    tools.ip("link del tap0")
     until(lambda: phase() is None)
     until(lambda: same(before))
 
 
 def test_after_an_arrival_too(uplinked: Node, agent: Agent) -> None:
-    before = netns.snapshot()
-    agents.arrived(uplinked, agent, **NIC | {"ip": IPS})
-    netns.ip("link del tap0")
+    before = snapshots.snapshot()
+    guests.arrived(uplinked, agent, **NIC | {"ip": IPS})
+    tools.ip("link del tap0")
     until(lambda: same(before))
 
 
 def test_many_taps_that_vanish_at_once(uplinked: Node, agent: Agent) -> None:
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     names = [f"tap{number}" for number in range(20)]
     for number, tap in enumerate(names):
-        netns.add_tap(tap)
-        netns.write_nic(tap, f"web{number}", mode="routed", link="100", ip=[f"192.0.2.{50 + number}"])
-    for process in [netns.start("kvm-ifup-post", tap) for tap in names]:
-        check(netns.finish(process), 0)
+        nodes.add_tap(tap)
+        manager.write_nic(tap, f"web{number}", mode="routed", link="100", ip=[f"192.0.2.{50 + number}"])
+    for process in [hooks.start("kvm-ifup-post", tap) for tap in names]:
+        check(hooks.finish(process), 0)
     for tap in names:
-        netns.ip(f"link set {tap} group 7")
-    netns.ip("link del group 7")
+        tools.ip(f"link set {tap} group 7")
+    tools.ip("link del group 7")
     until(lambda: same(before))
 
 
 def test_what_another_guest_needs_as_well_stays_until_it_is_gone_too(uplinked: Node, agent: Agent) -> None:
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     for number, tap in enumerate(("tap0", "tap1")):
-        netns.add_tap(tap)
-        netns.write_nic(tap, f"web{number}", mode="routed", ip=[f"192.0.2.{60 + number}", f"2001:db8::{60 + number}"])
+        nodes.add_tap(tap)
+        manager.write_nic(tap, f"web{number}", mode="routed", ip=[f"192.0.2.{60 + number}", f"2001:db8::{60 + number}"])
         through("kvm-ifup-post", tap)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     until(lambda: phase("tap0") is None)
-    assert netns.proxies() == {"192.0.2.61", "2001:db8::61"}
-    assert netns.sysctl("ipv4/neigh/eth0/proxy_delay") == "0"
-    assert netns.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
-    netns.ip("link del tap1")
+    assert oracle.proxies() == {"192.0.2.61", "2001:db8::61"}
+    assert oracle.sysctl("ipv4/neigh/eth0/proxy_delay") == "0"
+    assert oracle.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
+    tools.ip("link del tap1")
     until(lambda: same(before))
 
 
@@ -94,117 +96,117 @@ def test_a_port_that_leaves_its_bridge_is_not_taken_for_a_tap_that_vanishes(
     uplinked: Node, agent: Agent, when: str
 ) -> None:
     """Such as when restarting the node's networking detaches it."""
-    netns.add_bridge("br0")
+    nodes.add_bridge("br0")
     guest = incoming(uplinked, agent, mode="bridged", link="br0", ip=None)
     if when == "post":
         guest.send(rarp())
         until(lambda: phase() == "post")
-    netns.ip("link set tap0 nomaster")
+    tools.ip("link set tap0 nomaster")
     witness(uplinked, agent)
     assert phase() == when
     through("kvm-ifup-post", "tap0")
-    assert netns.link("tap0")["master"] == "br0"
+    assert oracle.link("tap0")["master"] == "br0"
 
 
 def test_a_tap_that_moves_to_another_namespace_is_gone_from_this_one(uplinked: Node, agent: Agent) -> None:
-    before = netns.snapshot()
-    netns.add_tap()
-    netns.write_nic(**NIC)
+    before = snapshots.snapshot()
+    nodes.add_tap()
+    manager.write_nic(**NIC)
     through("kvm-ifup-post", "tap0")
-    netns.ip(f"link set tap0 netns {uplinked.client.path}")
+    tools.ip(f"link set tap0 netns {uplinked.client.path}")
     until(lambda: same(before))
 
 
 def test_a_run_that_was_killed_is_undone_and_one_that_runs_is_not(uplinked: Node, agent: Agent) -> None:
     """Both learn; one was killed, and its lock is free."""
-    netns.add_bridge("br0", options="stp_state 1 forward_delay 200")
+    nodes.add_bridge("br0", options="stp_state 1 forward_delay 200")
     for tap, mac in (("tap0", "aa:00:00:00:00:01"), ("tap1", "aa:00:00:00:00:02")):
         uplinked.guest(tap)
-        netns.write_nic(tap, tap, mode="bridged", link="br0", incoming=True, mac=mac)
-    before = netns.link("tap0")
-    started = {tap: netns.start("kvm-ifup-pre", tap, DIRECTLY) for tap in ("tap0", "tap1")}
+        manager.write_nic(tap, tap, mode="bridged", link="br0", incoming=True, mac=mac)
+    before = oracle.link("tap0")
+    started = {tap: hooks.start("kvm-ifup-pre", tap, DIRECTLY) for tap in ("tap0", "tap1")}
     for tap in started:
-        until(lambda tap=tap: "master" in netns.link(tap))  # type: ignore[misc]
+        until(lambda tap=tap: "master" in oracle.link(tap))  # type: ignore[misc]
     started["tap0"].kill()
-    netns.finish(started["tap0"])
-    check(netns.finish(started["tap1"]), 0)
+    hooks.finish(started["tap0"])
+    check(hooks.finish(started["tap1"]), 0)
     until(lambda: phase("tap0") is None)
-    after = netns.link("tap0")
+    after = oracle.link("tap0")
     assert [after.get(key) for key in ("master", "address", "flags")] == [
         before.get(key) for key in ("master", "address", "flags")
     ]
     assert phase("tap1") == "pre"
-    assert netns.link("tap1")["master"] == "br0"
+    assert oracle.link("tap1")["master"] == "br0"
 
 
 def test_a_run_that_takes_long_and_is_killed_then_is_undone_too(uplinked: Node) -> None:
     """It outlived every look that the agent had at it."""
     with agents.configured(bridged={"forwarding_timeout": 600}), agents.running() as agent:
-        netns.add_bridge("br0", options="stp_state 1 forward_delay 1500")
+        nodes.add_bridge("br0", options="stp_state 1 forward_delay 1500")
         uplinked.guest()
-        netns.write_nic(mode="bridged", link="br0", incoming=True)
-        before = netns.snapshot()
-        running = netns.start("kvm-ifup-pre", "tap0", DIRECTLY)
-        until(lambda: "master" in netns.link("tap0"))
+        manager.write_nic(mode="bridged", link="br0", incoming=True)
+        before = snapshots.snapshot()
+        running = hooks.start("kvm-ifup-pre", "tap0", DIRECTLY)
+        until(lambda: "master" in oracle.link("tap0"))
         for _ in range(10):
             witness(uplinked, agent)
         assert running.poll() is None
-        assert netns.link("tap0")["master"] == "br0"
+        assert oracle.link("tap0")["master"] == "br0"
         running.kill()
-        netns.finish(running)
+        hooks.finish(running)
         until(lambda: phase("tap0") is None)
-        assert netns.changes(without_taps(before), without_taps(netns.snapshot())) == []
+        assert snapshots.changes(without_taps(before), without_taps(snapshots.snapshot())) == []
         assert "another run has held" not in agent.said()
 
 
 def test_what_vanishes_while_no_agent_runs_is_cleared_up_by_the_next(uplinked: Node) -> None:
     with agents.running() as first:
-        before = netns.snapshot()
-        agents.arrived(uplinked, first, **NIC | {"ip": IPS})
+        before = snapshots.snapshot()
+        guests.arrived(uplinked, first, **NIC | {"ip": IPS})
         incoming(uplinked, first, "tap1", mode="routed", link="101", ip=["192.0.2.99"], mac="aa:00:00:00:00:99")
         first.end(signal.SIGKILL)
-    netns.ip("link del tap0")
-    netns.ip("link del tap1")
-    assert netns.proxies() == set(IPS)
+    tools.ip("link del tap0")
+    tools.ip("link del tap1")
+    assert oracle.proxies() == set(IPS)
     with agents.running():
         until(lambda: same(before))
 
 
 def test_a_dead_nic_whose_lock_is_held_is_cleared_up_later(uplinked: Node, agent: Agent) -> None:
-    before = netns.snapshot()
-    agents.arrived(uplinked, agent)
+    before = snapshots.snapshot()
+    guests.arrived(uplinked, agent)
     with agents.locked("tap0"):
-        netns.ip("link del tap0")
+        tools.ip("link del tap0")
         until(lambda: agent.holds(agents.lock_file("tap0")))
-        assert netns.proxies() == set(IPS)
+        assert oracle.proxies() == set(IPS)
     until(lambda: same(before))
 
 
 @pytest.mark.parametrize("how", ["by hand", "with the run directory's other content"])
 def test_a_state_directory_that_was_removed_and_made_anew_is_watched(uplinked: Node, agent: Agent, how: str) -> None:
     """Whoever does so has given up what the journals knew; the next guests are looked after."""
-    agents.arrived(uplinked, agent)
+    guests.arrived(uplinked, agent)
     for _ in range(2):
         shutil.rmtree(STATE)
         if how != "by hand":
             for path in ("nic", "tap", "lock"):
-                shutil.rmtree(netns.RUN_DIR / path)
+                shutil.rmtree(manager.RUN_DIR / path)
         guest = uplinked.guest("tap1")
-        netns.write_nic("tap1", mode="routed", ip=["192.0.2.44"], mac="aa:00:00:00:00:44", incoming=True)
+        manager.write_nic("tap1", mode="routed", ip=["192.0.2.44"], mac="aa:00:00:00:00:44", incoming=True)
         before = agent.armings("tap1")
         check(hook("kvm-ifup-pre", "tap1", DIRECTLY), 0)
         agent.armed("tap1", before + 1)
         guest.send(rarp("aa:00:00:00:00:44"))
         until(lambda: phase("tap1") == "post")
-        netns.ip("link del tap1")
-        until(lambda: "192.0.2.44" not in netns.proxies())
+        tools.ip("link del tap1")
+        until(lambda: "192.0.2.44" not in oracle.proxies())
         until(lambda: phase("tap1") is None)
 
 
-def test_a_journal_that_cannot_be_read_is_set_aside_at_the_start_and_keeps_nothing_from_working(
+def test_an_unreadable_journal_is_set_aside_at_the_start_and_hinders_nothing(
     uplinked: Node,
 ) -> None:
-    netns.add_tap("tap5")
+    nodes.add_tap("tap5")
     STATE.mkdir(parents=True)
     (STATE / "tap5.json").write_text("{")
     with agents.running() as agent:
@@ -222,30 +224,30 @@ def test_a_journal_that_cannot_be_read_is_set_aside_at_the_start_and_keeps_nothi
 
 def test_what_cannot_be_put_back_is_said_and_the_agent_lives(uplinked: Node, agent: Agent) -> None:
     """The uplink is gone as well: what was on it went with it."""
-    agents.arrived(uplinked, agent)
-    netns.ip("link del eth0")
-    netns.ip("link del tap0")
+    guests.arrived(uplinked, agent)
+    tools.ip("link del eth0")
+    tools.ip("link del tap0")
     until(lambda: phase() is None)
-    assert netns.proxies() == set()
+    assert oracle.proxies() == set()
     check(hook("kvm-ifup", "gc"), 0)
     assert not list(Path(STATE).glob("*.json"))
 
 
 def test_a_storm_of_devices_loses_nothing(uplinked: Node, agent: Agent) -> None:
     """More events than a netlink socket holds, while the agent does not listen."""
-    before = netns.snapshot()
-    agents.arrived(uplinked, agent)
+    before = snapshots.snapshot()
+    guests.arrived(uplinked, agent)
     agent.send(signal.SIGSTOP)
     try:
-        netns.ip("link del tap0")
+        tools.ip("link del tap0")
         script = "\n".join(f"link set eth0 txqueuelen {1000 + number % 2}" for number in range(4000))
         Path("/run/storm").write_text(script)
-        netns.run("ip", "-batch", "/run/storm")
-        netns.ip("link set eth0 txqueuelen 1000")
+        tools.run("ip", "-batch", "/run/storm")
+        tools.ip("link set eth0 txqueuelen 1000")
     finally:
         agent.send(signal.SIGCONT)
     until(lambda: same(before))
     guest = incoming(uplinked, agent)
     guest.send(rarp())
     until(lambda: wired() == WIRED)
-    assert netns.proxies() == {GUEST_IP4, GUEST_IP6}
+    assert oracle.proxies() == {GUEST_IP4, GUEST_IP6}

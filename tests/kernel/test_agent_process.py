@@ -16,60 +16,50 @@ from pathlib import Path
 
 import pytest
 
-from tests import agent as agents
-from tests import netns, wire
-from tests.agent import IPS, NOT_WIRED, SOCKET, WIRED, Agent, answering, incoming, phase, rarp, through, until, wired
-from tests.netns import Node, Result, check, hook
+from harness import agents, guests, hooks, manager, nodes, oracle, snapshots, tools, wire
+from harness.addresses import GUEST_MAC, IPS
+from harness.agents import NOT_WIRED, SOCKET, WIRED, Agent, phase, through, until, wired
+from harness.guests import answering, incoming, rarp
+from harness.hooks import check, hook
+from harness.nodes import Node
 
-
-def ended(*argv: str, **more: object) -> Result:
-    """What an agent that ends by itself says, and its exit code."""
-    done = subprocess.run(
-        netns.command("kvm-ifupd", *argv),
-        env=netns.CLEAN, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=netns.PATIENCE, check=False,
-        **more,  # type: ignore[call-overload]
-    )  # fmt: skip
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-# --- one of it ------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.userns  # the agent's own privileges, files and sockets
 
 
 def test_a_second_agent_ends_with_75_and_the_first_goes_on(uplinked: Node) -> None:
     with agents.running():
-        check(ended(), 75, "kvm-ifupd: another agent runs on this node", "systemctl stop")
+        check(hook("kvm-ifupd"), 75, "kvm-ifupd: another agent runs on this node", "systemctl stop")
         through("kvm-ifup", "gc")
     with agents.running():
         through("kvm-ifup", "gc")
 
 
 def test_version_help_and_wrong_arguments(node: Node) -> None:
-    version = ended("--version")
+    version = hook("kvm-ifupd", "--version")
     assert (version.code, version.err) == (0, "")
     assert version.out.split()[0] == "kvm-ifupd"
-    described = ended("--help")
+    described = hook("kvm-ifupd", "--help")
     assert (described.code, described.err) == (0, "")
     assert "foreground" in described.out
     for argv in (["--nonsense"], ["tap0"], ["--vers"]):
-        check(ended(*argv), 64, "kvm-ifupd: ", "kvm-ifupd --help")
-    assert not netns.RUN_DIR.exists()
+        check(hook("kvm-ifupd", *argv), 64, "kvm-ifupd: ", "kvm-ifupd --help")
+    assert not manager.RUN_DIR.exists()
 
 
 def test_without_the_privileges_it_takes_it_is_77(node: Node) -> None:
-    unprivileged = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", *netns.command("kvm-ifupd")]
-    done = subprocess.run(unprivileged, env=netns.CLEAN, capture_output=True, text=True, check=False)
-    check(Result(done.returncode, done.stdout, done.stderr), 77, "kvm-ifupd: root, but not permitted")
+    unprivileged = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+    check(hook("kvm-ifupd", within=unprivileged), 77, "kvm-ifupd: root, but not permitted")
 
 
 def test_a_bad_configuration_is_78_and_leaves_no_socket(node: Node) -> None:
     with agents.configured(agent={"nonsense": 1}):
-        check(ended(), 78, "kvm-ifupd: ", "agent.nonsense")
+        check(hook("kvm-ifupd"), 78, "kvm-ifupd: ", "agent.nonsense")
         assert not SOCKET.exists()
 
 
 def test_a_run_directory_that_cannot_be_made_is_one_clear_line(node: Node) -> None:
-    netns.RUN_DIR.write_text("in the way")
-    result = ended()
+    manager.RUN_DIR.write_text("in the way")
+    result = hook("kvm-ifupd")
     assert result.code == 71
     assert result.err.startswith("kvm-ifupd: ")
     assert result.err.count("\n") == 1
@@ -79,18 +69,18 @@ def test_a_run_directory_that_cannot_be_made_is_one_clear_line(node: Node) -> No
 def test_a_closed_standard_stream_changes_nothing(uplinked: Node, closed: str) -> None:
     """Its number must not go to the socket, nor what is said into something else."""
     log = Path("/run/agent.closed.log").open("w")  # noqa: SIM115
-    line = ["sh", "-c", f'exec "$@" {closed}&-', "sh", *netns.command("kvm-ifupd")]
-    process = subprocess.Popen(line, env=netns.CLEAN, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    line = ["sh", "-c", f'exec "$@" {closed}&-', "sh", *hooks.command("kvm-ifupd")]
+    process = subprocess.Popen(line, env=tools.CLEAN, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         until(lambda: SOCKET.exists())
-        netns.add_tap()
-        netns.write_nic(mode="routed", ip=IPS)
+        nodes.add_tap()
+        manager.write_nic(mode="routed", ip=IPS)
         until(lambda: "without the agent" not in hook("kvm-ifup", "gc", "-v").err)
         through("kvm-ifup-post", "tap0")
-        assert (netns.RUN_DIR / "agent.lock").read_bytes() == b""
+        assert (manager.RUN_DIR / "agent.lock").read_bytes() == b""
     finally:
         process.terminate()
-        assert process.wait(netns.PATIENCE) == 0
+        assert process.wait(tools.PATIENCE) == 0
         log.close()
     assert not SOCKET.exists()
 
@@ -102,30 +92,30 @@ def test_a_closed_standard_stream_changes_nothing(uplinked: Node, closed: str) -
 def test_a_signal_ends_it_with_0_and_the_socket_is_gone(uplinked: Node, number: int) -> None:
     with agents.running() as agent:
         incoming(uplinked, agent)
-        before = netns.snapshot()
+        before = snapshots.snapshot()
         assert agent.end(number) == 0
         assert not SOCKET.exists()
-        assert netns.changes(before, netns.snapshot()) == []
+        assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_a_hook_that_runs_when_it_is_to_end_comes_to_its_end(uplinked: Node) -> None:
     """For longer than a script waits for a sign of life. Whoever comes meanwhile does it without the agent."""
-    netns.add_bridge("br0", options="stp_state 1 forward_delay 200")
+    nodes.add_bridge("br0", options="stp_state 1 forward_delay 200")
     uplinked.guest()
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
     with agents.running() as agent:
-        waiting = netns.start("kvm-ifup-pre", "tap0", "-v")
-        until(lambda: "master" in netns.link("tap0"))
+        waiting = hooks.start("kvm-ifup-pre", "tap0", "-v")
+        until(lambda: "master" in oracle.link("tap0"))
         agent.send(signal.SIGTERM)
         until(lambda: not SOCKET.exists())
         meanwhile = hook("kvm-ifup", "gc", "--run-dir=/run/elsewhere")
         check(meanwhile, 0)
         assert agent.process.poll() is None
-        result = netns.finish(waiting)
+        result = hooks.finish(waiting)
         assert result.code == 0
         assert "without the agent" not in result.err
-        assert agent.process.wait(netns.PATIENCE) == 0
-    (port,) = netns.ask("bridge -j link show dev tap0")
+        assert agent.process.wait(tools.PATIENCE) == 0
+    (port,) = tools.ask("bridge -j link show dev tap0")
     assert port["state"] == "forwarding"
     assert phase() == "pre"
 
@@ -143,10 +133,10 @@ def test_announcements_are_finished_first(uplinked: Node) -> None:
     with agents.running() as agent:
         guest = incoming(uplinked, agent)
         guest.send(rarp())
-        heard = client.until(lambda frame: bool(agents.announcements([frame], IPS[0])))
+        heard = client.until(lambda frame: bool(guests.announcements([frame], IPS[0])))
         assert agent.end() == 0
     heard += uplinked.fence(client)
-    assert [len(agents.announcements(heard, address)) for address in IPS] == [5, 5]
+    assert [len(guests.announcements(heard, address)) for address in IPS] == [5, 5]
 
 
 def test_many_signals_at_once_lose_none(uplinked: Node) -> None:
@@ -166,8 +156,8 @@ class Activated:
     def __init__(self, descriptors: str = "1") -> None:
         self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notified.bind("/run/notify")
-        self.notified.settimeout(netns.PATIENCE)
-        netns.RUN_DIR.mkdir(exist_ok=True)
+        self.notified.settimeout(tools.PATIENCE)
+        manager.RUN_DIR.mkdir(exist_ok=True)
         self.listener = socket.socket(socket.AF_UNIX)
         SOCKET.unlink(missing_ok=True)
         self.listener.bind(str(SOCKET))
@@ -182,10 +172,10 @@ class Activated:
             "os.execv(sys.argv[2], sys.argv[2:])"
         )
         with pytest.MonkeyPatch.context() as patch:
-            plain = netns.command
+            plain = hooks.command
             number = self.listener.fileno()
             patch.setattr(
-                netns, "command", lambda *argv: [sys.executable, "-I", "-c", become, str(number), *plain(*argv)]
+                hooks, "command", lambda *argv: [sys.executable, "-I", "-c", become, str(number), *plain(*argv)]
             )
             environ = {"LISTEN_FDS": self.descriptors, "NOTIFY_SOCKET": "/run/notify"}
             return Agent(environ=environ, pass_fds=[number])
@@ -204,11 +194,11 @@ def activated(uplinked: Node) -> Iterator[Activated]:
     one.close()
 
 
-def test_it_takes_the_socket_that_it_is_given_and_tells_when_it_is_ready_and_when_it_ends(activated: Activated) -> None:
-    first = netns.start("kvm-ifup", "gc", "-v")  # before there is an agent: this is what starts it
+def test_it_takes_the_socket_it_is_given_and_tells_of_its_start_and_end(activated: Activated) -> None:
+    first = hooks.start("kvm-ifup", "gc", "-v")  # before there is an agent: this is what starts it
     agent = activated.start()
     assert activated.notified.recv(100) == b"READY=1"
-    result = netns.finish(first)
+    result = hooks.finish(first)
     assert result.code == 0
     through("kvm-ifup", "gc")
     assert agent.end() == 0
@@ -223,7 +213,7 @@ def test_another_number_of_sockets_is_64(uplinked: Node) -> None:
     for number in ("0", "2", "x"):
         with contextlib.closing(Activated(number)) as one:
             agent = one.start()
-            assert agent.process.wait(netns.PATIENCE) == 64
+            assert agent.process.wait(tools.PATIENCE) == 64
             assert agent.said().count("\n") == 1
         Path("/run/notify").unlink()
 
@@ -240,9 +230,9 @@ class Log:
 
     def __init__(self) -> None:
         self._ours, self.theirs = socket.socketpair()
-        self._ours.settimeout(netns.PATIENCE)
+        self._ours.settimeout(tools.PATIENCE)
         status = os.fstat(self.theirs.fileno())
-        self.environ = {**netns.CLEAN, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        self.environ = {**tools.CLEAN, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
 
     def until(self, text: bytes) -> list[bytes]:
         """The lines up to one with *text*."""
@@ -270,7 +260,7 @@ def test_in_the_journal_a_line_has_its_priority_and_no_name_of_its_own(uplinked:
     """systemd puts the name before each line."""
     with agents.configured():
         process = subprocess.Popen(
-            netns.command("kvm-ifupd"), env=log.environ, stdin=subprocess.DEVNULL, stderr=log.theirs.fileno()
+            hooks.command("kvm-ifupd"), env=log.environ, stdin=subprocess.DEVNULL, stderr=log.theirs.fileno()
         )
         try:
             assert log.until(b"ready") == [b"<6>ready"]
@@ -280,32 +270,31 @@ def test_in_the_journal_a_line_has_its_priority_and_no_name_of_its_own(uplinked:
             process.send_signal(signal.SIGHUP)
             (line,) = log.until(b"nonsense")
             assert line.startswith(b"<3>configuration not read: ")
-            again = subprocess.run(netns.command("kvm-ifupd"), env=log.environ, stderr=log.theirs.fileno(), check=False)
+            again = subprocess.run(hooks.command("kvm-ifupd"), env=log.environ, stderr=log.theirs.fileno(), check=False)
             assert again.returncode == 75
             (line,) = log.until(b"another")
             assert line.startswith(b"<3>another agent runs on this node (")
         finally:
             process.terminate()
-            assert process.wait(netns.PATIENCE) == 0
+            assert process.wait(tools.PATIENCE) == 0
 
 
 def test_somebody_elses_journal_is_none_of_its_business(node: Node, log: Log) -> None:
     """Started by a hand in a service, with its output somewhere else."""
-    done = subprocess.run(netns.command("kvm-ifupd", "x"), env=log.environ, capture_output=True, text=True, check=False)
-    check(Result(done.returncode, done.stdout, done.stderr), 64, "kvm-ifupd: unrecognized arguments: x")
+    check(hook("kvm-ifupd", "x", env=log.environ), 64, "kvm-ifupd: unrecognized arguments: x")
 
 
 def test_idle_it_exits_but_only_if_there_is_nothing_to_look_after(activated: Activated) -> None:
     with agents.configured(agent={"idle_exit": 0.2}):
-        netns.add_tap()
-        netns.write_nic(mode="routed", ip=IPS, incoming=True)
+        nodes.add_tap()
+        manager.write_nic(mode="routed", ip=IPS, incoming=True)
         check(hook("kvm-ifup-pre", "tap0", "--run-dir=/run/kvm-ifup"), 0)
         agent = activated.start().ready()
         agent.armed()
         until(looks_of(agent, 20))
         assert agent.process.poll() is None
         through("kvm-ifdown", "tap0")
-        assert agent.process.wait(netns.PATIENCE) == 0
+        assert agent.process.wait(tools.PATIENCE) == 0
         assert activated.notified.recv(100) == b"READY=1"
         assert activated.notified.recv(100) == b"STOPPING=1"
         assert SOCKET.exists()
@@ -348,10 +337,10 @@ def test_killed_and_started_anew_it_is_still_armed(uplinked: Node) -> None:
 def test_a_guest_that_has_arrived_while_there_was_no_agent_is_asked_and_wired(uplinked: Node, ip: list[str]) -> None:
     """Also when there was something else to clear up first."""
     guest = incoming(uplinked, None, ip=ip)
-    netns.add_tap("tap1")
-    netns.write_nic("tap1", "web2", mode="routed", ip=["192.0.2.99"])
+    nodes.add_tap("tap1")
+    manager.write_nic("tap1", "web2", mode="routed", ip=["192.0.2.99"])
     check(hook("kvm-ifup-post", "tap1"), 0)
-    netns.ip("link del tap1")
+    tools.ip("link del tap1")
     guest.send(rarp())  # nobody listens
     with answering(guest), agents.running():
         until(lambda: phase() == "post")
@@ -366,24 +355,25 @@ def test_a_guest_that_has_not_arrived_is_asked_and_nothing_happens(uplinked: Nod
         arp = wire.arp(asked[-1])
         # A probe, to the guest alone: no neighbour learns anything from it.
         assert arp is not None
-        assert (arp.target_frame, arp.sender, arp.op) == (netns.GUEST_MAC, "0.0.0.0", 1)
-        agents.witness(uplinked, agent)
+        assert (arp.target_frame, arp.sender, arp.op) == (GUEST_MAC, "0.0.0.0", 1)
+        guests.witness(uplinked, agent)
         assert wired() == NOT_WIRED
 
 
-def test_a_guest_that_left_while_there_was_no_agent_is_withdrawn_at_the_next_announcement(uplinked: Node) -> None:
+def test_a_guest_that_left_unseen_is_withdrawn_at_the_next_announcement(uplinked: Node) -> None:
     with agents.running() as first:
-        agents.arrived(uplinked, first)
+        guests.arrived(uplinked, first)
         first.end(signal.SIGKILL)
     client = uplinked.listen()
     with agents.running():
-        agents.withdraw(client)
+        guests.withdraw(client)
         assert wired() == NOT_WIRED
 
 
 KILLS = 25  # of each of the two
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("remedy", ["another agent", "kvm-ifup gc"])
 def test_killed_again_and_again_at_any_moment_the_node_is_in_the_end_as_before(uplinked: Node, remedy: str) -> None:
     seed = random.randrange(1 << 32)
@@ -403,16 +393,16 @@ def test_killed_again_and_again_at_any_moment_the_node_is_in_the_end_as_before(u
         killer.join()
     if remedy == "kvm-ifup gc":
         check(hook("kvm-ifup", "gc"), 0)
-        assert netns.changes(before, left()) == []
+        assert snapshots.changes(before, left()) == []
     else:
         with agents.running():
-            until(lambda: netns.changes(before, left()) == [])
+            until(lambda: snapshots.changes(before, left()) == [])
 
 
-def left() -> netns.Snapshot:
+def left() -> snapshots.Snapshot:
     """The node, without NIC files, and half a journal that the next overwrites."""
-    found = netns.snapshot()
-    return netns.Snapshot(
+    found = snapshots.snapshot()
+    return snapshots.Snapshot(
         {line: n for line, n in found.items() if not any(word in line for word in ("/nic/", "/tap/", ".new: "))}
     )
 
@@ -431,7 +421,7 @@ def kill_again_and_again(chance: random.Random, over: threading.Event) -> None:
 def cycle(node: Node, chance: random.Random) -> None:
     """A guest comes, perhaps arrives, is perhaps wired by its manager or announced elsewhere, and goes."""
     guest = node.guest()
-    netns.write_nic(mode="routed", link="100", ip=IPS, incoming=True)
+    manager.write_nic(mode="routed", link="100", ip=IPS, incoming=True)
     # A script that loses its agent does it itself, so this never fails.
     check(hook("kvm-ifup-pre", "tap0"), 0)
     client = node.listen()
@@ -439,12 +429,12 @@ def cycle(node: Node, chance: random.Random) -> None:
         guest.send(rarp())
         time.sleep(chance.uniform(0, 0.1))
         if chance.random() < 0.3:
-            client.send(agents.garp())
+            client.send(guests.garp())
     if chance.random() < 0.5:
         check(hook("kvm-ifup-post", "tap0"), 0)
     if chance.random() < 0.5:
         check(hook("kvm-ifdown", "tap0"), 0)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     guest.close()
     node.taps.remove(guest)
     node.wires.remove(client)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import agent as agents
-from tests import netns
-from tests.agent import IPS, NOT_WIRED, WIRED, Agent, arrived, garp, incoming, phase, until, wired, witness
-from tests.netns import CLIENT_IP4, CLIENT_IP6, NODE_IP4, NODE_IP6, Node, check, hook
+from harness import agents, guests, manager, nodes, oracle, snapshots, tools
+from harness.addresses import CLIENT_IP4, CLIENT_IP6, IPS, NODE_IP4, NODE_IP6
+from harness.agents import NOT_WIRED, WIRED, Agent, phase, until, wired
+from harness.guests import arrived, garp, incoming, witness
+from harness.hooks import check, hook
+from harness.nodes import Node
 
 SECOND = {"ip": ["192.0.2.77"], "mac": "aa:00:00:00:00:77"}
 
@@ -24,25 +26,25 @@ def agent(uplinked: Node) -> Iterator[Agent]:
 
 def down() -> None:
     """As `ifdown eth0` does."""
-    netns.ip("link set eth0 down")
-    netns.ip("addr flush dev eth0")
-    assert netns.proxies() == set()
-    assert netns.ask("route show default") == netns.ask("-6 route show default") == []
+    tools.ip("link set eth0 down")
+    tools.ip("addr flush dev eth0")
+    assert oracle.proxies() == set()
+    assert tools.ask("route show default") == tools.ask("-6 route show default") == []
 
 
 def up() -> None:
     """What `ifup eth0` does first."""
-    netns.ip("link set eth0 up")
+    tools.ip("link set eth0 up")
 
 
 def addressed() -> None:
     """What it does then."""
-    netns.settle("eth0")
-    netns.ip(f"addr add {NODE_IP4}/24 dev eth0")
-    netns.ip(f"addr add {NODE_IP6}/64 dev eth0")
-    netns.ip(f"route add default via {CLIENT_IP4}")
-    netns.ip(f"-6 route add default via {CLIENT_IP6}")
-    until(lambda: not any("tentative" in one for addr in netns.ask("addr show dev eth0") for one in addr["addr_info"]))
+    oracle.settle("eth0")
+    tools.ip(f"addr add {NODE_IP4}/24 dev eth0")
+    tools.ip(f"addr add {NODE_IP6}/64 dev eth0")
+    tools.ip(f"route add default via {CLIENT_IP4}")
+    tools.ip(f"-6 route add default via {CLIENT_IP6}")
+    until(lambda: not any("tentative" in one for addr in tools.ask("addr show dev eth0") for one in addr["addr_info"]))
 
 
 def put_back(agent: Agent) -> int:
@@ -54,22 +56,22 @@ def put_back(agent: Agent) -> int:
 def test_what_the_uplink_lost_is_back_before_its_default_route_is(uplinked: Node, withdraw: bool) -> None:
     with agents.configured(agent={"withdraw": withdraw}), agents.running() as agent:
         arrived(uplinked, agent)
-        before = netns.snapshot_of_kernel()
+        before = snapshots.snapshot_of_kernel()
         client = uplinked.listen()
         down()
         up()
-        until(lambda: netns.proxies("eth0") == set(IPS))
-        assert netns.ask("route show default") == netns.ask("-6 route show default") == []
-        client.until(agents.rounds_of(*IPS))
+        until(lambda: oracle.proxies("eth0") == set(IPS))
+        assert tools.ask("route show default") == tools.ask("-6 route show default") == []
+        client.until(guests.rounds_of(*IPS))
         addressed()
         witness(uplinked, agent)
-        assert netns.changes(before, netns.snapshot_of_kernel()) == []
+        assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
         assert put_back(agent) == 1
         # The journal knows them as before: nothing is left behind.
         check(hook("kvm-ifdown", "tap0"), 0)
         assert wired() == NOT_WIRED
         assert agent.end() == 0
-    assert "\nkvm_ifup_restorations_total 1\n" in (netns.RUN_DIR / "metrics.prom").read_text()
+    assert "\nkvm_ifup_restorations_total 1\n" in (manager.RUN_DIR / "metrics.prom").read_text()
 
 
 def test_again_and_again(uplinked: Node, agent: Agent) -> None:
@@ -77,7 +79,7 @@ def test_again_and_again(uplinked: Node, agent: Agent) -> None:
     for _ in range(5):
         down()
         up()
-        until(lambda: netns.proxies("eth0") == set(IPS))
+        until(lambda: oracle.proxies("eth0") == set(IPS))
     assert phase() == "post"
 
 
@@ -85,13 +87,13 @@ def test_a_carrier_that_was_lost_counts_as_well(uplinked: Node, agent: Agent) ->
     """Kernels differ in whether they keep proxy neighbours then: here somebody else removes them."""
     arrived(uplinked, agent)
     with uplinked.client:
-        netns.ip("link set eth0 down")
-    until(lambda: netns.link("eth0")["operstate"] != "UP")
-    for address in netns.proxies():
-        netns.ip(f"neigh del proxy {address} dev eth0")
+        tools.ip("link set eth0 down")
+    until(lambda: oracle.link("eth0")["operstate"] != "UP")
+    for address in oracle.proxies():
+        tools.ip(f"neigh del proxy {address} dev eth0")
     with uplinked.client:
-        netns.ip("link set eth0 up")
-    until(lambda: netns.proxies("eth0") == set(IPS))
+        tools.ip("link set eth0 up")
+    until(lambda: oracle.proxies("eth0") == set(IPS))
 
 
 def test_where_nothing_was_lost_nothing_is_said_or_sent(uplinked: Node, agent: Agent) -> None:
@@ -103,13 +105,13 @@ def test_where_nothing_was_lost_nothing_is_said_or_sent(uplinked: Node, agent: A
     down()
     up()
     for address in IPS:  # somebody is quicker
-        netns.ip(f"neigh add proxy {address} dev eth0")
+        tools.ip(f"neigh add proxy {address} dev eth0")
     agent.send(signal.SIGCONT)
     agent.heard("put back for 1 NIC")
-    netns.settle("eth0")
+    oracle.settle("eth0")
     said = uplinked.fence(client)
-    assert [agents.announcements(said, address) for address in IPS] == [[], []]
-    assert agents.announcements(said, "192.0.2.77") != []
+    assert [guests.announcements(said, address) for address in IPS] == [[], []]
+    assert guests.announcements(said, "192.0.2.77") != []
     assert agents.journal() == journal
 
 
@@ -119,8 +121,8 @@ def test_a_guest_that_has_not_arrived_is_left_alone(uplinked: Node, agent: Agent
     down()
     up()
     agent.heard("put back for 1 NIC")
-    assert (phase(), netns.proxies()) == ("pre", {"192.0.2.77"})
-    assert netns.routes("tap0") == set()
+    assert (phase(), oracle.proxies()) == ("pre", {"192.0.2.77"})
+    assert oracle.routes("tap0") == set()
 
 
 def test_a_guest_that_was_withdrawn_is_left_alone(uplinked: Node, agent: Agent) -> None:
@@ -131,7 +133,7 @@ def test_a_guest_that_was_withdrawn_is_left_alone(uplinked: Node, agent: Agent) 
     down()
     up()
     agent.heard("put back for 1 NIC")
-    assert (phase(), netns.proxies()) == ("pre", {"192.0.2.77"})
+    assert (phase(), oracle.proxies()) == ("pre", {"192.0.2.77"})
 
 
 def test_a_tap_that_has_vanished_meanwhile_does_no_harm(uplinked: Node, agent: Agent) -> None:
@@ -139,12 +141,12 @@ def test_a_tap_that_has_vanished_meanwhile_does_no_harm(uplinked: Node, agent: A
     arrived(uplinked, agent, "tap1", **SECOND)
     agent.send(signal.SIGSTOP)
     down()
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     up()
     agent.send(signal.SIGCONT)
     agent.heard("put back for 1 NIC")
     until(lambda: phase() is None)
-    assert netns.proxies() == {"192.0.2.77"}
+    assert oracle.proxies() == {"192.0.2.77"}
     assert "not put back" not in agent.said()
 
 
@@ -152,13 +154,13 @@ def test_a_failure_is_said_keeps_nobody_from_theirs_and_is_tried_again(uplinked:
     arrived(uplinked, agent)
     arrived(uplinked, agent, "tap1", **SECOND)
     down()
-    netns.ip("link set eth0 mtu 1000")  # too small for IPv6: the device has none
+    tools.ip("link set eth0 mtu 1000")  # too small for IPv6: the device has none
     up()
     agent.heard("not put back on eth0", "tap0")
-    until(lambda: netns.proxies() == {"192.0.2.77"})
-    netns.ip("link set eth0 mtu 1500")
-    until(lambda: netns.proxies() == {*IPS, "192.0.2.77"})
-    assert netns.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
+    until(lambda: oracle.proxies() == {"192.0.2.77"})
+    tools.ip("link set eth0 mtu 1500")
+    until(lambda: oracle.proxies() == {*IPS, "192.0.2.77"})
+    assert oracle.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
     assert agent.said().count("not put back") == 1
 
 
@@ -168,43 +170,43 @@ def test_whoever_is_busy_with_a_nic_is_waited_for_after_the_others(uplinked: Nod
     with agents.locked("tap0"):
         down()
         up()
-        until(lambda: netns.proxies() == {"192.0.2.77"})
-    until(lambda: netns.proxies() == {*IPS, "192.0.2.77"})
+        until(lambda: oracle.proxies() == {"192.0.2.77"})
+    until(lambda: oracle.proxies() == {*IPS, "192.0.2.77"})
     assert "not put back" not in agent.said()
 
 
 def test_an_uplink_that_is_made_anew(uplinked: Node, agent: Agent) -> None:
     """As `ifdown eth0.100; ifup eth0.100` makes a VLAN's device."""
     arrived(uplinked, agent)
-    netns.ip("link del eth0")
-    assert netns.proxies() == set()
+    tools.ip("link del eth0")
+    assert oracle.proxies() == set()
     uplinked.uplink()
     until(lambda: wired() == WIRED)
-    assert netns.sysctl("ipv4/neigh/eth0/proxy_delay") == "0"
-    assert netns.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
+    assert oracle.sysctl("ipv4/neigh/eth0/proxy_delay") == "0"
+    assert oracle.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
     client = uplinked.listen()
 
-    agents.withdraw(client)
+    guests.withdraw(client)
 
 
 def test_many_guests(uplinked: Node, agent: Agent) -> None:
     addresses = {f"tap{number}": f"192.0.2.{50 + number}" for number in range(20)}
     for number, (tap, address) in enumerate(addresses.items()):
-        netns.add_tap(tap)
-        netns.write_nic(tap, f"web{number}", mode="routed", ip=[address])
+        nodes.add_tap(tap)
+        manager.write_nic(tap, f"web{number}", mode="routed", ip=[address])
         check(hook("kvm-ifup-post", tap), 0)
     witness(uplinked, agent)
     down()
     up()
-    until(lambda: netns.proxies() == set(addresses.values()))
+    until(lambda: oracle.proxies() == set(addresses.values()))
     agent.heard("put back for 20 NICs")
 
 
 def test_events_that_were_lost_are_made_up_for(uplinked: Node, agent: Agent) -> None:
     arrived(uplinked, agent)
     agent.send(signal.SIGSTOP)
-    netns.run("sh", "-c", "yes 'link set dev lo mtu 65535\nlink set dev lo mtu 65536' | head -4000 | ip -batch -")
+    tools.run("sh", "-c", "yes 'link set dev lo mtu 65535\nlink set dev lo mtu 65536' | head -4000 | ip -batch -")
     down()
     up()
     agent.send(signal.SIGCONT)
-    until(lambda: netns.proxies("eth0") == set(IPS))
+    until(lambda: oracle.proxies("eth0") == set(IPS))

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests import netns
-from tests.netns import GUEST_IP4, GUEST_IP6, Node, call, check
+from harness import manager, nodes, tools
+from harness.addresses import GUEST_IP4, GUEST_IP6
+from harness.hooks import Result, call, check
+from harness.nodes import Node
 
 NICS: dict[str, dict[str, Any]] = {
     "bridged": {"mode": "bridged", "link": "br0"},
@@ -65,11 +67,11 @@ What = set[tuple[str, str, Any]]
 def set_up(node: Node, nic: str, phase: str) -> None:
     """A NIC that the hook of *phase* has wired."""
     node.uplink()
-    netns.add_bridge("br0", mtu=9000)
-    netns.add_bridge("br1")
+    nodes.add_bridge("br0", mtu=9000)
+    nodes.add_bridge("br1")
     node.guest()
-    netns.ip("rule add iif eth0 lookup 100")
-    netns.write_nic(**NICS[nic], incoming=phase == "pre")
+    tools.ip("rule add iif eth0 lookup 100")
+    manager.write_nic(**NICS[nic], incoming=phase == "pre")
     check(call(f"kvm-ifup-{phase}", "tap0"), 0)
 
 
@@ -80,7 +82,7 @@ def due(ops: list[dict[str, Any]]) -> What:
     }
 
 
-def told(result: netns.Result, *keys: str) -> What | str:
+def told(result: Result, *keys: str) -> What | str:
     """What a plan says, or why there is none."""
     if result.code:
         return str(json.loads(result.out)["cause"])
@@ -98,7 +100,7 @@ def seen(one: dict[str, Any]) -> What | str:
 @pytest.mark.parametrize(("nic", "phase", "disturbance"), CASES)
 def test_all_agree_on_what_is_to_be_done(node: Node, nic: str, phase: str, disturbance: str) -> None:
     set_up(node, nic, phase)
-    netns.run("sh", "-euc", disturbance)
+    tools.run("sh", "-euc", disturbance)
     hook = f"kvm-ifup-{phase}"
     planned = told(call(hook, "tap0", "--plan", "--json"), "undone", "ops")
     assert told(call("kvm-ifup", "plan", phase, "tap0", "--json"), "undone", "ops") == planned

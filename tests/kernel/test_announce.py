@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests import netns, wire
-from tests.netns import CLIENT_IP4, GUEST_IP4, GUEST_IP6, NODE_MAC, Node, call, check, hook
+from harness import disturb, hooks, manager, nodes, oracle, snapshots, tools, wire
+from harness.addresses import CLIENT_IP4, CLIENT_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC, NODE_MAC, TAP_MAC
+from harness.hooks import call, check, hook
+from harness.nodes import Node
+
+pytestmark = pytest.mark.userns  # sends through raw sockets
 
 ROUNDS = 5
 IPS = [GUEST_IP4, GUEST_IP6]
@@ -29,8 +33,8 @@ def nas(frames: Sequence[bytes], address: str = GUEST_IP6) -> list[wire.Advertis
 @pytest.fixture
 def routed(uplinked: Node) -> Node:
     """A node with a tap and the file of a routed NIC that comes in."""
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=IPS, incoming=True)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=IPS, incoming=True)
     return uplinked
 
 
@@ -42,7 +46,7 @@ def client(routed: Node) -> wire.Wire:
 
 def test_post_sends_five_rounds_of_gratuitous_arp_and_unsolicited_na(routed: Node, client: wire.Wire) -> None:
     check(hook("kvm-ifup-post", "tap0"), 0)
-    netns.wait_for_children()
+    hooks.wait_for_children()
     heard = routed.fence(client)
     assert garps(heard) == [wire.Arp("ff:ff:ff:ff:ff:ff", 1, NODE_MAC, GUEST_IP4, GUEST_IP4)] * ROUNDS
     assert len(nas(heard)) == ROUNDS
@@ -53,8 +57,8 @@ def test_post_sends_five_rounds_of_gratuitous_arp_and_unsolicited_na(routed: Nod
     assert na.checksum_right
 
 
-def test_without_a_link_local_address_on_the_uplink_the_na_comes_from_the_guests_own(routed: Node) -> None:
-    netns.ip("-6 addr flush dev eth0 scope link")
+def test_on_an_uplink_without_link_local_address_the_na_is_from_the_guests_own(routed: Node) -> None:
+    tools.ip("-6 addr flush dev eth0 scope link")
     client = routed.listen()
     check(call("kvm-ifup-post", "tap0"), 0)
     assert [one.source for one in nas(routed.fence(client))] == [GUEST_IP6]
@@ -64,10 +68,10 @@ def test_the_clients_kernel_moves_the_guest_to_the_nodes_mac(routed: Node) -> No
     """Its neighbour cache judges whether the messages are valid, the NA's checksum and Override included."""
     with routed.client:
         for address in IPS:
-            netns.ip(f"neigh replace {address} lladdr 02:00:00:00:00:99 nud stale dev eth0")
+            tools.ip(f"neigh replace {address} lladdr 02:00:00:00:00:99 nud stale dev eth0")
     check(call("kvm-ifup-post", "tap0"), 0)
     with routed.client:
-        assert {one["dst"]: one["lladdr"] for one in netns.ask("neigh show dev eth0") if one["dst"] in IPS} == {
+        assert {one["dst"]: one["lladdr"] for one in tools.ask("neigh show dev eth0") if one["dst"] in IPS} == {
             GUEST_IP4: NODE_MAC,
             GUEST_IP6: NODE_MAC,
         }
@@ -79,9 +83,9 @@ def test_announcements_are_sent_after_the_route_and_the_proxy_entry_are_in(route
     def look(_number: int, op: Any) -> None:
         if type(op).__name__ == "Announce":
             assert garps(routed.fence(client)) == []
-            seen.append(netns.routes("tap0") == set(IPS) == netns.proxies("eth0"))
+            seen.append(oracle.routes("tap0") == set(IPS) == oracle.proxies("eth0"))
 
-    with netns.disturbed(before=look):
+    with disturb.disturbed(before=look):
         check(call("kvm-ifup-post", "tap0"), 0)
     assert seen == [True]
     assert len(garps(routed.fence(client))) == 1
@@ -90,9 +94,9 @@ def test_announcements_are_sent_after_the_route_and_the_proxy_entry_are_in(route
 def test_a_post_that_fails_before_it_announces_is_silent_on_the_wire(routed: Node, client: wire.Wire) -> None:
     def look(number: int, op: Any) -> None:
         if type(op).__name__ == "Announce":
-            netns.refuse(number)(number, op)
+            disturb.refuse(number)(number, op)
 
-    with netns.disturbed(before=look):
+    with disturb.disturbed(before=look):
         check(call("kvm-ifup-post", "tap0"), 71)
     heard = routed.fence(client)
     assert garps(heard) == []
@@ -101,34 +105,34 @@ def test_a_post_that_fails_before_it_announces_is_silent_on_the_wire(routed: Nod
 
 @pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post"])
 def test_a_no_op_is_silent_on_the_wire_and_announce_is_not(routed: Node, program: str) -> None:
-    netns.write_nic(mode="routed", ip=IPS)
+    manager.write_nic(mode="routed", ip=IPS)
     check(call("kvm-ifup-post", "tap0"), 0)
     client = routed.listen()
     check(hook(program, "tap0"), 0)
-    netns.wait_for_children()
+    hooks.wait_for_children()
     heard = routed.fence(client)
     assert garps(heard) == []
     assert nas(heard) == []
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     check(hook(program, "--announce", "tap0"), 0)
-    netns.wait_for_children()
+    hooks.wait_for_children()
     heard = routed.fence(client)
     assert len(garps(heard)) == ROUNDS
     assert len(nas(heard)) == ROUNDS
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_announce_with_pre_on_an_incoming_nic_says_nothing(routed: Node, client: wire.Wire) -> None:
     """The guest still runs elsewhere, whatever is asked for."""
     check(hook("kvm-ifup-pre", "--announce", "tap0"), 0)
-    netns.wait_for_children()
+    hooks.wait_for_children()
     heard = routed.fence(client)
     assert garps(heard) == []
     assert nas(heard) == []
 
 
 def test_a_prefix_is_not_announced(routed: Node, client: wire.Wire) -> None:
-    netns.write_nic(mode="routed", ip=["198.51.100.0/29", "2001:db8:1::/64"])
+    manager.write_nic(mode="routed", ip=["198.51.100.0/29", "2001:db8:1::/64"])
     check(call("kvm-ifup-post", "tap0"), 0)
     heard = routed.fence(client)
     assert not [one for one in map(wire.arp, heard) if one and one.sender.startswith("198.51.100.")]
@@ -174,7 +178,7 @@ def test_announcements_stop_when_the_tap_is_gone(routed: Node) -> None:
     """QEMU was killed, and the guest may already run on another node: this one must not claim it back."""
     later: Later = []
     post(later)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     assert not later[0][1]()
 
 
@@ -183,9 +187,9 @@ def test_announcements_stop_when_the_tap_is_another_guests(routed: Node) -> None
     later: Later = []
     post(later)
     check(call("kvm-ifdown", "tap0"), 0)
-    netns.ip("link del tap0")
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=["192.0.2.99"], mac="aa:00:00:00:00:99")
+    tools.ip("link del tap0")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=["192.0.2.99"], mac="aa:00:00:00:00:99")
     post(later)
     assert not later[0][1]()
     assert later[1][1]()
@@ -194,7 +198,7 @@ def test_announcements_stop_when_the_tap_is_another_guests(routed: Node) -> None
 def test_announcements_stop_when_the_live_guest_has_another_address(routed: Node) -> None:
     later: Later = []
     post(later)
-    netns.write_nic(mode="routed", ip=["192.0.2.99"])
+    manager.write_nic(mode="routed", ip=["192.0.2.99"])
     post(later)
     assert not later[0][1]()
 
@@ -203,35 +207,35 @@ def test_real_announcements_stop_when_kvm_ifdown_ran_in_between(routed: Node, cl
     check(hook("kvm-ifup-post", "tap0"), 0)
     check(call("kvm-ifdown", "tap0"), 0)
     routed.fence(client)
-    netns.wait_for_children()
+    hooks.wait_for_children()
     # At most the round that had begun.
     assert len(garps(routed.fence(client))) <= 1
 
 
 def test_the_hook_does_not_keep_stdout_and_stderr_open(routed: Node, client: wire.Wire) -> None:
     """A process manager reads to EOF. Here the background child cannot end before the reader has seen it."""
-    gate = netns.scratch() / "gate"
+    gate = nodes.scratch() / "gate"
     os.mkfifo(gate)
     program = f"""
 import sys
-sys.path.insert(0, {str(netns.ROOT)!r})
-from kvmifup.commands.main import main
+sys.path.insert(0, {str(tools.ROOT)!r})
+from kvmifup.commands import main
 from kvmifup.runs import announcing
 
 def gated(messages, still_true):
     announcing.repeat_detached(messages, lambda: bool(open({str(gate)!r}).read()) and still_true())
 
-sys.exit(main("kvm-ifup-post", ["tap0"], {{}}, sys.stdout, sys.stderr, gated))
+sys.exit(main.main("kvm-ifup-post", ["tap0"], {{}}, sys.stdout, sys.stderr, gated))
 """
     process = subprocess.Popen(
-        [netns.command("")[0], "-I", "-c", program],
-        env=netns.CLEAN,
+        [hooks.command("")[0], "-I", "-c", program],
+        env=tools.CLEAN,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    check(netns.finish(process), 0)
+    check(hooks.finish(process), 0)
     assert len(garps(routed.fence(client))) == 1
     gate.write_text("go")
     client.until(lambda frame: bool(garps([frame])))
@@ -244,13 +248,13 @@ def test_the_answer_to_the_node_is_the_guests(routed: Node) -> None:
     check(call("kvm-ifup-post", "tap0"), 0)
     with routed.client:
         pinging = subprocess.Popen(
-            ["ping", "-c", "3", "-W", "1", GUEST_IP4], stdout=subprocess.DEVNULL, env=netns.CLEAN
+            ["ping", "-c", "3", "-W", "1", GUEST_IP4], stdout=subprocess.DEVNULL, env=tools.CLEAN
         )
     frame = guest.until(lambda one: one[12:14] == b"\x08\x00" and one[23] == 1)[-1]
     pinging.kill()
     pinging.wait()
-    assert frame[:6].hex(":") == netns.GUEST_MAC
-    assert frame[6:12].hex(":") == netns.TAP_MAC
+    assert frame[:6].hex(":") == GUEST_MAC
+    assert frame[6:12].hex(":") == TAP_MAC
     assert frame[26:30] == bytes(map(int, CLIENT_IP4.split(".")))
 
 
@@ -269,7 +273,7 @@ def test_it_is_the_socket_of_the_namespace_that_announces(routed: Node, client: 
     heard = routed.fence(client)
     assert (len(garps(heard)), len(garps(heard, "192.0.2.78"))) == (1, 1)
     # The client's own goes the other way, from its own address.
-    assert all(one.mac == netns.CLIENT_MAC for one in garps(heard, "192.0.2.77"))
+    assert all(one.mac == CLIENT_MAC for one in garps(heard, "192.0.2.77"))
 
 
 def test_an_uplink_that_is_gone_is_an_error_and_its_successor_is_not(routed: Node) -> None:
@@ -277,7 +281,7 @@ def test_an_uplink_that_is_gone_is_an_error_and_its_successor_is_not(routed: Nod
 
     with pytest.raises(OSError, match="No such device"):
         announce.send([("nosuch", GUEST_IP4, GUEST_IP4)])
-    netns.ip("link del eth0")
+    tools.ip("link del eth0")
     with pytest.raises(OSError, match="No such device"):
         announce.send([("eth0", GUEST_IP4, GUEST_IP4)])
     routed.uplink(addresses=False)

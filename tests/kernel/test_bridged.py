@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests import netns
-from tests.netns import GUEST_MAC, TAP_MAC, Node, call, check, hook, link
-from tests.wire import ethernet
+from harness import disturb, hooks, manager, nodes, oracle, snapshots, tools
+from harness.addresses import CLIENT_MAC, GUEST_MAC, TAP_MAC
+from harness.hooks import call, check, hook
+from harness.nodes import Node
+from harness.oracle import link
+from harness.wire import ethernet
+
+pytestmark = pytest.mark.userns  # a bridge's settings are sysfs files, too
 
 HOOKS = ("kvm-ifup-pre", "kvm-ifup-post")
 FROM_GUEST = ethernet("ff:ff:ff:ff:ff:ff", GUEST_MAC, 0x8035, bytes(46))  # RARP, as QEMU sends it on arrival
@@ -19,7 +24,7 @@ FROM_GUEST = ethernet("ff:ff:ff:ff:ff:ff", GUEST_MAC, 0x8035, bytes(46))  # RARP
 
 def port(name: str) -> dict[str, Any]:
     """One line of `bridge -j link`."""
-    (found,) = netns.ask(f"bridge -j link show dev {name}")
+    (found,) = tools.ask(f"bridge -j link show dev {name}")
     return found
 
 
@@ -27,10 +32,10 @@ def port(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("incoming", [False, True])
 def test_the_tap_becomes_a_forwarding_port(node: Node, program: str, incoming: bool) -> None:
     """MAC fe:…, addrgenmode none, MTU of the bridge without the bridge's changing, forwarding by `bridge -j link`."""
-    netns.add_bridge(mtu=9000)
+    nodes.add_bridge(mtu=9000)
     node.guest()
-    netns.write_nic(mode="bridged", link="br0", incoming=incoming)
-    before = netns.link("br0")
+    manager.write_nic(mode="bridged", link="br0", incoming=incoming)
+    before = oracle.link("br0")
     check(hook(program, "tap0"), 0)
     tap = link("tap0")
     assert tap["address"] == TAP_MAC
@@ -40,19 +45,19 @@ def test_the_tap_becomes_a_forwarding_port(node: Node, program: str, incoming: b
     assert "UP" in tap["flags"]
     assert port("tap0")["state"] == "forwarding"
     assert [link("br0")[key] for key in ("address", "mtu")] == [before[key] for key in ("address", "mtu")]
-    assert [info for one in netns.ask("addr show dev tap0") for info in one["addr_info"]] == []
+    assert [info for one in tools.ask("addr show dev tap0") for info in one["addr_info"]] == []
 
 
 def test_frames_pass_between_guest_and_client_once_pre_has_returned(node: Node) -> None:
-    netns.add_bridge()
+    nodes.add_bridge()
     node.uplink(master="br0")
     guest = node.guest()
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
     wire = node.listen()
     check(call("kvm-ifup-pre", "tap0"), 0)
     guest.send(FROM_GUEST)
     wire.until(lambda frame: frame[6:14] == FROM_GUEST[6:14])
-    answer = ethernet(GUEST_MAC, netns.CLIENT_MAC, 0x88B6, bytes(46))
+    answer = ethernet(GUEST_MAC, CLIENT_MAC, 0x88B6, bytes(46))
     wire.send(answer)
     guest.until(lambda frame: frame == answer)
 
@@ -60,23 +65,23 @@ def test_frames_pass_between_guest_and_client_once_pre_has_returned(node: Node) 
 @pytest.mark.parametrize("program", HOOKS)
 def test_a_bare_bridge_keeps_its_own_mac(node: Node, program: str) -> None:
     """Also when the tap leaves again: no port is there whose address it could take."""
-    netns.ip("link add name br0 type bridge")
-    netns.ip("link set br0 up")
+    tools.ip("link add name br0 type bridge")
+    tools.ip("link set br0 up")
     own = link("br0")["address"]
-    netns.add_tap()
-    netns.write_nic(mode="bridged", link="br0")
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0")
     check(call(program, "tap0"), 0)
     assert link("br0")["address"] == own
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     assert link("br0")["address"] == own
 
 
 def test_a_bare_bridge_keeps_its_own_mac_when_ifdown_takes_the_tap_away(node: Node) -> None:
-    netns.ip("link add name br0 type bridge")
-    netns.ip("link set br0 up")
+    tools.ip("link add name br0 type bridge")
+    tools.ip("link set br0 up")
     own = link("br0")["address"]
-    netns.add_tap()
-    netns.write_nic(mode="bridged", link="br0")
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0")
     check(call("kvm-ifup-post", "tap0"), 0)
     check(call("kvm-ifdown", "tap0"), 0)
     assert link("br0")["address"] == own
@@ -85,34 +90,34 @@ def test_a_bare_bridge_keeps_its_own_mac_when_ifdown_takes_the_tap_away(node: No
 
 def test_a_small_mtu_is_taken_over_and_stays(node: Node) -> None:
     """Below 1280 the kernel takes IPv6 off the tap altogether; the second run has to cope."""
-    netns.add_bridge(mtu=1200)
-    netns.add_tap()
-    netns.write_nic(mode="bridged", link="br0")
+    nodes.add_bridge(mtu=1200)
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0")
     check(call("kvm-ifup-post", "tap0"), 0)
     assert link("tap0")["mtu"] == 1200
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     check(call("kvm-ifup-post", "tap0"), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_a_tap_moves_over_from_another_bridge(node: Node) -> None:
-    netns.add_bridge("br0")
-    netns.add_bridge("br1")
-    netns.add_tap()
-    netns.ip("link set tap0 master br1 up")
-    netns.write_nic(mode="bridged", link="br0")
+    nodes.add_bridge("br0")
+    nodes.add_bridge("br1")
+    nodes.add_tap()
+    tools.ip("link set tap0 master br1 up")
+    manager.write_nic(mode="bridged", link="br0")
     check(call("kvm-ifup-post", "tap0"), 0)
     assert link("tap0")["master"] == "br0"
 
 
 def test_ifdown_takes_the_tap_off_its_bridge_even_if_the_former_bridge_is_gone(node: Node) -> None:
-    netns.add_bridge("br0")
-    netns.add_bridge("br1")
-    netns.add_tap()
-    netns.ip("link set tap0 master br1 up")
-    netns.write_nic(mode="bridged", link="br0")
+    nodes.add_bridge("br0")
+    nodes.add_bridge("br1")
+    nodes.add_tap()
+    tools.ip("link set tap0 master br1 up")
+    manager.write_nic(mode="bridged", link="br0")
     check(call("kvm-ifup-post", "tap0"), 0)
-    netns.ip("link del br1")
+    tools.ip("link del br1")
     check(call("kvm-ifdown", "tap0"), 0)
     assert "master" not in link("tap0")
 
@@ -132,83 +137,83 @@ def test_a_bridge_that_is_not_ready_is_refused_and_nothing_changes(
     node: Node, program: str, setup: str, words: list[str]
 ) -> None:
     if setup:
-        netns.ip(setup)
-    netns.add_tap()
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
-    before = netns.snapshot()
+        tools.ip(setup)
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
+    before = snapshots.snapshot()
     check(call(program, "tap0"), 69, "web1.example.com/0 (tap0)", *words)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 @pytest.mark.parametrize("vlan", [".100", ":100:200", ".100:200"])
 def test_a_vlan_is_never_ignored(node: Node, vlan: str) -> None:
-    netns.add_bridge()
-    netns.add_tap()
-    netns.write_nic(mode="bridged", link="br0", vlan=vlan)
-    before = netns.snapshot()
+    nodes.add_bridge()
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0", vlan=vlan)
+    before = snapshots.snapshot()
     check(call("kvm-ifup-pre", "tap0"), 69, vlan)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_stp_with_a_long_delay_is_refused_and_nothing_changes(node: Node) -> None:
     """15 s of listening and 15 s of learning: QEMU's announcements would be lost."""
-    netns.add_bridge(options="stp_state 1 forward_delay 1500")
+    nodes.add_bridge(options="stp_state 1 forward_delay 1500")
     node.guest()
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
-    before = netns.snapshot()
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
+    before = snapshots.snapshot()
     check(call("kvm-ifup-pre", "tap0"), 69, "STP", "30 s", "stp_state 0")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_stp_with_a_short_delay_is_waited_for(node: Node) -> None:
-    netns.add_bridge(options="stp_state 1 forward_delay 200")
+    nodes.add_bridge(options="stp_state 1 forward_delay 200")
     node.guest()
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
-    check(call("kvm-ifup-pre", "tap0", netns.configuration(bridged={"forwarding_timeout": 60})), 0)
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
+    check(call("kvm-ifup-pre", "tap0", manager.configuration(bridged={"forwarding_timeout": 60})), 0)
     assert port("tap0")["state"] == "forwarding"
 
 
 def waiting_for_stp(node: Node) -> subprocess.Popen[str]:
     """A hook that waits for a port which takes 30 s to forward."""
-    netns.add_bridge(options="stp_state 1 forward_delay 1500")
+    nodes.add_bridge(options="stp_state 1 forward_delay 1500")
     node.guest()
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
-    process = netns.start("kvm-ifup-pre", "tap0", netns.configuration(bridged={"forwarding_timeout": 600}))
-    while not [one for one in netns.ask("bridge -j link") if one["ifname"] == "tap0" and one["state"] == "listening"]:
-        assert process.poll() is None, netns.finish(process)
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
+    process = hooks.start("kvm-ifup-pre", "tap0", manager.configuration(bridged={"forwarding_timeout": 600}))
+    while not [one for one in tools.ask("bridge -j link") if one["ifname"] == "tap0" and one["state"] == "listening"]:
+        assert process.poll() is None, hooks.finish(process)
     return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_waiting_for_forwarding_puts_everything_back(node: Node, number: signal.Signals) -> None:
-    netns.configuration(bridged={"forwarding_timeout": 600})
+    manager.configuration(bridged={"forwarding_timeout": 600})
     process = waiting_for_stp(node)
     process.send_signal(number)
-    check(netns.finish(process), 75, number.name)
-    after = netns.snapshot()
-    netns.ip("link del tap0")
-    netns.reap()
+    check(hooks.finish(process), 75, number.name)
+    after = snapshots.snapshot()
+    tools.ip("link del tap0")
+    hooks.reap()
     # The same tap, as nobody has ever touched it.
     node.guest()
-    assert netns.changes(netns.snapshot(), after) == []
+    assert snapshots.changes(snapshots.snapshot(), after) == []
 
 
 def test_a_port_that_will_not_forward_in_time_is_put_back(node: Node) -> None:
     """STP is switched on behind the hook's back, so the check beforehand did not see it."""
-    netns.add_bridge()
+    nodes.add_bridge()
     node.guest()
-    netns.write_nic(mode="bridged", link="br0", incoming=True)
-    before = netns.snapshot()
-    config = netns.configuration(bridged={"forwarding_timeout": 0.2})
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
+    before = snapshots.snapshot()
+    config = manager.configuration(bridged={"forwarding_timeout": 0.2})
 
     def switch_on(_number: int, op: object) -> None:
         if type(op).__name__ == "LinkMaster":
-            netns.ip("link set br0 type bridge stp_state 1 forward_delay 1500")
+            tools.ip("link set br0 type bridge stp_state 1 forward_delay 1500")
 
-    with netns.disturbed(before=switch_on):
-        check(netns.call("kvm-ifup-pre", "tap0", config), 69, "does not forward", "listening")
-    netns.ip("link set br0 type bridge stp_state 0")
-    assert netns.changes(before, netns.snapshot()) == []
+    with disturb.disturbed(before=switch_on):
+        check(hooks.call("kvm-ifup-pre", "tap0", config), 69, "does not forward", "listening")
+    tools.ip("link set br0 type bridge stp_state 0")
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 @pytest.mark.parametrize(
@@ -217,15 +222,15 @@ def test_a_port_that_will_not_forward_in_time_is_put_back(node: Node) -> None:
     ids=["missing", "veth", "tun"],
 )
 def test_only_a_tap_is_ever_wired(node: Node, setup: str | None, cause: str) -> None:
-    netns.add_bridge()
+    nodes.add_bridge()
     if setup is None:
-        netns.ip("tuntap add tap0 mode tun")
+        tools.ip("tuntap add tap0 mode tun")
     elif setup:
-        netns.ip(setup)
-    netns.write_nic(mode="bridged", link="br0")
-    before = netns.snapshot()
+        tools.ip(setup)
+    manager.write_nic(mode="bridged", link="br0")
+    before = snapshots.snapshot()
     check(call("kvm-ifup-post", "tap0"), 69, cause)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_the_frame_type_is_rarp() -> None:

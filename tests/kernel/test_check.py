@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests import netns
+from harness import manager, nodes, oracle, snapshots, tools
+from harness.addresses import CLIENT_IP4, CLIENT_MAC, GUEST_IP4, GUEST_IP6
+from harness.hooks import Result, call, check
+from harness.nodes import Node
+from harness.oracle import sysctl
+from harness.wire import packet_socket
 from tests.kernel.staging import NICS, Scene
-from tests.netns import CLIENT_IP4, CLIENT_MAC, GUEST_IP4, GUEST_IP6, Node, Result, call, check, sysctl
-from tests.wire import packet_socket
 
 BRIDGED, ROUTED, TABLE = "bridged", "routed", "routed, table"
 
@@ -20,14 +23,16 @@ def wire(node: Node, nic: str, program: str = "kvm-ifup-post", **more: Any) -> N
     """A NIC that is wired, and right."""
     node.uplink()
     if nic == TABLE:  # the administrator's part
-        netns.ip("rule add iif eth0 lookup 100")
-        netns.ip("-6 rule add iif eth0 lookup 100")
+        tools.ip("rule add iif eth0 lookup 100")
+        tools.ip("-6 rule add iif eth0 lookup 100")
     scene = Scene(nic, program=program, more=more)
-    netns.add_bridge("br0", mtu=9000)
-    netns.add_bridge("br1")
+    nodes.add_bridge("br0", mtu=9000)
+    nodes.add_bridge("br1")
     node.guest()
-    netns.write_nic(**{"incoming": True, **NICS[nic], **more})
+    manager.write_nic(**{"incoming": True, **NICS[nic], **more})
     check(call(scene.program, "tap0"), 0)
+    if nic == BRIDGED:
+        oracle.settle("br0")  # with its carrier comes its link-local address, a moment later
 
 
 def found(*argv: str) -> tuple[int, list[dict[str, Any]]]:
@@ -48,24 +53,24 @@ def text(findings: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("nic", NICS)
 def test_nothing_is_wrong_after_a_hook(node: Node, nic: str, program: str) -> None:
     wire(node, nic, program)
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     assert found() == (0, [])
     assert found("tap0") == found("web1.example.com") == (0, [])
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
     said = call("kvm-ifup", "check", "tap0")
     assert said.out.startswith(f"web1.example.com/0 (tap0): {NICS[nic]['mode']}, {program[9:]} since 20")
     assert said.out.endswith(" (hook): right\n")
 
 
 def default_route_to_another_device(_node: Node) -> None:
-    netns.ip("link add eth1 type veth peer name other")
-    netns.ip("link set eth1 up")
-    netns.ip("link set other up")
-    netns.ip("addr add 203.0.113.11/24 dev eth1")
+    tools.ip("link add eth1 type veth peer name other")
+    tools.ip("link set eth1 up")
+    tools.ip("link set other up")
+    tools.ip("addr add 203.0.113.11/24 dev eth1")
     for family in (4, 6):
         sysctl(f"ipv{family}/conf/eth1/forwarding", 1)
-    netns.ip("route replace default via 203.0.113.1 dev eth1")
-    netns.ip("-6 route replace default dev eth1")
+    tools.ip("route replace default via 203.0.113.1 dev eth1")
+    tools.ip("-6 route replace default dev eth1")
 
 
 def do(*lines: str) -> Callable[[Node], None]:
@@ -73,7 +78,7 @@ def do(*lines: str) -> Callable[[Node], None]:
 
     def plant(_node: Node) -> None:
         for line in lines:
-            netns.ip(line)
+            tools.ip(line)
 
     return plant
 
@@ -89,24 +94,24 @@ def change(path: str, value: int) -> Callable[[Node], None]:
 
 def loop(node: Node) -> None:
     """STP hears of the same, better bridge on tap0 and on a cheaper port: it blocks tap0."""
-    netns.ip("link add near type veth peer name far")
-    netns.ip("link set far up")
-    netns.ip("link set near master br0 up")
-    netns.ip("link set br0 type bridge stp_state 1 forward_delay 200")
-    netns.ip("link set tap0 type bridge_slave cost 200")
+    tools.ip("link add near type veth peer name far")
+    tools.ip("link set far up")
+    tools.ip("link set near master br0 up")
+    tools.ip("link set br0 type bridge stp_state 1 forward_delay 200")
+    tools.ip("link set tap0 type bridge_slave cost 200")
     root = bytes.fromhex("0000 020000000001")
     times = bytes.fromhex("0000 1400 0200 0200")  # message age, max age, hello time, forward delay, in 1/256 s
     bpdu = bytes(5) + root + bytes(4) + root + b"\x80\x01" + times  # IEEE 802.1D, section 9.3.1
     frame = bytes.fromhex("0180c2000000 020000000001 0026 424203") + bpdu
-    netns.settle("far")
-    while netns.ask("bridge -j link show dev tap0")[0]["state"] != "blocking":
+    oracle.settle("far")
+    while tools.ask("bridge -j link show dev tap0")[0]["state"] != "blocking":
         with packet_socket("far") as sender:
             sender.send(frame.ljust(60, b"\0"))
         node.taps[0].send(frame.ljust(60, b"\0"))
 
 
 def never_forwards(_node: Node) -> None:
-    netns.run("bridge", "link", "set", "dev", "tap0", "state", "learning")
+    tools.run("bridge", "link", "set", "dev", "tap0", "state", "learning")
 
 
 FAULTS: dict[str, tuple[str, Callable[[Node], None], tuple[str, ...]]] = {
@@ -172,11 +177,12 @@ FAULTS: dict[str, tuple[str, Callable[[Node], None], tuple[str, ...]]] = {
 NOT_OURS = {"blocking", "learning", "route elsewhere", "forwarding off", "rp_filter drops", "no default route"}
 
 
+@pytest.mark.pyroute2
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named_and_repaired(node: Node, fault: str) -> None:
     nic, plant, words = FAULTS[fault]
     wire(node, nic)
-    right, proxied = netns.snapshot_of_kernel(), netns.proxies()
+    right, proxied = snapshots.snapshot_of_kernel(), oracle.proxies()
     plant(node)
     code, findings = found()
     assert code == 1
@@ -186,24 +192,24 @@ def test_a_planted_fault_is_named_and_repaired(node: Node, fault: str) -> None:
     repaired = call("kvm-ifup", "check", "--repair", "tap0")
     if fault in NOT_OURS:
         assert repaired.code == 1
-        assert netns.proxies() >= proxied
+        assert oracle.proxies() >= proxied
         return
     assert (repaired.code, repaired.err) == (0, "")
     assert "repaired: web1.example.com/0 (tap0): " in repaired.out
     assert repaired.out.endswith(": right\n")
     assert found() == (0, [])
     if fault != "uplink changed":
-        assert [one for one in netns.changes(right, netns.snapshot_of_kernel()) if "br1" not in one] == []
+        assert [one for one in snapshots.changes(right, snapshots.snapshot_of_kernel()) if "br1" not in one] == []
     else:
-        assert netns.proxies("eth0") == set()
-        assert netns.proxies("eth1") == {GUEST_IP4, GUEST_IP6}
+        assert oracle.proxies("eth0") == set()
+        assert oracle.proxies("eth1") == {GUEST_IP4, GUEST_IP6}
 
 
 def test_rp_filter_of_all_devices(node: Node) -> None:
     node.uplink()
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
-    settings = netns.configuration(routed={"rp_filter": "off"})
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
+    settings = manager.configuration(routed={"rp_filter": "off"})
     check(call("kvm-ifup-post", "tap0", settings), 0)
     assert call("kvm-ifup", "check", settings).code == 0
     sysctl("ipv4/conf/all/rp_filter", 1)
@@ -214,8 +220,8 @@ def test_rp_filter_of_all_devices(node: Node) -> None:
 
 def test_a_strict_reverse_path_filter_that_drops(node: Node) -> None:
     wire(node, ROUTED)
-    netns.ip(f"route add {GUEST_IP4} dev eth0 table 50")
-    netns.ip("rule add priority 50 lookup 50")
+    tools.ip(f"route add {GUEST_IP4} dev eth0 table 50")
+    tools.ip("rule add priority 50 lookup 50")
     code, findings = found()
     assert code == 1
     assert f"what the guest sends from {GUEST_IP4} to eth0 is dropped: reverse path filter on tap0" in text(findings)
@@ -228,8 +234,8 @@ def test_another_node_that_answers(node: Node) -> None:
     wire(node, ROUTED)
     assert found("--probe") == (0, [])
     with node.client:
-        netns.ip(f"addr add {GUEST_IP4}/32 dev eth0")
-        netns.ip(f"addr add {GUEST_IP6}/128 dev eth0 nodad")
+        tools.ip(f"addr add {GUEST_IP4}/32 dev eth0")
+        tools.ip(f"addr add {GUEST_IP6}/128 dev eth0 nodad")
     code, findings = found("--probe")
     assert code == 1
     for address in (GUEST_IP4, GUEST_IP6):
@@ -240,11 +246,11 @@ def test_another_node_that_stands_in(node: Node) -> None:
     """As a node does that the guest has left without kvm-ifdown: late, and not for a question without a sender."""
     wire(node, ROUTED, ip=[GUEST_IP4])
     with node.client:
-        netns.ip("link add behind type veth peer name far")
-        netns.ip("link set behind up")
-        netns.ip("link set far up")
-        netns.ip(f"route add {GUEST_IP4} dev behind")
-        netns.ip(f"neigh add proxy {GUEST_IP4} dev eth0")
+        tools.ip("link add behind type veth peer name far")
+        tools.ip("link set behind up")
+        tools.ip("link set far up")
+        tools.ip(f"route add {GUEST_IP4} dev behind")
+        tools.ip(f"neigh add proxy {GUEST_IP4} dev eth0")
         sysctl("ipv4/conf/eth0/forwarding", 1)
     code, findings = found("--probe")
     assert code == 1
@@ -254,7 +260,7 @@ def test_another_node_that_stands_in(node: Node) -> None:
 def test_before_its_arrival_a_guest_answers_elsewhere(node: Node) -> None:
     wire(node, ROUTED, "kvm-ifup-pre")
     with node.client:
-        netns.ip(f"addr add {GUEST_IP4}/32 dev eth0")
+        tools.ip(f"addr add {GUEST_IP4}/32 dev eth0")
     code, findings = found("--probe")
     assert code == 0
     assert [one["wrong"] for one in findings] == [False]
@@ -267,37 +273,37 @@ def test_before_its_arrival_a_guest_answers_elsewhere(node: Node) -> None:
 @pytest.mark.parametrize("nic", NICS)
 def test_a_repair_of_pre_stays_pre(node: Node, nic: str) -> None:
     wire(node, nic, "kvm-ifup-pre", incoming=True)
-    right = netns.snapshot_of_kernel()
+    right = snapshots.snapshot_of_kernel()
     # The manager may already say that the guest is not expected any more.
-    netns.write_nic(**{**NICS[nic], "incoming": False})
-    netns.ip("link set tap0 down")
+    manager.write_nic(**{**NICS[nic], "incoming": False})
+    tools.ip("link set tap0 down")
     result = call("kvm-ifup", "check", "--repair")
     assert result.code == 0, result.out
     assert ", pre since" in result.out
-    assert netns.changes(right, netns.snapshot_of_kernel()) == []
-    assert netns.proxies() == set()
+    assert snapshots.changes(right, snapshots.snapshot_of_kernel()) == []
+    assert oracle.proxies() == set()
 
 
 def test_a_nic_that_nothing_has_wired(node: Node) -> None:
-    netns.add_bridge()
-    netns.write_nic(mode="bridged", link="br0")
+    nodes.add_bridge()
+    manager.write_nic(mode="bridged", link="br0")
     assert found() == (0, [])
-    netns.add_tap()
+    nodes.add_tap()
     code, findings = found("--repair")
     assert code == 1
     assert "nothing has wired it" in text(findings)
-    assert netns.link("tap0").get("master") is None
+    assert oracle.link("tap0").get("master") is None
 
 
 def test_a_dead_nic_and_a_broken_journal(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     check(call("kvm-ifup-post", "tap0"), 0)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     code, findings = found()
     assert code == 1
     assert "its tap is gone" in text(findings)
-    (netns.RUN_DIR / "state/tap0.json").write_text("{")
+    (manager.RUN_DIR / "state/tap0.json").write_text("{")
     code, findings = found("--repair")
     assert code == 1
     assert "cannot be read" in text(findings)
@@ -305,12 +311,12 @@ def test_a_dead_nic_and_a_broken_journal(uplinked: Node) -> None:
 
 def test_a_file_that_says_otherwise_since(node: Node) -> None:
     wire(node, BRIDGED)
-    netns.write_nic(mode="bridged", link="br1")
+    manager.write_nic(mode="bridged", link="br1")
     code, findings = found()
     assert code == 1
     assert "described otherwise since: link" in text(findings)
     assert call("kvm-ifup", "check", "--repair").code == 0
-    assert netns.link("tap0")["master"] == "br1"
+    assert oracle.link("tap0")["master"] == "br1"
 
 
 def test_an_unknown_name(node: Node) -> None:
@@ -327,6 +333,6 @@ def announced(node: Node, run: Callable[[], Result]) -> int:
 def test_a_repair_announces_what_it_has_mended_and_nothing_else(node: Node) -> None:
     wire(node, ROUTED, ip=[GUEST_IP4])
     assert announced(node, lambda: call("kvm-ifup", "check", "--repair")) == 0
-    netns.ip(f"route del {GUEST_IP4} dev tap0")
+    tools.ip(f"route del {GUEST_IP4} dev tap0")
     assert announced(node, lambda: call("kvm-ifup", "check", "--repair")) == 1
-    assert CLIENT_IP4 not in netns.proxies()
+    assert CLIENT_IP4 not in oracle.proxies()

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import netns
-from tests.netns import GUEST_IP4, GUEST_MAC, Node, changes, check, hook, link, snapshot
+from harness import hooks, manager, namespaces, nodes, oracle, tools
+from harness.addresses import GUEST_IP4, GUEST_MAC
+from harness.hooks import check, hook
+from harness.nodes import Node
+from harness.oracle import link
+from harness.snapshots import changes, snapshot
+
+pytestmark = pytest.mark.userns  # whose program is trusted
 
 CONFIGURATION = Path("/etc/kvm-ifup")
 CALLS = Path("/run/calls")
@@ -20,8 +26,8 @@ CALLS = Path("/run/calls")
 @pytest.fixture
 def programs(uplinked: Node) -> Iterator[Path]:
     """The directory of the programs, in an /etc/kvm-ifup that only this test sees and starts empty; tap0 is there."""
-    netns.add_tap()
-    with netns.private_etc():
+    nodes.add_tap()
+    with namespaces.private_etc():
         shutil.rmtree(CONFIGURATION, ignore_errors=True)
         (CONFIGURATION / "ext").mkdir(parents=True)
         yield CONFIGURATION / "ext"
@@ -43,7 +49,7 @@ def phases() -> list[str]:
 
 def test_each_phase_calls_the_program_once(programs: Path) -> None:
     put(programs)
-    netns.write_nic(mode="ext", link="blue", ip=[GUEST_IP4], incoming=True)
+    manager.write_nic(mode="ext", link="blue", ip=[GUEST_IP4], incoming=True)
     check(hook("kvm-ifup-pre", "tap0"), 0)
     assert CALLS.read_text() == f"pre tap0 ext blue {GUEST_MAC} {GUEST_IP4} web1.example.com 0\n"
     for _ in range(2):
@@ -60,44 +66,44 @@ def test_a_slow_program_holds_up_nobody_elses_hook(programs: Path, how: str) -> 
     fifo = Path("/run/fifo")
     os.mkfifo(fifo)
     put(programs, f'[ "$KVM_IFUP_PHASE" != down ] || read -r line < {fifo}')
-    netns.add_tap("tap1")
-    netns.write_nic("tap1", "web2", mode="ext", link="blue")
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap("tap1")
+    manager.write_nic("tap1", "web2", mode="ext", link="blue")
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     check(hook("kvm-ifup-post", "tap1"), 0)
     if how == "gc":
-        netns.ip("link del tap1")
-    slow = netns.start(*(("kvm-ifup", "gc") if how == "gc" else ("kvm-ifdown", "tap1")))
+        tools.ip("link del tap1")
+    slow = hooks.start(*(("kvm-ifup", "gc") if how == "gc" else ("kvm-ifdown", "tap1")))
     while "down" not in phases():
-        assert slow.poll() is None, netns.finish(slow)
-    at_once = netns.configuration(lock_timeout=0)
+        assert slow.poll() is None, hooks.finish(slow)
+    at_once = manager.configuration(lock_timeout=0)
     for program in ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"):
         check(hook(program, "tap0", at_once), 0)
     check(hook("kvm-ifdown", "tap1", at_once), 75, "tap.tap1")
     assert slow.poll() is None
     fifo.write_text("go on\n")
-    check(netns.finish(slow), 0)
+    check(hooks.finish(slow), 0)
     assert phases() == ["pre", "post", "down"]
 
 
 def test_a_fresh_start_runs_both_phases(programs: Path) -> None:
     put(programs)
-    netns.write_nic(mode="ext", link="blue")
+    manager.write_nic(mode="ext", link="blue")
     check(hook("kvm-ifup-pre", "tap0"), 0)
     assert phases() == ["pre", "post"]
 
 
 def test_the_program_of_a_vanished_tap_is_told_down(programs: Path) -> None:
     put(programs)
-    netns.write_nic(mode="ext", link="blue", incoming=True)
+    manager.write_nic(mode="ext", link="blue", incoming=True)
     check(hook("kvm-ifup-pre", "tap0"), 0)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     check(hook("kvm-ifup", "gc"), 0)
     assert phases() == ["pre", "down"]
 
 
 def test_what_it_says_last_is_in_our_error(programs: Path) -> None:
     put(programs, "echo one >&2; echo out of cables >&2; exit 3")
-    netns.write_nic(mode="ext", link="blue")
+    manager.write_nic(mode="ext", link="blue")
     before = snapshot()
     check(hook("kvm-ifup-pre", "tap0"), 71, "exit code 3: out of cables")
     assert changes(before, snapshot()) == []
@@ -106,14 +112,14 @@ def test_what_it_says_last_is_in_our_error(programs: Path) -> None:
 
 def test_a_failing_post_takes_down_what_the_same_run_did_in_pre(programs: Path) -> None:
     put(programs, '[ "$KVM_IFUP_PHASE" != post ]')
-    netns.write_nic(mode="ext", link="blue")
+    manager.write_nic(mode="ext", link="blue")
     check(hook("kvm-ifup-post", "tap0"), 71)
     assert phases() == ["pre", "post", "down"]
 
 
 def test_a_late_program_is_ended_with_its_children_and_taken_down(programs: Path) -> None:
     put(programs, '[ "$KVM_IFUP_PHASE" = down ] || { sleep 1000 & echo $! > /run/child; wait; }')
-    netns.write_nic(mode="ext", link="blue")
+    manager.write_nic(mode="ext", link="blue")
     # The time limit is the subject here, not a measurement.
     (CONFIGURATION / "config.toml").write_text("[ext]\ntimeout = 0.5\n")
     check(hook("kvm-ifup-pre", "tap0"), 71, "did not end within 0.5 s")
@@ -123,7 +129,7 @@ def test_a_late_program_is_ended_with_its_children_and_taken_down(programs: Path
 
 
 def test_a_program_that_is_not_there_or_cannot_be_executed_is_69(programs: Path) -> None:
-    netns.write_nic(mode="ext", link="blue")
+    manager.write_nic(mode="ext", link="blue")
     check(hook("kvm-ifup-pre", "tap0"), 69, "no such program: /etc/kvm-ifup/ext/blue")
     put(programs).chmod(0o644)
     check(hook("kvm-ifup-pre", "tap0"), 69, "not an executable file")
@@ -138,7 +144,7 @@ def test_a_program_that_others_can_change_is_78(programs: Path, what: str) -> No
         program.symlink_to("/run/blue")
     else:
         (program if what == "program" else programs).chmod(0o777)
-    netns.write_nic(mode="ext", link="blue")
+    manager.write_nic(mode="ext", link="blue")
     check(hook("kvm-ifup-pre", "tap0"), 78, "not to be trusted")
     assert phases() == []
 
@@ -147,24 +153,24 @@ def test_a_program_that_others_can_change_is_78(programs: Path, what: str) -> No
     ("mode", "target"), [("bridged", "br0"), ("routed", "100"), ("routed", None)], ids=["bridged", "table", "routed"]
 )
 def test_a_network_in_the_configuration_is_wired_in_its_mode(programs: Path, mode: str, target: str | None) -> None:
-    netns.add_bridge()
+    nodes.add_bridge()
     lines = [f"mode = {json.dumps(mode)}", *([f"link = {json.dumps(target)}"] if target else [])]
     (CONFIGURATION / "config.toml").write_text("[ext.blue]\n" + "\n".join(lines) + "\n")
-    environ = netns.ganeti(MODE="ext", LINK="blue", IP=GUEST_IP4)
+    environ = manager.ganeti(MODE="ext", LINK="blue", IP=GUEST_IP4)
     check(hook("kvm-ifup-pre", environ={**environ, "MIGRATION_PHASE": "pre", "ACTION": "up"}), 0)
-    assert netns.routes("tap0") == set()
+    assert oracle.routes("tap0") == set()
     assert link("tap0").get("master") == ("br0" if mode == "bridged" else None)
     check(hook("kvm-ifup-post", environ={**environ, "MIGRATION_PHASE": "post", "ACTION": "up"}), 0)
     table = target if mode == "routed" and target else "main"
-    assert netns.routes("tap0", table) == ({GUEST_IP4} if mode == "routed" else set())
+    assert oracle.routes("tap0", table) == ({GUEST_IP4} if mode == "routed" else set())
     check(hook("kvm-ifdown", environ={**environ, "ACTION": "down"}), 0)
-    assert netns.routes("tap0") == set()
+    assert oracle.routes("tap0") == set()
     assert link("tap0").get("master") is None
 
 
 def test_a_network_without_what_its_mode_needs_is_refused(programs: Path) -> None:
     (CONFIGURATION / "config.toml").write_text('[ext.blue]\nmode = "routed"\n')
-    netns.write_nic(mode="ext", link="blue")
+    manager.write_nic(mode="ext", link="blue")
     check(hook("kvm-ifup-pre", "tap0"), 65, "ip is missing")
     (CONFIGURATION / "config.toml").write_text('[ext.blue]\nmode = "bridged"\n')
     check(hook("kvm-ifup-pre", "tap0"), 78, "ext.blue.link must be a string")

@@ -6,8 +6,10 @@ import itertools
 
 import pytest
 
-from tests import netns
-from tests.netns import GUEST_IP4, GUEST_IP6, Node, call, check, hook
+from harness import disturb, hooks, manager, nodes, oracle, snapshots, tools
+from harness.addresses import GUEST_IP4, GUEST_IP6
+from harness.hooks import call, check, hook
+from harness.nodes import Node
 
 GUEST = "web1.example.com"
 
@@ -15,84 +17,86 @@ GUEST = "web1.example.com"
 @pytest.fixture
 def two(uplinked: Node) -> Node:
     """A guest with a bridged NIC on tap0 and a routed one on tap1."""
-    netns.add_bridge(mtu=9000)
-    netns.taps(["tap0", "tap1"])
-    netns.write_nic("tap0", GUEST, 0, mode="bridged", link="br0", incoming=True)
-    netns.write_nic("tap1", GUEST, 1, mode="routed", link="100", ip=[GUEST_IP4, GUEST_IP6], incoming=True)
+    nodes.add_bridge(mtu=9000)
+    nodes.taps(["tap0", "tap1"])
+    manager.write_nic("tap0", GUEST, 0, mode="bridged", link="br0", incoming=True)
+    manager.write_nic("tap1", GUEST, 1, mode="routed", link="100", ip=[GUEST_IP4, GUEST_IP6], incoming=True)
     return uplinked
 
 
 def test_all_nics_are_wired_in_one_run_and_taken_down_in_one(two: Node) -> None:
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     check(hook("kvm-ifup-pre", "--instance", GUEST), 0)
-    assert netns.link("tap0")["master"] == "br0"
-    assert netns.routes("tap1", "100") == set()
+    assert oracle.link("tap0")["master"] == "br0"
+    assert oracle.routes("tap1", "100") == set()
     check(hook("kvm-ifup-post", "--instance", GUEST), 0)
-    assert netns.routes("tap1", "100") == {GUEST_IP4, GUEST_IP6}
+    assert oracle.routes("tap1", "100") == {GUEST_IP4, GUEST_IP6}
     check(hook("kvm-ifdown", "--instance", GUEST), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_when_the_second_nic_is_refused_the_first_is_not_wired(two: Node) -> None:
-    netns.ip("link del tap1")
-    before = netns.snapshot()
+    tools.ip("link del tap1")
+    before = snapshots.snapshot()
     check(hook("kvm-ifup-post", "--instance", GUEST), 69, "web1.example.com/1 (tap1)")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_when_the_second_nic_fails_at_any_op_the_first_is_rolled_back_as_well(two: Node, when: str) -> None:
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     for number in itertools.count(1):
-        with netns.disturbed(**{when: netns.refuse(number)}) as written:
+        with disturb.disturbed(**{when: disturb.refuse(number)}) as written:
             result = call("kvm-ifup-post", "--instance", GUEST)
         if result:
             break
         check(result, 71, "injected")
-        assert netns.changes(before, netns.snapshot()) == [], f"{when} write {number}: {written[number - 1]}"
+        assert snapshots.changes(before, snapshots.snapshot()) == [], f"{when} write {number}: {written[number - 1]}"
     assert number > 20
 
 
+@pytest.mark.sweep
 def test_kill_9_at_any_op_then_gc_leaves_each_nic_as_before_or_as_after(two: Node) -> None:
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     for number in itertools.count(1):
-        with netns.disturbed(after=netns.kill(number)):
-            code = netns.call_in_child("kvm-ifup-post", "--instance", GUEST)
+        with disturb.disturbed(after=disturb.kill(number)):
+            code = hooks.call_in_child("kvm-ifup-post", "--instance", GUEST)
         if code == 0:
             break
         check(call("kvm-ifup", "gc"), 0)
-        assert netns.changes(before, netns.snapshot()) == [], f"after write {number}"
+        assert snapshots.changes(before, snapshots.snapshot()) == [], f"after write {number}"
     assert number > 20
 
 
 def test_two_nics_with_one_address_are_refused_before_anything_is_touched(uplinked: Node) -> None:
-    netns.taps(["tap0", "tap1"])
+    nodes.taps(["tap0", "tap1"])
     for index in (0, 1):
-        netns.write_nic(f"tap{index}", GUEST, index, mode="routed", ip=[GUEST_IP4], link=f"{100 + index}")
-    before = netns.snapshot()
+        manager.write_nic(f"tap{index}", GUEST, index, mode="routed", ip=[GUEST_IP4], link=f"{100 + index}")
+    before = snapshots.snapshot()
     check(call("kvm-ifup-post", "--instance", GUEST), 65, "192.0.2.8/32")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 @pytest.mark.parametrize(
     "name", ["nosuch", "../web1.example.com", ".", "", "a/b", "x\ny", pytest.param("é" * 200, id="too long")]
 )
 def test_an_instance_that_is_not_there_or_no_name_is_65(two: Node, name: str) -> None:
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     for program in ("kvm-ifup-pre", "kvm-ifup-post"):
         check(call(program, "--instance", name), 65)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_ifdown_of_an_instance_whose_files_are_gone_goes_by_the_journals(two: Node) -> None:
     check(call("kvm-ifup-post", "--instance", GUEST), 0)
     for index in (0, 1):
-        (netns.RUN_DIR / f"nic/{GUEST}/{index}.toml").unlink()
-        (netns.RUN_DIR / f"tap/tap{index}").unlink()
+        (manager.RUN_DIR / f"nic/{GUEST}/{index}.toml").unlink()
+        (manager.RUN_DIR / f"tap/tap{index}").unlink()
     check(call("kvm-ifdown", "--instance", GUEST), 0)
-    assert "master" not in netns.link("tap0")
-    assert netns.routes("tap1", "100") == set()
-    assert netns.proxies() == set()
+    assert "master" not in oracle.link("tap0")
+    assert oracle.routes("tap1", "100") == set()
+    assert oracle.proxies() == set()
 
 
 def test_ifdown_of_an_instance_nobody_knows_has_nothing_to_do(two: Node) -> None:
@@ -100,12 +104,14 @@ def test_ifdown_of_an_instance_nobody_knows_has_nothing_to_do(two: Node) -> None
 
 
 def test_the_shared_sysctls_of_two_nics_in_one_run_go_back_when_both_have_left(uplinked: Node) -> None:
-    netns.taps(["tap0", "tap1"])
+    nodes.taps(["tap0", "tap1"])
     for index in (0, 1):
-        netns.write_nic(f"tap{index}", GUEST, index, mode="routed", ip=[f"192.0.2.{70 + index}", f"2001:db8::7{index}"])
-    before = netns.snapshot()
+        manager.write_nic(
+            f"tap{index}", GUEST, index, mode="routed", ip=[f"192.0.2.{70 + index}", f"2001:db8::7{index}"]
+        )
+    before = snapshots.snapshot()
     check(call("kvm-ifup-post", "--instance", GUEST), 0)
     check(call("kvm-ifdown", "tap1"), 0)
-    assert netns.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
+    assert oracle.sysctl("ipv6/conf/eth0/proxy_ndp") == "1"
     check(call("kvm-ifdown", "tap0"), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []

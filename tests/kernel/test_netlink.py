@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from harness import nodes, oracle, tools
+from harness.addresses import NODE_IP4, NODE_IP6
+from harness.nodes import Node
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.ops import LinkUp, Rule
 from kvmifup.node import messages, netlink
 from kvmifup.node.kernel import Kernel
-from tests import netns
-from tests.netns import Node
 
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 MAIN = 254
@@ -35,16 +36,16 @@ def rt(uplinked: Node) -> Iterator[netlink.Netlink]:
 
 def batch(lines: str, family: int = 4) -> None:
     """Many changes at once."""
-    subprocess.run(["ip", f"-{family}", "-batch", "-"], input=lines, env=netns.CLEAN, text=True, check=True)
+    subprocess.run(["ip", f"-{family}", "-batch", "-"], input=lines, env=tools.CLEAN, text=True, check=True)
 
 
 def test_links_are_as_ip_shows_them(rt: netlink.Netlink) -> None:
-    netns.add_bridge("br0", mtu=9000, options="stp_state 1 forward_delay 400")
-    netns.add_bridge("br1")
-    netns.taps(["tap0", "tap1"])
-    netns.ip("link set tap0 master br1 addrgenmode none up")
+    nodes.add_bridge("br0", mtu=9000, options="stp_state 1 forward_delay 400")
+    nodes.add_bridge("br1")
+    nodes.taps(["tap0", "tap1"])
+    tools.ip("link set tap0 master br1 addrgenmode none up")
     for name in ("lo", "eth0", "br0", "br1", "tap0", "tap1"):
-        shown, link = netns.link(name), rt.link(name)
+        shown, link = oracle.link(name), rt.link(name)
         info = shown.get("linkinfo", {})
         assert (link.index, link.mtu) == (shown["ifindex"], shown["mtu"])
         assert link.address == shown["address"]
@@ -69,8 +70,8 @@ def test_a_link_that_is_not_there(name: str, rt: netlink.Netlink) -> None:
 
 def test_a_large_table_is_read_whole(rt: netlink.Netlink) -> None:
     """It takes several datagrams."""
-    netns.add_tap()
-    netns.ip("link set tap0 up")
+    nodes.add_tap()
+    tools.ip("link set tap0 up")
     batch("".join(f"route add 198.18.{n >> 8}.{n & 255}/32 dev tap0\n" for n in range(1500)))
     batch("".join(f"route add 2001:db8:1::{n:x}/128 dev tap0\n" for n in range(1500)), 6)
     index = rt.link("tap0").index
@@ -87,9 +88,9 @@ def test_a_large_table_is_read_whole(rt: netlink.Netlink) -> None:
 
 
 def test_a_prefix_of_another_length_is_another_route(rt: netlink.Netlink) -> None:
-    netns.add_tap()
-    netns.ip("link set tap0 up")
-    netns.ip("route add 198.51.100.0/24 dev tap0")
+    nodes.add_tap()
+    tools.ip("link set tap0 up")
+    tools.ip("route add 198.51.100.0/24 dev tap0")
     routes = rt.routes(socket.AF_INET, MAIN)
     assert messages.routes_to(ipaddress.ip_network("198.51.100.0/24"), routes)
     assert not messages.routes_to(ipaddress.ip_network("198.51.100.0/25"), routes)
@@ -97,8 +98,8 @@ def test_a_prefix_of_another_length_is_another_route(rt: netlink.Netlink) -> Non
 
 
 def test_default_devices_with_several_next_hops(rt: netlink.Netlink) -> None:
-    netns.add_bridge("br0")
-    netns.ip("addr add 203.0.113.1/24 dev br0")
+    nodes.add_bridge("br0")
+    tools.ip("addr add 203.0.113.1/24 dev br0")
     batch("route replace default nexthop via 192.0.2.1 nexthop via 203.0.113.2\nroute add blackhole default table 77\n")
     devices = messages.default_devices(rt.routes(socket.AF_INET, MAIN))
     assert devices == [rt.index("eth0"), rt.index("br0")]
@@ -108,7 +109,7 @@ def test_default_devices_with_several_next_hops(rt: netlink.Netlink) -> None:
 
 
 def test_what_an_address_is_here(rt: netlink.Netlink) -> None:
-    assert rt.route_type(socket.AF_INET, netns.NODE_IP4) == rt.route_type(socket.AF_INET6, netns.NODE_IP6) == 2
+    assert rt.route_type(socket.AF_INET, NODE_IP4) == rt.route_type(socket.AF_INET6, NODE_IP6) == 2
     assert rt.route_type(socket.AF_INET, "192.0.2.255") == 3
     assert rt.route_type(socket.AF_INET, "198.18.0.1") == rt.route_type(socket.AF_INET6, "2001:db8:9::1") == 1
 
@@ -128,11 +129,11 @@ def test_rules_that_name_just_that_device(rt: netlink.Netlink) -> None:
     assert messages.plain_rule(found, 0) == (100, 500)
     assert rt.rules(socket.AF_INET6, "tap1") == []
     rt.put_rule(socket.AF_INET6, "tap1", 4242, 77, 4)
-    assert netns.rules("tap1") == [(4, 500, "100"), (6, 77, "4242")]
+    assert oracle.rules("tap1") == [(4, 500, "100"), (6, 77, "4242")]
     (found,) = rt.rules(socket.AF_INET6, "tap1")
     assert messages.plain_rule(found, 4) == (4242, 77)
     rt.delete_rule(socket.AF_INET6, "tap1", 4242, 77)
-    assert netns.rules("tap1") == [(4, 500, "100")]
+    assert oracle.rules("tap1") == [(4, 500, "100")]
 
 
 FOREIGN = (
@@ -140,12 +141,13 @@ FOREIGN = (
 )  # fmt: skip
 
 
+@pytest.mark.pyroute2
 @pytest.mark.parametrize("selector", FOREIGN)
 def test_a_foreign_rule_is_put_back_as_it_was(selector: str, uplinked: Node) -> None:
     assert uplinked
     words = "rule add iif tap1 pref 500 lookup 100 protocol 99"
-    netns.ip(words.replace("add", "add not") if selector == "not" else f"{words} {selector}")
-    before = netns.ask("-4 rule")
+    tools.ip(words.replace("add", "add not") if selector == "not" else f"{words} {selector}")
+    before = tools.ask("-4 rule")
     kernel = Kernel()
     try:
         (rule,) = kernel._view.rules(4, "tap1")
@@ -153,11 +155,11 @@ def test_a_foreign_rule_is_put_back_as_it_was(selector: str, uplinked: Node) -> 
         if "dport" in selector:
             return  # a range of ports is beyond a journal; as before, it is left to others
         kernel.write(rule.turned(False))
-        assert netns.rules("tap1") == []
+        assert oracle.rules("tap1") == []
         kernel.write(rule.turned(True))
     finally:
         kernel.close()
-    assert netns.ask("-4 rule") == before
+    assert tools.ask("-4 rule") == before
 
 
 def test_an_answer_that_nobody_fetched_is_not_taken_for_the_next_one(rt: netlink.Netlink) -> None:
@@ -176,7 +178,7 @@ def test_every_thread_has_its_own(uplinked: Node) -> None:
     """As the agent's threads do."""
     assert uplinked
     names = [f"tap{n}" for n in range(16)]
-    netns.taps(names)
+    nodes.taps(names)
     wrong: list[Any] = []
 
     def work(name: str) -> None:
@@ -204,11 +206,11 @@ def test_every_thread_has_its_own(uplinked: Node) -> None:
 
 def test_what_others_change_is_seen_after_refresh_and_after_any_write_to_a_link(uplinked: Node) -> None:
     assert uplinked
-    netns.add_tap()
+    nodes.add_tap()
     kernel = Kernel()
     try:
         assert kernel.read(LinkUp("tap0", True)) is False
-        netns.ip("link set tap0 up")
+        tools.ip("link set tap0 up")
         kernel.refresh()
         assert kernel.read(LinkUp("tap0", True)) is True
         rule = Rule(4, "tap0", 100, 10000, (), True)
@@ -223,20 +225,20 @@ def test_what_others_change_is_seen_after_refresh_and_after_any_write_to_a_link(
 
 def test_a_name_that_became_another_device_is_noticed_whatever_is_remembered(uplinked: Node) -> None:
     assert uplinked
-    netns.add_tap()
+    nodes.add_tap()
     kernel = Kernel()
     try:
         kernel.read(LinkUp("tap0", True))
-        netns.ip("link del tap0")
+        tools.ip("link del tap0")
         with pytest.raises(VanishedError):
             kernel.write(LinkUp("tap0", True))
-        netns.ip("link add name pad type bridge")
-        netns.add_tap()
+        tools.ip("link add name pad type bridge")
+        nodes.add_tap()
         with pytest.raises(VanishedError, match="another device"):
             kernel.write(LinkUp("tap0", True))
     finally:
         kernel.close()
-    assert "UP" not in netns.link("tap0")["flags"]
+    assert "UP" not in oracle.link("tap0")["flags"]
 
 
 def test_garbage_is_nothing(rt: netlink.Netlink) -> None:

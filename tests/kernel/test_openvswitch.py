@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from harness import disturb, hooks, manager, nodes, tools
+from harness.addresses import TAP_MAC
+from harness.hooks import check, hook
+from harness.nodes import Node
+from harness.oracle import link
+from harness.snapshots import changes, snapshot
+from harness.tools import CLEAN
 from kvmifup.node import ovs, programs
-from tests import netns
-from tests.netns import CLEAN, TAP_MAC, Node, changes, check, hook, link, snapshot
+
+pytestmark = pytest.mark.userns  # the switch's database runs as another root
 
 SWITCH = Path("/run/openvswitch")
 SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
@@ -20,12 +27,12 @@ SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
 
 def vsctl(*arguments: str) -> str:
     """The answer of ovs-vsctl."""
-    return netns.run("ovs-vsctl", "--timeout=20", *arguments).strip()
+    return tools.run("ovs-vsctl", "--timeout=20", *arguments).strip()
 
 
 def database(*arguments: str) -> None:
     """Start a daemon of the switch in the foreground of nobody; it ends with the test, by its pid file."""
-    # Not `netns.run`: the daemons keep what they were given open.
+    # Not `tools.run`: the daemons keep what they were given open.
     subprocess.run(
         arguments,
         env={**CLEAN, "OVS_LOGDIR": str(SWITCH), "OVS_DBDIR": str(SWITCH)},
@@ -33,7 +40,7 @@ def database(*arguments: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         check=True,
-        timeout=netns.PATIENCE,
+        timeout=tools.PATIENCE,
     )
 
 
@@ -48,8 +55,8 @@ def switch(node: Node) -> Iterator[Node]:
     vsctl("add-br", "ovs0", "--", "set", "bridge", "ovs0", "datapath_type=netdev")
     # Requested, because a switch that was asked for no MTU changes it with its ports.
     vsctl("set", "Interface", "ovs0", "mtu_request=1400")
-    netns.ip("link set ovs0 up")
-    netns.add_tap()
+    tools.ip("link set ovs0 up")
+    nodes.add_tap()
     yield node
     for file in SWITCH.glob("*.pid"):
         os.kill(int(file.read_text()), 15)
@@ -76,7 +83,7 @@ def port(name: str = "tap0") -> tuple[str, str, str, str]:
 def test_pre_makes_the_tap_a_port_with_its_vlans(
     switch: Node, vlan: str | None, expected: tuple[str, ...], incoming: bool
 ) -> None:
-    netns.write_nic(mode="openvswitch", link="ovs0", vlan=vlan, incoming=incoming)
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=vlan, incoming=incoming)
     check(hook("kvm-ifup-pre", "tap0"), 0)
     assert port() == expected
     tap = link("tap0")
@@ -86,7 +93,7 @@ def test_pre_makes_the_tap_a_port_with_its_vlans(
 
 
 def test_the_second_run_writes_nothing(switch: Node) -> None:
-    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".100:300:200")
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100:300:200")
     check(hook("kvm-ifup-post", "tap0"), 0)
     uuid = vsctl("get", "Port", "tap0", "_uuid")
     again = hook("kvm-ifup-post", "tap0", "--json")
@@ -97,7 +104,7 @@ def test_the_second_run_writes_nothing(switch: Node) -> None:
 def test_a_port_that_a_dead_guest_left_is_replaced_and_not_put_back(switch: Node) -> None:
     vsctl("add-br", "ovs1", "--", "set", "bridge", "ovs1", "datapath_type=netdev")
     vsctl("add-port", "ovs1", "tap0", "tag=7")
-    netns.write_nic(mode="openvswitch", link="ovs0")
+    manager.write_nic(mode="openvswitch", link="ovs0")
     check(hook("kvm-ifup-post", "tap0"), 0)
     assert port() == ("ovs0", "[]", "[]", "[]")
     check(hook("kvm-ifdown", "tap0"), 0)
@@ -105,48 +112,49 @@ def test_a_port_that_a_dead_guest_left_is_replaced_and_not_put_back(switch: Node
 
 
 def test_a_changed_vlan_is_set_by_the_next_run(switch: Node) -> None:
-    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
     check(hook("kvm-ifup-post", "tap0"), 0)
-    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".200")
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".200")
     check(hook("kvm-ifup-post", "tap0"), 0)
     assert port() == ("ovs0", "200", "[]", "access")
 
 
 def test_the_port_of_a_vanished_tap_is_removed_by_gc(switch: Node) -> None:
-    netns.write_nic(mode="openvswitch", link="ovs0")
+    manager.write_nic(mode="openvswitch", link="ovs0")
     check(hook("kvm-ifup-post", "tap0"), 0)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     assert vsctl("list-ports", "ovs0") == "tap0"
     check(hook("kvm-ifup", "gc"), 0)
     assert vsctl("list-ports", "ovs0") == ""
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("number", range(1, 6))
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_failing_at_any_op_leaves_node_and_switch_unchanged(switch: Node, number: int, when: str) -> None:
-    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
     before = snapshot()
-    disturbance = netns.refuse(number)
-    with netns.disturbed(**{when: disturbance}) as written:
-        check(netns.call("kvm-ifup-post", "tap0"), 71, f"injected at write {number}")
+    disturbance = disturb.refuse(number)
+    with disturb.disturbed(**{when: disturbance}) as written:
+        check(hooks.call("kvm-ifup-post", "tap0"), 71, f"injected at write {number}")
     assert len(written) >= number
     assert changes(before, snapshot()) == []
     assert vsctl("list-ports", "ovs0") == ""
 
 
 def test_a_bridge_that_the_switch_does_not_have_is_refused(switch: Node) -> None:
-    netns.add_bridge("br0")
+    nodes.add_bridge("br0")
     for name in ("br0", "ovs9"):
-        netns.write_nic(mode="openvswitch", link=name)
+        manager.write_nic(mode="openvswitch", link=name)
         before = snapshot()
         check(hook("kvm-ifup-pre", "tap0"), 69, f"no such Open vSwitch bridge: {name}")
         assert changes(before, snapshot()) == []
 
 
 def test_a_switch_that_does_not_run_is_refused(node: Node) -> None:
-    netns.add_tap()
-    netns.add_bridge("br0")
-    netns.write_nic(mode="openvswitch", link="br0")
+    nodes.add_tap()
+    nodes.add_bridge("br0")
+    manager.write_nic(mode="openvswitch", link="br0")
     check(hook("kvm-ifup-pre", "tap0"), 69, "Open vSwitch", "db.sock")
 
 
@@ -173,16 +181,16 @@ VLANS = {"tap0": None, "tap1": ".100", "tap2": ":300:200", "tap3": ".100:200:300
 @pytest.fixture
 def four(switch: Node) -> Node:
     """A guest with four NICs on the switch."""
-    netns.taps([tap for tap in VLANS if tap != "tap0"])
+    nodes.taps([tap for tap in VLANS if tap != "tap0"])
     for index, (tap, vlan) in enumerate(VLANS.items()):
-        netns.write_nic(tap, "web1", index, mode="openvswitch", link="ovs0", vlan=vlan)
+        manager.write_nic(tap, "web1", index, mode="openvswitch", link="ovs0", vlan=vlan)
     check(hook("kvm-ifup-post", "--instance", "web1"), 0)
     return switch
 
 
 def seen() -> dict[str, tuple[bool, list[str | None]]]:
     """By tap: whether `kvm-ifup show` finds it wired, and the ports that it finds instead."""
-    result = netns.call("kvm-ifup", "show", "--json")
+    result = hooks.call("kvm-ifup", "show", "--json")
     check(result, 0)
     return {
         one["tap"]: (one["wired"], [op["now"] for op in one["missing"] if op["op"] == "ovs-port"])
@@ -193,7 +201,7 @@ def seen() -> dict[str, tuple[bool, list[str | None]]]:
 def test_the_switch_is_asked_once_however_many_nics_there_are(four: Node, questions: list[tuple[str, ...]]) -> None:
     assert seen() == {tap: (True, []) for tap in VLANS}
     assert len(questions) == 1
-    check(netns.call("kvm-ifup", "check"), 0)
+    check(hooks.call("kvm-ifup", "check"), 0)
     assert len(questions) == 2
 
 
@@ -209,14 +217,14 @@ def test_whatever_differs_on_the_switch_is_found(four: Node) -> None:
         "tap2": (False, ["ovs0 :200:300 native-tagged"]),
         "tap3": (False, [None]),
     }
-    assert netns.call("kvm-ifup", "check").code == 1
+    assert hooks.call("kvm-ifup", "check").code == 1
     vsctl("add-br", "ovs0.20", "ovs0", "20")
     vsctl("add-port", "ovs0.20", "tap3")
     assert seen()["tap3"] == (False, ["ovs0 .20"]), "a bridge within another"
     vsctl("del-br", "ovs1", "--", "del-br", "ovs0")
     for _, ports in seen().values():
         assert ports == []
-    assert "no such Open vSwitch bridge: ovs0" in netns.call("kvm-ifup", "check").out
+    assert "no such Open vSwitch bridge: ovs0" in hooks.call("kvm-ifup", "check").out
 
 
 def test_a_switch_that_has_ended_is_what_check_says(four: Node) -> None:
@@ -225,6 +233,6 @@ def test_a_switch_that_has_ended_is_what_check_says(four: Node) -> None:
         os.kill(pid, 15)
         while (SWITCH / f"{name}.pid").exists():
             pass
-    result = netns.call("kvm-ifup", "check")
+    result = hooks.call("kvm-ifup", "check")
     assert result.code == 1
     assert result.out.count("systemctl start openvswitch-switch") == len(VLANS)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests import netns
+from harness import disturb, hooks, manager, nodes, snapshots, tools
+from harness.addresses import GUEST_IP4
+from harness.hooks import call, check, hook
+from harness.monitors import monitored
+from harness.nodes import Node
 from tests.kernel.staging import NICS, Scene, scenes
-from tests.netns import GUEST_IP4, Node, call, check, hook, monitored
 
 
 @pytest.mark.parametrize("scene", scenes(), ids=str)
@@ -15,10 +18,10 @@ def test_the_plans_needed_ops_are_those_that_the_real_run_does(uplinked: Node, s
     scene.set_up()
     if program == "kvm-ifdown":
         check(call(scene.program, "tap0"), 0)
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     planned = call(program, "--plan", "--json", "tap0")
-    assert netns.changes(before, netns.snapshot()) == []
-    with netns.disturbed() as written:
+    assert snapshots.changes(before, snapshots.snapshot()) == []
+    with disturb.disturbed() as written:
         done = call(program, "--json", "tap0")
     assert planned.needed == done.needed
     # And the report is not a story: these are the writes.
@@ -32,8 +35,8 @@ def test_plan_prints_lines_and_changes_nothing(uplinked: Node, nic: str, program
     Scene(nic).set_up()
     if program == "kvm-ifdown":
         check(call("kvm-ifup-post", "tap0"), 0)
-    before = netns.snapshot()
-    files = sorted(netns.RUN_DIR.rglob("*"))
+    before = snapshots.snapshot()
+    files = sorted(manager.RUN_DIR.rglob("*"))
     with monitored() as monitor:
         result = hook(program, "--plan", "tap0")
         assert monitor.events() == []
@@ -42,8 +45,8 @@ def test_plan_prints_lines_and_changes_nothing(uplinked: Node, nic: str, program
     assert heading.startswith(f"web1.example.com/0 (tap0): {NICS[nic]['mode']}, ")
     assert len(lines) >= 4
     assert all(line.startswith("  ") for line in lines)
-    assert netns.changes(before, netns.snapshot()) == []
-    assert sorted(netns.RUN_DIR.rglob("*")) == files
+    assert snapshots.changes(before, snapshots.snapshot()) == []
+    assert sorted(manager.RUN_DIR.rglob("*")) == files
 
 
 @pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post"])
@@ -53,11 +56,11 @@ def test_the_plan_after_a_nics_death_is_what_the_real_run_does(uplinked: Node, n
     scene = Scene(nic)
     scene.set_up()
     check(call("kvm-ifup-post", "tap0"), 0)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     scene.make_tap()
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     planned = call(program, "--plan", "--json", "tap0")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
     done = call(program, "--json", "tap0")
     assert planned.needed == done.needed
 
@@ -66,11 +69,11 @@ def test_the_plan_after_a_nics_death_is_what_the_real_run_does(uplinked: Node, n
 def test_the_plan_after_a_killed_run_is_what_the_real_run_does(uplinked: Node, number: int) -> None:
     scene = Scene("routed, table")
     scene.set_up()
-    with netns.disturbed(after=netns.kill(number)):
-        assert netns.call_in_child("kvm-ifup-post", "tap0") < 0
-    before = netns.snapshot()
+    with disturb.disturbed(after=disturb.kill(number)):
+        assert hooks.call_in_child("kvm-ifup-post", "tap0") < 0
+    before = snapshots.snapshot()
     planned = call("kvm-ifup-post", "--plan", "--json", "tap0")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
     done = call("kvm-ifup-post", "--json", "tap0")
     assert planned.needed == done.needed
 
@@ -79,23 +82,23 @@ def test_the_plan_of_gc_is_what_gc_does(uplinked: Node) -> None:
     scene = Scene("routed, table")
     scene.set_up()
     check(call("kvm-ifup-post", "tap0"), 0)
-    netns.ip("link del tap0")
-    before = netns.snapshot()
+    tools.ip("link del tap0")
+    before = snapshots.snapshot()
     planned = call("kvm-ifup", "gc", "--plan", "--json")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
     assert planned.needed == call("kvm-ifup", "gc", "--json").needed != []
 
 
 def test_a_plan_that_cannot_be_carried_out_fails_as_the_run_would(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4], link="nosuch")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4], link="nosuch")
     assert call("kvm-ifup-pre", "--plan", "tap0") == call("kvm-ifup-pre", "tap0")
 
 
 def test_a_plan_does_not_wait_for_locks(uplinked: Node) -> None:
     from tests.kernel.test_locks import held
 
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     with held("tap.tap0"), held("uplink"):
-        check(call("kvm-ifup-post", "--plan", "tap0", netns.configuration(lock_timeout=0)), 0)
+        check(call("kvm-ifup-post", "--plan", "tap0", manager.configuration(lock_timeout=0)), 0)

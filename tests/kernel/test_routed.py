@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 
-from tests import netns, wire
-from tests.netns import (
+from harness import hooks, manager, namespaces, nodes, oracle, snapshots, tools, wire
+from harness.addresses import (
     CLIENT_IP4,
+    CLIENT_IP6,
     CLIENT_MAC,
     GUEST_IP4,
     GUEST_IP6,
     GUEST_MAC,
+    NODE_IP4,
+    NODE_IP6,
     NODE_MAC,
     TAP_MAC,
-    Node,
-    call,
-    check,
-    hook,
 )
+from harness.hooks import call, check, hook
+from harness.nodes import Node
+
+pytestmark = pytest.mark.userns  # writes sysctls, of which a user namespace does not own all
 
 HOSTS = [GUEST_IP4, "192.0.2.9", GUEST_IP6, "2001:db8::9"]
 PREFIXES = ["198.51.100.0/29", "2001:db8:1::/64"]
@@ -49,19 +52,19 @@ def table_name(node: Node) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         target = Path("/etc/iproute2/rt_tables")
         if not target.exists():
-            stack.enter_context(netns.private_etc())
+            stack.enter_context(namespaces.private_etc())
             target.parent.mkdir(exist_ok=True)
             target.touch()
-        file = netns.scratch() / "rt_tables"
+        file = nodes.scratch() / "rt_tables"
         file.write_text("254 main\n# a comment\n0x64\tguests # another\n")
-        netns.bind_mount(file, target)
-        stack.callback(netns.unmount, target)
+        namespaces.bind_mount(file, target)
+        stack.callback(namespaces.unmount, target)
         yield "guests"
 
 
 def current(wanted: dict[str, str]) -> dict[str, str]:
     """The present values of the sysctls in *wanted*."""
-    return {path: netns.sysctl(path) for path in wanted}
+    return {path: oracle.sysctl(path) for path in wanted}
 
 
 def announced(frames: list[bytes]) -> list[str]:
@@ -73,177 +76,173 @@ def announced(frames: list[bytes]) -> list[str]:
 
 
 @pytest.mark.parametrize("link", [None, "100", "254", "4294967295"])
-def test_pre_on_an_incoming_nic_never_installs_a_host_route_a_proxy_entry_or_an_announcement_and_post_does(
-    uplinked: Node, link: str | None
-) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", link=link, ip=HOSTS + PREFIXES, incoming=True)
+def test_route_proxy_entry_and_announcement_come_with_post_never_with_pre(uplinked: Node, link: str | None) -> None:
+    nodes.add_tap()
+    manager.write_nic(mode="routed", link=link, ip=HOSTS + PREFIXES, incoming=True)
     client = uplinked.listen()
 
     check(hook("kvm-ifup-pre", "tap0"), 0)
-    assert netns.routes("tap0") == set()
-    assert netns.proxies() == set()
+    assert oracle.routes("tap0") == set()
+    assert oracle.proxies() == set()
     assert announced(uplinked.fence(client)) == []
     assert current(TAP_SYSCTLS) == TAP_SYSCTLS
     assert {**current(UPLINK_SYSCTLS), **UPLINK_SYSCTLS} != current(UPLINK_SYSCTLS)
-    tap = netns.link("tap0")
+    tap = oracle.link("tap0")
     assert tap["address"] == TAP_MAC
     assert "UP" in tap["flags"]
-    assert netns.neighbours() == dict.fromkeys(HOSTS, GUEST_MAC)
+    assert oracle.neighbours() == dict.fromkeys(HOSTS, GUEST_MAC)
     table = {None: None, "254": "main"}.get(link, link)
-    assert netns.rules() == ([(4, 10000, table), (6, 10000, table)] if table else [])
+    assert oracle.rules() == ([(4, 10000, table), (6, 10000, table)] if table else [])
 
     check(hook("kvm-ifup-post", "tap0"), 0)
-    assert netns.routes("tap0", link or "main") == {*HOSTS, *PREFIXES}
-    assert netns.proxies("eth0") == set(HOSTS)
+    assert oracle.routes("tap0", link or "main") == {*HOSTS, *PREFIXES}
+    assert oracle.proxies("eth0") == set(HOSTS)
     assert current(TAP_SYSCTLS | UPLINK_SYSCTLS) == TAP_SYSCTLS | UPLINK_SYSCTLS
     assert set(announced(uplinked.fence(client))) == set(HOSTS)
 
 
 def test_a_table_can_be_named(uplinked: Node, table_name: str) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", link=table_name, ip=HOSTS)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", link=table_name, ip=HOSTS)
     check(hook("kvm-ifup-post", "tap0"), 0)
-    assert netns.routes("tap0", table_name) == set(HOSTS)
-    assert [(family, priority) for family, priority, _ in netns.rules()] == [(4, 10000), (6, 10000)]
+    assert oracle.routes("tap0", table_name) == set(HOSTS)
+    assert [(family, priority) for family, priority, _ in oracle.rules()] == [(4, 10000), (6, 10000)]
 
 
 @pytest.mark.parametrize("incoming", [False, True])
 def test_post_alone_is_a_full_start(uplinked: Node, incoming: bool) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=HOSTS, incoming=incoming)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=HOSTS, incoming=incoming)
     check(hook("kvm-ifup-post", "tap0"), 0)
-    assert netns.routes("tap0") == set(HOSTS)
-    assert netns.proxies("eth0") == set(HOSTS)
+    assert oracle.routes("tap0") == set(HOSTS)
+    assert oracle.proxies("eth0") == set(HOSTS)
     assert current(TAP_SYSCTLS) == TAP_SYSCTLS
 
 
 def test_pre_on_a_nic_that_is_not_incoming_goes_on_to_post(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=HOSTS)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=HOSTS)
     client = uplinked.listen()
     check(hook("kvm-ifup-pre", "tap0"), 0)
-    assert netns.routes("tap0") == set(HOSTS)
-    assert netns.proxies("eth0") == set(HOSTS)
+    assert oracle.routes("tap0") == set(HOSTS)
+    assert oracle.proxies("eth0") == set(HOSTS)
     assert set(announced(uplinked.fence(client))) == set(HOSTS)
 
 
 def test_post_finds_the_nic_in_the_journal_of_pre(uplinked: Node) -> None:
     """Ganeti's environment is there at pre; a person who calls post by hand has only the tap."""
-    netns.add_tap()
-    environ = netns.ganeti(MODE="routed", IP=GUEST_IP4, MIGRATION_PHASE="pre")
+    nodes.add_tap()
+    environ = manager.ganeti(MODE="routed", IP=GUEST_IP4, MIGRATION_PHASE="pre")
     check(hook("kvm-ifup-pre", "tap0", environ=environ), 0)
     check(hook("kvm-ifup-post", "tap0"), 0)
-    assert netns.routes("tap0") == {GUEST_IP4}
+    assert oracle.routes("tap0") == {GUEST_IP4}
 
 
 @pytest.mark.parametrize(("rp_filter", "value"), [("strict", "1"), ("loose", "2"), ("off", "0"), ("keep", "7")])
 def test_rp_filter_is_the_administrators(uplinked: Node, rp_filter: str, value: str) -> None:
-    netns.add_tap()
-    netns.sysctl("ipv4/conf/tap0/rp_filter", 7)
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
-    check(call("kvm-ifup-post", "tap0", netns.configuration(routed={"rp_filter": rp_filter})), 0)
-    assert netns.sysctl("ipv4/conf/tap0/rp_filter") == value
+    nodes.add_tap()
+    oracle.sysctl("ipv4/conf/tap0/rp_filter", 7)
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(call("kvm-ifup-post", "tap0", manager.configuration(routed={"rp_filter": rp_filter})), 0)
+    assert oracle.sysctl("ipv4/conf/tap0/rp_filter") == value
 
 
 def test_without_an_uplink_there_is_the_host_route_alone_and_a_remark(node: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     result = call("kvm-ifup-post", "-v", "tap0")
     assert result
     assert "no IPv4 uplink found" in result.err
-    assert netns.routes("tap0") == {GUEST_IP4}
-    assert netns.proxies() == set()
+    assert oracle.routes("tap0") == {GUEST_IP4}
+    assert oracle.proxies() == set()
 
 
 def test_several_uplinks_and_one_with_a_dot_in_its_name(uplinked: Node) -> None:
-    netns.ip("link add eth1.100 type veth peer name far")
-    netns.ip("link set eth1.100 up")
-    netns.sysctl("ipv4/conf/eth1.100/forwarding", 1)
-    netns.sysctl("ipv6/conf/eth1.100/forwarding", 1)
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
-    config = netns.configuration(routed={"uplinks": ["eth0", "eth1.100"]})
-    before = netns.snapshot()
+    tools.ip("link add eth1.100 type veth peer name far")
+    tools.ip("link set eth1.100 up")
+    oracle.sysctl("ipv4/conf/eth1.100/forwarding", 1)
+    oracle.sysctl("ipv6/conf/eth1.100/forwarding", 1)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    config = manager.configuration(routed={"uplinks": ["eth0", "eth1.100"]})
+    before = snapshots.snapshot()
     check(call("kvm-ifup-post", "tap0", config), 0)
-    assert netns.proxies("eth0") == netns.proxies("eth1.100") == {GUEST_IP4, GUEST_IP6}
+    assert oracle.proxies("eth0") == oracle.proxies("eth1.100") == {GUEST_IP4, GUEST_IP6}
     check(call("kvm-ifdown", "tap0", config), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_uplinks_are_the_default_routes_of_the_nics_table(uplinked: Node) -> None:
-    netns.ip("link add eth1 type veth peer name far")
-    netns.ip("link set eth1 up")
-    netns.sysctl("ipv4/conf/eth1/forwarding", 1)
-    netns.ip("route add default dev eth1 table 100")
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4], link="100")
+    tools.ip("link add eth1 type veth peer name far")
+    tools.ip("link set eth1 up")
+    oracle.sysctl("ipv4/conf/eth1/forwarding", 1)
+    tools.ip("route add default dev eth1 table 100")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4], link="100")
     check(call("kvm-ifup-post", "tap0"), 0)
-    assert netns.proxies("eth1") == {GUEST_IP4}
-    assert netns.proxies("eth0") == set()
+    assert oracle.proxies("eth1") == {GUEST_IP4}
+    assert oracle.proxies("eth0") == set()
 
 
 def test_both_devices_of_a_multipath_default_route_are_uplinks(uplinked: Node) -> None:
-    netns.ip("link add eth1 type veth peer name far")
-    netns.ip("link set eth1 up")
-    netns.ip("addr add 203.0.113.2/24 dev eth1")
-    netns.sysctl("ipv4/conf/eth1/forwarding", 1)
-    netns.ip("link set far up")
-    netns.ip("route del default")
-    netns.ip(f"route add default nexthop via {CLIENT_IP4} dev eth0 nexthop via 203.0.113.1 dev eth1")
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    tools.ip("link add eth1 type veth peer name far")
+    tools.ip("link set eth1 up")
+    tools.ip("addr add 203.0.113.2/24 dev eth1")
+    oracle.sysctl("ipv4/conf/eth1/forwarding", 1)
+    tools.ip("link set far up")
+    tools.ip("route del default")
+    tools.ip(f"route add default nexthop via {CLIENT_IP4} dev eth0 nexthop via 203.0.113.1 dev eth1")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     check(call("kvm-ifup-post", "tap0"), 0)
-    assert netns.proxies("eth0") == netns.proxies("eth1") == {GUEST_IP4}
+    assert oracle.proxies("eth0") == oracle.proxies("eth1") == {GUEST_IP4}
 
 
 def test_an_uplink_without_carrier_is_no_obstacle(uplinked: Node) -> None:
     """A pulled cable must not keep a guest from starting."""
     with uplinked.client:
-        netns.ip("link set eth0 down")
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
-    check(call("kvm-ifup-post", "tap0", netns.configuration(routed={"uplinks": ["eth0"]})), 0)
-    assert netns.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
+        tools.ip("link set eth0 down")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    check(call("kvm-ifup-post", "tap0", manager.configuration(routed={"uplinks": ["eth0"]})), 0)
+    assert oracle.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
 
 
 def test_the_first_packet_reaches_the_guest_without_a_question(uplinked: Node) -> None:
     """The permanent neighbour entry saves the first ARP round; the node answers for the guest on the uplink."""
     guest = uplinked.guest()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     check(call("kvm-ifup-post", "tap0"), 0)
     with uplinked.client:
-        netns.run("sh", "-c", f"ping -c 1 -W 1 {GUEST_IP4} >/dev/null 2>&1 || true")
+        tools.run("sh", "-c", f"ping -c 1 -W 1 {GUEST_IP4} >/dev/null 2>&1 || true")
     (*earlier, _) = guest.until(lambda frame: frame[12:14] == b"\x08\x00" and frame[30:34] == bytes([192, 0, 2, 8]))
     assert [one for one in map(wire.arp, earlier) if one and one.target == GUEST_IP4] == []
 
 
 @pytest.mark.parametrize("link", [None, "100"])
-def test_the_node_answers_arp_and_ndp_for_the_guest_on_the_uplink_only_after_post(
-    uplinked: Node, link: str | None
-) -> None:
+def test_the_node_answers_arp_and_ndp_for_the_guest_only_after_post(uplinked: Node, link: str | None) -> None:
     """In table 100 the administrator's own rule brings the uplink's traffic in."""
     if link:
         for family in (4, 6):
-            netns.ip(f"-{family} rule add iif eth0 lookup {link} priority 9999")
-    netns.add_tap()
-    netns.write_nic(mode="routed", link=link, ip=[GUEST_IP4, GUEST_IP6], incoming=True)
+            tools.ip(f"-{family} rule add iif eth0 lookup {link} priority 9999")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", link=link, ip=[GUEST_IP4, GUEST_IP6], incoming=True)
     # If the node were to answer, it would do so at once and not after the fence.
-    netns.sysctl("ipv4/neigh/eth0/proxy_delay", 0)
-    netns.sysctl("ipv6/neigh/eth0/proxy_delay", 0)
+    oracle.sysctl("ipv4/neigh/eth0/proxy_delay", 0)
+    oracle.sysctl("ipv6/neigh/eth0/proxy_delay", 0)
     client = uplinked.listen()
     with uplinked.client:
         (local,) = [
             info["local"]
-            for one in netns.ask("addr show dev eth0")
+            for one in tools.ask("addr show dev eth0")
             for info in one["addr_info"]
             if info["scope"] == "link"
         ]
     asking = (wire.arp_request(CLIENT_MAC, CLIENT_IP4, GUEST_IP4), wire.solicitation(CLIENT_MAC, local, GUEST_IP6))
     # The node's own address, as proof that it has seen the question before.
     control = (
-        wire.arp_request(CLIENT_MAC, CLIENT_IP4, netns.NODE_IP4),
-        wire.solicitation(CLIENT_MAC, local, netns.NODE_IP6),
+        wire.arp_request(CLIENT_MAC, CLIENT_IP4, NODE_IP4),
+        wire.solicitation(CLIENT_MAC, local, NODE_IP6),
     )
 
     def arp_of(address: str, frame: bytes) -> bool:
@@ -257,8 +256,8 @@ def test_the_node_answers_arp_and_ndp_for_the_guest_on_the_uplink_only_after_pos
     check(call("kvm-ifup-pre", "tap0"), 0)
     for question in (*asking, *control):
         client.send(question)
-    seen = client.until(lambda frame: na_of(netns.NODE_IP6, frame)) + uplinked.fence(client)
-    assert any(arp_of(netns.NODE_IP4, frame) for frame in seen)
+    seen = client.until(lambda frame: na_of(NODE_IP6, frame)) + uplinked.fence(client)
+    assert any(arp_of(NODE_IP4, frame) for frame in seen)
     assert not any(arp_of(GUEST_IP4, frame) or na_of(GUEST_IP6, frame) for frame in seen)
 
     check(call("kvm-ifup-post", "tap0"), 0)
@@ -268,43 +267,43 @@ def test_the_node_answers_arp_and_ndp_for_the_guest_on_the_uplink_only_after_pos
         client.until(lambda frame, answered=answered, address=address: answered(address, frame))  # type: ignore[misc]
 
     check(call("kvm-ifdown", "tap0"), 0)
-    netns.reap()
+    hooks.reap()
     uplinked.fence(client)
     for question in (*asking, *control):
         client.send(question)
-    seen = client.until(lambda frame: na_of(netns.NODE_IP6, frame)) + uplinked.fence(client)
+    seen = client.until(lambda frame: na_of(NODE_IP6, frame)) + uplinked.fence(client)
     assert not any(arp_of(GUEST_IP4, frame) or na_of(GUEST_IP6, frame) for frame in seen)
 
 
 def test_an_ipv4_nic_leaves_the_nodes_autoconfigured_ipv6_default_route_alone(node: Node) -> None:
     """Forwarding on any one device makes the kernel drop the default routes that routers advertise."""
     node.uplink()
-    netns.sysctl("ipv6/conf/all/forwarding", 0)
-    netns.sysctl("ipv6/conf/eth0/accept_ra", 1)
-    netns.ip("-6 route del default")
+    oracle.sysctl("ipv6/conf/all/forwarding", 0)
+    oracle.sysctl("ipv6/conf/eth0/accept_ra", 1)
+    tools.ip("-6 route del default")
     client = node.listen()
     client.send(wire.router_advertisement(CLIENT_MAC, "fe80::1"))
     node.fence(client)
-    while not (default := netns.ask("-6 route show default")):
+    while not (default := tools.ask("-6 route show default")):
         client.send(wire.router_advertisement(CLIENT_MAC, "fe80::1"))
     assert default[0]["protocol"] == "ra"
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     check(call("kvm-ifup-post", "tap0"), 0)
-    assert [route["gateway"] for route in netns.ask("-6 route show default")] == ["fe80::1"]
+    assert [route["gateway"] for route in tools.ask("-6 route show default")] == ["fe80::1"]
 
 
 def test_a_tap_that_is_still_a_port_of_a_bridge_is_taken_off_it(uplinked: Node) -> None:
     """What comes in at a bridge port is the bridge's: the guest would not reach the node's routes."""
-    netns.add_bridge("br1")
-    netns.add_tap()
-    netns.ip("link set tap0 master br1 up")
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
-    before = netns.snapshot()
+    nodes.add_bridge("br1")
+    nodes.add_tap()
+    tools.ip("link set tap0 master br1 up")
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
+    before = snapshots.snapshot()
     check(call("kvm-ifup-post", "tap0"), 0)
-    assert "master" not in netns.link("tap0")
+    assert "master" not in oracle.link("tap0")
     check(call("kvm-ifdown", "tap0"), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 @pytest.mark.parametrize(
@@ -324,45 +323,45 @@ def test_a_tap_that_is_still_a_port_of_a_bridge_is_taken_off_it(uplinked: Node) 
 )
 def test_an_address_is_refused_or_the_second_run_finds_it_there(uplinked: Node, address: str) -> None:
     """An address has several spellings, and the kernel's need not be Python's."""
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[address])
-    before = netns.snapshot()
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[address])
+    before = snapshots.snapshot()
     first = call("kvm-ifup-post", "tap0")
     if first.code == 65:
         return
     check(first, 0)
-    wired = netns.snapshot()
+    wired = snapshots.snapshot()
     check(call("kvm-ifup-post", "tap0"), 0)
-    assert netns.changes(wired, netns.snapshot()) == []
+    assert snapshots.changes(wired, snapshots.snapshot()) == []
     check(call("kvm-ifdown", "tap0"), 0)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 # --- admission ------------------------------------------------------------------------------------------
 
 
 def _forwarding_off(path: str) -> None:
-    netns.sysctl(path, 0)
+    oracle.sysctl(path, 0)
 
 
 ADMISSION: dict[str, tuple[Callable[[], object], dict[str, Any], dict[str, Any], list[str]]] = {
-    "own IPv4 address": (lambda: None, {"ip": [netns.NODE_IP4]}, {}, ["192.0.2.11/32", "this node's own address"]),
-    "own IPv6 address": (lambda: None, {"ip": [netns.NODE_IP6]}, {}, ["2001:db8::11/128", "this node's own address"]),
+    "own IPv4 address": (lambda: None, {"ip": [NODE_IP4]}, {}, ["192.0.2.11/32", "this node's own address"]),
+    "own IPv6 address": (lambda: None, {"ip": [NODE_IP6]}, {}, ["2001:db8::11/128", "this node's own address"]),
     "broadcast address": (lambda: None, {"ip": ["192.0.2.255"]}, {}, ["192.0.2.255/32", "broadcast"]),
     "IPv4 routed elsewhere": (
-        lambda: netns.ip(f"route add {GUEST_IP4} via {CLIENT_IP4}"), {"ip": [GUEST_IP4]}, {},
+        lambda: tools.ip(f"route add {GUEST_IP4} via {CLIENT_IP4}"), {"ip": [GUEST_IP4]}, {},
         ["192.0.2.8/32", "already routed out of eth0"],
     ),
     "IPv6 routed elsewhere": (
-        lambda: netns.ip(f"-6 route add {GUEST_IP6} via {netns.CLIENT_IP6}"), {"ip": [GUEST_IP6]}, {},
+        lambda: tools.ip(f"-6 route add {GUEST_IP6} via {CLIENT_IP6}"), {"ip": [GUEST_IP6]}, {},
         ["2001:db8::8/128", "already routed out of eth0"],
     ),
     "routed elsewhere in the table": (
-        lambda: netns.ip(f"route add {GUEST_IP4} via {CLIENT_IP4} table 100"), {"ip": [GUEST_IP4], "link": "100"}, {},
+        lambda: tools.ip(f"route add {GUEST_IP4} via {CLIENT_IP4} table 100"), {"ip": [GUEST_IP4], "link": "100"}, {},
         ["already routed out of eth0 in table 100"],
     ),
     "blackholed": (
-        lambda: netns.ip(f"route add blackhole {GUEST_IP4}"), {"ip": [GUEST_IP4]}, {}, ["192.0.2.8/32"],
+        lambda: tools.ip(f"route add blackhole {GUEST_IP4}"), {"ip": [GUEST_IP4]}, {}, ["192.0.2.8/32"],
     ),
     "connected prefix": (lambda: None, {"ip": ["192.0.2.0/24"]}, {}, ["already routed out of eth0"]),
     "IPv4 forwarding off on the uplink": (
@@ -378,7 +377,7 @@ ADMISSION: dict[str, tuple[Callable[[], object], dict[str, Any], dict[str, Any],
         ["net.ipv6.conf.all.forwarding=1"],
     ),
     "IPv6 off on the tap": (
-        lambda: netns.sysctl("ipv6/conf/tap0/disable_ipv6", 1), {"ip": [GUEST_IP6]}, {},
+        lambda: oracle.sysctl("ipv6/conf/tap0/disable_ipv6", 1), {"ip": [GUEST_IP6]}, {},
         ["IPv6 is off on tap0", "net.ipv6.conf.tap0.disable_ipv6=0"],
     ),
     "unknown table": (lambda: None, {"ip": [GUEST_IP4], "link": "nosuch"}, {}, ["no such routing table: nosuch"]),
@@ -386,7 +385,7 @@ ADMISSION: dict[str, tuple[Callable[[], object], dict[str, Any], dict[str, Any],
         lambda: None, {"ip": [GUEST_IP4]}, {"routed": {"uplinks": ["eth7"]}}, ["no such uplink: eth7"],
     ),
     "uplink down": (
-        lambda: netns.ip("link set eth0 down"), {"ip": [GUEST_IP4]}, {"routed": {"uplinks": ["eth0"]}},
+        lambda: tools.ip("link set eth0 down"), {"ip": [GUEST_IP4]}, {"routed": {"uplinks": ["eth0"]}},
         ["uplink eth0 is down", "ip link set eth0 up"],
     ),
 }  # fmt: skip
@@ -396,48 +395,48 @@ ADMISSION: dict[str, tuple[Callable[[], object], dict[str, Any], dict[str, Any],
 @pytest.mark.parametrize("case", ADMISSION)
 def test_what_would_make_post_fail_is_found_by_pre_and_nothing_changes(uplinked: Node, program: str, case: str) -> None:
     setup, nic, settings, words = ADMISSION[case]
-    netns.add_tap()
+    nodes.add_tap()
     setup()
-    netns.write_nic(mode="routed", incoming=True, **nic)
-    config = netns.configuration(**settings)
+    manager.write_nic(mode="routed", incoming=True, **nic)
+    config = manager.configuration(**settings)
     client = uplinked.listen()
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     check(call(program, "tap0", config), 69, "web1.example.com/0 (tap0)", *words)
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
     if "IPv4" in case:  # the link is up there
         assert announced(uplinked.fence(client)) == []
 
 
 def test_the_hint_about_forwarding_is_right(uplinked: Node) -> None:
     """A command in a hint does what it promises, also for a name with a dot."""
-    netns.ip("link add eth1.100 type veth peer name far")
-    netns.ip("link set eth1.100 up")
-    netns.sysctl("ipv6/conf/eth1.100/disable_ipv6", 1)
-    netns.sysctl("ipv6/conf/all/forwarding", 0)
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
-    config = netns.configuration(routed={"uplinks": ["eth1.100"]})
+    tools.ip("link add eth1.100 type veth peer name far")
+    tools.ip("link set eth1.100 up")
+    oracle.sysctl("ipv6/conf/eth1.100/disable_ipv6", 1)
+    oracle.sysctl("ipv6/conf/all/forwarding", 0)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    config = manager.configuration(routed={"uplinks": ["eth1.100"]})
     for _ in range(3):
         result = call("kvm-ifup-pre", "tap0", config)
         if result:
             break
         assert result.code == 69
-        netns.run(*result.err.split("`")[1].split())
+        tools.run(*result.err.split("`")[1].split())
     assert result, result.err
-    assert netns.proxies("eth1.100") == {GUEST_IP4, GUEST_IP6}
+    assert oracle.proxies("eth1.100") == {GUEST_IP4, GUEST_IP6}
 
 
 @pytest.mark.parametrize("phase", ["kvm-ifup-pre", "kvm-ifup-post"])
 def test_an_address_held_by_another_live_tap_is_refused_until_that_tap_is_gone(uplinked: Node, phase: str) -> None:
-    netns.taps(["tap0", "tap1"])
-    netns.write_nic("tap0", "web1", mode="routed", ip=[GUEST_IP4], incoming=True)
-    netns.write_nic("tap1", "web2", mode="routed", ip=["192.0.2.9", GUEST_IP4], incoming=True, link="100")
+    nodes.taps(["tap0", "tap1"])
+    manager.write_nic("tap0", "web1", mode="routed", ip=[GUEST_IP4], incoming=True)
+    manager.write_nic("tap1", "web2", mode="routed", ip=["192.0.2.9", GUEST_IP4], incoming=True, link="100")
     check(call(phase, "tap0"), 0)
-    netns.reap()
-    before = netns.snapshot()
+    hooks.reap()
+    before = snapshots.snapshot()
     for program in ("kvm-ifup-pre", "kvm-ifup-post"):
         check(call(program, "tap1"), 69, "192.0.2.8/32", "web1/0 (tap0)")
-        assert netns.changes(before, netns.snapshot()) == []
-    netns.ip("link del tap0")
+        assert snapshots.changes(before, snapshots.snapshot()) == []
+    tools.ip("link del tap0")
     check(call("kvm-ifup-post", "tap1"), 0)
-    assert netns.routes("tap1") == {"192.0.2.9", GUEST_IP4}
+    assert oracle.routes("tap1") == {"192.0.2.9", GUEST_IP4}

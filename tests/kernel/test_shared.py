@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests import netns
-from tests.netns import GUEST_IP4, GUEST_IP6, Node, call, check
+from harness import disturb, hooks, manager, nodes, oracle, snapshots, tools
+from harness.addresses import GUEST_IP4, GUEST_IP6
+from harness.hooks import call, check
+from harness.nodes import Node
 
 SHARED = ("ipv4/neigh/eth0/proxy_delay", "ipv6/neigh/eth0/proxy_delay", "ipv6/conf/eth0/proxy_ndp")
 IN_USE = ["0", "0", "1"]
@@ -22,14 +24,14 @@ ADDRESSES = {address for nic in NICS.values() for address in nic["ip"]}
 
 def shared() -> list[str]:
     """The uplink's sysctls."""
-    return [netns.sysctl(path) for path in SHARED]
+    return [oracle.sysctl(path) for path in SHARED]
 
 
 def wire_up(tap: str, *more: str) -> None:
     """A new tap, wired."""
-    if tap not in {one["ifname"] for one in netns.ask("link")}:
-        netns.add_tap(tap)
-    netns.write_nic(tap, mode="routed", **NICS[tap])
+    if tap not in {one["ifname"] for one in tools.ask("link")}:
+        nodes.add_tap(tap)
+    manager.write_nic(tap, mode="routed", **NICS[tap])
     check(call("kvm-ifup-post", tap, *more), 0)
 
 
@@ -38,7 +40,7 @@ def leave(tap: str, how: str) -> None:
     if how == "ifdown":
         check(call("kvm-ifdown", tap), 0)
         return
-    netns.ip(f"link del {tap}")
+    tools.ip(f"link del {tap}")
     check(call(*(("kvm-ifup", "gc") if how == "dies, gc" else ("kvm-ifdown", tap))), 0)
 
 
@@ -57,10 +59,10 @@ def test_shared_sysctls_are_put_back_when_the_last_of_two_nics_leaves(
     wire_up("tap1")
     leave(order[0], first)
     assert shared() == IN_USE
-    assert netns.proxies() == set(NICS[order[1]]["ip"])
+    assert oracle.proxies() == set(NICS[order[1]]["ip"])
     leave(order[1], second)
     assert shared() == original
-    assert netns.proxies() == set()
+    assert oracle.proxies() == set()
 
 
 @pytest.mark.parametrize("clear", ["gc", "ifdown", "the next guest on that tap"])
@@ -71,7 +73,7 @@ def test_shared_sysctls_stay_for_a_nic_that_came_after_the_first_one_had_died(
     """The dead NIC's journal alone knows what was there before; the live one found all as it needs it."""
     original = shared()
     wire_up("tap0")
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     wire_up("tap1")
     if clear == "gc":
         check(call("kvm-ifup", "gc"), 0)
@@ -81,34 +83,33 @@ def test_shared_sysctls_stay_for_a_nic_that_came_after_the_first_one_had_died(
         wire_up("tap0")
         check(call("kvm-ifdown", "tap0"), 0)
     assert shared() == IN_USE
-    assert netns.proxies() == set(NICS["tap1"]["ip"])
+    assert oracle.proxies() == set(NICS["tap1"]["ip"])
     leave("tap1", last)
     assert shared() == original
 
 
-def test_a_dead_nic_that_nobody_has_cleared_away_does_not_keep_the_sysctls_for_ever(uplinked: Node) -> None:
+def test_a_dead_nic_not_yet_cleared_away_does_not_keep_the_sysctls_for_ever(uplinked: Node) -> None:
     original = shared()
     wire_up("tap0")
     wire_up("tap1")
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     check(call("kvm-ifdown", "tap1"), 0)
     check(call("kvm-ifup", "gc"), 0)
     assert shared() == original
-    assert netns.proxies() == set()
+    assert oracle.proxies() == set()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("order", list(itertools.permutations(NICS)), ids="-".join)
-def test_three_nics_leave_in_any_order_one_of_them_while_it_had_been_killed_half_way(
-    uplinked: Node, order: tuple[str, str, str]
-) -> None:
+def test_three_nics_leave_in_any_order_one_of_them_killed_half_way(uplinked: Node, order: tuple[str, str, str]) -> None:
     original = shared()
     for tap in NICS:
-        netns.add_tap(tap)
-    netns.write_nic("tap0", mode="routed", **NICS["tap0"])
+        nodes.add_tap(tap)
+    manager.write_nic("tap0", mode="routed", **NICS["tap0"])
     for number in itertools.count(1):
         # Killed once it has set the last of the shared sysctls.
-        with netns.disturbed(after=netns.kill(number)):
-            assert netns.call_in_child("kvm-ifup-post", "tap0") < 0
+        with disturb.disturbed(after=disturb.kill(number)):
+            assert hooks.call_in_child("kvm-ifup-post", "tap0") < 0
         if shared() == IN_USE:
             break
     wire_up("tap1")
@@ -123,27 +124,27 @@ def test_three_nics_leave_in_any_order_one_of_them_while_it_had_been_killed_half
 
 def test_what_the_administrator_had_already_set_stays(uplinked: Node) -> None:
     for path, value in zip(SHARED, IN_USE, strict=True):
-        netns.sysctl(path, value)
-    before = netns.snapshot()
+        oracle.sysctl(path, value)
+    before = snapshots.snapshot()
     wire_up("tap0")
     wire_up("tap1")
     for tap in ("tap0", "tap1"):
         check(call("kvm-ifdown", tap), 0)
-        netns.ip(f"link del {tap}")
+        tools.ip(f"link del {tap}")
     assert shared() == IN_USE
-    files = {line for line in netns.changes(before, netns.snapshot()) if "/run/" not in line}
+    files = {line for line in snapshots.changes(before, snapshots.snapshot()) if "/run/" not in line}
     assert files == set()
 
 
 def test_a_post_that_fails_does_not_take_the_shared_sysctls_from_another_nic(uplinked: Node) -> None:
     wire_up("tap0")
-    netns.add_tap("tap1")
-    netns.write_nic("tap1", mode="routed", **NICS["tap1"])
-    before = netns.snapshot()
+    nodes.add_tap("tap1")
+    manager.write_nic("tap1", mode="routed", **NICS["tap1"])
+    before = snapshots.snapshot()
     for number in itertools.count(1):
-        with netns.disturbed(after=netns.refuse(number)):
+        with disturb.disturbed(after=disturb.refuse(number)):
             result = call("kvm-ifup-post", "tap1")
         if result:
             break
-        assert netns.changes(before, netns.snapshot()) == []
+        assert snapshots.changes(before, snapshots.snapshot()) == []
         assert shared() == IN_USE

@@ -17,11 +17,14 @@ from typing import Any
 
 import pytest
 
-from tests import agent as agents
-from tests import netns
+from harness import agents, hooks, manager, namespaces, nodes, oracle, snapshots, tools
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
+from harness.hooks import call, check, hook
+from harness.manager import RUN_DIR
+from harness.nodes import Node
+from harness.oracle import sysctl
 from tests.kernel.staging import Scene, scenes
 from tests.kernel.test_openvswitch import switch, vsctl  # noqa: F401 (a fixture)
-from tests.netns import GUEST_IP4, GUEST_IP6, GUEST_MAC, RUN_DIR, Node, call, check, hook, sysctl
 
 # --- plan: the commands ------------------------------------------------------------------------------------
 
@@ -42,12 +45,12 @@ def by_hand(lines: list[str]) -> None:
     """Type them: each is one command, with nothing for a shell to expand."""
     for line in lines:
         assert not re.search(r"[;&|<>$`*?(){}\n]", line)
-        netns.run(*shlex.split(line))
+        tools.run(*shlex.split(line))
 
 
-def state() -> netns.Snapshot:
+def state() -> snapshots.Snapshot:
     """All but what the kernel does by itself a moment later."""
-    return netns.snapshot_of_kernel()
+    return snapshots.snapshot_of_kernel()
 
 
 @pytest.mark.parametrize("scene", scenes(), ids=str)
@@ -55,32 +58,33 @@ def state() -> netns.Snapshot:
 def test_the_printed_commands_make_what_the_hook_makes(scene: Scene, phase: str) -> None:
     made = []
     for hand in (False, True):
-        with netns.fresh_node() as node:
+        with nodes.fresh_node() as node:
             node.uplink()
             scene.set_up()
             if phase == "down":
                 check(call(scene.program, "tap0"), 0)
-            before = netns.snapshot()
+            before = snapshots.snapshot()
             if hand:
                 lines = commands(phase)
                 assert lines or scene.earlier == f"kvm-ifup-{phase}"
-                assert netns.changes(before, netns.snapshot()) == []
+                assert snapshots.changes(before, snapshots.snapshot()) == []
                 by_hand(lines)
             else:
                 check(call({"pre": "kvm-ifup-pre", "post": "kvm-ifup-post", "down": "kvm-ifdown"}[phase], "tap0"), 0)
             made.append(state())
-    assert netns.changes(*made) == []
+    assert snapshots.changes(*made) == []
 
 
+@pytest.mark.pyroute2
 def test_a_stale_rule_by_hand(uplinked: Node) -> None:
     Scene("routed, table").set_up()
-    netns.ip("rule add from 198.51.100.0/24 to 203.0.113.9 fwmark 0x5/0xff iif tap0 lookup 300 priority 77")
+    tools.ip("rule add from 198.51.100.0/24 to 203.0.113.9 fwmark 0x5/0xff iif tap0 lookup 300 priority 77")
     by_hand(commands("post"))
-    assert netns.rules() == [(4, 10000, "100"), (6, 10000, "100")]
+    assert oracle.rules() == [(4, 10000, "100"), (6, 10000, "100")]
 
 
 def test_open_vswitch_by_hand(switch: Node) -> None:  # noqa: F811
-    netns.write_nic(mode="openvswitch", link="ovs0", vlan=".5:200:300")
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".5:200:300")
     by_hand(commands("post"))
     assert vsctl("port-to-br", "tap0") == "ovs0"
     assert [vsctl("get", "Port", "tap0", column) for column in ("tag", "trunks")] == ["5", "[200, 300]"]
@@ -93,13 +97,13 @@ def test_open_vswitch_by_hand(switch: Node) -> None:  # noqa: F811
 
 
 def test_a_program_by_hand(node: Node) -> None:
-    with netns.private_etc():
+    with namespaces.private_etc():
         program = Path("/etc/kvm-ifup/ext/site")
         program.parent.mkdir(parents=True, mode=0o755, exist_ok=True)
         program.write_text("#!/bin/sh\nenv >> /run/said\n")
         program.chmod(0o755)
-        netns.add_tap()
-        netns.write_nic(mode="ext", link="site")
+        nodes.add_tap()
+        manager.write_nic(mode="ext", link="site")
         check(call("kvm-ifup-post", "tap0"), 0)
         told = [
             line for line in Path("/run/said").read_text().splitlines() if not line.startswith(("PATH", "LC", "PWD"))
@@ -112,10 +116,10 @@ def test_a_program_by_hand(node: Node) -> None:
 
 
 def test_a_guest_and_a_tap(node: Node) -> None:
-    netns.add_bridge()
-    netns.taps(["tap0", "tap1"])
-    netns.write_nic("tap0", mode="bridged", link="br0")
-    netns.write_nic("tap1", index=1, mode="bridged", link="br0")
+    nodes.add_bridge()
+    nodes.taps(["tap0", "tap1"])
+    manager.write_nic("tap0", mode="bridged", link="br0")
+    manager.write_nic("tap1", index=1, mode="bridged", link="br0")
     assert call("kvm-ifup", "plan", "post", "web1.example.com").out.count("bridged, post") == 2
     assert call("kvm-ifup", "plan", "post", "tap1").out.count("bridged, post") == 1
     check(call("kvm-ifup", "plan", "post", "nobody"), 65, "nobody")
@@ -134,18 +138,18 @@ def shown(*argv: str) -> list[dict[str, Any]]:
 
 
 def test_show(uplinked: Node) -> None:
-    netns.add_bridge()
-    netns.taps(["tap0", "tap1", "tap2"])
-    netns.write_nic("tap0", mode="bridged", link="br0")
-    netns.write_nic("tap1", "db1", mode="routed", link="100", ip=[GUEST_IP4, GUEST_IP6], incoming=True)
-    netns.write_nic("tap2", "web1.example.com", 1, mode="bridged", link="br0")
+    nodes.add_bridge()
+    nodes.taps(["tap0", "tap1", "tap2"])
+    manager.write_nic("tap0", mode="bridged", link="br0")
+    manager.write_nic("tap1", "db1", mode="routed", link="100", ip=[GUEST_IP4, GUEST_IP6], incoming=True)
+    manager.write_nic("tap2", "web1.example.com", 1, mode="bridged", link="br0")
     assert [(one["tap"], one["phase"], one["wired"]) for one in shown()] == [
         ("tap1", "none", None), ("tap0", "none", None), ("tap2", "none", None),
     ]  # fmt: skip
     begun = time.time()
     check(call("kvm-ifup-pre", "tap1"), 0)
     check(call("kvm-ifup-post", "tap0"), 0)
-    netns.ip("link set tap0 nomaster")
+    tools.ip("link set tap0 nomaster")
     (pre, post, none) = shown()
     assert (pre["phase"], pre["wired"], pre["ip"], pre["by"]) == ("pre", True, [GUEST_IP4, GUEST_IP6], "hook")
     assert begun <= pre["since"] <= time.time()
@@ -156,21 +160,21 @@ def test_show(uplinked: Node) -> None:
     ]
     assert [one["tap"] for one in shown("web1.example.com")] == ["tap0", "tap2"]
     assert [one["tap"] for one in shown("tap1")] == ["tap1"]
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     assert "gone" in shown("tap0")[0]["problem"]["cause"]
     check(call("kvm-ifup", "show", "nobody"), 65, "nobody")
 
 
 def test_armed(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4], incoming=True)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4], incoming=True)
     check(call("kvm-ifup-pre", "tap0"), 0)
     assert shown()[0]["phase"] == "pre"
     with socket.socket(socket.AF_UNIX) as agent:
         agent.bind(str(RUN_DIR / "agent.sock"))
         agent.listen()
         assert shown()[0]["phase"] == "armed"
-        assert shown(netns.configuration(agent={"arrival_timeout": 0}))[0]["phase"] == "pre"
+        assert shown(manager.configuration(agent={"arrival_timeout": 0}))[0]["phase"] == "pre"
         check(call("kvm-ifup-post", "tap0"), 0)
         assert shown()[0]["phase"] == "post"
 
@@ -185,10 +189,10 @@ class Terminal(io.StringIO):
 def test_the_table(uplinked: Node) -> None:
     from kvmifup.commands import main
 
-    netns.add_tap("tap-of-15-bytes")
+    nodes.add_tap("tap-of-15-bytes")
     name = "a-rather-long-name-of-a-guest.in-some-department.example.com"
     addresses = ["2001:db8:1234:5678:9abc:def0:1234:5678", GUEST_IP4]
-    netns.write_nic("tap-of-15-bytes", name, 1234, mode="routed", link="100", ip=addresses)
+    manager.write_nic("tap-of-15-bytes", name, 1234, mode="routed", link="100", ip=addresses)
     check(call("kvm-ifup-post", "tap-of-15-bytes"), 0)
     (RUN_DIR / "nic" / name / "0.toml").write_text("tap = 1")
     headings, broken, row, trouble = call("kvm-ifup", "show").out.splitlines()
@@ -220,13 +224,13 @@ def test_show_changes_nothing_and_asks_once(uplinked: Node) -> None:
         patch.setattr(Transport, "send", counting)
         for number in range(1, 4):
             tap = f"tap{number}"
-            netns.add_tap(tap)
-            netns.write_nic(tap, f"web{number}", mode="routed", link="100", ip=[f"192.0.2.{20 + number}"])
+            nodes.add_tap(tap)
+            manager.write_nic(tap, f"web{number}", mode="routed", link="100", ip=[f"192.0.2.{20 + number}"])
             check(call("kvm-ifup-post", tap), 0)
-            before = netns.snapshot()
+            before = snapshots.snapshot()
             asked.clear()
             assert [one["wired"] for one in shown()] == [True] * number
-            assert netns.changes(before, netns.snapshot()) == []
+            assert snapshots.changes(before, snapshots.snapshot()) == []
             counts.append(list(asked))
     assert counts[0] == counts[1] == counts[2]
 
@@ -250,8 +254,8 @@ def test_nic_put_list_and_rm(node: Node) -> None:
     assert installed.read_text() == TOML
     assert stat.S_IMODE(installed.stat().st_mode) == 0o600
     assert (RUN_DIR / "tap/tap0").resolve() == installed
-    netns.add_bridge()
-    netns.add_tap()
+    nodes.add_bridge()
+    nodes.add_tap()
     check(hook("kvm-ifup-post", "tap0"), 0)
     # Another tap: the old link goes.
     check(call("kvm-ifup", "nic", "put", "web1", "0", file(TOML.replace("tap0", "tap7"))), 0)
@@ -269,11 +273,11 @@ def test_nic_put_list_and_rm(node: Node) -> None:
 
 
 def test_nic_put_from_standard_input(node: Node) -> None:
-    process = netns.start("kvm-ifup", "nic", "put", "web1", "0", "-")
+    process = hooks.start("kvm-ifup", "nic", "put", "web1", "0", "-")
     process.stdin = None
-    check(netns.finish(process), 65, "standard input", "is missing")  # there is nothing in it
-    script = shlex.join(netns.command("kvm-ifup", "nic", "put", "web1", "0", "-", "-v"))
-    netns.run("sh", "-c", f"printf %s {shlex.quote(TOML)} | {script}")
+    check(hooks.finish(process), 65, "standard input", "is missing")  # there is nothing in it
+    script = shlex.join(hooks.command("kvm-ifup", "nic", "put", "web1", "0", "-", "-v"))
+    tools.run("sh", "-c", f"printf %s {shlex.quote(TOML)} | {script}")
     assert (RUN_DIR / "nic/web1/0.toml").read_text() == TOML
 
 
@@ -317,8 +321,8 @@ def test_nic_put_refuses_a_wrong_file_and_keeps_the_old_one(node: Node, text: st
 
 
 def test_nic_list_names_a_wrong_file(node: Node) -> None:
-    netns.write_nic(mode="bridged", link="br0")
-    netns.write_nic("tap1", "a", mode="nonsense")
+    manager.write_nic(mode="bridged", link="br0")
+    manager.write_nic("tap1", "a", mode="nonsense")
     result = call("kvm-ifup", "nic", "list")
     assert result.code == 65
     assert "web1.example.com" in result.out
@@ -348,10 +352,10 @@ def test_an_uplink_that_is_not_there_is_named_before_there_is_a_routed_guest(nod
 
 
 def test_a_node_that_is_ready_and_what_keeps_it_from_it(uplinked: Node) -> None:
-    netns.add_bridge()
-    netns.add_tap()
-    netns.write_nic(mode="bridged", link="br0")
-    netns.write_nic("tap1", "db1", mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    nodes.add_bridge()
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0")
+    manager.write_nic("tap1", "db1", mode="routed", ip=[GUEST_IP4, GUEST_IP6])
     code, said = readiness()
     assert code == 1
     assert "the agent is not there" in said
@@ -371,26 +375,26 @@ def test_a_node_that_is_ready_and_what_keeps_it_from_it(uplinked: Node) -> None:
             ("ip route del default", "no IPv4 uplink", "ip route add default via 192.0.2.1"),
             ("ip link del br0", "there is no bridge br0", "ip link add br0 up type bridge"),
         ):
-            netns.run(*plant.split())
+            tools.run(*plant.split())
             code, said = readiness()
             assert code == 1
             assert words in said
             found = re.search(r"mend: `(.*?)`", said)
-            netns.run("sh", "-c", mend or (found[1] if found else "false"))
+            tools.run("sh", "-c", mend or (found[1] if found else "false"))
             assert readiness()[0] == 0, plant
 
 
 def test_bridged_guests_need_no_agent(node: Node) -> None:
-    netns.add_bridge()
-    netns.write_nic(mode="bridged", link="br0")
+    nodes.add_bridge()
+    manager.write_nic(mode="bridged", link="br0")
     code, said = readiness()
     assert code == 0
     assert "the agent is not there" in said
 
 
 def test_a_delay_that_keeps_askers_waiting(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     assert "proxy_delay" not in readiness()[1]  # post sets it
     check(call("kvm-ifup-post", "tap0"), 0)
     assert "proxy_delay" not in readiness()[1]
@@ -428,8 +432,8 @@ PREFIX = r"<%d>[A-Z][a-z][a-z] [ 123]\d \d\d:\d\d:\d\d %s\[\d+\]: %s"
 
 
 def test_a_line_in_the_log_for_every_phase(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     label = re.escape("web1.example.com/0 (tap0): routed, ")
     with log() as reader:
         check(call("kvm-ifup-post", "tap0"), 0)
@@ -440,7 +444,7 @@ def test_a_line_in_the_log_for_every_phase(uplinked: Node) -> None:
         for quiet in (("kvm-ifup-post", "tap0", "--plan"), ("kvm-ifup", "show"), ("kvm-ifup", "check", "--repair")):
             call(*quiet)
             assert logged(reader) == []
-        netns.ip(f"route del {GUEST_IP4} dev tap0")
+        tools.ip(f"route del {GUEST_IP4} dev tap0")
         call("kvm-ifup", "check", "--repair")
         (line,) = logged(reader)
         assert "kvm-ifup[" in line
@@ -462,8 +466,8 @@ def test_a_line_in_the_log_for_every_phase(uplinked: Node) -> None:
 
 
 def test_no_log_and_a_log_that_is_stuck_hold_up_nothing(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     with log() as reader:
         for _ in range(400):  # nobody reads
             assert call("kvm-ifup-post", "--config", "/nonexistent", "tap0").code == 78
@@ -473,8 +477,8 @@ def test_no_log_and_a_log_that_is_stuck_hold_up_nothing(uplinked: Node) -> None:
 
 
 def test_twice_verbose_tells_how_long_each_op_took(uplinked: Node) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     ops = call("kvm-ifup-post", "tap0", "--plan", "--json").outcomes[0]["ops"]
     for _ in range(2):
         heading, *lines = call("kvm-ifup-post", "tap0", "-vv").err.splitlines()

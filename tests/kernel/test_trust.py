@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests import netns
-from tests.netns import GUEST_IP4, Node, call, check, hook
+from harness import manager, namespaces, nodes, snapshots
+from harness.addresses import GUEST_IP4
+from harness.hooks import call, check, hook
+from harness.nodes import Node
+
+pytestmark = pytest.mark.userns  # who owns a file, and what root without its capabilities may do
 
 
 def group_writable(file: Path) -> None:
@@ -31,7 +35,7 @@ def in_a_sticky_directory(file: Path) -> None:
 def owned_by_another_uid(file: Path) -> None:
     if not own(file, 1234):
         # In a user namespace there is nobody else; but what the host's root owns looks like nobody's.
-        netns.bind_mount(Path("/etc/passwd"), file)
+        namespaces.bind_mount(Path("/etc/passwd"), file)
 
 
 def a_symlink_out(file: Path) -> None:
@@ -87,25 +91,25 @@ CASES: list[Callable[[Path], None]] = [
 def test_a_nic_file_that_is_not_to_be_trusted_is_65(
     uplinked: Node, spoil: Callable[[Path], None], program: str
 ) -> None:
-    netns.add_tap()
-    file = netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    file = manager.write_nic(mode="routed", ip=[GUEST_IP4])
     spoil(file)
-    before = netns.snapshot_of_kernel()
-    check(call(program, "tap0"), 65, str(netns.RUN_DIR))
-    assert netns.changes(before, netns.snapshot_of_kernel()) == []
+    before = snapshots.snapshot_of_kernel()
+    check(call(program, "tap0"), 65, str(manager.RUN_DIR))
+    assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
 
 
 @pytest.mark.parametrize("level", ["", "nic"])
 def test_a_directory_above_that_others_can_write_to_is_65(uplinked: Node, level: str) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
-    (netns.RUN_DIR / level).chmod(0o777)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
+    (manager.RUN_DIR / level).chmod(0o777)
     check(call("kvm-ifup-post", "tap0"), 65, "can be written to by others")
 
 
 def test_a_symlink_within_the_run_directory_is_fine(uplinked: Node) -> None:
-    netns.add_tap()
-    file = netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    file = manager.write_nic(mode="routed", ip=[GUEST_IP4])
     file.rename(file.with_name("7.toml"))
     file.symlink_to("7.toml")
     check(call("kvm-ifup-post", "tap0"), 0)
@@ -113,77 +117,62 @@ def test_a_symlink_within_the_run_directory_is_fine(uplinked: Node) -> None:
 
 def test_the_run_directory_itself_may_be_reached_through_a_symlink(uplinked: Node) -> None:
     """/var/run is one."""
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     Path("/run/alias").symlink_to("/run")
     check(call("kvm-ifup-post", "tap0", "--run-dir=/run/alias/kvm-ifup"), 0)
 
 
 @pytest.mark.parametrize("spoil", CASES, ids=lambda case: case.__name__)
 def test_a_configuration_that_is_not_to_be_trusted_is_78(uplinked: Node, spoil: Callable[[Path], None]) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
-    option = netns.configuration(lock_timeout=1)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
+    option = manager.configuration(lock_timeout=1)
     file = Path(option.partition("=")[2])
     spoil(file)
-    before = netns.snapshot()
+    before = snapshots.snapshot()
     for program in (["kvm-ifup-pre", "tap0"], ["kvm-ifdown", "tap0"], ["kvm-ifup", "gc"]):
         check(call(*program, option), 78, str(file))
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 @pytest.mark.parametrize("option", ["--config=/nonexistent.toml", "--config=/run/no/such/dir.toml", "--config=/run"])
 def test_a_missing_configuration_is_78(uplinked: Node, option: str) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     check(call("kvm-ifup-post", "tap0", option), 78)
 
 
 @pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"])
 def test_root_without_cap_net_admin_is_77_and_nothing_changes(uplinked: Node, program: str) -> None:
     """Root in a container that may not change the network."""
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
     if program == "kvm-ifdown":
         check(call("kvm-ifup-post", "tap0"), 0)
-    before = netns.snapshot()
-    result = without_privileges(["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"], program, "tap0")
+    before = snapshots.snapshot()
+    result = hook(program, "tap0", within=["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"])
     # To be found before the first change: some sysctls root may write without it, and then half would be undone.
     check(result, 77, "CAP_NET_ADMIN")
-    assert netns.changes(before, netns.snapshot()) == []
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 @pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown"])
 def test_not_root_is_77_and_nothing_changes(uplinked: Node, program: str) -> None:
     """In a user namespace without any user the hook runs as nobody, and has no power over this network."""
-    netns.add_tap()
-    file = netns.write_nic(mode="routed", ip=[GUEST_IP4])
+    nodes.add_tap()
+    file = manager.write_nic(mode="routed", ip=[GUEST_IP4])
     file.chmod(0o644)
-    before = netns.snapshot()
-    check(without_privileges(["unshare", "--user"], program, "tap0"), 77, "root")
-    assert netns.changes(before, netns.snapshot()) == []
-
-
-def without_privileges(wrapper: list[str], program: str, *argv: str) -> netns.Result:
-    """Run a hook through *wrapper*."""
-    import subprocess
-
-    done = subprocess.run(
-        [*wrapper, *netns.command(program, *argv)],
-        env=netns.CLEAN,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=netns.PATIENCE,
-    )
-    return netns.Result(done.returncode, done.stdout, done.stderr)
+    before = snapshots.snapshot()
+    check(hook(program, "tap0", within=["unshare", "--user"]), 77, "root")
+    assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
 def test_a_plan_needs_no_privileges(uplinked: Node) -> None:
     """The NIC's file belongs to root and may be read by everybody."""
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=[GUEST_IP4]).chmod(0o644)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4]).chmod(0o644)
     expected = hook("kvm-ifup-post", "--plan", "tap0")
     without_power = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
-    assert without_privileges(without_power, "kvm-ifup-post", "--plan", "tap0") == expected
+    assert hook("kvm-ifup-post", "--plan", "tap0", within=without_power) == expected
     assert expected

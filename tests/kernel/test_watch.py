@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import netns, wire
-from tests.agent import IPS, Agent, running, until
-from tests.netns import GUEST_MAC, Node, check, hook
+from harness import hooks, manager, nodes, tools, wire
+from harness.addresses import GUEST_MAC, IPS
+from harness.agents import Agent, running, until
+from harness.hooks import check, hook
+from harness.nodes import Node
 
-METRICS = netns.RUN_DIR / "metrics.prom"
+METRICS = manager.RUN_DIR / "metrics.prom"
 RARP = wire.ethernet(wire.BROADCAST, GUEST_MAC, 0x8035, bytes(46))
 
 
@@ -26,9 +28,9 @@ class Watcher:
         self.out = Path("/run/watch.out")
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
-                netns.command("kvm-ifup", "watch", *argv), env=netns.CLEAN, stdin=subprocess.DEVNULL, stdout=out
+                hooks.command("kvm-ifup", "watch", *argv), env=tools.CLEAN, stdin=subprocess.DEVNULL, stdout=out
             )
-        until(lambda: list((netns.RUN_DIR / "watch").glob("*.sock")))
+        until(lambda: list((manager.RUN_DIR / "watch").glob("*.sock")))
 
     def said(self) -> str:
         """All so far."""
@@ -37,7 +39,7 @@ class Watcher:
     def end(self) -> int:
         """Interrupt it, as a person does."""
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(netns.PATIENCE)
+        return self.process.wait(tools.PATIENCE)
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def agent(uplinked: Node) -> Iterator[Agent]:
 def arrive(node: Node, agent: Agent) -> None:
     """A routed guest comes, runs here, and goes."""
     guest = node.guest()
-    netns.write_nic(mode="routed", ip=IPS, incoming=True)
+    manager.write_nic(mode="routed", ip=IPS, incoming=True)
     check(hook("kvm-ifup-pre", "tap0"), 0)
     agent.armed()
     guest.send(RARP)
@@ -78,7 +80,7 @@ def test_a_migration_is_shown_as_it_happens(uplinked: Node, agent: Agent) -> Non
             events.pop(0)
         assert events, f"{pattern} is missing, or late: {said}"
     assert re.search(r"^ +\d+\.\d\d ms  route 192\.0\.2\.8/32 dev tap0 table 254: absent -> present$", said, re.M)
-    assert list((netns.RUN_DIR / "watch").iterdir()) == []
+    assert list((manager.RUN_DIR / "watch").iterdir()) == []
 
 
 def test_as_json(uplinked: Node, agent: Agent) -> None:
@@ -94,8 +96,8 @@ def test_as_json(uplinked: Node, agent: Agent) -> None:
 
 def test_a_failure_is_shown(uplinked: Node) -> None:
     watcher = Watcher()
-    netns.add_tap()
-    netns.write_nic(mode="bridged", link="br9")
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br9")
     check(hook("kvm-ifup-post", "tap0"), 69)
     until(lambda: "code 69" in watcher.said())
     assert "br9" in watcher.said()
@@ -110,7 +112,7 @@ def samples() -> dict[str, float]:
 
 def test_the_agent_counts(uplinked: Node, agent: Agent) -> None:
     arrive(uplinked, agent)
-    netns.write_nic(mode="bridged", link="br9")
+    manager.write_nic(mode="bridged", link="br9")
     check(hook("kvm-ifup-post", "tap0"), 69)
     assert agent.end() == 0
     found = samples()
@@ -126,10 +128,10 @@ def test_the_agent_counts(uplinked: Node, agent: Agent) -> None:
 
 
 def test_leftovers_are_counted(uplinked: Node, agent: Agent) -> None:
-    netns.add_tap()
-    netns.write_nic(mode="routed", ip=IPS)
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=IPS)
     check(hook("kvm-ifup-post", "tap0"), 0)
-    netns.ip("link del tap0")
+    tools.ip("link del tap0")
     agent.heard("cleared up")
     assert agent.end() == 0
     assert samples()["kvm_ifup_leftovers_total"] >= 4

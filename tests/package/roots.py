@@ -89,8 +89,10 @@ def run(
 def mirror() -> str:
     """Where this machine gets Debian from; the systems get theirs from there too."""
     ask = ["apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)", "Created-By: Packages"]
-    if not run(ask).stdout.strip():
-        run(["apt-get", "update"], env=PROXIES)
+    with (CACHE / "lists.lock").open("w") as lock:  # two updates at the same time: one of them would fail
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not run(ask).stdout.strip():
+            run(["apt-get", "update"], env=PROXIES)
     found = [line.split()[1] for line in run(ask).stdout.splitlines() if line.startswith("Debian ")]
     # Updates and security have the same origin, and nothing that the tests need.
     plain = [uri for uri in found if "security" not in uri]
@@ -114,15 +116,14 @@ def archive(suite: str, installed: Sequence[str], fetched: Sequence[str] = ()) -
     recipe = json.dumps([suite, sorted(installed), sorted(fetched)])
     kept = CACHE / f"{suite}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.tar"
     CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with (CACHE / ".lock").open("w") as lock:  # two runs must not both spend a minute on the same system
+    # Two runs must not both spend a minute on the same system; different ones are made at the same time.
+    with kept.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for old in CACHE.glob("*.tar"):
+        for old in (*CACHE.glob("*.tar"), *CACHE.glob("*.making")):  # the latter of a run that was killed
             if time.time() - old.stat().st_mtime > KEPT:
-                old.unlink()
+                old.unlink(missing_ok=True)
         if kept.exists():
             return kept
-        for half in CACHE.glob("*.making"):  # of a run that was killed
-            half.unlink()
         made = kept.with_suffix(".making")
         command = ["mmdebstrap", "--variant=apt", f"--include={','.join(installed)}", "--skip=cleanup/apt"]
         if fetched:

@@ -242,7 +242,7 @@ def test_who_says_nothing_is_hung_up_on(agent: Agent, monkeypatch: pytest.Monkey
     assert agent.exchanges() == 0
 
 
-def test_at_its_end_those_who_wait_are_hung_up_on_and_those_who_are_served_get_their_answer(agent: Agent) -> None:
+def test_at_its_end_who_waits_is_hung_up_on_and_who_is_served_is_answered(agent: Agent) -> None:
     free, running = threading.Event(), threading.Event()
 
     def main(*_: object) -> int:

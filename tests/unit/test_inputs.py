@@ -552,7 +552,7 @@ def test_a_symlink_out_of_the_run_directory(run_dir: Path) -> None:
     assert caught.value.code == 65
 
 
-def test_another_instances_broken_file_disturbs_only_when_it_may_have_been_meant(run_dir: Path) -> None:
+def test_another_instances_broken_file_counts_only_if_it_may_be_meant(run_dir: Path) -> None:
     broken = put(run_dir, "web2/0.toml", "tap = ")
     put(run_dir, "web1/0.toml", nic_toml())
     assert nicfiles.nic_of_tap("tap0", run_dir) is not None

@@ -301,7 +301,7 @@ def test_nothing_to_do_is_not_busy_and_may_be_asked_for_again(loop: Loop) -> Non
     assert done == [7]
 
 
-def test_who_asks_within_the_delay_is_content_with_the_same_one_and_does_not_put_it_off(loop: Loop) -> None:
+def test_asking_within_the_delay_does_not_put_it_off(loop: Loop) -> None:
     job = Job(loop)
     job.free.release(10)
     for expected in (1, 2):

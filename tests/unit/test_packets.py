@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness import wire
 from kvmifup.core.model import Nic
 from kvmifup.node import frames, sockets
-from tests import wire
 
 MAC, OTHER = "aa:00:00:35:ac:01", "02:00:00:00:00:0b"
 ARP = frames.gratuitous_arp(bytes.fromhex(OTHER.replace(":", "")), "192.0.2.8")

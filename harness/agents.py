@@ -1,0 +1,168 @@
+"""The agent as tests and bench run it, what it has done so far, and the locks that it waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import hooks, namespaces, oracle, tools
+from harness.addresses import IPS
+from harness.manager import RUN_DIR
+
+SOCKET = RUN_DIR / "agent.sock"
+STATE = RUN_DIR / "state"
+CONFIGURATION = Path("/etc/kvm-ifup")
+_numbers = itertools.count()
+
+
+class Agent:
+    """A running kvm-ifupd; *more* goes to Popen."""
+
+    def __init__(self, *argv: str, environ: Mapping[str, str] | None = None, **more: Any) -> None:
+        self.log = Path(f"/run/agent.{next(_numbers)}.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                hooks.command("kvm-ifupd", *argv),
+                env={**tools.CLEAN, **(environ or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                **more,
+            )
+
+    def ready(self) -> Agent:
+        """Once it is."""
+        until(lambda: "ready" in self.said() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.said()
+        return self
+
+    def said(self) -> str:
+        """All that it has said."""
+        return self.log.read_text()
+
+    def heard(self, *words: str) -> None:
+        """Wait until it says *words*, in one line."""
+        until(lambda: any(all(word in line for word in words) for line in self.said().splitlines()))
+
+    def armings(self, tap: str = "tap0") -> int:
+        """How often it has said that it is armed."""
+        return self.said().count(f"{tap}): armed")
+
+    def armed(self, tap: str = "tap0", times: int = 1) -> None:
+        """Wait until it has said so."""
+        until(lambda: self.armings(tap) >= times)
+
+    def holds(self, path: Path) -> bool:
+        """Whether it has *path* open, such as a lock that it waits for."""
+        found = []
+        for descriptor in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.append(descriptor.readlink())
+        return path in found
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Stop it, and wait until it has."""
+        if self.process.poll() is None:
+            self.send(signal.SIGCONT)
+            self.send(number)
+        return self.process.wait(tools.PATIENCE)
+
+
+def until(true: Callable[[], object], patience: float = 40.0) -> None:
+    """Wait for something that takes a moment."""
+    end = time.monotonic() + patience
+    while not true():
+        if time.monotonic() > end:
+            logs = sorted(Path("/run").glob("agent.*.log"), key=lambda path: path.stat().st_mtime)
+            said = "".join(f"{path}:\n{path.read_text()}" for path in logs)
+            pytest.fail(f"what was waited for does not happen; the agents said: {said}")
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def running(*argv: str, **more: Any) -> Iterator[Agent]:
+    """An agent that ends with the block, if not before."""
+    agent = Agent(*argv, **more)
+    try:
+        yield agent.ready()
+    finally:
+        agent.end()
+
+
+@contextlib.contextmanager
+def configured(**sections: dict[str, object]) -> Iterator[Path]:
+    """An /etc/kvm-ifup that only this test sees, with these sections and nothing else."""
+    with namespaces.private_etc():
+        for path in sorted(CONFIGURATION.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        CONFIGURATION.mkdir(exist_ok=True)
+        configure(**sections)
+        yield CONFIGURATION
+
+
+def configure(**sections: dict[str, object]) -> None:
+    """Write the node's configuration anew."""
+    lines = []
+    for name, section in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
+    (CONFIGURATION / "config.toml").write_text("\n".join(lines) + "\n")
+
+
+def through(program: str, *argv: str, environ: Mapping[str, str] | None = None) -> hooks.Result:
+    """Run a hook and see that the agent did it."""
+    result = hooks.hook(program, *argv, "-v", environ=environ)
+    assert result.code == 0, result.err
+    assert "without the agent" not in result.err
+    return result
+
+
+def journal(tap: str = "tap0") -> dict[str, Any] | None:
+    """The journal's file."""
+    try:
+        found: dict[str, Any] = json.loads((STATE / f"{tap}.json").read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def phase(tap: str = "tap0") -> str | None:
+    """The phase that the journal tells, None without one; "…" while a run is at work."""
+    found = journal(tap)
+    return str("…" if found["pending"] else found["phase"]) if found else None
+
+
+def wired() -> tuple[set[str], set[str]]:
+    """The addresses that the node answers for, and the routes to tap0: what only post may bring."""
+    return oracle.proxies(), oracle.routes("tap0")
+
+
+NOT_WIRED: tuple[set[str], set[str]] = (set(), set())
+WIRED = (set(IPS), set(IPS))
+
+
+def lock_file(tap: str) -> Path:
+    """The file of a tap's lock."""
+    return RUN_DIR / "lock" / f"tap.{tap}"
+
+
+@contextlib.contextmanager
+def locked(tap: str) -> Iterator[None]:
+    """Somebody works on *tap*."""
+    lock_file(tap).parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(tap).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
