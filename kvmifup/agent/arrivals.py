@@ -12,7 +12,7 @@ from kvmifup.agent.events import NodeEvents, Touched
 from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
-from kvmifup.core.errors import KvmIfupError, LockTimeoutError, known
+from kvmifup.core.errors import KvmIfupError, LockTimeoutError, as_ours
 from kvmifup.core.model import Nic, Phase
 from kvmifup.node import frames, sockets
 from kvmifup.runs.journal import Journal
@@ -107,7 +107,7 @@ class Arrivals:
             with self._runner.session(patience=BUSY) as session:
                 return tap, prepare_arrival(tap.name, session)
         except Exception as error:
-            return tap, known(error)
+            return tap, as_ours(error)
 
     def _prepared(self, result: Preparation) -> None:
         self._preparing.ask()  # the next one

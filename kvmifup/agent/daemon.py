@@ -21,7 +21,7 @@ from kvmifup.agent.runner import PROGRAM
 from kvmifup.agent.systemd import activated, is_journal, notify
 from kvmifup.commands import options
 from kvmifup.commands.call import need_privileges
-from kvmifup.core.errors import BugError, LockTimeoutError, known
+from kvmifup.core.errors import BugError, LockTimeoutError, as_ours
 from kvmifup.core.text import printable
 from kvmifup.inputs import config
 from kvmifup.tell import render, syslog
@@ -37,7 +37,7 @@ def script() -> NoReturn:
         main(sys.argv[1:])
         code = 0
     except Exception as error:
-        failure = known(error)
+        failure = as_ours(error)
         say(render.sentence(failure), syslog.ERROR)
         if isinstance(failure, BugError):  # for the report: it may not happen again for long
             traceback.print_exception(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvmifup.agent.metrics import Metrics
 from kvmifup.commands import request
-from kvmifup.core.errors import KvmIfupError, known
+from kvmifup.core.errors import KvmIfupError, as_ours
 from kvmifup.inputs import config
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session, opened
@@ -43,7 +43,7 @@ class Runner:
 
     def complain(self, what: str, error: Exception) -> None:
         """Say what could not be done, and why."""
-        self.say(render.error_line(what, known(error)), severity=syslog.ERROR)
+        self.say(render.error_line(what, as_ours(error)), severity=syslog.ERROR)
 
     def hook_done(self, program: str, code: int, seconds: float, failures: Sequence[KvmIfupError]) -> None:
         """Count a command that the agent has run for a script: a `kvmifup.commands.main.Observer`."""
@@ -72,7 +72,7 @@ class Runner:
             with self.session(reason, patience) as session:
                 outcome = what(session)
         except Exception as error:
-            return known(error)
+            return as_ours(error)
         if outcome and any(change.needed for change in outcome.changes):
             seconds = time.monotonic() - begun
             syslog.run(PROGRAM, [outcome], [], seconds, "agent")

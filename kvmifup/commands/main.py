@@ -16,7 +16,7 @@ from kvmifup.commands import call as calls
 from kvmifup.commands import options, request
 from kvmifup.commands.call import Call
 from kvmifup.core import signals
-from kvmifup.core.errors import BugError, KvmIfupError, all_known
+from kvmifup.core.errors import BugError, KvmIfupError, all_as_ours
 from kvmifup.core.model import Background
 from kvmifup.inputs import config
 from kvmifup.runs import announcing
@@ -58,7 +58,7 @@ def main(
     try:
         code = execute(call, argv)
     except Exception as error:
-        failures = all_known(error, hint="please report it; KVM_IFUP_DEBUG=1 shows where")
+        failures = all_as_ours(error, hint="please report it; KVM_IFUP_DEBUG=1 shows where")
         code = failures[0].code
         if environ.get("KVM_IFUP_DEBUG") and any(isinstance(one, BugError) for one in failures):
             import traceback

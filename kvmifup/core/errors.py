@@ -148,14 +148,14 @@ def raise_all(failures: Sequence[KvmIfupError]) -> None:
         raise ExceptionGroup("several failures", failures)
 
 
-def all_known(error: Exception, hint: str = "please report it") -> list[KvmIfupError]:
-    """Every error in *error*, which may be a group, as `known` makes it."""
+def all_as_ours(error: Exception, hint: str = "please report it") -> list[KvmIfupError]:
+    """Every error in *error*, which may be a group, as `as_ours` makes it."""
     if isinstance(error, ExceptionGroup):
-        return [one for inner in error.exceptions for one in all_known(inner, hint)]
-    return [known(error, hint)]
+        return [one for inner in error.exceptions for one in all_as_ours(inner, hint)]
+    return [as_ours(error, hint)]
 
 
-def known(error: Exception, hint: str = "please report it") -> KvmIfupError:
+def as_ours(error: Exception, hint: str = "please report it") -> KvmIfupError:
     """*error* as a KvmIfupError, whatever it is. *hint* is for one that nobody has foreseen."""
     if isinstance(error, KvmIfupError):
         return error

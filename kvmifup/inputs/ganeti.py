@@ -21,7 +21,7 @@ DIRECTORY = Path("/var/run/ganeti/kvm-hypervisor")
 def nic_of_tap(tap: str) -> Nic | None:
     """The NIC that Ganeti has on *tap*; None if it has none. Raises NicError."""
     for path in sorted((DIRECTORY / "nic").glob("*/*")):
-        if content(path) == tap:
+        if tap_in(path) == tap:
             return nic_of_file(path, tap)
     return None
 
@@ -30,7 +30,7 @@ def nics_of_instance(instance: str) -> list[Nic]:
     """All NICs that Ganeti has for *instance*, by tap. Raises NicError."""
     files = sorted((DIRECTORY / "nic" / instance_name(instance)).glob("*"))
     # A NIC may have two files, one named by its place and one by its UUID.
-    nics = {tap: nic_of_file(path, tap) for path in files if (tap := content(path))}
+    nics = {tap: nic_of_file(path, tap) for path in files if (tap := tap_in(path))}
     return [nics[tap] for tap in sorted(nics)]
 
 
@@ -69,7 +69,7 @@ def nic_of_file(path: Path, tap: str) -> Nic:
         raise
 
 
-def content(path: Path) -> str | None:
+def tap_in(path: Path) -> str | None:
     """The text of a NIC file; None if it cannot be read, or others could have written it."""
     try:
         return trust.read(path, DIRECTORY).strip()

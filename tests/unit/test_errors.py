@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmifup.core import errors
-from kvmifup.core.errors import KernelError, KvmIfupError, NicError, ProgramError, known
+from kvmifup.core.errors import KernelError, KvmIfupError, NicError, ProgramError, as_ours
 from kvmifup.core.text import shown
 
 CLASSES = [
@@ -59,14 +59,14 @@ def test_the_closest_caller_names_the_place() -> None:
     ],
 )
 def test_an_error_of_others_becomes_one_of_ours(error: Exception, code: int, text: str) -> None:
-    found = known(error)
+    found = as_ours(error)
     assert (found.code, str(found)) == (code, text)
     assert bool(found.hint) == (code != 71)
 
 
 def test_an_error_of_ours_stays_as_it_is() -> None:
     error = NicError("cause")
-    assert known(error) is error
+    assert as_ours(error) is error
 
 
 @given(st.text() | st.binary() | st.none() | st.integers())
