@@ -4,8 +4,8 @@
     python -m tests.parts VERB              the parts of one verb, one after the other, in front
 
 A part is a list of commands. It has the cores that it can use to itself, so no more runs than the machine can bear.
-What a part prints goes to build/check/PART.log, and is shown when the part fails. The first word on success and on
-failure is the last line: how many tests passed, and how many failed.
+What a part prints goes to build/check/PART.log, and is shown when the part fails. At the end: how long each part took,
+the slowest tests, and in the last line how many tests passed and failed.
 """
 
 from __future__ import annotations
@@ -317,11 +317,13 @@ def check(everything: bool) -> int:
 def in_front(verb: str) -> int:
     """The parts of one verb, in full, one after the other; the first failure does not keep the others from running."""
     codes = []
-    for part in PARTS:
-        if verb in (part.verb, part.name):
-            print(f"\n== {part.name}", flush=True)
-            codes += [subprocess.run(command, cwd=ROOT).returncode for command in part.all]
-    return int(any(codes))
+    with contextlib.suppress(KeyboardInterrupt):
+        for part in PARTS:
+            if verb in (part.verb, part.name):
+                print(f"\n== {part.name}", flush=True)
+                codes += [subprocess.run(command, cwd=ROOT).returncode for command in part.all]
+        return int(any(codes))
+    return 130
 
 
 def main(argv: Sequence[str]) -> int:

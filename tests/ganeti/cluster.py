@@ -199,6 +199,8 @@ over() {
 over usr "$1/usr:"
 over etc "$1/etc:"
 over var ""
+# An index of all the machine's manual pages takes longer than everything else that installing a package does.
+rm -f /var/lib/man-db/auto-update
 ln -s /usr/lib/ganeti/3.0 /etc/ganeti/lib
 ln -s /usr/share/ganeti/3.0 /etc/ganeti/share
 mkdir -p /var/lib/ganeti /var/log/ganeti/kvm /run/ganeti
