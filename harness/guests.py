@@ -80,11 +80,13 @@ def witness(node: Node, agent: Agent) -> None:
 @contextlib.contextmanager
 def answering(guest: wire.Tap, mac: str = GUEST_MAC) -> Iterator[None]:
     """A guest that answers whoever asks for its MAC: a process of its own, and as soon as it can."""
+    ready, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(OSError):  # nobody may do so in a user namespace; it is for a node that is busy
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
         try:
+            os.write(tell, b"!")
             while True:
                 frame = os.read(guest.descriptor, 65536)
                 question = wire.arp(frame)
@@ -96,9 +98,12 @@ def answering(guest: wire.Tap, mac: str = GUEST_MAC) -> Iterator[None]:
                     guest.send(advert(mac, source))
         finally:
             os._exit(0)
+    os.close(tell)
     try:
+        os.read(ready, 1)  # a busy machine may take longer to start it than the agent waits for an answer
         yield
     finally:
+        os.close(ready)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 

@@ -97,7 +97,8 @@ def only_all(name: str, verb: str, *commands: Command, cores: int = 1, after: tu
 
 
 DEBS = str(ROOT / "build/deb")
-AUTOPKGTEST = "tests/package/test_autopkgtest.py"
+PACKAGE = "tests/package"
+AUTOPKGTEST, SYSTEMD = f"{PACKAGE}/test_autopkgtest.py", f"{PACKAGE}/test_systemd.py"
 
 # In the order in which they start: what is quick to fail first, then what takes all cores, then the longest first.
 # Twice runs only what can come out differently: pyproject.toml says for which tests that is (markers).
@@ -118,7 +119,8 @@ PARTS = (
         all=(pytest(KERNEL, cores=CORES),),
     ),
     only_all("installed-kernel", "package", pytest(AUTOPKGTEST, "-k", "kernel"), cores=CORES, after=("deb",)),
-    only_all("package", "package", pytest("tests/package", f"--ignore={AUTOPKGTEST}"), after=("deb",)),
+    only_all("package", "package", pytest(PACKAGE, f"--ignore={AUTOPKGTEST}", f"--ignore={SYSTEMD}"), after=("deb",)),
+    only_all("systemd", "package", pytest(SYSTEMD), after=("deb",)),
     only_all("ganeti", "ganeti", pytest("tests/ganeti", KVM_IFUP_DEBS=DEBS), after=("deb",)),
     only_all("installed-e2e", "package", pytest(AUTOPKGTEST, "-k", "e2e"), after=("deb",)),
     only_all("userns", "unprivileged", as_nobody(KERNEL, "-m", "userns and not sweep")),
