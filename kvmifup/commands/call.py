@@ -16,6 +16,7 @@ from kvmifup.commands.request import Request
 from kvmifup.core.errors import PrivilegeError
 from kvmifup.core.model import Background, Config
 from kvmifup.core.text import printable
+from kvmifup.runs.outcome import Outcome
 
 CAP_NET_ADMIN = 12  # linux/capability.h
 
@@ -38,7 +39,7 @@ class Call:
     options: argparse.Namespace = field(default_factory=lambda: argparse.Namespace(run_dir=RUN_DIR))
     config: Config = field(default_factory=Config)
     request: Request | None = None
-    done: list[Any] = field(default_factory=list)
+    done: list[Outcome] = field(default_factory=list)
     seconds: Mapping[tuple[object, ...], float] | None = None
 
     @property

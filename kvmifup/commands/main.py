@@ -64,9 +64,10 @@ def main(
             import traceback
 
             traceback.print_exception(error, file=stderr)
-    tell(call, argv, failures, time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    tell(call, argv, failures, seconds)
     if observer:
-        observer(program, code, time.monotonic() - begun, failures)
+        observer(program, code, seconds, failures)
     return code
 
 
