@@ -71,7 +71,7 @@ class Departures:
         listener, _ = self._listeners[which]
         for _ in range(FRAMES):
             try:
-                found = frames.announcement_in(listener.recv(sockets.SNAP))
+                found = frames.announcement_in(listener.recv(sockets.WHOLE))
             except OSError:  # nothing more; or ENETDOWN, once: it is down, or gone and another look finds that out
                 return
             # By ourselves, where two uplinks are on one segment: each hears what goes out of the other.

@@ -9,7 +9,7 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 
 from kvmifup.core.model import Nic
 from kvmifup.node.messages import mac_bytes, packed
@@ -19,8 +19,11 @@ NAMES = {0x0800: "IPv4", ETH_P_ARP: "ARP", 0x8035: "RARP", ETH_P_IPV6: "IPv6"}
 MIN_FRAME = 60  # bytes, without the checksum: IEEE 802.3
 BROADCAST = b"\xff" * 6
 ARP_REQUEST, ARP_REPLY = 1, 2  # RFC 826
+ARP_FOR_IPV4 = struct.pack("!HHHBB", ETH_P_ARP, 1, 0x0800, 6, 4)  # the ethertype, and what is in front of the operation
 NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 135, 136  # RFC 4861, sections 4.3 and 4.4
-OVERRIDE = 0x20000000  # a flag of an advertisement: RFC 4861, section 4.4
+SOLICITED, OVERRIDE = 0x40000000, 0x20000000  # flags of an advertisement: RFC 4861, section 4.4
+SOURCE_MAC, TARGET_MAC = 1, 2  # options: RFC 4861, section 4.6.1
+MULTICAST = 0xFF  # the first byte of such an address
 ALL_NODES = packed("ff02::1")
 SOLICITED_NODE = packed("ff02::1:ff00:0")[:13]  # of the group; the address's last three bytes follow
 
@@ -92,7 +95,7 @@ def neighbour_message(
     It carries *mac* as an option: as the source's in a solicitation, as the target's in an advertisement. The
     addresses are 16 bytes each (RFC 4861, sections 4.3, 4.4 and 4.6.1).
     """
-    option = 1 if kind == NEIGHBOUR_SOLICITATION else 2
+    option = SOURCE_MAC if kind == NEIGHBOUR_SOLICITATION else TARGET_MAC
     body = struct.pack("!I16sBB6s", flags, target, option, 1, mac)
     pseudo = source + destination + struct.pack("!I3xB", 4 + len(body), socket.IPPROTO_ICMPV6)
     checksum = internet_checksum(pseudo + struct.pack("!BBH", kind, 0, 0) + body)
@@ -103,7 +106,8 @@ def neighbour_message(
 
 
 def internet_checksum(data: bytes) -> int:
-    """The checksum of RFC 1071 over *data*, an even number of bytes."""
+    """The checksum of RFC 1071 over *data*; 0 if a right one is in it."""
+    data += bytes(len(data) % 2)
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
@@ -131,39 +135,100 @@ def name_of(frame: bytes) -> str:
 
 def answer_in(frame: bytes) -> tuple[str, str] | None:
     """The address that *frame* answers for, and the MAC that it gives, as text; None for any other frame."""
-    with suppress(struct.error, ValueError, IndexError):  # too short to be an answer
-        (ethertype,) = struct.unpack_from("!H", frame, 12)
-        if ethertype == ETH_P_ARP:
-            kind, mac, sender = struct.unpack_from("!H6s4s", frame, 20)
-            return (str(ipaddress.IPv4Address(sender)), mac.hex(":")) if kind == ARP_REPLY else None
-        if ethertype == ETH_P_IPV6 and frame[20] == socket.IPPROTO_ICMPV6 and frame[54] == NEIGHBOUR_ADVERTISEMENT:
-            return advertised(frame)
+    if arp := arp_in(frame):
+        return (arp.sender, arp.mac.hex(":")) if arp.kind == ARP_REPLY else None
+    if advertisement := advertisement_in(frame):
+        # To who asked the guest alone, it may do without the option: the frame itself comes from there then.
+        return advertisement.target, (advertisement.mac or frame[6:12]).hex(":")
     return None
 
 
 def announcement_in(frame: bytes) -> tuple[str, str] | None:
     """The address that *frame* announces, and the MAC that it gives, as text; None if it announces nothing.
 
-    An advertisement counts only if it overrides (RFC 4861, section 4.4): one that does not changes no cached MAC.
+    It announces something if the neighbours' kernels change their caches for it. So an advertisement has to override,
+    and to say a MAC. That an ARP message comes from another MAC than the one it tells does not matter to them.
     """
-    with suppress(struct.error, ValueError, IndexError):  # too short to be an announcement
-        (ethertype,) = struct.unpack_from("!H", frame, 12)
-        if ethertype == ETH_P_ARP:
-            kind, protocol, lengths, mac, sender, target = struct.unpack_from("!HHH2x6s4s6x4s", frame, 14)
-            if (kind, protocol, lengths) == (1, 0x0800, 0x0604) and sender == target:
-                return str(ipaddress.IPv4Address(sender)), mac.hex(":")
-        # Hop limit 255: it comes from this segment (RFC 4861, section 7.1.2).
-        elif (
-            ethertype == ETH_P_IPV6
-            and frame[20:22] == bytes([socket.IPPROTO_ICMPV6, 255])
-            and frame[38:54] == ALL_NODES
-            and frame[54] == NEIGHBOUR_ADVERTISEMENT
-            and frame[58] & OVERRIDE >> 24
-        ):
-            return advertised(frame)
+    if arp := arp_in(frame):
+        return (arp.sender, arp.mac.hex(":")) if arp.sender == arp.target and is_station(arp.mac) else None
+    found = advertisement_in(frame)
+    if found and found.mac and found.override and found.destination == ALL_NODES and is_station(found.mac):
+        return found.target, found.mac.hex(":")
     return None
 
 
-def advertised(frame: bytes) -> tuple[str, str]:
-    """The target of a neighbour advertisement, and the MAC that it came from. Raises ValueError if it is too short."""
-    return str(ipaddress.IPv6Address(frame[62:78])), frame[6:12].hex(":")
+@dataclass(frozen=True)
+class Arp:
+    """An ARP message: *kind* is its operation; the addresses are text."""
+
+    kind: int
+    mac: bytes
+    sender: str
+    target: str
+
+
+def arp_in(frame: bytes) -> Arp | None:
+    """The ARP message in *frame*, if the kernel would look at it (`arp_rcv`, `arp_process` in net/ipv4/arp.c)."""
+    if len(frame) < 42 or frame[12:20] != ARP_FOR_IPV4:
+        return None
+    kind, mac, sender, target = struct.unpack_from("!H6s4s6x4s", frame, 20)
+    if kind not in (ARP_REQUEST, ARP_REPLY):
+        return None
+    return Arp(kind, mac, socket.inet_ntoa(sender), socket.inet_ntoa(target))
+
+
+@dataclass(frozen=True)
+class Advertisement:
+    """A neighbour advertisement: *mac* is what its option says, None without one."""
+
+    destination: bytes
+    override: bool
+    target: str
+    mac: bytes | None
+
+
+def advertisement_in(frame: bytes) -> Advertisement | None:
+    """The neighbour advertisement in *frame*, if the kernel would look at it.
+
+    These are the checks of `ip6_rcv_core`, `icmpv6_rcv`, `ndisc_rcv` and `ndisc_recv_na`, and of RFC 4861, section
+    7.1.2. Hop limit 255 says that it comes from this segment. A fragment has another next header, and so have
+    extension headers: nobody sends advertisements that way.
+    """
+    if len(frame) < 78 or frame[12:14] != struct.pack("!H", ETH_P_IPV6) or frame[14] >> 4 != 6:
+        return None
+    length, next_header, hop_limit, source, destination = struct.unpack_from("!HBB16s16s", frame, 18)
+    body = frame[54 : 54 + length]
+    if (next_header, hop_limit, body[:2]) != (socket.IPPROTO_ICMPV6, 255, bytes([NEIGHBOUR_ADVERTISEMENT, 0])):
+        return None
+    pseudo = source + destination + struct.pack("!I3xB", length, socket.IPPROTO_ICMPV6)
+    if not 24 <= length == len(body) or internet_checksum(pseudo + body) != 0:
+        return None
+    flags, target = struct.unpack_from("!I16s", body, 4)
+    to_many = destination[0] == MULTICAST
+    if source[0] == MULTICAST or target[0] == MULTICAST or (to_many and flags & SOLICITED):
+        return None
+    try:
+        mac = target_mac_in(body[24:])
+    except ValueError:
+        return None
+    return Advertisement(destination, bool(flags & OVERRIDE), str(ipaddress.IPv6Address(target)), mac)
+
+
+def target_mac_in(options: bytes) -> bytes | None:
+    """The target's MAC among the *options* of an advertisement. Raises ValueError if they are malformed."""
+    mac = None
+    while options:
+        size = 8 * options[1] if len(options) > 1 else 0
+        if not 0 < size <= len(options):
+            raise ValueError("an option without an end")
+        if options[0] == TARGET_MAC and mac is None:
+            if size != 8:
+                raise ValueError("not the size of a MAC")
+            mac = options[2:8]
+        options = options[size:]
+    return mac
+
+
+def is_station(mac: bytes) -> bool:
+    """Whether *mac* can be a machine's: it is neither a group's nor zero."""
+    return any(mac) and not mac[0] & 1

@@ -23,8 +23,8 @@ def others(
     """
     found: dict[str, set[str]] = {address: set() for address in addresses}
     with (
-        sockets.listener(uplink, ETH_P_ARP, sockets.EVERYTHING) as arp,
-        sockets.listener(uplink, ETH_P_IPV6, sockets.ADVERTISEMENTS) as ndp,
+        sockets.neighbour_listener(uplink, ETH_P_ARP, sockets.EVERYTHING) as arp,
+        sockets.neighbour_listener(uplink, ETH_P_IPV6, sockets.ADVERTISEMENTS) as ndp,
     ):
         mac: bytes = arp.getsockname()[4]
         for via in (arp, ndp):
@@ -34,7 +34,7 @@ def others(
         deadline = time.monotonic() + wait
         while (left := deadline - time.monotonic()) > 0:
             for ready in select.select([arp, ndp], [], [], left)[0]:
-                answer = answer_in(ready.recv(sockets.SNAP))
+                answer = answer_in(ready.recv(sockets.WHOLE))
                 if answer and answer[0] in found and answer[1] != mac.hex(":"):
                     found[answer[0]].add(answer[1])
     return found

@@ -22,7 +22,8 @@ SIOCGIFHWADDR = 0x8927  # linux/sockios.h
 ETH_P_ALL = 3  # linux/if_ether.h
 SO_ATTACH_FILTER, SO_TIMESTAMPNS = 26, 35  # asm-generic/socket.h
 NAMESPACE = Path("/proc/thread-self/ns/net")
-SNAP = 128  # bytes of a frame that we look at, at most
+SNAP = 128  # bytes of a guest's frame that we look at, at most
+WHOLE = 2048  # bytes of a neighbour's: a checksum is over all of it
 
 
 # --- sending ----------------------------------------------------------------------------------------------
@@ -78,9 +79,9 @@ def send(dev: str, frames: Sequence[bytes]) -> None:
 
 Instruction = tuple[int, int, int, int]  # struct sock_filter: code, instructions to skip if true and if false, operand
 LOAD_WORD, LOAD_HALF, LOAD_BYTE, TO_X = 0x20, 0x28, 0x30, 0x07
-IF_EQUAL, IF_EQUAL_X, RETURN = 0x15, 0x1D, 0x06
-PACKET_TYPE = 0xFFFFF004  # SKF_AD_OFF + SKF_AD_PKTTYPE
-PACKET_OUTGOING = 4  # linux/if_packet.h
+IF_EQUAL, IF_EQUAL_X, IF_GREATER, RETURN = 0x15, 0x1D, 0x25, 0x06
+PACKET_TYPE, INTERFACE = 0xFFFFF004, 0xFFFFF008  # SKF_AD_OFF + SKF_AD_PKTTYPE, + SKF_AD_IFINDEX
+PACKET_MULTICAST, PACKET_OUTGOING = 2, 4  # linux/if_packet.h; what is below them is for this node as well
 
 # What another node sends when a guest has arrived there: ARP whose sender is its target, and advertisements.
 GRATUITOUS_ARP: list[Instruction] = [
@@ -88,7 +89,7 @@ GRATUITOUS_ARP: list[Instruction] = [
     (TO_X, 0, 0, 0),
     (LOAD_WORD, 0, 0, 38),
     (IF_EQUAL_X, 0, 1, 0),
-    (RETURN, 0, 0, SNAP),
+    (RETURN, 0, 0, WHOLE),
     (RETURN, 0, 0, 0),
 ]
 ADVERTISEMENTS: list[Instruction] = [
@@ -96,14 +97,34 @@ ADVERTISEMENTS: list[Instruction] = [
     (IF_EQUAL, 0, 3, socket.IPPROTO_ICMPV6),
     (LOAD_BYTE, 0, 0, 54),
     (IF_EQUAL, 0, 1, NEIGHBOUR_ADVERTISEMENT),
-    (RETURN, 0, 0, SNAP),
+    (RETURN, 0, 0, WHOLE),
     (RETURN, 0, 0, 0),
 ]
-EVERYTHING: list[Instruction] = [(RETURN, 0, 0, SNAP)]
+EVERYTHING: list[Instruction] = [(RETURN, 0, 0, WHOLE)]
+
+
+def for_this_node(index: int, program: list[Instruction]) -> list[Instruction]:
+    """*program* for what the node itself takes in on the device with *index*, and for nothing else.
+
+    A frame with a VLAN tag is of another network. The kernel has taken the tag off before a socket for one ethertype
+    gets the frame: it then belongs to the VLAN's device, though the socket is the one below, or without such a device
+    to another host (`__netif_receive_skb_core` in net/core/dev.c). A tag with VID 0 is no VLAN, and taken as none.
+    """
+    return [
+        (LOAD_WORD, 0, 0, PACKET_TYPE),
+        (IF_GREATER, 2, 0, PACKET_MULTICAST),
+        (LOAD_WORD, 0, 0, INTERFACE),
+        (IF_EQUAL, 1, 0, index),
+        (RETURN, 0, 0, 0),
+        *program,
+    ]
 
 
 def from_the_guest(mac: str) -> list[Instruction]:
-    """Frames that come out of a tap with the source address *mac*, not those that we send into it."""
+    """Frames that come out of a tap with the source address *mac*, not those that we send into it.
+
+    With a VLAN tag or to whomever: who has sent it is the guest, and that is all that it has to prove.
+    """
     packed = mac_bytes(mac)
     return [
         (LOAD_WORD, 0, 0, PACKET_TYPE),
@@ -137,9 +158,12 @@ def uplink_listener(uplink: str, family: int) -> socket.socket:
     It takes one ethertype. So the uplink's other traffic does not pass the filter at all, and what this node sends
     is never heard.
     """
-    if family == 4:
-        return listener(uplink, ETH_P_ARP, GRATUITOUS_ARP)
-    return listener(uplink, ETH_P_IPV6, ADVERTISEMENTS)
+    return neighbour_listener(uplink, *((ETH_P_ARP, GRATUITOUS_ARP) if family == 4 else (ETH_P_IPV6, ADVERTISEMENTS)))
+
+
+def neighbour_listener(dev: str, ethertype: int, program: list[Instruction]) -> socket.socket:
+    """A non-blocking socket for what neighbours on *dev* send to this node. Raises OSError."""
+    return listener(dev, ethertype, for_this_node(socket.if_nametoindex(dev), program))
 
 
 def listener(dev: str, ethertype: int, program: list[Instruction]) -> socket.socket:

@@ -133,23 +133,73 @@ NO_ANNOUNCEMENTS = {
     "a question for it": wire.arp_request(FOREIGN_MAC, CLIENT_IP4, GUEST_IP4),
     "a question of its own": wire.arp_request(FOREIGN_MAC, GUEST_IP4, CLIENT_IP4),
     "a solicitation": wire.solicitation(FOREIGN_MAC, CLIENT_IP6, GUEST_IP6),
-    "an advertisement that does not override": advert(override=False),
     "an advertisement to the node alone": advert(to=NODE_IP6),
     "RARP": rarp(),
-    "a short frame": garp()[:20],
     "another address": garp(address="192.0.2.200"),
     "another IPv6 address": advert(address="2001:db8::200"),
 }
 
 
+def ignored(address4: str, address6: str) -> dict[str, bytes]:
+    """What claims these addresses, but no kernel takes for true."""
+    arp, na = garp(address=address4), advert(address=address6)
+    return {
+        "an advertisement that does not override": advert(address=address6, override=False),
+        "a short frame": arp[:20],
+        "ARP in a VLAN": tagged(arp, 5),
+        "an advertisement in a VLAN": tagged(na, 5),
+        "ARP in a VLAN in a VLAN": tagged(tagged(arp, 7), 5),
+        "ARP in a VLAN in none": tagged(tagged(arp, 7), 0),
+        "ARP to another machine": wire.mac_bytes("02:00:00:00:00:77") + arp[6:],
+        "an advertisement to another machine": wire.mac_bytes("02:00:00:00:00:77") + na[6:],
+        "ARP that is neither question nor answer": arp[:20] + b"\0\3" + arp[22:],
+        "ARP of addresses of another size": arp[:18] + b"\x08\x04" + arp[20:],
+        "an advertisement from off the segment": na[:21] + b"\x40" + na[22:],
+        "an advertisement with a wrong checksum": na[:56] + b"\0\0" + na[58:],
+        "an advertisement that is cut off": na[:-4],
+        "an advertisement that is empty": na[:18] + b"\0\0" + na[20:],
+    }
+
+
+def tagged(frame: bytes, vid: int) -> bytes:
+    """*frame* with a VLAN tag."""
+    return frame[:12] + b"\x81\0" + vid.to_bytes(2, "big") + frame[12:]
+
+
 def test_what_announces_nothing_or_nobody_here_does_not_matter(uplinked: Node, agent: Agent) -> None:
     arrived(uplinked, agent)
     client = uplinked.listen()
-    for frame in NO_ANNOUNCEMENTS.values():
+    for frame in [*NO_ANNOUNCEMENTS.values(), *ignored(GUEST_IP4, GUEST_IP6).values()]:
         client.send(frame)
     witness(uplinked, agent)
     assert heard_of(agent) == 0
     assert wired() == WIRED
+
+
+def test_the_kernel_ignores_the_same(uplinked: Node) -> None:
+    """So the last test is right about what it takes for no announcement."""
+    known = {"192.0.2.99": "02:00:00:00:00:99", "2001:db8::99": "02:00:00:00:00:99"}
+    client = uplinked.listen()
+
+    def cached(frame: bytes) -> dict[str, str]:
+        for address, mac in known.items():
+            tools.ip(f"neigh replace {address} lladdr {mac} dev eth0 nud stale")
+        client.send(frame)
+        uplinked.fence(client)
+        found = tools.ask("neigh show dev eth0")
+        return {one["dst"]: one.get("lladdr", "") for one in found if one["dst"] in known}
+
+    believed = [name for name, frame in ignored(*known).items() if cached(frame) != known]
+    assert believed == []
+    for frame in (garp(address="192.0.2.99"), tagged(garp(address="192.0.2.99"), 0), advert(address="2001:db8::99")):
+        assert FOREIGN_MAC in cached(frame).values()
+
+
+@pytest.mark.parametrize("announcement", [garp(), advert()], ids=["gratuitous ARP", "unsolicited NA"])
+def test_an_announcement_with_a_priority_and_no_vlan_counts(uplinked: Node, agent: Agent, announcement: bytes) -> None:
+    arrived(uplinked, agent)
+    uplinked.listen().send(tagged(announcement, 0))
+    until(lambda: phase() == "pre")
 
 
 def test_thousands_of_announcements_of_others_hold_up_nobody(uplinked: Node, agent: Agent) -> None:

@@ -33,22 +33,72 @@ def test_so_is_an_arp_reply_with_sender_and_target_alike() -> None:
     assert frames.announcement_in(ARP[:20] + b"\0\2" + ARP[22:]) == ("192.0.2.8", OTHER)
 
 
-@pytest.mark.parametrize(
-    "frame",
-    [
-        wire.arp_request(OTHER, "192.0.2.8", "192.0.2.9"),
-        ARP[:16] + b"\x86\xdd" + ARP[18:],  # of another protocol
-        ARP[:18] + b"\x08\x04" + ARP[20:],  # of other addresses
-        NA[:21] + b"\x40" + NA[22:],  # hop limit 64: from off the segment
-        NA[:20] + b"\x11" + NA[21:],  # UDP
-        NA[:54] + b"\x87" + NA[55:],  # a solicitation
-        NA[:58] + b"\x00" + NA[59:],  # does not override
-        NA[:38] + bytes(16) + NA[54:],  # to somebody else
-        wire.router_advertisement(OTHER, "fe80::b"),
-        b"",
-    ],
-    ids=str,
-)
+def test_and_an_arp_message_that_another_mac_has_sent() -> None:
+    assert frames.announcement_in(ARP[:6] + b"\x02\0\0\0\0\x0c" + ARP[12:]) == ("192.0.2.8", OTHER)
+
+
+def advertisement(**changed: object) -> bytes:
+    """An unsolicited advertisement as another node sends it, but for what is *changed*; its checksum is right."""
+    one: dict[str, object] = {
+        "code": 0,
+        "flags": 0x20000000,
+        "target": "2001:db8::8",
+        "options": b"\2\1" + wire.mac_bytes(OTHER),
+        "source": "fe80::b",
+        "to": "ff02::1",
+        **changed,
+    }
+    target = ipaddress.IPv6Address(str(one["target"])).packed
+    body = struct.pack("!BBHI16s", 136, one["code"], 0, one["flags"], target) + bytes(one["options"])  # type: ignore[call-overload]
+    return wire.icmp6("33:33:00:00:00:01", OTHER, str(one["source"]), str(one["to"]), body)
+
+
+def test_what_is_after_an_advertisement_does_not_belong_to_it() -> None:
+    assert frames.announcement_in(advertisement() + b"\0\0\0\0") == ("2001:db8::8", OTHER)
+
+
+def test_the_mac_is_the_one_that_the_option_says() -> None:
+    other_options = b"\x0e\1" + bytes(6) + b"\2\1\2\0\0\0\0\x0c"
+    assert frames.announcement_in(advertisement(options=other_options)) == ("2001:db8::8", "02:00:00:00:00:0c")
+
+
+# What no kernel changes its caches for, each but for one thing like what it does.
+IGNORED = {
+    "ARP of somebody else": wire.arp_request(OTHER, "192.0.2.8", "192.0.2.9"),
+    "ARP of other hardware": ARP[:14] + b"\0\7" + ARP[16:],
+    "ARP of another protocol": ARP[:16] + b"\x86\xdd" + ARP[18:],
+    "ARP of other hardware lengths": ARP[:18] + b"\x08\x04" + ARP[20:],
+    "ARP of other protocol lengths": ARP[:18] + b"\x06\x10" + ARP[20:],
+    "ARP that is neither request nor reply": ARP[:20] + b"\0\3" + ARP[22:],
+    "ARP of nobody's MAC": ARP[:22] + bytes(6) + ARP[28:],
+    "ARP of a group's MAC": ARP[:22] + b"\3" + ARP[23:],
+    "ARP behind a VLAN tag": ARP[:12] + b"\x81\0\0\5" + ARP[12:],
+    "NA from off the segment": NA[:21] + b"\x40" + NA[22:],
+    "NA that is UDP": NA[:20] + b"\x11" + NA[21:],
+    "NA in a fragment": NA[:20] + b"\x2c" + NA[21:],
+    "NA of another version": NA[:14] + b"\x40" + NA[15:],
+    "NA with a wrong checksum": NA[:56] + b"\0\0" + NA[58:],
+    "NA that is shorter than it says": NA[:-1],
+    "NA that is a solicitation": wire.solicitation(OTHER, "2001:db8::8", "2001:db8::8"),
+    "NA with a code": advertisement(code=1),
+    "NA that does not override": advertisement(flags=0),
+    "NA that answers all": advertisement(flags=0x60000000),
+    "NA to somebody else": advertisement(to="fe80::1"),
+    "NA from a group": advertisement(source="ff02::1"),
+    "NA about a group": advertisement(target="ff02::8"),
+    "NA without a MAC": advertisement(options=b""),
+    "NA of nobody's MAC": advertisement(options=b"\2\1" + bytes(6)),
+    "NA of a group's MAC": advertisement(options=b"\2\1\3" + bytes(5)),
+    "NA with a MAC of another size": advertisement(options=b"\2\2" + bytes(14)),
+    "NA with an option without an end": advertisement(options=b"\2\1" + bytes(6) + b"\x0e\2" + bytes(6)),
+    "NA with an empty option": advertisement(options=b"\x0e\0" + bytes(6)),
+    "NA with half an option": advertisement(options=b"\2\1" + bytes(4)),
+    "RA": wire.router_advertisement(OTHER, "fe80::b"),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("frame", IGNORED.values(), ids=IGNORED)
 def test_what_moves_no_address_is_none(frame: bytes) -> None:
     assert frames.announcement_in(frame) is None
 
@@ -59,10 +109,16 @@ def test_no_frame_is_too_strange(frame: bytes) -> None:
         frames.announcement_in(head + frame)
 
 
-@given(st.integers(0, len(NA)))
+@given(st.integers(0, len(NA) - 1))
 def test_no_frame_is_too_short(length: int) -> None:
-    assert frames.announcement_in(ARP[: min(length, 41)]) is None
-    assert frames.announcement_in(NA[: min(length, 77)]) is None
+    for read in (frames.announcement_in, frames.answer_in):
+        assert read(ARP[: min(length, 41)]) is None
+        assert read(NA[:length]) is None
+
+
+@given(st.integers(0, len(NA) - 1), st.integers(0, 255))
+def test_one_wrong_byte_in_an_advertisement_moves_no_other_address(at: int, byte: int) -> None:
+    assert frames.announcement_in(NA[:at] + bytes([byte]) + NA[at + 1 :]) in (None, ("2001:db8::8", OTHER))
 
 
 def test_the_names_of_frames() -> None:
@@ -95,7 +151,7 @@ def test_only_an_address_can_be_asked_for(ip: tuple[str, ...], number: int) -> N
 # --- the filters, as the kernel would run them -----------------------------------------------------------
 
 
-def passes(program: list[sockets.Instruction], frame: bytes, *, outgoing: bool = False) -> bool:
+def passes(program: list[sockets.Instruction], frame: bytes, kind: int = socket.PACKET_HOST, dev: int = 3) -> bool:
     """Classic BPF (linux/filter.h), as much as there is of it here; reading past the end drops the frame."""
     accumulator = index = at = 0
     while True:
@@ -104,7 +160,9 @@ def passes(program: list[sockets.Instruction], frame: bytes, *, outgoing: bool =
         sizes = {sockets.LOAD_WORD: 4, sockets.LOAD_HALF: 2, sockets.LOAD_BYTE: 1}
         if code in sizes:
             if operand == sockets.PACKET_TYPE:
-                accumulator = sockets.PACKET_OUTGOING if outgoing else 0
+                accumulator = kind
+            elif operand == sockets.INTERFACE:
+                accumulator = dev
             elif operand + sizes[code] > len(frame):
                 return False
             else:
@@ -113,6 +171,8 @@ def passes(program: list[sockets.Instruction], frame: bytes, *, outgoing: bool =
             index = accumulator
         elif code == sockets.IF_EQUAL:
             at += true if accumulator == operand else false
+        elif code == sockets.IF_GREATER:
+            at += true if accumulator > operand else false
         elif code == sockets.IF_EQUAL_X:
             at += true if accumulator == index else false
         else:
@@ -126,7 +186,7 @@ def test_of_a_tap_only_the_guests_own_frames_pass(addresses: bytes, rest: bytes)
     guest = bytes.fromhex(MAC.replace(":", ""))
     own = addresses[:6] + guest + rest
     assert passes(program, own)
-    assert not passes(program, own, outgoing=True)
+    assert not passes(program, own, socket.PACKET_OUTGOING)
     assert passes(program, addresses + rest) == (addresses[6:] == guest)
     for at in range(6):
         other = guest[:at] + bytes([guest[at] ^ 1]) + guest[at + 1 :]
@@ -143,6 +203,15 @@ def heard(frame: bytes) -> bool:
 @pytest.mark.parametrize("frame", [ARP, NA], ids=["ARP", "NA"])
 def test_announcements_pass(frame: bytes) -> None:
     assert heard(frame)
+
+
+def test_of_a_neighbour_only_what_is_for_this_node_passes() -> None:
+    program = sockets.for_this_node(3, sockets.GRATUITOUS_ARP)
+    kinds = (socket.PACKET_HOST, socket.PACKET_BROADCAST, socket.PACKET_MULTICAST)
+    assert all(passes(program, ARP, kind) for kind in kinds)
+    assert not any(passes(program, ARP, kind) for kind in range(max(kinds) + 1, 8))
+    assert not passes(program, ARP, dev=4)  # a VLAN's device on it
+    assert not passes(program, wire.arp_request(OTHER, "192.0.2.8", "192.0.2.9"))
 
 
 @given(st.binary(max_size=100))
