@@ -39,7 +39,7 @@ def script(program: str) -> "NoReturn":
         try:
             _exit(by_agent(program, sys.argv[1:], environ))
         except KeyboardInterrupt:  # the agent sees that we have gone, and puts back what it has done
-            write(2, f"{program}: interrupted by SIGINT (run it again)\n".encode())
+            say(2, f"{program}: interrupted by SIGINT (run it again)\n".encode())
             _exit(75)
         except (FileNotFoundError, ConnectionRefusedError):
             why = "there is none"
@@ -80,12 +80,22 @@ def by_agent(program: str, argv: list[str], environment: "Mapping[bytes, bytes]"
         code = connection.exactly(1)[0]
         for descriptor in (1, 2):
             output = connection.exactly(int.from_bytes(connection.exactly(4), "big"))
-            try:
-                while output:
-                    output = output[write(descriptor, output) :]
-            except OSError:  # nobody reads it: that does not change what was done
-                pass
+            why = say(descriptor, output)
+            if why and descriptor == 1:
+                say(2, f"{program}: stdout: {why}\n".encode())
     return code
+
+
+def say(descriptor: int, output: bytes) -> str:
+    """Write *output*. Why it is lost, if it is; not that nobody reads it. It does not change what was done."""
+    try:
+        while output:
+            output = output[write(descriptor, output) :]
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 def request(program: str, argv: list[str], environment: "Mapping[bytes, bytes]") -> bytes:

@@ -17,7 +17,6 @@ any                    the tap's disappearance says that it is over (`leftovers`
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from kvmifup.agent.departures import Departures
 from kvmifup.agent.events import DirectoryEvents, LinkEvents
 from kvmifup.agent.hook_server import HookServer
 from kvmifup.agent.leftovers import Leftovers
+from kvmifup.agent.listening import Listener
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
@@ -49,14 +49,12 @@ RESYNC = 60.0  # seconds between two looks at everything, whatever has been hear
 
 
 class Agent:
-    """All rooms in one loop. *activated*: the socket is systemd's, which starts the agent when it is needed."""
+    """All rooms in one loop; hooks come in by *listener*."""
 
-    def __init__(
-        self, loop: Loop, listener: socket.socket, run_dir: Path, say: Callable[[str, int], None], *, activated: bool
-    ) -> None:
+    def __init__(self, loop: Loop, listener: Listener, run_dir: Path, say: Callable[[str, int], None]) -> None:
         self._loop = loop
         self._runner = Runner(run_dir, say)
-        self._activated = activated
+        self._listener = listener
         self._announcements = Announcements(loop, self._runner)
         self._taps = Taps(
             loop,
@@ -71,7 +69,7 @@ class Agent:
         self._leftovers = Leftovers(loop, self._runner, self._taps)
         self._journals = DirectoryEvents(loop, self._runner.store.directory, self._taps.look_soon)
         LinkEvents(loop, self._devices_gone, self._uplinks.came_up, self._events_lost)
-        self._hooks = HookServer(loop, listener, self._announcements.begin, self._runner.hook_done)
+        self._hooks = HookServer(loop, listener.socket, self._announcements.begin, self._runner.hook_done)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, self._stop)
         loop.on_signal(signal.SIGHUP, self._reload)
@@ -130,7 +128,7 @@ class Agent:
     def _periodically(self) -> None:
         idle = self._runner.config.agent.idle_exit
         busy = self._taps or self._at_work()
-        if self._activated and idle and not busy and time.monotonic() - self._hooks.last > idle:
+        if self._listener.given and idle and not busy and time.monotonic() - self._hooks.last > idle:
             self._runner.say(f"nothing to look after for {idle:g} s: good-bye")
             self._stop()
         self._resync()
@@ -172,8 +170,7 @@ class Agent:
             self._loop.stop()
             return
         systemd.notify("STOPPING=1")
-        if not self._activated:
-            (self._runner.run_dir / SOCKET).unlink(missing_ok=True)  # first: whoever comes now does it by itself
+        self._listener.remove()  # first: whoever comes now does it by itself
         self._hooks.close()
         self._loop.later(DONE, self._stop_when_done)
 

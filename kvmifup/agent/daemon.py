@@ -6,47 +6,51 @@ import fcntl
 import gc
 import os
 import resource
-import socket
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from kvmifup import __version__
 from kvmifup.agent.agent import SOCKET, Agent
+from kvmifup.agent.listening import Listener
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import PROGRAM
-from kvmifup.agent.systemd import activated, is_journal, notify
+from kvmifup.agent.systemd import is_journal, notify
 from kvmifup.commands import options
 from kvmifup.commands.call import need_privileges
+from kvmifup.commands.streams import standard_output
 from kvmifup.core.errors import BugError, LockTimeoutError, as_ours
 from kvmifup.core.text import printable
 from kvmifup.inputs import config
 from kvmifup.tell import render, syslog
 
-BACKLOG = 256
 SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival must not wait for hooks
 
 
 def script() -> NoReturn:
     """What scripts/kvm-ifupd is. Never returns; the exit codes are those of the other commands."""
-    with_standard_streams()
+    out, err = standard_output()
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:], out=out)
         code = 0
     except Exception as error:
         failure = as_ours(error)
         say(render.sentence(failure), syslog.ERROR)
         if isinstance(failure, BugError):  # for the report: it may not happen again for long
-            traceback.print_exception(error)
+            traceback.print_exception(error, file=err)
         code = failure.code
+    out.flush()
     sys.exit(code)
 
 
-def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR) -> None:
-    """Run until a signal says otherwise, or there is nothing left to look after. Raises KvmIfupError."""
+def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR, out: TextIO = sys.stdout) -> None:
+    """Run until a signal says otherwise, or there is nothing left to look after. Raises KvmIfupError.
+
+    *out* is for --help and --version.
+    """
     parser = options.Parser(
         prog=PROGRAM,
         description="The node's agent: runs hooks without the time that Python takes to start, wires an incoming "
@@ -58,18 +62,17 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR) -> None:
     try:
         parser.parse_args(list(argv))
     except options.Told as told:
-        sys.stdout.write(str(told))
+        out.write(str(told))
         return
     need_privileges()
     run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with only_one(run_dir):
         config.load(None)  # what is wrong with it is found before there is a socket
         more_descriptors()
-        given = activated()
-        listener = given or own_socket(run_dir / SOCKET)
+        listener = Listener(run_dir / SOCKET)
         sys.setswitchinterval(SWITCH)
         loop = Loop()
-        agent = Agent(loop, listener, run_dir, say, activated=given is not None)
+        agent = Agent(loop, listener, run_dir, say)
         gc.collect()
         gc.freeze()  # what has been loaded stays: the collector need not look at it again and again
         say("ready")
@@ -77,8 +80,7 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR) -> None:
         try:
             loop.run()
         finally:
-            if given is None:
-                (run_dir / SOCKET).unlink(missing_ok=True)
+            listener.remove()
             agent.close()
 
 
@@ -90,13 +92,6 @@ def say(line: str, severity: int = syslog.INFO) -> None:
     start = f"<{severity}>" if is_journal(2) else f"{PROGRAM}: "
     with suppress(OSError):
         os.write(2, f"{start}{printable(line)}\n".encode())
-
-
-def with_standard_streams() -> None:
-    """Open those of 0, 1 and 2 that are closed: else a socket would get such a number, and our output."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
 
 
 def more_descriptors() -> None:
@@ -115,16 +110,3 @@ def only_one(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise LockTimeoutError("another agent runs on this node", hint="`systemctl stop kvm-ifupd`") from None
         yield
-
-
-def own_socket(path: Path) -> socket.socket:
-    """A socket at *path*, for root alone."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(mask)
-    listener.listen(BACKLOG)
-    return listener

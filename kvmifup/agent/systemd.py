@@ -42,4 +42,5 @@ def notify(state: str) -> None:
 
 def watchdog() -> float:
     """How often, in seconds, systemd wants a sign of life at least; 0 for never. See sd_watchdog_enabled(3)."""
-    return int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
+    limit = os.environ.get("WATCHDOG_USEC", "")
+    return int(limit) / 1e6 if limit.isascii() and limit.isdigit() else 0.0

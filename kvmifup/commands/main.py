@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
 from kvmifup.commands import call as calls
-from kvmifup.commands import options, request
+from kvmifup.commands import options, request, streams
 from kvmifup.commands.call import Call
 from kvmifup.core import signals
 from kvmifup.core.errors import BugError, KvmIfupError, all_as_ours
@@ -29,11 +29,14 @@ Observer = Callable[[str, int, float, Sequence[KvmIfupError]], None]
 def script(program: str, note: str = "") -> NoReturn:
     """*program* in this process. *note* says why the agent has not done it, to who asks for more (-v)."""
     signals.catch()
-    # A caller may have closed what we write to; that must not change how we end.
-    out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    out, err = streams.standard_output()
     if note and {"-v", "-vv", "--verbose"}.intersection(sys.argv[1:]):
         err.write(f"{program}: {note}\n")
-    sys.exit(main(program, sys.argv[1:], os.environ, out, err, announcing.repeat_detached, sys.stdin))
+    code = main(program, sys.argv[1:], os.environ, out, err, announcing.repeat_detached, sys.stdin)
+    out.flush()
+    if out.lost:
+        err.write(f"{program}: stdout: {out.lost}\n")
+    sys.exit(code)
 
 
 def main(

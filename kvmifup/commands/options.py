@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from kvmifup import __version__
 from kvmifup.core.errors import UsageError
+from kvmifup.core.text import shown
 from kvmifup.inputs import config
 
 RUN_DIR = Path("/run/kvm-ifup")
@@ -34,6 +35,31 @@ class Told(Exception):
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises our errors, and writes nothing itself."""
+
+    words: Collection[str] = ()  # its subcommands: what follows one is not for this parser
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it; but an option that there is not is named before something that is missing."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except UsageError:
+            unknown = self._unknown(args)
+            if unknown is None:
+                raise
+            raise UsageError(f"there is no option {shown(unknown)}", hint=f"{self.prog} --help") from None
+
+    def _unknown(self, args: Sequence[str]) -> str | None:
+        """The first of *args* that is an option, but not one of this parser."""
+        for one in args:
+            if one == "--" or one in self.words:
+                break
+            name = one.partition("=")[0]
+            if not name.startswith("-") or name == "-" or name[1].isdigit():
+                continue
+            flags = {name} if name.startswith("--") else {f"-{letter}" for letter in name[1:]}
+            if not flags <= self._option_string_actions.keys():
+                return name
+        return None
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
@@ -106,14 +132,22 @@ def add_options(made: Parser, *, again: bool = False) -> None:
     made.add_argument("--run-dir", metavar="DIR", type=Path, default=default(RUN_DIR), help=f"instead of {RUN_DIR}")
 
 
+def number(text: str) -> int:
+    """The number of a NIC; for argparse. Raises ValueError for what `int` would take beyond plain digits."""
+    if not (text.isascii() and text.removeprefix("-").isdigit()):
+        raise ValueError
+    return int(text)
+
+
 # --- the command line -----------------------------------------------------------------------------------
 
 
 def add_subcommands(made: Parser) -> None:
     """All that `kvm-ifup` takes after its own options."""
     subcommands = made.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    made.words = subcommands.choices
 
-    def add(to: Any, name: str, does: str) -> argparse.ArgumentParser:
+    def add(to: Any, name: str, does: str) -> Parser:
         one: Parser = to.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.", allow_abbrev=False)
         add_options(one, again=True)
         return one
@@ -131,15 +165,15 @@ def add_subcommands(made: Parser) -> None:
     one = add(subcommands, "gc", "clear up after dead NICs and killed runs")
     one.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
     add(subcommands, "watch", "print what hooks and the agent do, as they do it, until interrupted")
-    verbs = add(subcommands, "nic", "write, list and remove NIC files").add_subparsers(
-        dest="verb", required=True, metavar="VERB"
-    )
+    one = add(subcommands, "nic", "write, list and remove NIC files")
+    verbs = one.add_subparsers(dest="verb", required=True, metavar="VERB")
+    one.words = verbs.choices
     one = add(verbs, "put", "check a NIC file and put it into its place")
     one.add_argument("instance", metavar="INSTANCE", help="the guest")
-    one.add_argument("index", metavar="INDEX", type=int, help="the NIC's number")
+    one.add_argument("index", metavar="INDEX", type=number, help="the NIC's number")
     one.add_argument("file", metavar="FILE", help='the TOML to read; "-" for standard input')
     one = add(verbs, "list", "list NIC files")
     one.add_argument("instance", metavar="INSTANCE", nargs="?", help="only this guest's")
     one = add(verbs, "rm", "remove NIC files; what is not there is as good as removed")
     one.add_argument("instance", metavar="INSTANCE", help="the guest")
-    one.add_argument("index", metavar="INDEX", type=int, nargs="?", help="only the NIC with this number")
+    one.add_argument("index", metavar="INDEX", type=number, nargs="?", help="only the NIC with this number")

@@ -78,9 +78,10 @@ def nics_of(tap: str | None, instance: str | None, run_dir: Path, environ: Mappi
 def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool = True) -> Nic | None:
     """The NIC on *tap*: from the environment, its NIC file, the journal of an earlier phase, or Ganeti's files.
 
+    If the NIC is not *needed*, an environment with the name of the tap and no more describes none.
     None when nothing describes it. Raises NicError, JournalError, NamespaceError.
     """
-    if environ.get("INTERFACE"):
+    if environ.get("INTERFACE") and (needed or environment.describes(environ)):
         return environment.from_environment(environ)
     nic = nicfiles.nic_of_tap(tap, run_dir, needed=needed)
     if nic is not None:

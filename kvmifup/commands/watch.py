@@ -9,19 +9,22 @@ from contextlib import suppress
 from typing import Any
 
 from kvmifup.commands.call import Call
+from kvmifup.commands.streams import Output
 from kvmifup.core.errors import InterruptedRun
 from kvmifup.tell import watchers
 
 
 def run(call: Call) -> int:
     """A line for each event, and one for each op that changed something; returns 0."""
-    with suppress(InterruptedRun, BrokenPipeError), watchers.watching(call.run_dir) as events:
+    with suppress(InterruptedRun), watchers.watching(call.run_dir) as events:
         for event in events:
             if call.options.json:
                 call.out.write(json.dumps(event) + "\n")
             else:
                 call.say(event_lines(event))
             call.out.flush()
+            if isinstance(call.out, Output) and call.out.unread:
+                break
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from kvmifup.core.errors import NicError, UsageError
 from kvmifup.core.model import Nic
 from kvmifup.core.text import shown
-from kvmifup.inputs.values import assemble
+from kvmifup.inputs.values import assemble, nic_index
 
 # The taps of Ganeti's own communication network begin with this; Ganeti wires them itself.
 GANETI_OWN = "gnt.com."
@@ -22,9 +22,7 @@ def from_environment(environ: Mapping[str, str]) -> Nic:
     missing = [name for name in ("INTERFACE", "MODE", "MAC") if not environ.get(name)]
     if missing:
         raise NicError(f"the environment has INTERFACE but lacks {' and '.join(missing)}").at("environment")
-    index = environ.get("INTERFACE_INDEX") or None
-    if index is not None and not re.fullmatch(r"[0-9]{1,4}", index, re.ASCII):
-        raise NicError(f"INTERFACE_INDEX {shown(index)} is not a number").at("environment")
+    index = environ.get("INTERFACE_INDEX")
     mode = environ["MODE"]
     try:
         return assemble(
@@ -36,11 +34,16 @@ def from_environment(environ: Mapping[str, str]) -> Nic:
             vlan=environ.get("VLAN") or None,
             incoming=environ.get("MIGRATION_PHASE") == "pre",
             instance=environ.get("INSTANCE") or None,
-            index=None if index is None else int(index),
+            index=nic_index(index, "INTERFACE_INDEX") if index else None,
             source="the environment",
         )
     except NicError as error:
         raise error.at(f"environment of {shown(environ['INTERFACE'])}") from None
+
+
+def describes(environ: Mapping[str, str]) -> bool:
+    """Whether *environ* has more of a NIC than the name of its tap and its guest."""
+    return any(environ.get(name) for name in ("MODE", "MAC", "LINK", "IP"))
 
 
 def refuse_contradiction(command: str, tap: str | None, environ: Mapping[str, str]) -> None:

@@ -13,9 +13,7 @@ from kvmifup.core.errors import KvmIfupError, NicError
 from kvmifup.core.model import Nic
 from kvmifup.core.text import as_told, shown
 from kvmifup.inputs import trust
-from kvmifup.inputs.values import assemble, instance_name, nearest
-
-MAX_INDEX = 9999
+from kvmifup.inputs.values import MAX_INDEX, assemble, instance_name, nearest, nic_index
 
 
 def place(run_dir: Path, instance: str, index: int) -> Path:
@@ -162,9 +160,10 @@ def read_nic(path: Path, run_dir: Path) -> Nic:
     try:
         text = trust.read(path, run_dir)
         real = trust.check(path, run_dir)
-        if not real.stem.isdigit() or not real.stem.isascii() or len(real.stem) > 4 or real.suffix != ".toml":
-            raise NicError("the file is not named <index>.toml, like 0.toml")
-        return parse_nic(text, instance=instance_name(real.parent.name), index=int(real.stem), source=str(path))
+        index = nic_index(
+            real.stem if real.suffix == ".toml" else real.name, "the file is not named <index>.toml, like 0.toml:"
+        )
+        return parse_nic(text, instance=instance_name(real.parent.name), index=index, source=str(path))
     except NicError as error:
         raise error.at(str(path)) from None
     except trust.Untrusted as error:

@@ -13,8 +13,10 @@ from kvmifup.core.text import shown
 
 MAX_TABLE = 2**32 - 1
 MAX_VLAN = 4094
+MAX_INDEX = 9999
 
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
+_INDEX = re.compile(r"0|[1-9][0-9]{0,3}", re.ASCII)
 _VLAN = re.compile(r"(?P<access>\.[0-9]{1,4})?(?P<trunk>(:[0-9]{1,4})*)", re.ASCII)
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _BYTES_SLIP = re.compile(r"b'(.+)'|b\"(.+)\"", re.ASCII)
@@ -45,6 +47,13 @@ def instance_name(name: str) -> str:
     if not 1 <= size <= 255 or name in (".", "..") or "/" in name or not name.isprintable():
         raise NicError(f"instance {shown(name)} is not a name for a directory")
     return name
+
+
+def nic_index(text: str, what: str = "index") -> int:
+    """The number of a guest's NIC, written in the one way that there is. Raises NicError."""
+    if not _INDEX.fullmatch(text):
+        raise NicError(f"{what} {shown(text)} is not a number from 0 to {MAX_INDEX}")
+    return int(text)
 
 
 def guest_mac(text: str) -> str:

@@ -209,6 +209,38 @@ def test_it_takes_the_socket_it_is_given_and_tells_of_its_start_and_end(activate
     assert again.end() == 0
 
 
+@pytest.mark.parametrize("agent", ["none yet", "systemd's"])
+def test_run_by_hand_it_leaves_systemds_socket_alone(activated: Activated, agent: str) -> None:
+    """And asking for it wakes nobody."""
+    systemds = activated.start().ready() if agent == "systemd's" else None
+    code = 75 if systemds else 69
+    check(hook("kvm-ifupd"), code, "kvm-ifupd: ", "systemctl")
+    assert SOCKET.exists()
+    if not systemds:
+        activated.listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            activated.listener.accept()
+        systemds = activated.start().ready()
+    through("kvm-ifup", "gc")
+    assert systemds.end() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_socket_that_systemd_has_made_meanwhile_outlives_it(uplinked: Node, number: int) -> None:
+    with agents.running() as agent, contextlib.closing(Activated()):
+        assert agent.end(number) == 0
+        assert SOCKET.exists()
+
+
+def test_a_socket_that_a_killed_agent_has_left_is_replaced(uplinked: Node) -> None:
+    with agents.running() as agent:
+        agent.end(signal.SIGKILL)
+    assert SOCKET.exists()
+    with agents.running():
+        through("kvm-ifup", "gc")
+    assert not SOCKET.exists()
+
+
 def test_another_number_of_sockets_is_64(uplinked: Node) -> None:
     for number in ("0", "2", "x"):
         with contextlib.closing(Activated(number)) as one:

@@ -536,3 +536,50 @@ def test_help_goes_to_who_asked_for_it_also_from_many_threads() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+# --- options and numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("program", "argv"),
+    [
+        ("kvm-ifup", ["--no-such-option"]),
+        ("kvm-ifup", ["-v", "--no-such-option=7"]),
+        ("kvm-ifup", ["plan", "--no-such-option"]),
+        ("kvm-ifup", ["nic", "--no-such-option"]),
+        ("kvm-ifup", ["nic", "put", "--no-such-option"]),
+        ("kvm-ifup", ["nic", "put", "web1", "--no-such-option"]),
+        ("kvm-ifup", ["show", "--no-such-option"]),
+        ("kvm-ifup-pre", ["--no-such-option"]),
+        ("kvm-ifdown", ["tap0", "--no-such-option"]),
+    ],
+)
+def test_an_option_that_there_is_not_is_named(program: str, argv: list[str]) -> None:
+    ran = call_main(program, *argv)
+    assert ran.code == 64
+    assert "--no-such-option" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "missing"),
+    [([], "SUBCOMMAND"), (["-vv"], "SUBCOMMAND"), (["plan", "--json"], "phase"), (["nic", "rm", "-v"], "INSTANCE")],
+)
+def test_what_is_missing_is_named_when_the_options_are_right(argv: list[str], missing: str) -> None:
+    ran = call_main("kvm-ifup", *argv)
+    assert ran.code == 64
+    assert missing in ran.err
+
+
+@pytest.mark.parametrize("index", ["\u0661", "\uff11", "+1", " 1", "1 ", "1_0", "0x1", "1.0", ""])
+def test_an_index_is_plain_digits(index: str, tmp_path: Path) -> None:
+    for argv in (["put", "web1", index, "/nonexistent"], ["rm", "web1", index]):
+        ran = call_main("kvm-ifup", f"--run-dir={tmp_path}", "nic", *argv)
+        assert ran.code == 64
+        assert "INDEX" in ran.err
+
+
+def call_main(program: str, *argv: str) -> Ran:
+    """*program* with just these arguments."""
+    out, err = io.StringIO(), io.StringIO()
+    return Ran(main.main(program, argv, {}, out, err), out.getvalue(), err.getvalue())

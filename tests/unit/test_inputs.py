@@ -410,6 +410,7 @@ def test_where_the_link_comes_from() -> None:
         ({"MODE": "bridged", "LINK": ""}, "link is missing"),
         ({"INTERFACE_INDEX": "-1"}, "INTERFACE_INDEX"),
         ({"INTERFACE_INDEX": "12345"}, "INTERFACE_INDEX"),
+        *(({"INTERFACE_INDEX": index}, "INTERFACE_INDEX") for index in ("\u0661", "+1", " 1", "1_0", "01")),
         ({"INTERFACE": "b'tap0' "}, "tap"),
         ({"INSTANCE": "../x"}, "instance"),
     ],

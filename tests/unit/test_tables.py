@@ -51,6 +51,12 @@ def test_number(name: str, number: int | None, places: tuple[str, ...]) -> None:
     assert tables.number(name, places) == number
 
 
+@pytest.mark.parametrize("number", ["1_0", "+5", "\u0661", "0b1", "0o7", "-1", "010"])
+def test_a_number_that_iproute2_does_not_read_is_none(number: str, tmp_path: Path) -> None:
+    (tmp_path / "rt_tables").write_text(f"{number} guests\n", encoding="utf-8")
+    assert tables.number("guests", (str(tmp_path),)) is None
+
+
 def test_without_any_file(tmp_path: Path) -> None:
     assert tables.number("main", (str(tmp_path),)) == 254
     assert tables.number("guests", (str(tmp_path),)) is None

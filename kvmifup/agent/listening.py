@@ -1,0 +1,64 @@
+"""The socket on which hooks find the agent: systemd's, or one that the agent makes itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from kvmifup.agent.systemd import activated
+from kvmifup.core.errors import NotReadyError
+
+BACKLOG = 256
+
+
+class Listener:
+    """The socket at *path*. *given*: it is systemd's, who keeps it when the agent ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the socket that systemd hands over, or make one. Raises NotReadyError, UsageError, OSError."""
+        found = activated()
+        self.given = found is not None
+        self.path = path
+        self.socket = found or own_socket(path)
+        self._made = None if self.given else path.stat()
+
+    def remove(self) -> None:
+        """Remove the socket's file, if it is the one that we have made: by now another one may be in its place."""
+        with suppress(FileNotFoundError):
+            if self._made and os.path.samestat(self._made, self.path.lstat()):
+                self.path.unlink()
+
+
+def own_socket(path: Path) -> socket.socket:
+    """A socket at *path*, for root alone. Raises NotReadyError if somebody has one there, OSError."""
+    if has_owner(path):
+        raise NotReadyError(
+            f"somebody listens on {path}, most likely systemd",
+            hint="`systemctl start kvm-ifupd` runs the agent on it; `systemctl stop kvm-ifupd.socket` takes it away",
+        )
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen(BACKLOG)
+    return listener
+
+
+def has_owner(path: Path) -> bool:
+    """Whether a process has the socket at *path* open, and it is not just what a killed agent has left.
+
+    The question is asked with a socket of another kind. So nobody is woken: systemd would start an agent for each
+    connection (`unix_find_bsd` in net/unix/af_unix.c).
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
+        try:
+            asking.connect(str(path))
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
+        return True
