@@ -123,7 +123,7 @@ def stage(net: Network, hooks: Hooks, image: guest.Image, progress: Progress) ->
         directory = Path(scratch)
         progress("booting the guest on node a")
         write_nic(net.a, net.mode, incoming=False)
-        wiring = migrate.Wiring(TAP, script=hooks.path("kvm-ifup-post"))
+        wiring = migrate.Wiring(TAP, script=hooks.path("kvm-ifup-pre"))
         with (
             migrate.start(net.a, image, guest_addresses(net.mode), wiring, directory / "a") as source,
             observe.observer(net) as observer,

@@ -65,7 +65,9 @@ def section(name: str, title: str) -> Section:
 
 
 def examples(name: str) -> dict[str, list[str]]:
-    """The examples of a page: their headings, and the blocks below each."""
+    """The examples of a page: their headings, and the blocks below each. An overview has none."""
+    if name.endswith(".7"):
+        return {}
     return {one.title: one.blocks for one in section(name, "EXAMPLES").sections()}
 
 

@@ -121,6 +121,13 @@ def bare(stack: ExitStack) -> Machine:
     return node
 
 
+def described(stack: ExitStack) -> Machine:
+    """A NIC file for web1's tap0, as `bare` has it, and nothing that it names."""
+    node = stack.enter_context(machine())
+    nic(node, "tap0", "web1", mac='"aa:00:00:35:ac:01"', mode='"bridged"', link='"br0"')
+    return node
+
+
 def wired(stack: ExitStack) -> Machine:
     """The same, with both guests running: web1 bridged on tap0, db1 routed on tap1."""
     node = bare(stack)
@@ -137,7 +144,12 @@ def expecting(stack: ExitStack) -> Machine:
     return node
 
 
-NODES: dict[str, Callable[[ExitStack], Machine]] = {"bare": bare, "wired": wired, "expecting": expecting}
+NODES: dict[str, Callable[[ExitStack], Machine]] = {
+    "bare": bare,
+    "described": described,
+    "wired": wired,
+    "expecting": expecting,
+}
 
 
 def main() -> int:

@@ -16,7 +16,8 @@ from tests.docs import pages
 from tests.docs.machine import CLEAN, Machine, cable, machine
 from tests.docs.pages import PAGES, readme
 
-BRIDGED = ("kvm-ifup-post.8", "A bridged guest, started by hand")
+BRIDGED = ("kvm-ifup-pre.8", "A bridged guest, started by hand")
+MIGRATION = ("kvm-ifup-pre.8", "A guest that arrives by live migration")
 ROUTED = ("kvm-ifup-post.8", "A routed guest")
 TAP_MAC = "fe:00:00:35:ac:01"
 
@@ -216,19 +217,13 @@ def _right(machines: Machines, blocks: list[str]) -> None:
 # --- kvm-ifup-pre(8) --------------------------------------------------------------------------------------
 
 
-@example("kvm-ifup-pre.8", "A guest that arrives by live migration")
+@example(*MIGRATION)
 def _migration(machines: Machines, blocks: list[str]) -> None:
-    on_target, on_source, afterwards = blocks
-    source, target = machines.node, machines.another()
-    cable(source, target)
-    source.run("ip addr add 192.0.2.11/24 dev eth0")
-    target.run("ip addr add 192.0.2.12/24 dev eth0")
-    follow(source, BRIDGED)
-
-    target.run(on_target)
+    _on_target, on_source, afterwards = blocks
+    source, target = before_migration(machines)
     wired(target)  # before the guest moves
 
-    source.run(on_source)
+    assert source.run(on_source).stdout.endswith("web1 has moved\n")
     until(source, "! kill -0 $(cat /run/web1.pid) 2>/dev/null")
     assert not source.has("tap0")
     assert journals(source) == []
@@ -240,6 +235,39 @@ def _migration(machines: Machines, blocks: list[str]) -> None:
     assert "running" in state
     quit_in_order(target)
     assert journals(target) == []
+
+
+def before_migration(machines: Machines) -> tuple[Machine, Machine]:
+    """web1 runs on the first machine, and the second one is prepared for it as the example says."""
+    source, target = machines.node, machines.another()
+    cable(source, target)
+    source.run("ip addr add 192.0.2.11/24 dev eth0")
+    target.run("ip addr add 192.0.2.12/24 dev eth0")
+    follow(source, BRIDGED)
+    target.run(blocks_of(MIGRATION)[0])
+    return source, target
+
+
+@pytest.mark.parametrize("fault", ["nobody listens", "cancelled", "ended"])
+def test_the_loop_of_the_example_ends_when_the_guest_does_not_move(fault: str, machines: Machines) -> None:
+    source, target = before_migration(machines)
+    _on_target, on_source, _afterwards = blocks_of(MIGRATION)
+    monitor = "socat - UNIX-CONNECT:/run/web1.monitor"
+    order, loop = on_source.split("\n", 1)
+    if fault == "nobody listens":
+        target.end("/run/web1.pid")
+        source.run(order)
+    else:
+        source.run(f"echo migrate_set_parameter max-bandwidth 1k | {monitor}")
+        source.run(order)
+        if fault == "cancelled":
+            source.run(f"echo migrate_cancel | {monitor}")
+        else:
+            source.end("/run/web1.pid")
+    assert source.run(loop).stdout == "web1 has not moved\n"
+    if fault != "ended":
+        assert "running" in source.run(f"echo info status | {monitor}").stdout
+        wired(source)
 
 
 @example("kvm-ifup-pre.8", "What would be done")
@@ -498,9 +526,9 @@ def test_the_readme_migrates_a_guest(machines: Machines) -> None:
     """The incoming form is the plain one with the changes that the text names; the commands are as printed."""
     section = readme("A guest by hand")
     _install, start = section.blocks
-    for words in ("`incoming = true`", "`-incoming …`", "`script=…/kvm-ifup-pre`"):
+    for words in ("`incoming = true`", "`-incoming …`"):
         assert words in section.text
-    incoming = start.replace("\nEND", "\nincoming = true\nEND").replace("/kvm-ifup-post", "/kvm-ifup-pre")
+    incoming = start.replace("\nEND", "\nincoming = true\nEND")
     incoming = incoming.replace(" \\\n", " \\\n    -incoming tcp:192.0.2.12:4444 \\\n", 1)
     on_source, on_target = re.findall(r"^    (kvm-\S+ tap0) ", section.text, re.MULTILINE)
     source, target = machines.node, machines.another()

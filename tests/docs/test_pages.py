@@ -24,6 +24,7 @@ from tests.docs.pages import COMMANDS, MAN, PAGES, ROOT, readme, section
 HOOKS = ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifdown")
 SECTIONS = {
     "8": ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES", "SEE ALSO"],
+    "7": ["NAME", "DESCRIPTION", "THE PHASES", "WHO CALLS", "WHERE TO READ ON", "FILES", "SEE ALSO"],
     "5": ["NAME", "DESCRIPTION", "KEYS", "FILES", "EXAMPLES", "SEE ALSO"],
 }
 
@@ -56,7 +57,7 @@ def shown(path: Path) -> str:
 def test_there_is_a_page_for_every_command() -> None:
     scripts = {path.name for path in (ROOT / "scripts").iterdir()}
     assert scripts == set(COMMANDS)
-    assert set(PAGES) == {f"{name}.8" for name in scripts} | {"kvm-ifup.toml.5", "kvm-ifup-nic.5"}
+    assert set(PAGES) == {f"{name}.8" for name in scripts} | {"kvm-ifup.7", "kvm-ifup.toml.5", "kvm-ifup-nic.5"}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -176,6 +177,23 @@ def test_the_exit_codes_are_those_of_the_errors(command: str) -> None:
 def test_the_readme_lists_the_same_exit_codes() -> None:
     listed = re.findall(r"^\| (\d+) \|", readme("When something is wrong").text, re.MULTILINE)
     assert [int(code) for code in listed] == sorted(codes())
+
+
+@pytest.mark.parametrize("page", ["man/parts/exit.scd", "docs/qemu.md"])
+def test_qemus_number_stands_beside_each_code(page: str) -> None:
+    """It is what waitpid returns: 256 times the code."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| +(\d+)(?: \||\n:) +(\d+)\b", text, re.MULTILINE)
+    assert {int(code): int(said) for code, said in rows} == {code: 256 * code for code in codes() if code}
+
+
+def test_qemus_script_is_pre_on_every_page() -> None:
+    printed = [*(ROOT / "docs").glob("*.md"), *MAN.rglob("*.scd"), *ROOT.glob("*.md"), *ROOT.glob("integration/*/*.md")]
+    named = [
+        one for page in printed for one in re.findall(r"(?<!down)script=(\S+?/kvm-if[a-z-]+)", page.read_text("utf-8"))
+    ]
+    assert named
+    assert [one for one in named if not one.endswith("/kvm-ifup-pre")] == []
 
 
 @pytest.mark.parametrize("command", HOOKS)
