@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Uplink
 from kvmifup.core.ops import (
+    RTPROT_STATIC,
     AddrGenMode,
     Announce,
     BridgeAddress,
@@ -60,7 +61,7 @@ def plan(phase: Phase, nic: Nic, config: Config, facts: NodeFacts, *, announce: 
 
 
 def stale(facts: NodeFacts, steps: tuple[Step, ...]) -> Iterator[Op]:
-    """The removal of policy rules that name this tap and that no phase wants: a dead NIC's leftovers."""
+    """The removal of what a dead NIC or a script has left for this tap, and what no phase wants."""
     planned = {op.key for _, op in steps}
     yield from (rule.turned(False) for rule in facts.rules if rule.key not in planned)
 
@@ -176,7 +177,7 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
     if nic.link is not None:
         for family in (4, 6) if facts.ipv6 else (4,):
             priority = config.routed.rule_priority
-            yield PRE, Rule(family, nic.tap, facts.table, priority, (), True)
+            yield PRE, Rule(family, nic.tap, facts.table, priority, RTPROT_STATIC, True)
     yield PRE, LinkUp(nic.tap, True)
     for host in hosts:
         yield PRE, Neighbour(nic.tap, bare(host), nic.mac)
@@ -302,10 +303,11 @@ def withdrawal(nic: Nic, facts: NodeFacts) -> tuple[Op, ...]:
     ]
     table = MAIN_TABLE if facts.table is None else facts.table
     routes = [Route(str(prefix), nic.tap, table, False) for prefix in nic.ip]
+    neighbours = [Neighbour(nic.tap, bare(prefix), None) for prefix in nic.ip if is_host(prefix)]
     rules = [rule.turned(False) for rule in facts.rules]
     if nic.mode != "routed":
         return tuple(rules)
-    return (*proxies, *routes, *rules)
+    return (*proxies, *routes, *neighbours, *rules)
 
 
 def is_host(prefix: Prefix) -> bool:

@@ -160,10 +160,10 @@ class Uplink:
 class NodeFacts:
     """What a plan needs to know of the node, read once, before anything is touched.
 
-    *table* is the number that `link` stands for, None if no such name is known. *rules* are all policy
-    rules that name the tap. *taken* has each address or prefix that cannot be the guest's, and why.
-    *program* is the path of the program that wires an ext NIC. *ipv6*: the kernel has IPv6 at all.
-    *ipv6_mend* lists the sysctl settings that are missing for the tap to have IPv6.
+    *table* is the number that `link` stands for, None if no such name is known. *rules* are the policy
+    rules that lead what comes from the tap to a table, and say nothing more. *taken* has each address or prefix that
+    cannot be the guest's, and why. *program* is the path of the program that wires an ext NIC.
+    *ipv6*: the kernel has IPv6 at all. *ipv6_mend* lists the sysctl settings that are missing for the tap to have IPv6.
     """
 
     tap: Tap | None

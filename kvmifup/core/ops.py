@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import ClassVar
 
 Value = str | int | bool | None
-Selectors = tuple[tuple[str, str | int], ...]
+RTPROT_STATIC = 4  # linux/rtnetlink.h: the protocol of what we make
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Op:
     `after_change`: the op is done only if an earlier op of the same run has changed something.
     `readable`: the node can be asked for the value. If not, the journal tells what was done.
     `waits`: writing the value can take long.
+    `lost_with`: the kinds of ops that take the value away when they change the same device.
+    `leaves`: the value when the guest has gone, for what is about this guest alone. It does not matter who made it:
+    it may have been another script, or an earlier run whose journal is lost. Empty: the value that we found.
     """
 
     kind: ClassVar[str]
@@ -31,6 +34,8 @@ class Op:
     after_change: ClassVar[bool] = False
     readable: ClassVar[bool] = True
     waits: ClassVar[bool] = False
+    lost_with: ClassVar[frozenset[str]] = frozenset()
+    leaves: ClassVar[tuple[Value, ...]] = ()
 
     @property
     def outlives_tap(self) -> bool:
@@ -55,7 +60,7 @@ class Op:
 
     def before_us(self, found: Value) -> Value:
         """The value to leave behind when the guest has gone, if *found* was there when it came."""
-        return found
+        return self.leaves[0] if self.leaves else found
 
     def turned(self, want: Value) -> Op:
         """The same op with *want* as the value wanted: this is how an undo is expressed."""
@@ -219,17 +224,18 @@ class Sysctl(Op):
 
 @dataclass(frozen=True)
 class Rule(Op):
-    """The policy rule `iif TAP lookup TABLE`; *selectors* is what a foreign rule says beyond that, by attribute.
+    """The policy rule `iif TAP lookup TABLE`, which says nothing more; *protocol* (RTPROT_*) tells who has made it.
 
     A rule refers to the tap by its name. So it stays when the tap goes, and then applies to the next tap of that name.
     """
 
     kind = "rule"
+    leaves = (False,)
     family: int
     iif: str
     table: int
     priority: int
-    selectors: Selectors
+    protocol: int
     want: bool
 
     @property
@@ -237,8 +243,7 @@ class Rule(Op):
         return True
 
     def subject(self) -> str:
-        more = "".join(f" {name} {value}" for name, value in self.selectors)
-        return f"rule v{self.family} {self.priority}: iif {self.iif}{more} lookup {self.table}"
+        return f"rule v{self.family} {self.priority}: iif {self.iif} lookup {self.table}"
 
 
 @dataclass(frozen=True)
@@ -246,6 +251,8 @@ class Neighbour(Op):
     """The MAC in the permanent neighbour entry for *address* on *dev*; None for no permanent entry."""
 
     kind = "neighbour"
+    leaves = (None,)
+    lost_with = frozenset({"link-address"})  # neigh_changeaddr in net/core/neighbour.c
     dev: str
     address: str
     want: str | None
@@ -259,6 +266,7 @@ class Route(Op):
     """The route in *table* to *prefix* out of *dev*, without a next hop."""
 
     kind = "route"
+    leaves = (False,)
     prefix: str
     dev: str
     table: int
@@ -273,6 +281,7 @@ class ProxyNeighbour(Op):
     """The proxy neighbour entry, which makes the node answer ARP or NDP for *address* on the uplink *dev*."""
 
     kind = "proxy-neighbour"
+    leaves = (False,)
     dev: str
     address: str
     want: bool
@@ -297,6 +306,7 @@ class OvsPort(Op):
     """
 
     kind = "ovs-port"
+    leaves = (None,)
     waits = True
     dev: str
     want: str | None
@@ -304,9 +314,6 @@ class OvsPort(Op):
     @property
     def outlives_tap(self) -> bool:
         return True
-
-    def before_us(self, _found: Value) -> Value:
-        return None  # a port that was there before the guest belonged to a dead guest
 
     def subject(self) -> str:
         return f"Open vSwitch port {self.dev}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from kvmifup.core.ops import (
+    RTPROT_STATIC,
     AddrGenMode,
     BridgeAddress,
     LinkAddress,
@@ -22,17 +23,6 @@ from kvmifup.core.ops import (
     Sysctl,
 )
 from kvmifup.node import ovs
-
-# The further attributes of a foreign rule, with the words that ip-rule(8) has for them.
-SELECTORS = {
-    "tos": "tos",
-    "oifname": "oif",
-    "suppress_prefixlen": "suppress_prefixlength",
-    "suppress_ifgroup": "suppress_ifgroup",
-    "protocol": "protocol",
-    "ip_proto": "ipproto",
-    "goto": "goto",
-}
 
 
 def line(op: Op) -> str | None:
@@ -77,30 +67,20 @@ def argv(op: Op) -> list[str]:
 
 def rule(op: Rule) -> list[str]:
     """`ip rule`. The protocol says who made it: for ours it is "static"."""
-    given = dict(op.selectors)
-    words = ["not"] if given.get("flags") else []
-    for name, length, word in (("src", "src_len", "from"), ("dst", "dst_len", "to")):
-        if name in given:
-            words += [word, f"{given[name]}/{given[length]}"]
-    if "fwmark" in given:
-        words += ["fwmark", f"{given['fwmark']}/{given['fwmask']}" if "fwmask" in given else str(given["fwmark"])]
-    for name, word in SELECTORS.items():
-        if name in given:
-            words += [word, str(given[name])]
-    made_by = [] if op.selectors or not op.want else ["protocol", "static"]
     verb = "add" if op.want else "del"
-    family = f"-{op.family}"
-    target = ["priority", str(op.priority), "iif", op.iif, *words, "lookup", str(op.table)]
-    return ["ip", family, "rule", verb, *target, *made_by]
+    target = ["priority", str(op.priority), "iif", op.iif, "lookup", str(op.table)]
+    protocol = "static" if op.protocol == RTPROT_STATIC else str(op.protocol)
+    return ["ip", f"-{op.family}", "rule", verb, *target, "protocol", protocol]
 
 
 def route(op: Route) -> list[str]:
     """`ip route`."""
     v6 = ":" in op.prefix
-    words = ["ip", "-6" if v6 else "-4", "route", "add" if op.want else "del", op.prefix, "dev", op.dev]
+    # Before the route that a routing daemon may have, as the hook puts it.
+    words = ["ip", "-6" if v6 else "-4", "route", "prepend" if op.want else "del", op.prefix, "dev", op.dev]
     words += ["table", str(op.table)]
     if op.want:
-        words += ["proto", "static"] if v6 else ["proto", "static", "scope", "link"]
+        words += ["proto", "static", *(["metric", "1"] if v6 else ["scope", "link"])]
     return words
 
 

@@ -16,7 +16,12 @@ from kvmifup.node.messages import (
     RTN_BROADCAST,
     RTN_LOCAL,
     RTN_MULTICAST,
+    RTN_UNICAST,
+    RTPROT_DHCP,
+    RTPROT_RA,
+    RTPROT_STATIC,
     Link,
+    RouteEntry,
 )
 from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysctl, sysfs_of
 from kvmifup.node.view import View
@@ -110,6 +115,15 @@ def uplinks_of(nic: Nic, table: int, config: Config, view: View) -> Iterator[Upl
         yield from (view.uplink(name, family) for name in names if name != nic.tap)
 
 
+def of_a_daemon(route: RouteEntry) -> bool:
+    """Whether a routing daemon has made *route*: in a routed fabric it leads to where the guest runs now.
+
+    Their protocols are above "static"; what the node was told of its own network, by DHCP or a router, is not theirs.
+    """
+    told = (RTPROT_RA, RTPROT_DHCP)
+    return route.type == RTN_UNICAST and route.protocol > RTPROT_STATIC and route.protocol not in told
+
+
 def taken(nic: Nic, table: int, view: View) -> Iterator[tuple[str, str]]:
     """Each address or prefix of *nic* that means something else on this node, and what it is here."""
     for prefix in nic.ip:
@@ -117,6 +131,8 @@ def taken(nic: Nic, table: int, view: View) -> Iterator[tuple[str, str]]:
         if prefix.prefixlen == prefix.max_prefixlen:
             why = NOT_A_GUESTS.get(view.route_type(prefix.version, str(prefix.network_address)))
         for route in view.routes_to(prefix, table):
+            if of_a_daemon(route):
+                continue
             dev = None if route.oif is None else device_name(route.oif)
             if dev != nic.tap:
                 out = "to a next hop" if dev is None else f"out of {dev}"

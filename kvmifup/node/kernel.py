@@ -34,7 +34,6 @@ from kvmifup.core.ops import (
 from kvmifup.core.signals import checkpoint
 from kvmifup.node import announce, messages, ovs, programs
 from kvmifup.node.facts import facts_for
-from kvmifup.node.foreign_rules import write_foreign_rule
 from kvmifup.node.messages import (
     FAMILIES,
     IFF_UP,
@@ -42,13 +41,16 @@ from kvmifup.node.messages import (
     NUD_PERMANENT,
     RT_SCOPE_LINK,
     RT_SCOPE_UNIVERSE,
+    RTN_UNICAST,
     RTPROT_STATIC,
+    RouteEntry,
 )
 from kvmifup.node.procfs import address_is_set, device_name, sysctl, sysfs_of, write_sysctl
 from kvmifup.node.refusals import forgiven, refusals
 from kvmifup.node.view import View
 
 PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")  # BR_STATE_*, linux/if_bridge.h
+BEST_IPV6 = 1  # the priority of our routes: 0 stands for 1024 there, and routing daemons use less
 POLL = 0.005  # seconds between two looks at a port's state
 
 
@@ -120,8 +122,19 @@ class Kernel:
             case Program():
                 return "unknown"
             case Route():
-                return bool(self._view.routes_of(op))
+                return self._leads(op)
         raise AssertionError(f"nothing to read for {op.kind}")
+
+    def _leads(self, op: Route) -> bool:
+        """Whether there is a route as *op* says; if there is to be one, also whether it is the one that is taken."""
+        own = self._view.routes_of(op)
+        if not own or not op.want:
+            return bool(own)
+        # A routing daemon may have one as well. Of equal ones IPv4 takes the first.
+        prefix, index = ipaddress.ip_network(op.prefix), own[0].oif
+        every = self._view.routes_to(prefix, op.table)
+        order = [(route.priority or 0, prefix.version == 6 and route.oif != index, route.oif) for route in every]
+        return not order or min(order, key=lambda one: one[:2])[2] == index
 
     def _port_state(self, op: PortForwarding) -> str:
         link = self._view.link(op.dev)
@@ -208,13 +221,12 @@ class Kernel:
             self._view.refresh()
 
     def _write_rule(self, op: Rule) -> None:
-        with forgiven(errno.EEXIST if op.want else errno.ENOENT):
-            if op.selectors:
-                write_foreign_rule(op)
-            elif op.want:
-                self._netlink.put_rule(FAMILIES[op.family], op.iif, op.table, op.priority, RTPROT_STATIC)
+        with forgiven(errno.ENOENT):
+            rule = (FAMILIES[op.family], op.iif, op.table, op.priority, op.protocol)
+            if op.want:
+                self._netlink.put_rule(*rule)
             else:
-                self._netlink.delete_rule(FAMILIES[op.family], op.iif, op.table, op.priority)
+                self._netlink.delete_rule(*rule, among=self._view.rule_messages(op.family, op.iif))
 
     def _write_neighbour(self, op: Neighbour) -> None:
         index = self._view.index(op.dev)
@@ -235,8 +247,11 @@ class Kernel:
     def _write_route(self, op: Route) -> None:
         prefix = ipaddress.ip_network(op.prefix)
         if op.want:
-            scope = RT_SCOPE_LINK if prefix.version == 4 else RT_SCOPE_UNIVERSE
-            self._netlink.add_route(prefix, self._view.index(op.dev), op.table, RTPROT_STATIC, scope)
+            scope, priority = (RT_SCOPE_LINK, None) if prefix.version == 4 else (RT_SCOPE_UNIVERSE, BEST_IPV6)
+            entry = RouteEntry(RTPROT_STATIC, scope, RTN_UNICAST, self._view.index(op.dev), priority)
+            if entry in self._view.routes_of(op):  # it is there, and another one comes before it
+                self._netlink.delete_route(prefix, op.table, entry)
+            self._netlink.add_route(prefix, op.table, entry)
             return
         # Others may have made the route: the kernel finds it only if it is named as it is.
         for route in self._view.routes_of(op):

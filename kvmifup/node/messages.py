@@ -3,8 +3,7 @@
 pyroute2 knows every message there is, and that costs: importing it takes 150 ms, and asking for one link 0.4 ms, of
 which the kernel takes 0.02. A hook makes thirty requests, and a node with 500 NICs dumps 500 rules and routes for
 each of them. So what is the same for every NIC is written and read here. A dump is searched as bytes, and only the
-messages that name the device or address asked for are taken apart. Messages that others can fill with anything
-(foreign policy rules) go through pyroute2: `kvmifup.node.foreign_rules`.
+messages that name the device or address asked for are taken apart.
 
 A message is passed round whole, as the bytes that the kernel sent, header included.
 """
@@ -31,7 +30,8 @@ RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RTM_F_FIB_MATCH, RTEXT_FILTER_SKIP_STATS = 0x2000, 0x8
 RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 2, 3, 4, 5, 6, 9, 15
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST = 1, 2, 3, 4, 5
-RTPROT_STATIC, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 4, 253, 0
+RTPROT_UNSPEC, RTPROT_BOOT, RTPROT_STATIC, RTPROT_RA, RTPROT_DHCP = 0, 3, 4, 9, 16
+RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
 # linux/if.h, linux/if_arp.h
 IFF_UP, IFF_NOARP = 0x1, 0x80
 ARPHRD_ETHER = 1
@@ -280,16 +280,26 @@ def neighbour_body(index: int, address: str, state: int, flags: int) -> bytes:
     return NDMSG.pack(family, index, state, flags, 0) + attribute(NDA_DST, raw)
 
 
-def rule_body(family: int, iif: str, table: int, priority: int) -> bytes:
+def rule_body(family: int, iif: str, table: int, priority: int, protocol: int) -> bytes:
     """What RTM_NEWRULE and RTM_DELRULE say of the policy rule `iif IIF lookup TABLE`."""
     body = FIB_RULE_HDR.pack(family, 0, 0, 0, 0, FR_ACT_TO_TBL, 0) + attribute(FRA_IIFNAME, name_bytes(iif))
-    return body + number(FRA_PRIORITY, priority) + number(FRA_TABLE, table)
+    body += number(FRA_PRIORITY, priority) + number(FRA_TABLE, table)
+    return body + attribute(FRA_PROTOCOL, bytes([protocol]))
 
 
-def plain_rule(message: bytes, protocol: int) -> tuple[int, int] | None:
-    """Table and priority of a rule of *protocol* that says no more than `iif X lookup T`; None for any other rule.
+def same_rule_body(message: bytes) -> bytes:
+    """What RTM_NEWRULE says to make the rule in *message* once more, whatever it says."""
+    family, to, source, tos, table, action, flags = FIB_RULE_HDR.unpack_from(message, BODY)
+    # The other flags tell what is so at the moment, for instance that the device is gone.
+    header = FIB_RULE_HDR.pack(family, to, source, tos, table, action, flags & FIB_RULE_INVERT)
+    return header + message[BODY + FIB_RULE_HDR.size :]
 
-    A rule of another protocol was made by somebody else, who may want it back exactly as it was.
+
+def plain_rule(message: bytes) -> tuple[int, int, int] | None:
+    """Table, priority and protocol of a rule that says `iif X lookup T` and nothing more; None for any other rule.
+
+    Only of a protocol that people, scripts and we make rules with. Any other one names a program that looks after its
+    rules itself.
     """
     _family, *fields, _table, action, flags = FIB_RULE_HDR.unpack_from(message, BODY)
     attrs = attributes(message, BODY + FIB_RULE_HDR.size)
@@ -299,6 +309,23 @@ def plain_rule(message: bytes, protocol: int) -> tuple[int, int] | None:
     known = {FRA_IIFNAME, FRA_PRIORITY, FRA_TABLE, FRA_PROTOCOL}
     if any(fields) or action != FR_ACT_TO_TBL or flags & FIB_RULE_INVERT or attrs.keys() - known:
         return None
-    if attrs.get(FRA_PROTOCOL) != bytes([protocol]) or FRA_TABLE not in attrs:
+    protocol = u8(attrs.get(FRA_PROTOCOL)) or RTPROT_UNSPEC
+    if protocol not in (RTPROT_UNSPEC, RTPROT_BOOT, RTPROT_STATIC) or FRA_TABLE not in attrs:
         return None
-    return u32(attrs[FRA_TABLE]) or 0, u32(attrs.get(FRA_PRIORITY)) or 0
+    return u32(attrs[FRA_TABLE]) or 0, u32(attrs.get(FRA_PRIORITY)) or 0, protocol
+
+
+def deleted_with(message: bytes, table: int, priority: int, protocol: int) -> bool:
+    """Whether RTM_DELRULE with `rule_body` can hit the rule in *message*: the kernel compares only what it is told.
+
+    So it takes the first rule of the same table, priority and protocol, also one that says more (rule_find in
+    net/core/fib_rules.c).
+    """
+    action = message[BODY + 7]
+    attrs = attributes(message, BODY + FIB_RULE_HDR.size)
+    return (
+        action == FR_ACT_TO_TBL
+        and u32(attrs.get(FRA_TABLE)) == table
+        and (u32(attrs.get(FRA_PRIORITY)) or 0) == priority
+        and protocol in (RTPROT_UNSPEC, u8(attrs.get(FRA_PROTOCOL)))
+    )

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+from collections.abc import Sequence
 from struct import Struct
 
 from kvmifup.core.model import Prefix
@@ -13,7 +14,6 @@ from kvmifup.node.messages import (
     BODY,
     FIB_RULE_HDR,
     FRA_IIFNAME,
-    FRA_PROTOCOL,
     IFINFOMSG,
     IFLA_EXT_MASK,
     IFLA_IFNAME,
@@ -22,7 +22,6 @@ from kvmifup.node.messages import (
     NDMSG,
     NLM_F_ACK,
     NLM_F_CREATE,
-    NLM_F_EXCL,
     NLM_F_REPLACE,
     RTA_DST,
     RTA_IIF,
@@ -43,21 +42,23 @@ from kvmifup.node.messages import (
     RTM_NEWRULE,
     RTM_SETLINK,
     RTMSG,
-    RTN_UNICAST,
     Link,
     NetlinkError,
     RouteEntry,
     address_of,
     attribute,
     attributes,
+    deleted_with,
     link_of,
     mac_bytes,
     name_bytes,
     neighbour_body,
     number,
     packed,
+    plain_rule,
     route_body,
     rule_body,
+    same_rule_body,
     text,
     u32,
 )
@@ -129,11 +130,12 @@ class Netlink:
         body = RTMSG.pack(family, 8 * len(raw), 0, 0, 0, 0, 0, 0, RTM_F_FIB_MATCH) + attribute(RTA_DST, raw)
         return self.transport.ask(RTM_GETROUTE, 0, body)[BODY + 7]
 
-    def add_route(self, prefix: Prefix, index: int, table: int, protocol: int, scope: int) -> None:
-        """Add the route to *prefix* out of the device *index*; *protocol* is RTPROT_*, *scope* RT_SCOPE_*."""
-        entry = RouteEntry(protocol, scope, RTN_UNICAST, index, None)
-        body = route_body(prefix, table, entry)
-        self.transport.ask(RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body)
+    def add_route(self, prefix: Prefix, table: int, entry: RouteEntry) -> None:
+        """Add the route *entry* to *prefix*.
+
+        An IPv4 route comes before others to *prefix* of the same priority, and replaces none (fib_table_insert).
+        """
+        self.transport.ask(RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE, route_body(prefix, table, entry))
 
     def delete_route(self, prefix: Prefix, table: int, entry: RouteEntry) -> None:
         """Remove the route *entry* to *prefix*, and no other."""
@@ -177,12 +179,25 @@ class Netlink:
 
     def put_rule(self, family: int, iif: str, table: int, priority: int, protocol: int) -> None:
         """Add the rule `iif IIF lookup TABLE`; *protocol* is RTPROT_*."""
-        body = rule_body(family, iif, table, priority) + attribute(FRA_PROTOCOL, bytes([protocol]))
-        self.transport.ask(RTM_NEWRULE, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body)
+        # Not NLM_F_EXCL: a rule that says more counts as the same then (rule_find in net/core/fib_rules.c).
+        body = rule_body(family, iif, table, priority, protocol)
+        self.transport.ask(RTM_NEWRULE, NLM_F_ACK | NLM_F_CREATE, body)
 
-    def delete_rule(self, family: int, iif: str, table: int, priority: int) -> None:
-        """Remove the rule `iif IIF lookup TABLE`."""
-        self.transport.ask(RTM_DELRULE, NLM_F_ACK, rule_body(family, iif, table, priority))
+    def delete_rule(
+        self, family: int, iif: str, table: int, priority: int, protocol: int, among: Sequence[bytes]
+    ) -> None:
+        """Remove the rule `iif IIF lookup TABLE` that says nothing more; *among* are all rules with IIF, in order.
+
+        One that says more, and that the kernel would take first, is made once more before: the new one comes last.
+        """
+        rule = (table, priority, protocol)
+        body = rule_body(family, iif, *rule)
+        fitting = [message for message in among if deleted_with(message, *rule)]
+        while any(plain_rule(message) == rule for message in fitting):
+            first = fitting.pop(0)
+            if plain_rule(first) != rule:
+                self.transport.ask(RTM_NEWRULE, NLM_F_ACK | NLM_F_CREATE, same_rule_body(first))
+            self.transport.ask(RTM_DELRULE, NLM_F_ACK, body)
 
     # --- for the whole node -----------------------------------------------------------------------------------
 

@@ -6,9 +6,8 @@ import errno
 import ipaddress
 
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
-from kvmifup.core.ops import Route, Rule
+from kvmifup.core.ops import Route
 from kvmifup.node import messages, ovs
-from kvmifup.node.foreign_rules import rule_of
 from kvmifup.node.kernel import Kernel
 from kvmifup.node.messages import FAMILIES, Link, RouteEntry
 from kvmifup.node.procfs import device_name, link_local, read_file, sysctl, sysfs_of
@@ -41,12 +40,12 @@ class WholeView(View):
             raise refusal(f"reading {dev}", errno.ENODEV)
         return self._links[dev]
 
-    def rules(self, family: int, iif: str) -> list[Rule]:
-        """As `View.rules`."""
+    def rule_messages(self, family: int, iif: str) -> list[bytes]:
+        """As `View.rule_messages`."""
         if family not in self._rules_by_iif:
             with refusals("reading policy rules"):
                 self._rules_by_iif[family] = self.netlink.rules_by_iif(FAMILIES[family])
-        return [rule_of(message, family, iif) for message in self._rules_by_iif[family].get(iif, ())]
+        return self._rules_by_iif[family].get(iif, [])
 
     def routes_to(self, prefix: Prefix, table: int) -> list[RouteEntry]:
         """As `View.routes_to`."""

@@ -9,7 +9,6 @@ from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import Prefix, Uplink
 from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl
 from kvmifup.node import messages, ovs
-from kvmifup.node.foreign_rules import rule_of
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
@@ -26,7 +25,7 @@ class View:
         self.netlink = Netlink()
         self._indices: dict[str, int] = {}  # of every device that was looked at; never forgotten
         self._links: dict[str, Link] = {}
-        self._rules: dict[tuple[int, str], list[Rule]] = {}
+        self._rules: dict[tuple[int, str], list[bytes]] = {}
         self._routes: dict[tuple[int, int], list[bytes]] = {}
         self._default_devices: dict[tuple[int, int], tuple[str, ...]] = {}
         self._uplinks: dict[tuple[str, int], Uplink] = {}
@@ -40,7 +39,8 @@ class View:
         self._links.clear()
         self._rules.clear()
         self._uplinks.clear()
-        self._forget_routes()
+        self._routes.clear()
+        self._default_devices.clear()
 
     def forget(self, op: Op) -> None:
         """Forget what writing *op* may have changed. Changing a link can change anything."""
@@ -50,13 +50,10 @@ class View:
             case Rule():
                 self._rules.clear()
             case Route() | Sysctl():  # turning IPv6 forwarding on removes routes: rt6_purge_dflt_routers
-                self._forget_routes()
+                self._routes.clear()
+                self._default_devices.clear()
             case _:
                 self.refresh()
-
-    def _forget_routes(self) -> None:
-        self._routes.clear()
-        self._default_devices.clear()
 
     # --- devices ------------------------------------------------------------------------------------------
 
@@ -117,11 +114,15 @@ class View:
     # --- rules, routes, neighbours ------------------------------------------------------------------------
 
     def rules(self, family: int, iif: str) -> list[Rule]:
-        """Every policy rule of *family*, 4 or 6, that names the incoming device *iif*."""
+        """The policy rules of *family*, 4 or 6, that say `iif IIF lookup TABLE` and nothing more."""
+        found = map(messages.plain_rule, self.rule_messages(family, iif))
+        return [Rule(family, iif, *plain, want=True) for plain in found if plain]
+
+    def rule_messages(self, family: int, iif: str) -> list[bytes]:
+        """Every policy rule of *family*, 4 or 6, that names the incoming device *iif*, as whole messages, in order."""
         if (family, iif) not in self._rules:
             with refusals("reading policy rules"):
-                found = self.netlink.rules(FAMILIES[family], iif)
-            self._rules[family, iif] = [rule_of(message, family, iif) for message in found]
+                self._rules[family, iif] = self.netlink.rules(FAMILIES[family], iif)
         return self._rules[family, iif]
 
     def routes(self, family: int, table: int) -> list[bytes]:

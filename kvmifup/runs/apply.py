@@ -73,8 +73,15 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
             changes.append(Change(op, None, due))
         else:
             now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
+            if op.lost_with and any(change.needed and takes_away(change.op, op) for change in changes):
+                now = None
             changes.append(Change(op, now, now != op.wanted))
     return tuple(changes)
+
+
+def takes_away(one: Op, other: Op) -> bool:
+    """Whether to write *one* undoes *other*, which comes later."""
+    return one.kind in other.lost_with and getattr(one, "dev", None) == getattr(other, "dev", None)
 
 
 def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] = VanishedError) -> tuple[Change, ...]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.ops import KINDS, Op, Value, field_names
+from kvmifup.core.ops import KINDS, RTPROT_STATIC, Op, Value, field_names
 
 VERSION = 1
 
@@ -110,9 +110,13 @@ def decode(data: dict[str, Any]) -> Journal:
 def decode_entry(data: dict[str, Any]) -> Entry:
     """The entry that `encode_entry` gave."""
     values = {key: value for key, value in data.items() if key not in ("op", "prior")}
-    for name in ("selectors", "environment"):
-        if name in values:
-            values[name] = tuple((str(key), value) for key, value in values[name])
+    if "environment" in values:
+        values["environment"] = tuple((str(key), value) for key, value in values["environment"])
+    if "selectors" in values:  # of a rule, before 0.1.0
+        made_by = dict(values.pop("selectors"))
+        values["protocol"] = made_by.pop("protocol", RTPROT_STATIC)
+        if made_by:
+            raise ValueError("a rule of somebody else")
     if not all(isinstance(value, str | int | float | tuple | None) for value in (*values.values(), data["prior"])):
         raise TypeError
     return Entry(KINDS[data["op"]](**values), data["prior"])

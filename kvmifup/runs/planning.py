@@ -109,8 +109,9 @@ def journal_after(found: Plan, session: Session) -> Journal:
 def remembered(found: Plan, session: Session) -> list[Entry]:
     """What the journal must be able to undo of the changes in *found*.
 
-    The value from before the first run counts, not the one from before this one. A removal is final:
-    putting a dead NIC's rule back when this guest leaves would set a trap for the next one.
+    The value from before the first run counts, not the one from before this one. What was already so is remembered if
+    it is to go with the guest. A removal is final: putting a dead NIC's rule back when this guest leaves would set a
+    trap for the next one.
     """
     entries: list[Entry] = []
     for change in found.changes:
@@ -121,10 +122,11 @@ def remembered(found: Plan, session: Session) -> list[Entry]:
         if earlier is None and op.shared:
             # Also from a dead NIC's journal that nobody has cleared up yet: what it found was before us, too.
             earlier = claimed_elsewhere(op, found.nic.tap, session, dead=True)
+        prior = op.before_us(change.now)
         if earlier is not None:
             entries.append(Entry(op, earlier.prior))
-        elif change.needed:
-            entries.append(Entry(op, op.before_us(change.now)))
+        elif change.needed or prior != change.now:
+            entries.append(Entry(op, prior))
     return entries
 
 

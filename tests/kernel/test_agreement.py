@@ -56,10 +56,7 @@ TO_ROUTED = {
     " sysctl -qw net.ipv4.conf.eth1.forwarding=1; ip route replace default dev eth1",
 }
 CASES = [
-    # A rule that is not of our making is read and put back through pyroute2.
-    pytest.param(
-        nic, phase, line, id=f"{nic}, {phase}, {name}", marks=[pytest.mark.pyroute2] if "rule add" in line else []
-    )
+    pytest.param(nic, phase, line, id=f"{nic}, {phase}, {name}")
     for nic in NICS
     for phase in ("pre", "post")
     for name, line in {**TO_ANY, **(TO_BRIDGED if nic == "bridged" else TO_ROUTED)}.items()

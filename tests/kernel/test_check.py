@@ -177,7 +177,6 @@ FAULTS: dict[str, tuple[str, Callable[[Node], None], tuple[str, ...]]] = {
 NOT_OURS = {"blocking", "learning", "route elsewhere", "forwarding off", "rp_filter drops", "no default route"}
 
 
-@pytest.mark.pyroute2
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_named_and_repaired(node: Node, fault: str) -> None:
     nic, plant, words = FAULTS[fault]

@@ -135,7 +135,6 @@ def test_ifdown_tolerates_an_uplink_and_a_bridge_that_have_vanished(uplinked: No
     assert oracle.link("tap0")["address"] != TAP_MAC
 
 
-@pytest.mark.pyroute2
 @pytest.mark.parametrize("nic", ["routed, table", "routed"])
 @pytest.mark.parametrize("alive", [True, False])
 @pytest.mark.parametrize("facts", ["file", "environment"])
@@ -175,7 +174,6 @@ def test_without_a_journal_ifdown_unwires_a_nic_that_is_described(
         assert not JOURNAL.exists()
 
 
-@pytest.mark.pyroute2
 @pytest.mark.parametrize("number", range(1, 7))
 def test_without_a_journal_ifdown_that_fails_half_way_changes_nothing(uplinked: Node, number: int) -> None:
     Scene("routed, table").set_up()
@@ -184,7 +182,7 @@ def test_without_a_journal_ifdown_that_fails_half_way_changes_nothing(uplinked: 
         f"neigh add proxy {GUEST_IP4} dev eth0",
         f"neigh add proxy {GUEST_IP6} dev eth0",
         f"route add {GUEST_IP4} dev tap0 table 100 proto static scope link",
-        f"-6 route add {GUEST_IP6} dev tap0 table 100 proto static",
+        f"-6 route add {GUEST_IP6} dev tap0 table 100 proto static metric 1",
         "rule add iif tap0 lookup 100",
         "-6 rule add iif tap0 lookup 100",
     ):

@@ -155,30 +155,16 @@ def test_a_tap_that_is_replaced_half_way_keeps_nothing_of_the_dead_nic(uplinked:
         check(call("kvm-ifdown", "tap0"), 0)
 
 
-RULES = [
+STALE = [
     "iif tap0 lookup 100",
     "iif tap0 lookup 100 priority 10000",
-    "iif tap0 lookup 200 priority 10000",
-    "iif tap0 lookup 1000",
-    "iif tap0 from 10.0.0.0/8 to 10.1.0.0/16 lookup 100",
-    "iif tap0 tos 0x10 lookup 100",
-    "iif tap0 fwmark 0x10/0xff lookup 100",
-    "iif tap0 oif eth0 lookup 100",
-    "not iif tap0 lookup 100",
-    "iif tap0 prohibit",
-    "iif tap0 blackhole",
-    "iif tap0 goto 32767",
-    "iif tap0 nop",
-    "iif tap0 lookup 100 suppress_prefixlength 0",
-    "iif tap0 lookup 100 protocol 99",
-    "iif tap0 ipproto tcp sport 1024-2048 dport 80 lookup 100",
-    "iif tap0 uidrange 0-0 lookup 100",
-    "iif tap0 tun_id 7 lookup 100",
+    "iif tap0 lookup 200 priority 10000 protocol static",
+    "iif tap0 lookup 1000 protocol 0",
 ]
 
 
 @pytest.mark.pyroute2
-@pytest.mark.parametrize(("nic", "rule"), [("bridged", RULES[0]), *(("routed, table", rule) for rule in RULES)])
+@pytest.mark.parametrize(("nic", "rule"), [("bridged", STALE[0]), *(("routed, table", rule) for rule in STALE)])
 def test_a_removed_stale_rule_is_put_back_by_a_rollback_but_not_by_ifdown(uplinked: Node, nic: str, rule: str) -> None:
     """A shell script leaves `iif tap0 lookup 100` behind, and it then applies to the next guest on tap0."""
     scene = Scene(nic)

@@ -75,10 +75,10 @@ def test_the_printed_commands_make_what_the_hook_makes(scene: Scene, phase: str)
     assert snapshots.changes(*made) == []
 
 
-@pytest.mark.pyroute2
-def test_a_stale_rule_by_hand(uplinked: Node) -> None:
+@pytest.mark.parametrize("protocol", ["boot", "static", "0"])
+def test_a_stale_rule_by_hand(uplinked: Node, protocol: str) -> None:
     Scene("routed, table").set_up()
-    tools.ip("rule add from 198.51.100.0/24 to 203.0.113.9 fwmark 0x5/0xff iif tap0 lookup 300 priority 77")
+    tools.ip(f"rule add iif tap0 lookup 300 priority 77 protocol {protocol}")
     by_hand(commands("post"))
     assert oracle.rules() == [(4, 10000, "100"), (6, 10000, "100")]
 

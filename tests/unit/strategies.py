@@ -22,7 +22,6 @@ from kvmifup.core.ops import (
     ProxyNeighbour,
     Route,
     Rule,
-    Selectors,
     Sysctl,
 )
 from kvmifup.runs.journal import Entry, Journal
@@ -87,7 +86,7 @@ configs = st.builds(
     ),
 )
 
-selectors: st.SearchStrategy[Selectors] = st.sampled_from([(), (("src", "192.0.2.0"), ("src_len", 24))])
+protocols = st.sampled_from([0, 3, 4])
 
 
 def rules(tap: str) -> st.SearchStrategy[tuple[Rule, ...]]:
@@ -98,7 +97,7 @@ def rules(tap: str) -> st.SearchStrategy[tuple[Rule, ...]]:
         iif=st.just(tap),
         table=st.sampled_from([100, 254, 7]),
         priority=st.sampled_from([10000, 5, 32765]),
-        selectors=selectors,
+        protocol=protocols,
         want=st.just(True),
     )
     return st.lists(one, max_size=3, unique_by=lambda rule: rule.key).map(tuple)
@@ -170,7 +169,7 @@ _fields: dict[type[Op], st.SearchStrategy[Op]] = {
         _words,
     ),
     Rule: st.builds(
-        Rule, st.sampled_from([4, 6]), taps, st.integers(1, 2**32 - 1), st.integers(0, 32765), selectors, st.booleans()
+        Rule, st.sampled_from([4, 6]), taps, st.integers(1, 2**32 - 1), st.integers(0, 32765), protocols, st.booleans()
     ),
     Neighbour: st.builds(Neighbour, taps, prefixes.map(lambda p: str(p.network_address)), st.none() | macs),
     Route: st.builds(Route, prefixes.map(str), taps, st.integers(1, 2**32 - 1), st.booleans()),

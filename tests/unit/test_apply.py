@@ -14,6 +14,7 @@ from kvmifup import phases
 from kvmifup.core.errors import InterruptedRun, KernelError, NotReadyError, ProgramError, RollbackError, VanishedError
 from kvmifup.core.model import Phase
 from kvmifup.core.ops import (
+    RTPROT_STATIC,
     Announce,
     BridgeAddress,
     LinkAddress,
@@ -34,7 +35,7 @@ from .samples import BRIDGE, BRIDGED, CONFIG, DUAL, EXT, FACTS_BRIDGED, FACTS_EX
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
-LEFTOVER = Rule(4, "tap0", 200, 7, (), True)
+LEFTOVER = Rule(4, "tap0", 200, 7, RTPROT_STATIC, True)
 PLANS: dict[str, tuple[Op, ...]] = {
     "bridged": phases.plan(
         Phase.POST, BRIDGED, CONFIG, replace(FACTS_BRIDGED, bridge=replace(BRIDGE, adopts=True), rules=(LEFTOVER,))

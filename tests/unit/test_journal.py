@@ -33,7 +33,7 @@ SAMPLE = Journal(
     DUAL,
     7,
     Phase.POST,
-    (Entry(LinkMtu("tap0", 9000), 1500), Entry(Rule(4, "tap0", 100, 10000, (("src", "192.0.2.0"),), True), False)),
+    (Entry(LinkMtu("tap0", 9000), 1500), Entry(Rule(4, "tap0", 100, 10000, 3, True), False)),
     (Entry(LinkMtu("tap0", 9000), 1400),),
     namespace=HERE,
 )
@@ -218,6 +218,7 @@ def changed(path: list[str | int], value: object) -> bytes:
         (["entries", 0, "extra"], 1),
         (["entries", 0, "dev"], ["tap0"]),
         (["entries", 1, "selectors"], 5),
+        (["entries", 1, "selectors"], [["src", "192.0.2.0"]]),
         (["pending"], None),
     ],
 )

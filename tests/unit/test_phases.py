@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from kvmifup import phases
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import BridgedConfig, Config, Nic, NodeFacts, Phase, RoutedConfig, Tap
-from kvmifup.core.ops import Announce, Op, OvsPort, Program, ProxyNeighbour, Route, Rule, Sysctl
+from kvmifup.core.ops import (
+    RTPROT_STATIC,
+    Announce,
+    Neighbour,
+    Op,
+    OvsPort,
+    Program,
+    ProxyNeighbour,
+    Route,
+    Rule,
+    Sysctl,
+)
 
 from .samples import (
     BRIDGE,
@@ -46,9 +57,9 @@ class Scenario(NamedTuple):
 
 
 LEFTOVERS = (
-    Rule(4, "tap0", 200, 10000, (), True),  # a dead NIC's, or its table was another one
-    Rule(6, "tap0", 100, 0, (("protocol", 3),), True),  # made by a shell script with `ip rule add`
-    Rule(4, "tap0", 100, 10000, (), True),  # just the one that is wanted
+    Rule(4, "tap0", 200, 10000, RTPROT_STATIC, True),  # a dead NIC's, or its table was another one
+    Rule(6, "tap0", 100, 0, 3, True),  # made by a shell script with `ip rule add`
+    Rule(4, "tap0", 100, 10000, RTPROT_STATIC, True),  # just the one that is wanted
 )
 SEVERAL = nets("192.0.2.8", "192.0.2.9", "198.51.100.0/29", "2001:db8::8", "2001:db8:1::/64")
 
@@ -342,10 +353,12 @@ def test_withdrawing_removes_only_what_is_the_nics(case: tuple[Nic, Config, Node
     prefixes = {str(prefix) for prefix in nic.ip}
     taken = {address for address, _ in facts.taken}
     for op in phases.withdrawal(nic, facts):
-        assert op.wanted is False
+        assert not op.wanted
         match op:
             case Rule():
                 assert op.iif == nic.tap
+            case Neighbour():
+                assert op.dev == nic.tap
             case Route():
                 assert op.dev == nic.tap
                 assert op.prefix in prefixes

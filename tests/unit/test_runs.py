@@ -21,6 +21,7 @@ from kvmifup.core.errors import (
 )
 from kvmifup.core.model import Config, ExtConfig, Nic, Phase, RoutedConfig
 from kvmifup.core.ops import (
+    RTPROT_STATIC,
     LinkMtu,
     LinkUp,
     Neighbour,
@@ -167,12 +168,22 @@ def test_what_drifted_is_mended_and_the_first_value_remembered(node: Node) -> No
 
 def test_what_was_so_before_stays_so(node: Node) -> None:
     """kvm-ifdown undoes what we did, not what we found."""
-    for op in (PROXY_DELAY, LinkUp("tap0", True), Neighbour("tap0", "192.0.2.8", ROUTED.mac)):
+    for op in (PROXY_DELAY, LinkUp("tap0", True), LinkMtu("tap0", 1400)):
         node.kernel.put(op)
     values = dict(node.kernel.values)
     node.post(ROUTED)
     node.down()
     assert node.kernel.values == values
+
+
+@pytest.mark.parametrize("phases", [[], [Phase.POST], [Phase.PRE, Phase.POST]])
+def test_what_is_about_this_guest_alone_goes_with_it_whoever_made_it(phases: list[Phase], node: Node) -> None:
+    node.post(ROUTED)
+    node.store.delete("tap0")  # lost
+    for phase in phases:
+        node.up(phase, replace(ROUTED, incoming=True))
+    node.down(nic=ROUTED)
+    assert [op for kind in (Route, ProxyNeighbour, Rule, Neighbour) for op in node.kernel.of(kind)] == []
 
 
 def test_a_port_of_a_dead_guest_is_not_put_back(node: Node) -> None:
@@ -240,14 +251,14 @@ def test_nothing_is_announced_in_pre(node: Node) -> None:
 
 def test_stale_rules_go_for_good(node: Node) -> None:
     """Putting a dead NIC's rule back when this guest leaves would set a trap for the next one."""
-    node.kernel.put(Rule(4, "tap0", 200, 5, (), True))
+    node.kernel.put(Rule(4, "tap0", 200, 5, RTPROT_STATIC, True))
     node.pre(ROUTED)
     node.down()
     assert node.kernel.of(Rule) == []
 
 
 def test_a_failed_run_leaves_the_rule_of_others(node: Node) -> None:
-    node.kernel.put(Rule(4, "tap0", 200, 5, (), True))
+    node.kernel.put(Rule(4, "tap0", 200, 5, RTPROT_STATIC, True))
     node.kernel.after = lambda number: raise_if(number == 3, REFUSED)
     with pytest.raises(KernelError):
         node.pre(ROUTED)
@@ -733,11 +744,11 @@ def test_what_cannot_be_read_keeps_nothing_else_from_being_undone(
     if command == "gc":
         node.kernel.indexes.clear()
     unreadable(node, OvsPort, monkeypatch)
-    node.kernel.put(Rule(4, "tap1", 100, 5, (), True))
+    node.kernel.put(Rule(4, "tap1", 100, 5, RTPROT_STATIC, True))
     node.store.save(
         replace(
             node.journal("tap1"),
-            entries=(Entry(Rule(4, "tap1", 100, 5, (), True), False), *node.journal("tap1").entries),
+            entries=(Entry(Rule(4, "tap1", 100, 5, RTPROT_STATIC, True), False), *node.journal("tap1").entries),
         )
     )
     with pytest.raises(RollbackError, match="refused"):
@@ -750,14 +761,14 @@ def test_what_cannot_be_read_keeps_nothing_else_from_being_undone(
 
 
 def test_down_for_an_unknown_tap_does_nothing(node: Node) -> None:
-    node.kernel.put(Rule(4, "tap0", 100, 5, (), True))
+    node.kernel.put(Rule(4, "tap0", 100, 5, RTPROT_STATIC, True))
     assert node.down().changes == ()
     assert node.kernel.writes == []
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_down_without_a_journal_withdraws_a_known_nic(there: bool, node: Node) -> None:
-    node.kernel.put(Rule(4, "tap0", 100, 5, (), True))
+    node.kernel.put(Rule(4, "tap0", 100, 5, RTPROT_STATIC, True))
     node.kernel.put(LinkUp("tap0", True))
     for prefix in ("192.0.2.8/32", "2001:db8::8/128"):
         node.kernel.put(ProxyNeighbour("eth0", prefix.partition("/")[0], True))
