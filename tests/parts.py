@@ -231,23 +231,32 @@ def end(runs: Sequence[Run]) -> None:
         process.wait()
 
 
-def interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """What would end this process is a KeyboardInterrupt in the block."""
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def interruptible() -> Iterator[list[int]]:
+    """Yields a list. A signal that would end this process appears in it instead, as long as the block lasts.
+
+    An exception could come while a process is started, and nobody would know of that process.
+    """
+    came: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def side_by_side(parts: Sequence[Part], everything: bool, logs: Path, cores: int) -> list[Run]:
-    """Run *parts* as their order, `cores` and `after` allow; a line when one ends, and its log if it failed."""
+def side_by_side(
+    parts: Sequence[Part], everything: bool, logs: Path, cores: int, signals: Sequence[int] = ()
+) -> list[Run]:
+    """Run *parts* as their order, `cores` and `after` allow; a line when one ends, and its log if it failed.
+
+    Raises KeyboardInterrupt as soon as there is something in *signals*; nothing runs any more then.
+    """
     chosen = [part for part in parts if (part.all if everything else part.check)]
     waiting, running, done = list(chosen), list[Run](), list[Run]()
     for old in logs.glob("*.log"):
@@ -255,6 +264,8 @@ def side_by_side(parts: Sequence[Part], everything: bool, logs: Path, cores: int
     logs.mkdir(parents=True, exist_ok=True)
     try:
         while waiting or running:
+            if signals:
+                raise KeyboardInterrupt
             for run in [run for run in running if not run.go_on()]:
                 running.remove(run)
                 done.append(run)
@@ -305,9 +316,9 @@ def check(everything: bool) -> int:
     """`./dev check`, or `./dev check --all`."""
     begun = time.monotonic()
     print(f"{CORES} cores; logs in {LOGS}", flush=True)
-    with interruptible():
+    with interruptible() as signals:
         try:
-            done = side_by_side(PARTS, everything, LOGS, CORES)
+            done = side_by_side(PARTS, everything, LOGS, CORES, signals)
         except KeyboardInterrupt:
             print("\ninterrupted", flush=True)
             return 130

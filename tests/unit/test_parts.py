@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,9 @@ sys.exit(parts.check(False))
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in out
+    deadline = time.monotonic() + 10
     while not gone(int(pid_file.read_text())):
-        pass
+        assert time.monotonic() < deadline, "what the part has started is still there"
 
 
 LOG = """
