@@ -19,7 +19,6 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from kvmifup.agent.hook_server import HookServer
 from kvmifup.agent.leftovers import Leftovers
 from kvmifup.agent.listening import Listener
 from kvmifup.agent.loop import Loop
-from kvmifup.agent.runner import Runner
+from kvmifup.agent.runner import Runner, Say
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.agent.uplinks import Uplinks
 from kvmifup.core.errors import KvmIfupError
@@ -51,7 +50,7 @@ RESYNC = 60.0  # seconds between two looks at everything, whatever has been hear
 class Agent:
     """All rooms in one loop; hooks come in by *listener*."""
 
-    def __init__(self, loop: Loop, listener: Listener, run_dir: Path, say: Callable[[str, int], None]) -> None:
+    def __init__(self, loop: Loop, listener: Listener, run_dir: Path, say: Say) -> None:
         self._loop = loop
         self._runner = Runner(run_dir, say)
         self._listener = listener

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import os
 import resource
 import sys
 import traceback
@@ -16,33 +15,37 @@ from typing import NoReturn, TextIO
 from kvmifup import __version__
 from kvmifup.agent.agent import SOCKET, Agent
 from kvmifup.agent.listening import Listener
+from kvmifup.agent.log import Log
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import PROGRAM
-from kvmifup.agent.systemd import is_journal, notify
+from kvmifup.agent.systemd import notify
 from kvmifup.commands import options
 from kvmifup.commands.call import need_privileges
 from kvmifup.commands.streams import standard_output
 from kvmifup.core.errors import BugError, LockTimeoutError, as_ours
-from kvmifup.core.text import printable
 from kvmifup.inputs import config
 from kvmifup.tell import render, syslog
+
+log = Log(PROGRAM)
 
 SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival must not wait for hooks
 
 
 def script() -> NoReturn:
     """What scripts/kvm-ifupd is. Never returns; the exit codes are those of the other commands."""
-    out, err = standard_output()
+    out, _ = standard_output()
     try:
         main(sys.argv[1:], out=out)
         code = 0
     except Exception as error:
         failure = as_ours(error)
-        say(render.sentence(failure), syslog.ERROR)
+        log.write(render.sentence(failure), syslog.ERROR)
         if isinstance(failure, BugError):  # for the report: it may not happen again for long
-            traceback.print_exception(error, file=err)
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                log.write(line, syslog.ERROR)
         code = failure.code
     out.flush()
+    log.close()
     sys.exit(code)
 
 
@@ -72,26 +75,16 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR, out: TextIO = sys
         listener = Listener(run_dir / SOCKET)
         sys.setswitchinterval(SWITCH)
         loop = Loop()
-        agent = Agent(loop, listener, run_dir, say)
+        agent = Agent(loop, listener, run_dir, log.say)
         gc.collect()
         gc.freeze()  # what has been loaded stays: the collector need not look at it again and again
-        say("ready")
+        log.say("ready")
         notify("READY=1")
         try:
             loop.run()
         finally:
             listener.remove()
             agent.close()
-
-
-def say(line: str, severity: int = syslog.INFO) -> None:
-    """Write one line to stderr, if anybody reads it.
-
-    It begins with our name, or in systemd's journal, which knows the name, with the priority, as in sd-daemon(3).
-    """
-    start = f"<{severity}>" if is_journal(2) else f"{PROGRAM}: "
-    with suppress(OSError):
-        os.write(2, f"{start}{printable(line)}\n".encode())
 
 
 def more_descriptors() -> None:

@@ -21,21 +21,24 @@ PROGRAM = "kvm-ifupd"
 BUSY = 0.5  # seconds to wait for a lock while other NICs wait for the thread
 
 
+Say = Callable[[str, int, str], bool]  # `kvmifup.agent.log.Log.say`
+
+
 class Runner:
     """What all parts of the agent share: the journals, the settings, what is said and counted. For any thread."""
 
-    def __init__(self, run_dir: Path, say: Callable[[str, int], None]) -> None:
+    def __init__(self, run_dir: Path, say: Say) -> None:
         self.run_dir = run_dir
         self.store = Store(run_dir)
         self.config = config.load(None)
         self.metrics = Metrics()
         self._say = say
 
-    def say(self, line: str, nic: str = "", severity: int = syslog.INFO) -> None:
-        """Tell the log, and whoever watches."""
+    def say(self, line: str, nic: str = "", severity: int = syslog.INFO, kind: str = "") -> None:
+        """Tell the log, and whoever watches, unless there have been too many lines of the *kind*, or of the NIC."""
         what = f"{nic}: {line}" if nic else line
-        self._say(what, severity)
-        self.tell(what, nic)
+        if self._say(what, severity, kind or nic):
+            self.tell(what, nic)
 
     def tell(self, what: str, nic: str = "") -> None:
         """Tell whoever watches, and nobody else."""

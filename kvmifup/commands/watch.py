@@ -33,7 +33,11 @@ def event_lines(event: Mapping[str, Any]) -> Iterable[str]:
     at = float(event["at"])
     moment = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03}"
     end = f" in {1000 * event['seconds']:.1f} ms, by {event['by']}" if "seconds" in event else ""
+    if missed := event.get("missed"):
+        yield f"{moment}  {missed} event{'s' * (missed != 1)} missed here: they came faster than they were read"
     yield f"{moment}  {event['program']}: {event['what']}{end}"
     for op in event.get("ops", ()):
         took = "" if op["seconds"] is None else f"{1000 * op['seconds']:.2f} ms"
         yield f"{took:>24}  {op['what']}"
+    if more := event.get("more"):
+        yield f"{'':>24}  and {more} more"

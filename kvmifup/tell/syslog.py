@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +25,10 @@ MAX_TEXT = 1500  # bytes: all of the line that every log keeps
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
+_writing = threading.Lock()
+_lost = 0  # lines that the log has not taken since the last one that it has
+
+
 def run(program: str, done: Sequence[Outcome], failures: Sequence[KvmIfupError], seconds: float, by: str) -> None:
     """Say what *program*, called by *by*, did in *seconds*: a line for each NIC, and one for each failure."""
     end = f"{1000 * seconds:.0f} ms, by {by}"
@@ -37,11 +42,22 @@ def run(program: str, done: Sequence[Outcome], failures: Sequence[KvmIfupError],
 
 
 def write(program: str, severity: int, text: str) -> None:
-    """Write one line. If there is no log, or nobody reads it, nothing happens."""
+    """Write one line. If there is no log, nothing happens; if it is full, the next line that it takes says so."""
+    global _lost
     now = time.localtime()
     moment = f"{MONTHS[now.tm_mon - 1]} {now.tm_mday:2} {now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
-    line = f"<{DAEMON | severity}>{moment} {program}[{os.getpid()}]: {printable(text)}"
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as log:
+
+    def line(severity: int, text: str) -> bytes:
+        start = f"<{DAEMON | severity}>{moment} {program}[{os.getpid()}]: "
+        return f"{start}{printable(text)}".encode("utf-8", "backslashreplace")[:MAX_TEXT]
+
+    with _writing, suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as log:
         log.setblocking(False)
         log.connect(SOCKET)
-        log.send(line.encode("utf-8", "backslashreplace")[:MAX_TEXT])
+        try:
+            if _lost:
+                log.send(line(ERROR, f"{_lost} lines lost: this log did not take them"))
+                _lost = 0
+            log.send(line(severity, text))
+        except BlockingIOError:
+            _lost += 1

@@ -1,7 +1,8 @@
 """Events for `kvm-ifup watch`: what runs and the agent do, sent to all who watch at the moment.
 
 Each watcher listens on a datagram socket of its own in the directory `watch` below the run directory, where only root
-may look. An event is sent to each of them, and never waits. Without a watcher it costs one look into the directory.
+may look. An event is sent to each of them, and never waits: who has no room for it misses it, and is told later how
+many it has missed. Without a watcher it costs one look into the directory.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +25,12 @@ from kvmifup.tell import render
 
 BUFFER = 1 << 20  # bytes that may wait for a watcher that is busy writing
 LARGEST = 1 << 17  # bytes of a datagram
+OPS = 400  # in one event, so that it is not larger
 CHECK = 0.2  # seconds between two looks whether a signal has come
+
+
+_telling = threading.Lock()
+_missed: dict[str, int] = {}  # by watcher: events for which it had no room
 
 
 def watched(run_dir: Path) -> bool:
@@ -47,19 +54,20 @@ def run(
     if not watched(run_dir):
         return
     for outcome in done:
-        changes = (*outcome.undone, *outcome.changes)
+        needed = [change for change in (*outcome.undone, *outcome.changes) if change.needed]
         event = {
             "nic": outcome.label,
             "phase": outcome.phase.name.lower(),
-            "what": f"{render.heading(outcome)}, {sum(change.needed for change in changes)} changed",
+            "what": f"{render.heading(outcome)}, {len(needed)} changed",
             "by": by,
             "seconds": seconds,
             "ops": [
                 {"what": render.transition(change), "seconds": (ops or {}).get(change.op.key)}
-                for change in changes
-                if change.needed
+                for change in needed[:OPS]
             ],
         }
+        if len(needed) > OPS:
+            event["more"] = len(needed) - OPS
         tell(run_dir, program, event)
     for failure in failures:
         what = f"code {failure.code}: {failure.where}{': ' if failure.where else ''}{failure}"
@@ -75,15 +83,24 @@ def tell(run_dir: Path, program: str, event: dict[str, Any]) -> None:
         return
     if not names:
         return
-    data = json.dumps({"at": time.time(), "program": program, **event}).encode()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+    event = {"at": time.time(), "program": program, **event}
+    data = json.dumps(event).encode()
+    paths = [str(directory / name) for name in names]
+    with _telling, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         sender.setblocking(False)
-        for name in names:
+        for gone in _missed.keys() - paths:
+            del _missed[gone]
+        for path in paths:
+            missed = _missed.get(path, 0)
             try:
-                sender.sendto(data, str(directory / name))
+                sender.sendto(json.dumps({**event, "missed": missed}).encode() if missed else data, path)
+                _missed.pop(path, None)
+            except BlockingIOError:
+                _missed[path] = missed + 1
             except OSError as error:
                 if error.errno == errno.ECONNREFUSED:
-                    (directory / name).unlink(missing_ok=True)
+                    with suppress(FileNotFoundError):  # another run was quicker
+                        os.unlink(path)
 
 
 @contextmanager

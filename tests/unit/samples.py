@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,3 +38,13 @@ FACTS_EXT = NodeFacts(TAP, program="/etc/kvm-ifup/ext/site")
 FACTS_ROUTED = NodeFacts(TAP, uplinks=(ETH0_4, ETH0_6))
 CONFIG = Config()
 UPLINK_ETH0 = Config(lock_timeout=0.0, routed=RoutedConfig(uplinks=("eth0",)))
+
+
+def into(said: list[str]) -> Callable[[str, int, str], bool]:
+    """A log that only remembers what it was told."""
+
+    def say(line: str, severity: int, kind: str) -> bool:
+        said.append(line)
+        return True
+
+    return say

@@ -27,7 +27,7 @@ from kvmifup.runs.journal import Journal
 from kvmifup.runs.moves import PreparedArrival
 from kvmifup.runs.outcome import Outcome
 
-from .samples import HERE, MAC, ROUTED
+from .samples import HERE, MAC, ROUTED, into
 
 FRAME = bytes.fromhex("ff" * 6 + MAC.replace(":", "") + "8035") + bytes(46)
 NOTHING = Touched(frozenset({99}), frozenset())
@@ -130,7 +130,7 @@ class Waiting:
 def waiting(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
     """A tap whose guest will be waited for, for an hour. All delays are short."""
     said: list[str] = []
-    runner = Runner(tmp_path, lambda line, _severity: said.append(line))
+    runner = Runner(tmp_path, into(said))
     runner.config = Config()
     monkeypatch.setattr(runner, "session", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(runner, "attempt", lambda what, *_: attempted(what))

@@ -24,7 +24,7 @@ from kvmifup.core.ops import LinkMtu, ProxyNeighbour
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.moves import PreparedArrival
 
-from .samples import DUAL, HERE, ROUTED
+from .samples import DUAL, HERE, ROUTED, into
 
 MTU = Entry(LinkMtu("tap0", 9000), 1500)
 PROXY = Entry(ProxyNeighbour("eth0", "192.0.2.8", want=True), False)
@@ -187,7 +187,7 @@ class Node:
         self.listened: list[str] = []
         self.found: list[tuple[str, State]] = []
         self.looks = 0
-        self.runner = Runner(run_dir, lambda line, _severity: self.said.append(line))
+        self.runner = Runner(run_dir, into(self.said))
         self.taps = Taps(loop, self.runner, self.listen, self.note, self.looked)
 
     def listen(self, tap: TapRecord) -> None:
