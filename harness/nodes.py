@@ -47,6 +47,16 @@ def add_bridge(name: str = "br0", mtu: int = 1500, options: str = "") -> None:
     ip(f"link set {name} mtu {mtu} up")
 
 
+def add_port(bridge: str, mtu: int = 1500) -> str:
+    """A port of *bridge* that leads somewhere: to a device that is up, and that nobody uses. Returns its name."""
+    name = f"{bridge}-up"
+    ip(f"link add name {name} mtu {mtu} type veth peer name {bridge}-far mtu {mtu}")
+    ip(f"link set {bridge}-far up")
+    ip(f"link set {name} master {bridge} up")
+    settle(name)
+    return name
+
+
 @dataclass
 class Node:
     """A fresh node, and what the test opened on it."""

@@ -43,6 +43,7 @@ Step = tuple[Phase, Op]
 PRE, POST = Phase.PRE, Phase.POST
 
 RP_FILTER = {"off": "0", "strict": "1", "loose": "2"}  # "keep" leaves it alone
+SHORTEST_FORWARD_DELAY = 2  # seconds that a bridge with STP takes: BR_MIN_FORWARD_DELAY, net/bridge/br_private_stp.h
 ADDR_GEN_MODE_NONE = 1  # IN6_ADDR_GEN_MODE_NONE, linux/if_link.h
 
 
@@ -103,7 +104,7 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
 def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> Bridge:
     """The bridge, if a port of it will forward in time. Raises NotReadyError."""
     if bridge is None:
-        raise NotReadyError(f"no such bridge: {name}", hint=f"`ip link add {name} type bridge`, or mend link")
+        raise NotReadyError(f"no such bridge: {name}", hint=f"`{bridge_made(name)}`, or mend link")
     if not bridge.is_bridge:
         raise NotReadyError(f"{name} is not a bridge", hint="link of a bridged NIC names a Linux bridge")
     if nic.vlan is not None:
@@ -115,9 +116,22 @@ def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> 
     if bridge.stp and 2 * bridge.forward_delay > config.bridged.forwarding_timeout:
         raise NotReadyError(
             f"bridge {name} runs STP and a port takes {2 * bridge.forward_delay:g} s to forward",
-            hint=f"`ip link set {name} type bridge stp_state 0`, or a shorter forward_delay",
+            hint=faster(name, config),
         )
     return bridge
+
+
+def bridge_made(name: str) -> str:
+    """The command that makes a bridge."""
+    return f"ip link add {name} type bridge; ip link set {name} up"
+
+
+def faster(bridge: str, config: Config) -> str:
+    """The hint that makes ports of *bridge* forward in time. STP is turned off only where nothing else helps."""
+    off = f"`ip link set {bridge} type bridge stp_state 0` if nothing else connects its ports"
+    if config.bridged.forwarding_timeout < 2 * SHORTEST_FORWARD_DELAY:
+        return off
+    return f"`ip link set {bridge} type bridge forward_delay {100 * SHORTEST_FORWARD_DELAY}`, or {off}"
 
 
 def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:

@@ -10,7 +10,8 @@ from kvmifup.commands.call import Call
 from kvmifup.commands.objects import finding_object, nic_object
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
-from kvmifup.diagnosis.nic import Diagnosis, Finding, diagnose
+from kvmifup.diagnosis.findings import Finding
+from kvmifup.diagnosis.nic import Diagnosis, diagnose
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.node import node_findings
 from kvmifup.diagnosis.state import intended, look

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmifup.diagnosis.nic import Finding
+from kvmifup.diagnosis.findings import Finding
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.state import State
 from kvmifup.tell import render
@@ -35,4 +35,10 @@ def nic_object(one: Known, phase: str, state: State) -> dict[str, Any]:
 
 def finding_object(finding: Finding) -> dict[str, Any]:
     """One finding."""
-    return {"what": finding.what, "why": finding.why, "mend": finding.mend, "wrong": finding.wrong}
+    return {
+        "what": finding.what,
+        "why": finding.why,
+        "mend": finding.mend,
+        "wrong": finding.wrong,
+        "drift": finding.drift,
+    }

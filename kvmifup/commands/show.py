@@ -20,7 +20,7 @@ COLOURS = {"yes": GREEN, "no": RED, "armed": YELLOW, "pre": YELLOW}
 def run(call: Call) -> int:
     """Print the table, or JSON; returns 0."""
     with look(call.options.name, call.run_dir, call.config) as seen:
-        rows = [(one, seen.phase_word(one), state_of(one, seen.session)) for one in seen.nics]
+        rows = [(one, seen.phase_word(one), state_of(one, seen)) for one in seen.nics]
     if call.options.json:
         call.say_json([nic_object(*row) for row in rows])
         return 0

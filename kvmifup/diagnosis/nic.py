@@ -7,45 +7,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from kvmifup import phases
-from kvmifup.core.errors import KernelError, KvmIfupError, NicError
-from kvmifup.core.model import Config, Nic, NodeFacts, Phase, Uplink
-from kvmifup.core.ops import (
-    AddrGenMode,
-    LinkAddress,
-    LinkMaster,
-    LinkMtu,
-    LinkUp,
-    Neighbour,
-    OvsPort,
-    PortForwarding,
-    ProxyNeighbour,
-    Route,
-    Rule,
-    Sysctl,
-)
+from kvmifup.core.errors import KvmIfupError, NicError
+from kvmifup.core.model import Config, Nic, NodeFacts, Phase
+from kvmifup.core.ops import ProxyNeighbour, Sysctl
+from kvmifup.diagnosis.bridged import on_bridge
+from kvmifup.diagnosis.causes import cause, described_otherwise, wanted_before
+from kvmifup.diagnosis.findings import Finding, of_error
 from kvmifup.diagnosis.nics import Known
-from kvmifup.diagnosis.state import UPLINK_HINT, Look, State, compared, intended, state_of, stopped
+from kvmifup.diagnosis.routed import traffic, uplinks
+from kvmifup.diagnosis.state import Look, State, compared, intended, state_of, stopped
 from kvmifup.node import probe
 from kvmifup.node.overview import Overview
 from kvmifup.runs.apply import Change
 from kvmifup.runs.host import Through
-from kvmifup.runs.session import Session
 from kvmifup.tell import render
-
-RP_FILTER_NAMES = {"0": "off", "1": "strict", "2": "loose"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """*what* is not as it should be, *why* most likely or what it leads to, and what to do: *mend*.
-
-    *wrong* is false for what should merely be known.
-    """
-
-    what: str
-    why: str = ""
-    mend: str = ""
-    wrong: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,54 +37,57 @@ class Diagnosis:
         """Whether anything is."""
         return any(finding.wrong for finding in self.findings)
 
+    @property
+    def drifted(self) -> bool:
+        """Whether anything is wrong that the NIC's hook would mend."""
+        return any(finding.wrong and finding.drift for finding in self.findings)
+
 
 def diagnose(one: Known, look: Look, *, ask: bool) -> Diagnosis:
     """Everything that is to be said about *one*.
 
     *ask*: also whether another node answers for its addresses, which takes a second. Raises OSError then.
     """
-    state = state_of(one, look.session)
+    state = state_of(one, look)
     if one.trouble or stopped(one, look.session):
         found = [of_error(state.problem)] if state.problem else []
     elif one.nic is None or one.journal is None or one.phase is Phase.DOWN:
-        found = list(never_wired(one, look.overview))
+        why = "no hook was called for it, or it failed and put everything back"
+        found = [of_error(state.problem, why)] if state.problem else []
     else:
-        found = list(wired_findings(one, state, look.session, look.overview, ask=ask))
+        found = list(wired_findings(one, state, look, ask=ask))
     return Diagnosis(one, look.phase_word(one), state, tuple(found))
 
 
-def wired_findings(one: Known, state: State, session: Session, overview: Overview, *, ask: bool) -> Iterator[Finding]:
+def wired_findings(one: Known, state: State, look: Look, *, ask: bool) -> Iterator[Finding]:
     """What there is to say about a NIC that a phase has been done for."""
+    session, kernel = look.session, look.overview
+    assert one.nic is not None
+    assert one.journal is not None
+    changed = described_otherwise(one.nic, one.journal.nic)
+    if changed:
+        yield Finding(
+            f"described otherwise since: {'; '.join(changed)}", f"{one.nic.source} has been changed", drift=True
+        )
     try:
         nic = intended(one, session.config)
     except NicError as error:
         yield of_error(error)
         return
     missing = state.missing
-    if state.problem and not state.wired:  # the node could not take it: say why, and compare the rest
-        yield of_error(state.problem, why_not_ready(state.problem))
+    if state.problem:
+        unready = "" if changed or state.wired else why_not_ready(state.problem)
+        yield replace(of_error(state.problem, unready), wrong=not state.tolerable)
+    if state.problem and not state.wired:  # the node could not take it: compare the rest
         with suppress(KvmIfupError):
-            missing = compared(one, replace(session, kernel=Excused(overview))).missing
-    yield from drift(one, nic, missing, overview, session.config)
+            missing = compared(one, replace(session, kernel=Excused(kernel))).missing
+    yield from drift(one, nic, missing, look, changed=bool(changed))
     if nic.mode == "routed":
-        yield from traffic(one, nic, missing, overview, session.config)
+        yield from traffic(one, nic, missing, kernel, session.config)
         if ask:
-            yield from answers(one, nic, overview, session.config)
-
-
-def of_error(error: KvmIfupError, why: str = "") -> Finding:
-    """What an error says, as a finding."""
-    return Finding(f"{error.where}: {error}" if error.where.startswith("/") else str(error), why, error.hint)
-
-
-def never_wired(one: Known, kernel: Overview) -> Iterator[Finding]:
-    """A NIC that was never wired. That is right until its guest runs here."""
-    if kernel.ifindex(one.tap) is not None:
-        yield Finding(
-            f"{one.tap} is there, but nothing has wired it",
-            "no hook was called for it, or it failed and put everything back",
-            f"kvm-ifup-post {one.tap}",
-        )
+            yield from answers(one, nic, kernel, session.config)
+    elif nic.mode == "bridged":
+        yield from on_bridge(one, nic, missing, look)
 
 
 def why_not_ready(error: KvmIfupError) -> str:
@@ -138,28 +116,24 @@ class Excused(Through):
 # --- op by op -------------------------------------------------------------------------------------------
 
 
-def drift(one: Known, nic: Nic, missing: Sequence[Change], kernel: Overview, config: Config) -> Iterator[Finding]:
-    """What differs from what the NIC's phase wants, each with its likely cause."""
+def drift(one: Known, nic: Nic, missing: Sequence[Change], look: Look, *, changed: bool) -> Iterator[Finding]:
+    """What differs from what the NIC's phase wants, each with its likely cause; *changed*: described otherwise."""
     assert one.journal is not None
-    here = one.journal.nic
-    if replace(nic, source="", incoming=False) != replace(here, source="", incoming=False):
-        keys = ("mac", "mode", "link", "ip", "vlan")
-        changed = [key for key in keys if getattr(nic, key) != getattr(here, key)]
-        yield Finding(f"described otherwise since: {', '.join(changed)}", f"{nic.source} has been changed")
-    moved = moved_uplinks(one, nic, kernel, config)
-    if moved:
-        before, now = moved
+    config = look.session.config
+    moved = moved_uplinks(one, nic, look.overview, config)
+    if moved and (moved[1] or config.routed.uplinks is not None):  # else the state says that nothing tells the uplink
+        because = "the NIC is described otherwise" if changed else "the default route has moved, or [routed] uplinks"
         yield Finding(
-            f"uplink: {', '.join(before)} -> {', '.join(now) or 'none'}",
-            "the default route has moved, or [routed] uplinks: the node answers for the guest where nobody asks"
-            if now or config.routed.uplinks is not None
-            else "there is no default route, which tells the uplinks: what was done there stays",
-            "" if now or config.routed.uplinks is not None else UPLINK_HINT,
+            f"uplink: {', '.join(moved[0])} -> {', '.join(moved[1]) or 'none'}",
+            f"{because}: the node answers for the guest where nobody asks",
+            drift=True,
         )
     consequences = {*moved[0], *moved[1]} if moved else set()
+    wanted = wanted_before(one, look.session) if changed and missing else None
     for change in missing:
         if not (isinstance(change.op, ProxyNeighbour | Sysctl) and change.op.dev in consequences):
-            yield Finding(render.transition(change), why(change, missing, nic))
+            because = cause(change, missing, one.journal, wanted)
+            yield Finding(render.transition(change), because, drift=True)
 
 
 def moved_uplinks(one: Known, nic: Nic, kernel: Overview, config: Config) -> tuple[list[str], list[str]] | None:
@@ -172,125 +146,11 @@ def moved_uplinks(one: Known, nic: Nic, kernel: Overview, config: Config) -> tup
     return (before, now) if set(before) - set(now) else None
 
 
-def uplinks(nic: Nic, kernel: Overview, config: Config) -> list[Uplink]:
-    """Where the node has to answer for *nic*."""
-    return [uplink for uplink in kernel.facts(nic, config).uplinks if uplink.present and uplink.arp]
-
-
-def why(change: Change, missing: Sequence[Change], nic: Nic) -> str:
-    """The likely cause of one difference, or what it leads to."""
-    down = any(isinstance(other.op, LinkUp) for other in missing)
-    unplugged = any(isinstance(other.op, LinkMaster) for other in missing)
-    went = "it went when the tap went down"
-    match change.op:
-        case LinkMaster(want=None):
-            return f"somebody has put it on the bridge {change.now}: what comes in on a bridge port is not routed"
-        case LinkMaster():
-            if change.now is None:
-                return "something took it off its bridge: restarting the network does that"
-            return "somebody has moved it to another bridge"
-        case LinkUp():
-            return "somebody has set it down: every frame for and from the guest is lost"
-        case LinkMtu():
-            if isinstance(change.now, int) and change.now < change.op.want:
-                return (
-                    "it is smaller than the bridge's, so larger frames are lost: set by hand, or the bridge's has grown"
-                )
-            return "it is larger than the bridge's: set by hand, or the bridge's has shrunk"
-        case PortForwarding():
-            if down or unplugged:
-                return "because the tap is down or on no bridge"
-            if change.now in ("listening", "learning"):
-                return "the bridge runs STP and has just changed: look again in a moment"
-            return "STP has found a loop, or somebody has set the state: no frame passes"
-        case Sysctl(name="rp_filter"):
-            now = RP_FILTER_NAMES.get(str(change.now), change.now)
-            dropped = ": what the guest sends from any other address than its own is dropped" if now == "strict" else ""
-            return f"somebody has made it {now}; configured is {RP_FILTER_NAMES[change.op.want]}{dropped}"
-        case Sysctl(on_uplink=True):
-            return "somebody has set it back; the node answers for its guests late, or not at all"
-        case Sysctl():
-            return "somebody has set it; `sysctl --system` and changing ip_forward set it on all devices"
-        case Rule(want=False):
-            return f"stale: made for an earlier guest on {nic.tap}, and not by us; it catches this guest's packets"
-        case Rule():
-            return "something has deleted it: a restarted network, or `ip rule flush`"
-        case Route(want=False) | Neighbour(want=None):
-            return "the NIC is not to have it any more"
-        case Route():
-            return went if down else "something has deleted it: a routing daemon, or the tap was down for a moment"
-        case Neighbour():
-            return went if down else "something has deleted it: `ip neigh flush`, or the tap was down for a moment"
-        case ProxyNeighbour(want=False):
-            return "the NIC is not to have it any more"
-        case ProxyNeighbour():
-            return "something has deleted it, or the uplink was down for a moment: nobody answers for the guest there"
-        case LinkAddress():
-            return "somebody has changed it: the guest's neighbours know the tap by the other"
-        case AddrGenMode():
-            return "somebody has changed it: the node gets an address of its own among the guests"
-        case OvsPort():
-            return "somebody has changed it, or the switch's database is another one"
-    return ""
-
-
-# --- what the kernel would do with a packet -----------------------------------------------------------------
-
-
-def traffic(one: Known, nic: Nic, missing: Sequence[Change], kernel: Overview, config: Config) -> Iterator[Finding]:
-    """Whether the packets from and for a routed guest that runs here would pass, as the kernel says."""
-    yield from reverse_path(nic, missing, kernel, config)
-    if one.phase is not Phase.POST or any(isinstance(c.op, Route | LinkUp | Rule) for c in missing):
-        return
-    for prefix in filter(phases.is_host, nic.ip):
-        for uplink in uplinks(nic, kernel, config):
-            neighbour = kernel.gateway(prefix.version, uplink.name)
-            if uplink.family == prefix.version and neighbour and not uplink.mend:
-                with suppress(KernelError):  # no route there at all is not the NIC's fault
-                    yield from passage(nic, phases.bare(prefix), neighbour, uplink, kernel)
-
-
-def passage(nic: Nic, address: str, neighbour: str, uplink: Uplink, kernel: Overview) -> Iterator[Finding]:
-    """Whether packets pass between a guest's *address* and *neighbour* on *uplink*. Raises KernelError."""
-    table = nic.link or "main"
-    rule = f"`ip{' -6' if uplink.family == 6 else ''} rule add iif {uplink.name} lookup {table}`"
-    arrives = kernel.way(neighbour, address, uplink.name)
-    if arrives not in (None, nic.tap):
-        yield Finding(
-            f"what comes in on {uplink.name} for {address} does not go out of {nic.tap}",
-            f"another route or rule comes first, or nothing looks up {uplink.name}'s traffic in table {table}; "
-            "so neither is ARP or NDP answered there",
-            rule,
-        )
-    # The reverse look-up is made as for a packet from the uplink (`fib_validate_source`).
-    if uplink.family == 4 and kernel.way(address, neighbour, nic.tap) is None:
-        yield Finding(
-            f"what the guest sends from {address} to {uplink.name} is dropped: reverse path filter on {nic.tap}",
-            f"looked up, {address} is not behind {nic.tap}: another route or rule comes first",
-            f"{rule}, or [routed] rp_filter",
-        )
-
-
-def reverse_path(nic: Nic, missing: Sequence[Change], kernel: Overview, config: Config) -> Iterator[Finding]:
-    """The kernel takes the larger of a device's rp_filter and that of "all" (IN_DEV_RPFILTER)."""
-    wanted = phases.RP_FILTER.get(config.routed.rp_filter)
-    overall = kernel.setting("net/ipv4/conf/all/rp_filter")
-    if wanted is None or overall is None or overall <= wanted:
-        return
-    if any(isinstance(change.op, Sysctl) and change.op.name == "rp_filter" for change in missing):
-        return
-    yield Finding(
-        f"rp_filter on {nic.tap} is {RP_FILTER_NAMES.get(overall, overall)} in effect, not {config.routed.rp_filter}",
-        f"net.ipv4.conf.all.rp_filter is {overall}, and the larger of the two counts",
-        "`sysctl -w net.ipv4.conf.all.rp_filter=0`",
-    )
-
-
 def answers(one: Known, nic: Nic, kernel: Overview, config: Config) -> Iterator[Finding]:
     """Who else answers for the guest's addresses. Before its arrival somebody has to: it runs there."""
     hosts = [phases.bare(prefix) for prefix in nic.ip if phases.is_host(prefix)]
     for name in dict.fromkeys(uplink.name for uplink in uplinks(nic, kernel, config)):
-        for address, macs in probe.others(name, hosts, kernel.addresses(name)).items():
+        for address, macs in probe.others(name, hosts, kernel.addresses(name), kernel.macs()).items():
             for mac in sorted(macs):
                 if one.phase is Phase.POST:
                     yield Finding(

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Config, Nic, Phase, Uplink
-from kvmifup.diagnosis.nic import Finding, of_error
+from kvmifup.diagnosis.bridged import always, unasked, without_uplink
+from kvmifup.diagnosis.findings import Finding, of_error
+from kvmifup.diagnosis.routed import surroundings
 from kvmifup.diagnosis.state import UPLINK_HINT, Look
 from kvmifup.inputs import trust
 from kvmifup.inputs.values import as_wired
@@ -32,7 +35,7 @@ def node_findings(look: Look, settings: Path) -> Iterator[Finding]:
                 nics.append((as_wired(one.nic, config), one.phase))
             except KvmIfupError as error:
                 yield of_error(error, "a hook for this NIC fails, and QEMU does not start")
-    yield from bridges([nic for nic, _ in nics], config, kernel)
+    yield from bridges([nic for nic, _ in nics], look)
     yield from uplinks(nics, config, kernel)
     if not look.agent:
         yield no_agent(needed=any(nic.mode == "routed" for nic, _ in nics))
@@ -41,14 +44,15 @@ def node_findings(look: Look, settings: Path) -> Iterator[Finding]:
     yield from versions({"Python": sys.version, "pyroute2": version("pyroute2"), "Linux": os.uname().release})
 
 
-def bridges(nics: Sequence[Nic], config: Config, kernel: Overview) -> Iterator[Finding]:
+def bridges(nics: Sequence[Nic], look: Look) -> Iterator[Finding]:
     """The bridges of the NICs that this node knows."""
+    config, kernel = look.session.config, look.overview
     for nic in {nic.link: nic for nic in nics if nic.mode == "bridged"}.values():
         bridge, name = kernel.facts(nic, config).bridge, nic.link or ""
         if bridge is None or not bridge.is_bridge:
             what = f"{name} is no bridge" if bridge else f"there is no bridge {name}"
             lead = f"no guest on {name} can start or arrive here: code 69"
-            yield Finding(what, lead, f"`ip link add {name} type bridge`")
+            yield Finding(what, lead, f"`{phases.bridge_made(name)}`")
             continue
         if not bridge.up:
             yield Finding(f"{name} is down", "no guest can start or arrive here: code 69", f"`ip link set {name} up`")
@@ -60,8 +64,18 @@ def bridges(nics: Sequence[Nic], config: Config, kernel: Overview) -> Iterator[F
                 "QEMU's announcements would be lost, so no guest is let in: code 69"
                 if refused
                 else "kvm-ifup-pre waits that long before QEMU starts",
-                f"`ip link set {name} type bridge stp_state 0`",
+                phases.faster(name, config) if refused else "",
                 wrong=refused,
+            )
+        yield from without_uplink(name, look)
+        taps = [nic.tap for nic in nics if (nic.mode, nic.link) == ("bridged", name)]
+        there = [tap for tap in taps if tap in kernel.ports(name)]
+        if look.bridges.querier(name) and (not there or unasked(name, there, look)):
+            yield Finding(
+                f"{name} snoops multicast, and somebody asks who listens",
+                "IPv6 neighbour solicitations reach a guest that arrives only when it has answered a querier",
+                "; ".join(map(always, unasked(name, there, look)))
+                or f"`ip link set {name} type bridge mcast_snooping 0`",
             )
         filtering, pvid = kernel.vlans(name)
         if filtering and pvid:
@@ -93,6 +107,7 @@ def uplinks(nics: Sequence[tuple[Nic, Phase]], config: Config, kernel: Overview)
             found[key] = uplink, phase is Phase.POST or (key in found and found[key][1])
     for uplink, answering in found.values():
         yield from uplink_findings(uplink, kernel, answering=answering)
+    yield from surroundings([nic for nic, _ in routed], [uplink for uplink, _ in found.values()], kernel)
     for family in sorted(lacking):
         yield Finding(
             f"no IPv{family} uplink",

@@ -7,12 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError, NotReadyError, RollbackError
 from kvmifup.core.model import Config, Nic, Phase
+from kvmifup.core.ops import ProxyNeighbour
 from kvmifup.diagnosis.nics import Known, all_nics, selected
 from kvmifup.inputs import values
+from kvmifup.node.bridges import Bridges
+from kvmifup.node.guests import Qemu, behind_taps
 from kvmifup.node.overview import Overview
 from kvmifup.runs import planning
 from kvmifup.runs.apply import Change
@@ -26,18 +31,35 @@ UPLINK_HINT = "add a default route, or set [routed] uplinks"
 class Look:
     """The NICs that somebody asks about, and the node as it is now, with a dry session on it.
 
-    *agent*: somebody answers on the agent's socket.
+    *everything* are all NICs that this node knows. *agent*: somebody answers on the agent's socket.
     """
 
     nics: list[Known]
+    everything: list[Known]
     session: Session
     overview: Overview
     agent: bool
 
+    @cached_property
+    def guests(self) -> dict[str, Qemu]:
+        """The QEMU behind each tap."""
+        return behind_taps()
+
+    @cached_property
+    def bridges(self) -> Bridges:
+        """What `bridge` knows."""
+        return Bridges()
+
     def phase_word(self, one: Known) -> str:
-        """The phase for people: "none", "pre", "armed" (pre, and the agent waits for the guest), "post"."""
+        """The phase for people.
+
+        That is "none", "pre", "armed" (pre, and the agent waits for the guest), "post", or "left" (after post, the
+        guest has gone to another node, and what drew its traffic here was undone).
+        """
         if one.phase is Phase.DOWN:
             return "none"
+        if one.journal and one.journal.left:
+            return "left"
         if one.phase is Phase.PRE and one.journal and self.agent:
             waited = time.time() - one.journal.since
             return "armed" if waited < self.session.config.agent.arrival_timeout else "pre"
@@ -47,11 +69,12 @@ class Look:
 @contextmanager
 def look(name: str | None, run_dir: Path, config: Config) -> Iterator[Look]:
     """Look at the NICs that *name* means (`nics.selected`). Raises NicError."""
-    nics = selected(name, all_nics(run_dir, Store(run_dir)))
+    everything = all_nics(run_dir, Store(run_dir))
+    nics = selected(name, everything)
     agent = agent_lives(run_dir)
     overview = Overview()
     with opened(run_dir, config, dry=True, kernel=lambda: overview) as session:
-        yield Look(nics, session, overview, agent)
+        yield Look(nics, everything, session, overview, agent)
 
 
 @dataclass(frozen=True)
@@ -59,24 +82,32 @@ class State:
     """How a NIC is. *wired* is None where nothing has been asked for yet.
 
     *missing* is what its hook would change, *problem* why that could not be found out, or what keeps it from working.
+    *tolerable*: in spite of *problem* the guest can be reached for now.
     """
 
     wired: bool | None
     missing: tuple[Change, ...] = ()
     problem: KvmIfupError | None = None
+    tolerable: bool = False
 
 
-def state_of(one: Known, session: Session) -> State:
-    """Compare *one* with what its phase's hook would make of it. *session* must be a dry one."""
-    problem = one.trouble or stopped(one, session)
+def state_of(one: Known, look: Look) -> State:
+    """Compare *one* with what its phase's hook would make of it, and look whether it can work so."""
+    problem = one.trouble or stopped(one, look.session)
     if problem:
         return State(False, problem=problem)
     if one.phase is Phase.DOWN:
-        return State(None)
+        return State(None, problem=not_wired(one, look))
     try:
-        return compared(one, session)
+        state = compared(one, look.session)
     except KvmIfupError as error:
         return State(False, problem=error)
+    return state if state.problem and not state.tolerable else with_problem(state, who_is_behind(one, look))
+
+
+def with_problem(state: State, problem: KvmIfupError | None) -> State:
+    """*state*, kept from working by *problem*, if there is one."""
+    return replace(state, problem=problem, tolerable=False) if problem else state
 
 
 def stopped(one: Known, session: Session) -> KvmIfupError | None:
@@ -94,15 +125,27 @@ def compared(one: Known, session: Session) -> State:
     Raises what `planning.plan` raises.
     """
     found = planning.plan(one.phase, intended(one, session.config), one.journal, session)
-    return State(not found.due, found.due, without_uplink(found, session.config))
+    problem, tolerable = without_uplink(found, session.config)
+    return State(not found.due, found.due, problem, tolerable)
 
 
-def without_uplink(found: planning.Plan, config: Config) -> NotReadyError | None:
-    """What to say of a routed NIC when nothing tells where the node has to answer for it."""
-    if found.nic.mode != "routed" or not found.nic.ip or found.facts.uplinks or config.routed.uplinks is not None:
-        return None
-    stays = "; what was done on it stays" if found.kept else ""
-    return NotReadyError(f"there is no default route, which tells the uplink{stays}", hint=UPLINK_HINT)
+def without_uplink(found: planning.Plan, config: Config) -> tuple[NotReadyError | None, bool]:
+    """What to say of a routed NIC when nothing tells where the node has to answer for it, in a family of its.
+
+    With it, whether the guest can be reached for now: what was done on the uplink has stayed.
+    """
+    nic = found.nic
+    if nic.mode != "routed" or config.routed.uplinks is not None:
+        return None, False
+    families = {prefix.version for prefix in nic.ip}
+    lacking = families - {uplink.family for uplink in found.facts.uplinks}
+    if not lacking:
+        return None, False
+    kept = {phases.family_of(entry.op.address) for entry in found.kept if isinstance(entry.op, ProxyNeighbour)}
+    which = "" if lacking == families else "".join(f"IPv{family} " for family in lacking)
+    stays = "; what was done on it stays" if kept else ""
+    error = NotReadyError(f"there is no {which}default route, which tells the uplink{stays}", hint=UPLINK_HINT)
+    return error, bool(which) and lacking <= kept
 
 
 def intended(one: Known, config: Config) -> Nic:
@@ -121,3 +164,59 @@ def agent_lives(run_dir: Path) -> bool:
         except OSError:
             return False
         return True
+
+
+# --- who is behind the tap -------------------------------------------------------------------------------
+
+
+def not_wired(one: Known, look: Look) -> KvmIfupError | None:
+    """What to say of a NIC that was never wired. That is right until its tap is there."""
+    if look.overview.ifindex(one.tap) is None:
+        return None
+    return NotReadyError(
+        f"{one.tap} is there, but nothing has wired it", hint=f"`kvm-ifup-pre {one.tap}`", where=one.label
+    )
+
+
+def who_is_behind(one: Known, look: Look) -> NotReadyError | None:
+    """What contradicts the description of a NIC that is wired: the process behind its tap, or its frames."""
+    nic, qemu = intended(one, look.session.config), look.guests.get(one.tap)
+    file = f"in {nic.source}" if nic.source.endswith(".toml") else "where it is described"
+    mac, by = seen_mac(nic, qemu, look)
+    if mac and mac != nic.mac:
+        text = f"the guest's MAC is {mac}, as {by} shows, not {nic.mac}"
+        return NotReadyError(text, hint=f"mend mac {file}, then `kvm-ifup-pre {one.tap}`", where=one.label)
+    runs = runs_here(one, nic, qemu, look)
+    if runs:
+        text = f"{runs}, so it runs here, and pre alone does not wire it"
+        return NotReadyError(text, hint=f"`kvm-ifup-post {one.tap}`, and take incoming out {file}", where=one.label)
+    return None
+
+
+def seen_mac(nic: Nic, qemu: Qemu | None, look: Look) -> tuple[str | None, str]:
+    """The MAC that the guest has, None if nobody knows, and what shows it.
+
+    QEMU's command line counts. Only without it do frames: a guest may well send with other MACs, too.
+    """
+    if qemu and qemu.mac:
+        return qemu.mac, f"the command line of its QEMU (process {qemu.pid})"
+    if nic.mode == "bridged" and nic.link:
+        seen = [one.mac for one in look.bridges.learnt(nic.link) if one.port == nic.tap and not one.own]
+    elif nic.mode == "routed":
+        seen = list(filter(None, look.overview.neighbours(nic.tap).values()))
+    else:
+        return None, ""
+    return nic.mac if nic.mac in seen else next(iter(seen), None), f"what comes in on {nic.tap}"
+
+
+def runs_here(one: Known, nic: Nic, qemu: Qemu | None, look: Look) -> str:
+    """How it is known of a NIC that waits for its guest, with nobody to notice it, that the guest is here already.
+
+    Empty if it is not, or if post would add nothing.
+    """
+    if nic.mode in ("bridged", "openvswitch") or look.phase_word(one) != "pre":
+        return ""
+    if qemu and not qemu.incoming:
+        return f"its QEMU (process {qemu.pid}) was not started with -incoming"
+    frames = 0 if look.overview.is_persistent(one.tap) else look.overview.frames_from(one.tap)
+    return f"the guest has sent {frames} frames" if frames else ""

@@ -10,6 +10,7 @@ A message is passed round whole, as the bytes that the kernel sent, header inclu
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BRPORT_STATE, IFLA_INET6_ADDR_GEN_MODE = 1, 5, 1, 8
 # linux/neighbour.h
 NDA_DST, NDA_LLADDR = 1, 2
-NUD_PERMANENT, NTF_PROXY = 0x80, 0x08
+NUD_NOARP, NUD_PERMANENT, NTF_PROXY = 0x40, 0x80, 0x08
 # linux/fib_rules.h
 FRA_IIFNAME, FRA_PRIORITY, FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_PROTOCOL = 3, 6, 14, 15, 21
 FR_ACT_TO_TBL, FIB_RULE_INVERT = 1, 0x2
@@ -258,6 +259,28 @@ def gateway(routes: list[bytes], index: int) -> str | None:
             if u32(attrs.get(RTA_OIF)) == index and RTA_GATEWAY in attrs:
                 return address_of(attrs[RTA_GATEWAY])
     return None
+
+
+def default_type(routes: list[bytes]) -> int:
+    """The type (RTN_*) of the default route among *routes* that the kernel takes first; 0 without one."""
+    best: tuple[int, int] | None = None
+    for message in routes:
+        if message[BODY + 1] == 0:
+            metric = u32(attributes(message, BODY + RTMSG.size).get(RTA_PRIORITY)) or 0
+            best = min(best or (metric, message[BODY + 7]), (metric, message[BODY + 7]))
+    return best[1] if best else 0
+
+
+def connected(routes: list[bytes], index: int) -> list[Prefix]:
+    """The networks among *routes* that are reached on the device *index* itself, without a next hop."""
+    found = []
+    for message in routes:
+        length = message[BODY + 1]
+        attrs = attributes(message, BODY + RTMSG.size)
+        direct = u32(attrs.get(RTA_OIF)) == index and RTA_GATEWAY not in attrs and RTA_DST in attrs
+        if length and direct and message[BODY + 7] == RTN_UNICAST:
+            found.append(ipaddress.ip_network((attrs[RTA_DST], length)))
+    return found
 
 
 def local_addresses(routes: list[bytes], index: int) -> list[str]:

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+from kvmifup.core.errors import KernelError
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route
 from kvmifup.node import messages, ovs
-from kvmifup.node.kernel import Kernel
-from kvmifup.node.messages import FAMILIES, Link, RouteEntry
-from kvmifup.node.procfs import device_name, link_local, read_file, sysctl, sysfs_of
+from kvmifup.node.kernel import PORT_STATES, Kernel
+from kvmifup.node.messages import (
+    FAMILIES,
+    IFF_UP,
+    NTF_PROXY,
+    NUD_NOARP,
+    NUD_PERMANENT,
+    Link,
+    NetlinkError,
+    RouteEntry,
+)
+from kvmifup.node.procfs import IFF_PERSIST, device_name, link_local, read_file, sysctl, sysfs_of
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.view import View
+
+# linux/rtnetlink.h
+LEADING_NOWHERE = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port of a bridge; *tap*: it is a tap, a guest's or another program's."""
+
+    tap: bool
+    up: bool
+    carrier: bool
+    forwarding: bool
 
 
 class WholeView(View):
@@ -26,6 +52,11 @@ class WholeView(View):
         self._routes_by_prefix: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
         self._switch: tuple[frozenset[str], dict[str, str]] | None = None
+
+    @property
+    def links(self) -> Mapping[str, Link]:
+        """Every device, by name."""
+        return self._links
 
     def refresh(self) -> None:
         """Do nothing: everything is from one moment."""
@@ -71,6 +102,16 @@ class WholeView(View):
                 self._neighbours[flags] = self.netlink.neighbours(flags)
         return self._neighbours[flags].get((self.index(dev), address))
 
+    def learnt(self, dev: str) -> dict[str, str | None]:
+        """The MACs of neighbours on *dev* that nobody has put there, by address."""
+        self.neighbour(dev, "", 0)  # reads all of them
+        index = self.index(dev)
+        return {
+            address: mac
+            for (where, address), (state, mac) in self._neighbours[0].items()
+            if where == index and mac and not state & (NUD_PERMANENT | NUD_NOARP)
+        }
+
     def is_ovs_bridge(self, name: str) -> bool:
         """As `View.is_ovs_bridge`."""
         return name in self._ask_switch()[0]
@@ -88,7 +129,8 @@ class Overview(Kernel):
     """The node as it was at the first look, for reading only, and what only diagnosis asks of it."""
 
     def __init__(self) -> None:
-        super().__init__(WholeView())
+        self._whole = WholeView()
+        super().__init__(self._whole)
 
     def setting(self, path: str) -> str | None:
         """The value of the sysctl *path*, which has slashes; None if there is no such sysctl."""
@@ -98,18 +140,79 @@ class Overview(Kernel):
         """The next hop of a default route of *family*, 4 or 6, out of *dev* in the table main; None without one."""
         return messages.gateway(self._view.routes(family, MAIN_TABLE), self._view.index(dev))
 
+    def default_type(self, family: int, table: int) -> str | None:
+        """The type of the default route in *table* that counts, as `ip route` calls it, if packets do not take it."""
+        return LEADING_NOWHERE.get(messages.default_type(self._view.routes(family, table)))
+
+    def connected(self, family: int, dev: str) -> list[Prefix]:
+        """The networks whose addresses are neighbours on *dev*, as the table main has them."""
+        return messages.connected(self._view.routes(family, MAIN_TABLE), self._view.index(dev))
+
+    def has_addresses(self, dev: str) -> bool:
+        """Whether the node itself has addresses on *dev*, other than IPv6 ones of link scope."""
+        index = self._view.index(dev)
+        found = [
+            one for family in (4, 6) for one in messages.local_addresses(self._view.routes(family, LOCAL_TABLE), index)
+        ]
+        return any(not ipaddress.ip_address(one).is_link_local for one in found)
+
+    def ports(self, bridge: str) -> dict[str, Port]:
+        """The ports of *bridge*, by name."""
+        index = self._view.index(bridge)
+        return {
+            name: Port(
+                tap=link.kind == "tun",
+                up=bool(link.flags & IFF_UP),
+                carrier=link.carrier,
+                forwarding=link.port_state == PORT_STATES.index("forwarding"),
+            )
+            for name, link in self._whole.links.items()
+            if link.master == index
+        }
+
+    def neighbours(self, dev: str) -> dict[str, str | None]:
+        """The MACs that the node has learnt on *dev*, by address; not what somebody has put there."""
+        return self._whole.learnt(dev)
+
     def addresses(self, dev: str) -> list[str]:
         """The node's own addresses on *dev*: every IPv4 one, and an IPv6 one of link scope."""
         found = messages.local_addresses(self._view.routes(4, LOCAL_TABLE), self._view.index(dev))
         return [*found, *filter(None, [link_local(dev)])]
+
+    def frames_from(self, dev: str) -> int | None:
+        """How many frames have come in on *dev*; None if /sys shows another network namespace."""
+        sysfs = sysfs_of(dev, self._view.link(dev))
+        count = sysfs and read_file(f"{sysfs}/statistics/rx_packets")
+        return int(count) if count else None
+
+    def is_persistent(self, tap: str) -> bool:
+        """Whether *tap* stays without its process, so that an earlier one's frames count as well; also if unknown."""
+        sysfs = sysfs_of(tap, self._view.link(tap))
+        flags = sysfs and read_file(f"{sysfs}/tun_flags")
+        return not flags or bool(int(flags, 16) & IFF_PERSIST)
+
+    def is_proxied(self, address: str, dev: str) -> bool:
+        """Whether the node has a proxy entry for *address* on *dev*."""
+        return self._view.neighbour(dev, address, NTF_PROXY) is not None
+
+    def mac(self, dev: str) -> str | None:
+        """The MAC of the device *dev*. Raises VanishedError."""
+        return self._view.link(dev).address
+
+    def macs(self) -> set[str]:
+        """The MACs of the node's devices."""
+        return {link.address for link in self._whole.links.values() if link.address}
 
     def way(self, source: str, destination: str, iif: str) -> str | None:
         """The device by which a packet leaves that comes in on *iif*; None if the reverse path filter drops it.
 
         Raises KernelError if it is dropped for any other reason, such as no route.
         """
-        with refusals(f"reading the route to {destination}"):
+        try:
             index = self._netlink.way(source, destination, self._view.index(iif))
+        except NetlinkError as error:  # also EACCES, which is the answer of a "prohibit"
+            number = error.errno or 0
+            raise KernelError(f"reading the route to {destination}: {os.strerror(number)}", errno=number) from None
         return None if index is None else device_name(index)
 
     def vlans(self, bridge: str) -> tuple[bool, int]:

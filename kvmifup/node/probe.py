@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import select
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from select import POLLIN, poll
 
 from kvmifup.node import sockets
 from kvmifup.node.frames import ETH_P_ARP, ETH_P_IPV6, answer_in, who_has
@@ -14,12 +14,13 @@ PATIENCE = 1.2  # seconds
 
 
 def others(
-    uplink: str, addresses: Sequence[str], sources: Sequence[str], wait: float = PATIENCE
+    uplink: str, addresses: Sequence[str], sources: Sequence[str], own: Collection[str], wait: float = PATIENCE
 ) -> dict[str, set[str]]:
-    """For each of *addresses* the MACs, other than the uplink's own, that answer for it on *uplink*.
+    """For each of *addresses* the MACs that answer for it on *uplink*, but for those that are this node's *own*.
 
-    *sources* are addresses of this node there. Without one as the sender, a node does not answer for an address
-    that it only stands in for (`arp_process` in net/ipv4/arp.c). *wait* is in seconds. Raises OSError.
+    A node with two devices in one segment answers itself. *sources* are addresses of this node there. Without one as
+    the sender, a node does not answer for an address that it only stands in for (`arp_process` in net/ipv4/arp.c).
+    *wait* is in seconds. Raises OSError.
     """
     found: dict[str, set[str]] = {address: set() for address in addresses}
     with (
@@ -31,10 +32,14 @@ def others(
             via.setblocking(True)  # many questions at once wait for room in the send buffer
         for address in addresses:
             (ndp if ":" in address else arp).send(who_has(mac, address, sources))
+        waiting = poll()  # not select: it knows no descriptor above 1023
+        by_number = {via.fileno(): via for via in (arp, ndp)}
+        for number in by_number:
+            waiting.register(number, POLLIN)
         deadline = time.monotonic() + wait
         while (left := deadline - time.monotonic()) > 0:
-            for ready in select.select([arp, ndp], [], [], left)[0]:
-                answer = answer_in(ready.recv(sockets.WHOLE))
-                if answer and answer[0] in found and answer[1] != mac.hex(":"):
+            for number, _ in waiting.poll(1000 * left):
+                answer = answer_in(by_number[number].recv(sockets.WHOLE))
+                if answer and answer[0] in found and answer[1] not in own:
                     found[answer[0]].add(answer[1])
     return found

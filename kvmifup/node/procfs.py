@@ -11,6 +11,7 @@ from kvmifup.node.messages import Link
 SYSCTL = "/proc/sys"
 SYS_NET = "/sys/class/net"
 NET_ADDR_SET = "3"  # linux/netdevice.h, in /sys/class/net/DEV/addr_assign_type
+IFF_PERSIST = 0x0800  # linux/if_tun.h, in /sys/class/net/TAP/tun_flags
 IFA_F_TENTATIVE = 0x40  # linux/if_addr.h
 IPV6_ADDR_LINKLOCAL = 0x20  # net/ipv6.h
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+from collections.abc import Iterable
 
 from kvmifup.core.errors import VanishedError
-from kvmifup.core.model import Prefix, Uplink
+from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
 from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl
 from kvmifup.node import messages, ovs
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
@@ -101,13 +102,16 @@ class View:
         if family == 6:
             # IPv6 forwards for all devices or none (ip6_forward), and answers per device (ndisc_recv_ns).
             needed |= {"net/ipv6/conf/all/forwarding": "1", f"net/ipv6/conf/{dev}/disable_ipv6": "0"}
+        needed = {path: value for path, value in needed.items() if sysctl(path) != value}
+        if family == 6 and any(path.endswith("/forwarding") for path in needed):
+            needed = keeping_routes(self.default_devices(6, MAIN_TABLE)) | needed
         return Uplink(
             dev,
             family,
             present=True,
             up=bool(link.flags & IFF_UP),
             arp=link.type == ARPHRD_ETHER and not link.flags & IFF_NOARP,
-            mend=tuple(assignment(path, value) for path, value in needed.items() if sysctl(path) != value),
+            mend=tuple(assignment(path, value) for path, value in needed.items()),
             source=link_local(dev) if family == 6 else None,
         )
 
@@ -177,3 +181,13 @@ class View:
     def ovs_port(self, name: str) -> str | None:
         """The Open vSwitch port *name*, as `ovs.port` says it. Raises NotReadyError, ProgramError."""
         return ovs.port(name)
+
+
+def keeping_routes(devices: Iterable[str]) -> dict[str, str]:
+    """The settings that are needed before IPv6 forwarding is turned on anywhere; default routes lead out of *devices*.
+
+    Without them the kernel drops the default routes that it has learnt from router advertisements, and ignores those
+    that come later (rt6_purge_dflt_routers, ipv6_accept_ra).
+    """
+    paths = [f"net/ipv6/conf/{dev}/accept_ra" for dev in devices]
+    return {path: "2" for path in paths if sysctl(path) == "1"}

@@ -3,7 +3,7 @@
 One JSON file per tap, `state/<tap>.json` below the run directory::
 
     {"version": 1, "namespace": 4026531840, "nic": {...}, "ifindex": 7, "phase": "pre",
-     "since": 1790000000.25, "by": "hook", "reason": null,
+     "since": 1790000000.25, "by": "hook", "reason": null, "left": false,
      "entries": [{"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}, ...],
      "pending": [...]}
 
@@ -11,6 +11,7 @@ One JSON file per tap, `state/<tap>.json` below the run directory::
 can share one run directory, and a live tap of one does not exist in another.
 `since` (seconds since 1970) is when the phase was reached or last changed something. `by` says who did that: "hook",
 "person" (at a terminal) or "agent". `reason` says why the agent did it: the guest's first frame, or a sentence.
+`left`: the guest ran here and has gone to another node since, so that the phase is pre again.
 `entries` is what successful runs did, each op with the value from before the first of them. `pending` is
 what a run is about to do, or was doing when it was killed, with the values from before that run.
 """
@@ -52,6 +53,7 @@ class Journal:
     since: float = 0.0
     by: str = ""
     reason: str | None = None
+    left: bool = False
     namespace: int = field(kw_only=True)
 
     def prior(self, key: tuple[object, ...]) -> Entry | None:
@@ -73,6 +75,7 @@ def encode(journal: Journal) -> dict[str, Any]:
         "since": journal.since,
         "by": journal.by,
         "reason": journal.reason,
+        "left": journal.left,
         "entries": [encode_entry(entry) for entry in journal.entries],
         "pending": [encode_entry(entry) for entry in journal.pending],
     }
@@ -103,6 +106,7 @@ def decode(data: dict[str, Any]) -> Journal:
         since=float(data["since"]),
         by=str(data["by"]),
         reason=None if reason is None else str(reason),
+        left=bool(data.get("left", False)),  # not in a journal of 0.1.0~
         namespace=int(data["namespace"]),
     )
 

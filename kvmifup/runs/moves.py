@@ -103,7 +103,7 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
         if journal is None or not away:
             return None
         rest = tuple(entry for entry in journal.entries if entry not in away)
-        waiting = session.dated(replace(journal, phase=Phase.PRE, entries=rest))
+        waiting = session.dated(replace(journal, phase=Phase.PRE, entries=rest, left=True))
         doomed = replace(waiting, pending=away)
         session.store.save(doomed)
         undone = revert(doomed, session)

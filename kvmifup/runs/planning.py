@@ -101,6 +101,8 @@ def journal_after(found: Plan, session: Session) -> Journal:
         phase=max(found.phase, found.before.phase),
         entries=(*remembered(found, session), *found.kept),
         pending=(),
+        # Only a hook, or post, says that the guest is to come back.
+        left=found.before.left and found.phase is Phase.PRE and session.by == "agent",
     )
     changed = any(change.needed and change.op.undoable for change in (*found.dropped, *found.changes))
     return session.dated(after) if changed or after.phase is not found.before.phase else after

@@ -115,6 +115,7 @@ def bare(stack: ExitStack) -> Machine:
     node.run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
     node.run("ip route add default via 192.0.2.1; ip -6 route add default via 2001:db8::1 dev eth0")
     node.run("ip link add br0 type bridge stp_state 0; ip link set br0 up")
+    node.run("ip link add br0-up type veth peer name br0-far; ip link set br0-far up; ip link set br0-up master br0 up")
     hold(node, "tap0", "tap1")
     nic(node, "tap0", "web1", mac='"aa:00:00:35:ac:01"', mode='"bridged"', link='"br0"')
     nic(node, "tap1", "db1", mac='"aa:00:00:35:ac:02"', mode='"routed"', ip='["192.0.2.8", "2001:db8::8"]')

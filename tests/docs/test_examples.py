@@ -350,6 +350,7 @@ def _show(machines: Machines, blocks: list[str]) -> None:
     (block,) = blocks
     node = machines.node
     running(node)
+    node.run("ip link add br0-up type veth peer name br0-far; ip link set br0-far up; ip link set br0-up master br0 up")
     headings, row, verdict = node.run(block).stdout.splitlines()
     assert headings.split()[:2] == ["INSTANCE", "NIC"]
     assert row.split()[:5] == ["web1", "0", "tap0", "bridged", "br0"]

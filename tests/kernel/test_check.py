@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -14,39 +12,8 @@ from harness.hooks import Result, call, check
 from harness.nodes import Node
 from harness.oracle import sysctl
 from harness.wire import packet_socket
-from tests.kernel.staging import NICS, Scene
-
-BRIDGED, ROUTED, TABLE = "bridged", "routed", "routed, table"
-
-
-def wire(node: Node, nic: str, program: str = "kvm-ifup-post", **more: Any) -> None:
-    """A NIC that is wired, and right."""
-    node.uplink()
-    if nic == TABLE:  # the administrator's part
-        tools.ip("rule add iif eth0 lookup 100")
-        tools.ip("-6 rule add iif eth0 lookup 100")
-    scene = Scene(nic, program=program, more=more)
-    nodes.add_bridge("br0", mtu=9000)
-    nodes.add_bridge("br1")
-    node.guest()
-    manager.write_nic(**{"incoming": True, **NICS[nic], **more})
-    check(call(scene.program, "tap0"), 0)
-    if nic == BRIDGED:
-        oracle.settle("br0")  # with its carrier comes its link-local address, a moment later
-
-
-def found(*argv: str) -> tuple[int, list[dict[str, Any]]]:
-    """Exit code, and the findings about the one NIC that there is."""
-    result = call("kvm-ifup", "check", "--json", *argv)
-    assert result.err == ""
-    (nic,) = json.loads(result.out)["nics"]
-    findings: list[dict[str, Any]] = nic["findings"]
-    return result.code, findings
-
-
-def text(findings: list[dict[str, Any]]) -> str:
-    """All that is said, in one line for each."""
-    return "\n".join(f"{one['what']} | {one['why']} | {one['mend']}" for one in findings)
+from tests.kernel.checking import BRIDGED, ROUTED, TABLE, found, text, wire
+from tests.kernel.staging import NICS
 
 
 @pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post"])
@@ -140,7 +107,7 @@ FAULTS: dict[str, tuple[str, Callable[[Node], None], tuple[str, ...]]] = {
     "no default route": (
         ROUTED,
         do("route del default", "-6 route del default"),
-        ("uplink: eth0 -> none", "there is no default route"),
+        ("there is no default route, which tells the uplink; what was done on it stays",),
     ),
     "forwarding off": (
         ROUTED,
@@ -165,7 +132,7 @@ FAULTS: dict[str, tuple[str, Callable[[Node], None], tuple[str, ...]]] = {
     "stale rule": (
         ROUTED,
         do("rule add iif tap0 lookup 200 priority 5"),
-        ("rule v4 5: iif tap0", "lookup 200: present -> absent", "stale: made for an earlier guest"),
+        ("rule v4 5: iif tap0", "lookup 200: present -> absent", "it is not ours"),
     ),
     "rule gone": (
         TABLE,

@@ -77,6 +77,7 @@ def test_the_format_that_the_docstring_promises(store: Store) -> None:
         "since",
         "by",
         "reason",
+        "left",
         "entries",
         "pending",
     }

@@ -1,0 +1,132 @@
+"""Why something differs from what a NIC's phase wants: what is known, and else the most likely cause."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+
+from kvmifup.core.errors import KvmIfupError
+from kvmifup.core.model import Nic
+from kvmifup.core.ops import (
+    AddrGenMode,
+    LinkAddress,
+    LinkMaster,
+    LinkMtu,
+    LinkUp,
+    Neighbour,
+    Op,
+    OvsPort,
+    PortForwarding,
+    ProxyNeighbour,
+    Route,
+    Rule,
+    Sysctl,
+)
+from kvmifup.diagnosis.nics import Known
+from kvmifup.runs import planning
+from kvmifup.runs.apply import Change
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.session import Session
+from kvmifup.tell import render
+
+RP_FILTER_NAMES = {"0": "off", "1": "strict", "2": "loose"}
+NOT_COMPARED = ("source", "incoming")  # of a NIC: what does not change how it is wired
+
+
+def described_otherwise(nic: Nic, before: Nic) -> list[str]:
+    """What *nic* says otherwise than *before*, with both values."""
+    return [
+        f"{one.name} {said(getattr(before, one.name))} -> {said(getattr(nic, one.name))}"
+        for one in fields(Nic)
+        if one.name not in NOT_COMPARED and getattr(nic, one.name) != getattr(before, one.name)
+    ]
+
+
+def said(value: object) -> str:
+    """A value of a NIC for people."""
+    if isinstance(value, tuple):
+        return ", ".join(render.short(one) for one in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def wanted_before(one: Known, session: Session) -> Collection[Op]:
+    """The ops that the phase of *one* wanted as long as its NIC was described as its journal has it."""
+    assert one.journal is not None
+    try:
+        plan = planning.plan(one.phase, one.journal.nic, one.journal, session)
+    except KvmIfupError:
+        return ()  # it could not be wired so now: nobody knows
+    return {change.op for change in plan.changes}
+
+
+def cause(change: Change, missing: Sequence[Change], journal: Journal, before: Collection[Op] | None) -> str:
+    """The likely cause of one difference, or what it leads to.
+
+    *before* are the ops that were wanted before the NIC was described otherwise, None if it was not.
+    """
+    if before is not None and change.op not in before:
+        return "because the NIC is described otherwise"
+    entry = journal.prior(change.op.key)
+    if entry and change.now == entry.op.wanted:  # it is as the last run has made it: what is wanted has changed
+        if isinstance(change.op, LinkMtu):
+            return "the bridge's has changed since, so that it is the smaller one of the two that counts"
+        if isinstance(change.op, Sysctl):
+            return "the configuration has changed since, or kvm-ifup itself"
+    return why(change, missing, journal.nic.tap)
+
+
+def why(change: Change, missing: Sequence[Change], tap: str) -> str:
+    """What somebody has done to the node, if nothing that it is described by has changed."""
+    down = any(isinstance(other.op, LinkUp) for other in missing)
+    unplugged = any(isinstance(other.op, LinkMaster) for other in missing)
+    went = "it went when the tap went down"
+    match change.op:
+        case LinkMaster(want=None):
+            return f"somebody has put it on the bridge {change.now}: what comes in on a bridge port is not routed"
+        case LinkMaster():
+            if change.now is None:
+                return "something took it off its bridge: restarting the network does that"
+            return "somebody has moved it to another bridge"
+        case LinkUp():
+            return "somebody has set it down: every frame for and from the guest is lost"
+        case LinkMtu():
+            if isinstance(change.now, int) and change.now < change.op.want:
+                return (
+                    "it is smaller than the bridge's, so larger frames are lost: set by hand, or the bridge's has grown"
+                )
+            return "it is larger than the bridge's: set by hand, or the bridge's has shrunk"
+        case PortForwarding():
+            if down or unplugged:
+                return "because the tap is down or on no bridge"
+            if change.now in ("listening", "learning"):
+                return "the bridge runs STP and has just changed: look again in a moment"
+            return "STP has found a loop, or somebody has set the state: no frame passes"
+        case Sysctl(name="rp_filter"):
+            now = RP_FILTER_NAMES.get(str(change.now), change.now)
+            dropped = ": what the guest sends from any other address than its own is dropped" if now == "strict" else ""
+            return f"somebody has made it {now}; configured is {RP_FILTER_NAMES[change.op.want]}{dropped}"
+        case Sysctl(on_uplink=True):
+            return "somebody has set it back; the node answers for its guests late, or not at all"
+        case Sysctl():
+            return "somebody has set it; `sysctl --system` and changing ip_forward set it on all devices"
+        case Rule(want=False):
+            return (
+                f"it is not ours, and catches what comes in on {tap}; a script or a person made it, nobody knows when"
+            )
+        case Rule():
+            return "something has deleted it: a restarted network, or `ip rule flush`"
+        case Route(want=False) | Neighbour(want=None) | ProxyNeighbour(want=False):
+            return "the NIC is not to have it any more"
+        case Route():
+            return went if down else "something has deleted it: a routing daemon, or the tap was down for a moment"
+        case Neighbour():
+            return went if down else "something has deleted it: `ip neigh flush`, or the tap was down for a moment"
+        case ProxyNeighbour():
+            return "something has deleted it, or the uplink was down for a moment: nobody answers for the guest there"
+        case LinkAddress():
+            return "somebody has changed it: the guest's neighbours know the tap by the other"
+        case AddrGenMode():
+            return "somebody has changed it: the node gets an address of its own among the guests"
+        case OvsPort():
+            return "somebody has changed it, or the switch's database is another one"
+    return ""

@@ -1,0 +1,92 @@
+"""What tests of `kvm-ifup check` share: a NIC that is wired and right, what is found, and a QEMU behind its tap."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from harness import manager, nodes, oracle, tools
+from harness.addresses import GUEST_MAC
+from harness.agents import until
+from harness.hooks import call, check
+from harness.nodes import Node
+from tests.kernel.staging import NICS, Scene
+
+BRIDGED, ROUTED, TABLE = "bridged", "routed", "routed, table"
+Findings = list[dict[str, Any]]
+
+
+def wire(node: Node, nic: str, program: str = "kvm-ifup-post", **more: Any) -> None:
+    """A NIC that is wired, and right."""
+    node.uplink()
+    if nic == TABLE:  # the administrator's part
+        tools.ip("rule add iif eth0 lookup 100")
+        tools.ip("-6 rule add iif eth0 lookup 100")
+    scene = Scene(nic, program=program, more=more)
+    nodes.add_bridge("br0", mtu=9000)
+    nodes.add_bridge("br1")
+    nodes.add_port("br0", mtu=9000)
+    nodes.add_port("br1")
+    node.guest()
+    manager.write_nic(**{"incoming": True, **NICS[nic], **more})
+    check(call(scene.program, "tap0"), 0)
+    if nic == BRIDGED:
+        oracle.settle("br0")  # with its carrier comes its link-local address, a moment later
+
+
+def found(*argv: str) -> tuple[int, Findings]:
+    """Exit code, and the findings about the one NIC that there is."""
+    result = call("kvm-ifup", "check", "--json", *argv)
+    assert result.err == ""
+    (nic,) = json.loads(result.out)["nics"]
+    findings: Findings = nic["findings"]
+    return result.code, findings
+
+
+def found_on_node(*argv: str) -> tuple[int, Findings]:
+    """Exit code of `check --node`, and what it has found but versions and the agent."""
+    result = call("kvm-ifup", "check", "--node", "--json", *argv)
+    assert result.err == ""
+    findings: Findings = json.loads(result.out)["findings"]
+    return result.code, [one for one in findings if one["why"] and "agent" not in one["what"]]
+
+
+def text(findings: Findings) -> str:
+    """All that is said, in one line for each."""
+    return "\n".join(f"{one['what']} | {one['why']} | {one['mend']}" for one in findings)
+
+
+@contextlib.contextmanager
+def qemu(*argv: str, tap: str = "tap0", pass_fds: Sequence[int] = ()) -> Iterator[None]:
+    """A real QEMU that does not run its guest, with *argv* for its NIC."""
+    plain = ("-S", "-nodefaults", "-display", "none", "-machine", "microvm,accel=tcg", "-m", "16")
+    process = subprocess.Popen(
+        ["qemu-system-x86_64", *plain, *argv],
+        env=dict(tools.CLEAN),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=pass_fds,
+    )
+    try:
+        until(lambda: process.poll() is not None or holds(process.pid, tap))
+        assert process.poll() is None
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def holds(pid: int, tap: str) -> bool:
+    """Whether a process has *tap* open."""
+    with contextlib.suppress(OSError):
+        return f"iff:\t{tap}\n" in tools.run("sh", "-c", f"cat /proc/{pid}/fdinfo/* 2>/dev/null || true")
+    return False
+
+
+def netdev(tap: str = "tap0", mac: str = GUEST_MAC) -> list[str]:
+    """The options of a QEMU whose guest has a NIC on *tap*."""
+    backend = f"tap,id=net0,ifname={tap},script=no,downscript=no"
+    return ["-netdev", backend, "-device", f"virtio-net-device,netdev=net0,mac={mac}"]
