@@ -16,6 +16,7 @@ Nothing here reads a file, a clock or the kernel.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from ipaddress import ip_network
 
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Uplink
@@ -240,7 +241,7 @@ def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:
         return False
     match op:
         case ProxyNeighbour():
-            family, wanted = family_of(op.address), op.address in map(bare, filter(is_host, nic.ip))
+            family, wanted = family_of(op.address), ip_network(op.address) in nic.prefixes
         case Sysctl(on_uplink=True):
             family, wanted = op.family, any(is_host(prefix) and prefix.version == op.family for prefix in nic.ip)
         case _:

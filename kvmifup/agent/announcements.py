@@ -10,10 +10,13 @@ from functools import partial
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
 from kvmifup.core.model import Message
+from kvmifup.core.text import listed
 from kvmifup.node import announce
 from kvmifup.runs import announcing
 from kvmifup.runs.announcing import SCHEDULE
 from kvmifup.runs.outcome import Outcome
+
+MANY = 100  # frames: more of them take so long that a thread sends them
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,24 @@ class Announcements:
         self._loop.later(one.begun + SCHEDULE[number] - time.monotonic(), partial(self._send, one, number))
 
     def _send(self, one: Announcement, number: int) -> None:
-        if self._sent(one, number) and number + 1 < len(SCHEDULE):
+        if len(one.messages) > MANY:
+            self._loop.work(partial(self._sent, one, number), partial(self._go_on, one, number))
+        else:
+            self._go_on(one, number, self._sent(one, number))
+
+    def _go_on(self, one: Announcement, number: int, sent: bool) -> None:
+        if sent and number + 1 < len(SCHEDULE):
             self._send_in_time(one, number + 1)
         else:
             self.under_way -= 1
 
     def _sent(self, one: Announcement, number: int) -> bool:
-        """Send round *number*; False if it is not true any more, or its uplink has gone."""
+        """Send round *number*, from any thread; False if it is not true any more, or its uplink has gone."""
         try:
             if not one.still_true():
                 return False
             announce.send(one.messages)
-            told = ", ".join(f"{address} on {uplink}" for uplink, address, _ in one.messages)
+            told = listed([f"{address} on {uplink}" for uplink, address, _ in one.messages])
             self._runner.tell(f"announced, round {number + 1} of {len(SCHEDULE)}: {told}")
         except OSError:
             return False

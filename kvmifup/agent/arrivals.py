@@ -22,6 +22,7 @@ from kvmifup.tell import syslog
 
 QUIET = 0.2  # seconds after a change on the node until what was prepared is prepared anew
 RECHECK = 1.0  # seconds after an arrival, or a failure, until everything is looked at in full
+DEFAULTS = ("0.0.0.0/0", "::/0", "")  # destinations of routes, as in `Touched`
 
 Result = Outcome | KvmIfupError | None  # of post
 Preparation = tuple[TapRecord, PreparedArrival | KvmIfupError | None]
@@ -56,8 +57,9 @@ def relies_on(prepared: PreparedArrival, nic: Nic, touched: Touched) -> bool:
     The tap does not count: `arrive` looks at it when it is needed.
     """
     devices = {index for dev, index in prepared.devices if dev != nic.tap} | {0}
-    routes = {str(prefix) for prefix in nic.ip} | {"0.0.0.0/0", "::/0", ""}
-    return not touched.devices.isdisjoint(devices) or not touched.routes.isdisjoint(routes)
+    if not touched.devices.isdisjoint(devices) or not touched.routes.isdisjoint(DEFAULTS):
+        return True
+    return not nic.destinations.isdisjoint(touched.routes)
 
 
 class Arrivals:
@@ -153,18 +155,24 @@ class Arrivals:
             return
         frame = frames.name_of(data)
         self._node.catch_up()
-        if tap.prepared and not tap.prepared.waits:
-            outcome = self._runner.attempt(partial(arrive, tap.prepared), frame)
+        prepared = tap.prepared
+        if prepared and not prepared.waits:
+            outcome = self._runner.attempt(partial(arrive, prepared), frame)
             if outcome:
                 tap.become(State.ARRIVING)
                 self._arrived(tap, frame, sent, outcome)
                 return
+            prepared = None
         tap.become(State.ARRIVING)
-        self._loop.work(partial(self._post, tap.name, tap.is_of, frame), partial(self._arrived, tap, frame, sent))
+        post = partial(self._post, tap.name, tap.is_of, frame, prepared)
+        self._loop.work(post, partial(self._arrived, tap, frame, sent))
 
-    def _post(self, name: str, wanted: Callable[[Journal], bool], reason: str | None) -> Result:
-        """In a thread: post, from the beginning."""
-        return self._runner.attempt(partial(run_post, name, wanted), reason)
+    def _post(
+        self, name: str, wanted: Callable[[Journal], bool], reason: str | None, prepared: PreparedArrival | None = None
+    ) -> Result:
+        """In a thread: post, as it was *prepared*, or else from the beginning."""
+        done = prepared and self._runner.attempt(partial(arrive, prepared), reason)
+        return done or self._runner.attempt(partial(run_post, name, wanted), reason)
 
     def _arrived(self, tap: TapRecord, frame: str, sent: float, outcome: Result) -> None:
         if isinstance(outcome, KvmIfupError):

@@ -21,6 +21,7 @@ RTM_NEWNETCONF = 80
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000  # linux/if.h
 NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
 BUFFER = 1 << 20  # bytes: some thousand events
+AT_ONCE = 512  # events
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,25 @@ class Subscription:
         loop.watch(self.socket, self.read)
 
     def read(self) -> bool:
-        """Take what has come; False if there was nothing."""
-        try:
-            found = list(split(self.socket.recv(messages.RECEIVE)))
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                raise
+        """Take what has come, at most `AT_ONCE` messages; False if there was nothing.
+
+        Each change is a message of its own, and who hears of it looks through all taps.
+        """
+        found: list[NetlinkMessage] = []
+        lost = False
+        with suppress(BlockingIOError):
+            for _ in range(AT_ONCE):
+                try:
+                    found += split(self.socket.recv(messages.RECEIVE))
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    lost = True
+        if found:
+            self.heard(found)
+        if lost:
             self.lost()
-            return True
-        self.heard(found)
-        return True
+        return bool(found) or lost
 
 
 def split(data: bytes) -> Iterator[NetlinkMessage]:

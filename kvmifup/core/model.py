@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network
 
 from kvmifup.core.ops import Rule
@@ -44,6 +45,16 @@ class Nic:
     instance: str | None = None
     index: int | None = None
     source: str = ""
+
+    @cached_property
+    def prefixes(self) -> frozenset[Prefix]:
+        """*ip*, to look one up: it may be one of thousands."""
+        return frozenset(self.ip)
+
+    @cached_property
+    def destinations(self) -> frozenset[str]:
+        """*ip* as text, for the same reason."""
+        return frozenset(map(str, self.ip))
 
     @property
     def label(self) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from kvmifup.core.text import listed
+
 Value = str | int | bool | None
 RTPROT_STATIC = 4  # linux/rtnetlink.h: the protocol of what we make
 
@@ -362,7 +364,7 @@ class Announce(Op):
     want: bool = True
 
     def subject(self) -> str:
-        return "announce " + ", ".join(f"{address} on {dev}" for dev, address, _ in self.messages)
+        return "announce " + listed([f"{address} on {dev}" for dev, address, _ in self.messages])
 
     def describe(self) -> str:
         return self.subject()

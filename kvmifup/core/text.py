@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """*text* on one line, without anything that could steer a terminal."""
@@ -18,3 +20,9 @@ def as_told(error: Exception, limit: int = 80) -> str:
     """The message of an error that a library raised, cut to *limit* characters."""
     text = str(error)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def listed(words: Sequence[str], most: int = 8) -> str:
+    """*words* with commas; of more than *most* the first ones, and how many more there are."""
+    more = len(words) - most
+    return f"{', '.join(words[:most])} and {more} more" if more > 0 else ", ".join(words)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import fields
 
 from kvmifup.core.errors import KvmIfupError
@@ -59,10 +59,11 @@ def wanted_before(one: Known, session: Session) -> Collection[Op]:
     return {change.op for change in plan.changes}
 
 
-def cause(change: Change, missing: Sequence[Change], journal: Journal, before: Collection[Op] | None) -> str:
+def cause(change: Change, missing: Collection[type[Op]], journal: Journal, before: Collection[Op] | None) -> str:
     """The likely cause of one difference, or what it leads to.
 
-    *before* are the ops that were wanted before the NIC was described otherwise, None if it was not.
+    *missing* are the kinds of all that differ. *before* are the ops that were wanted before the NIC was described
+    otherwise, None if it was not.
     """
     if before is not None and change.op not in before:
         return "because the NIC is described otherwise"
@@ -75,10 +76,9 @@ def cause(change: Change, missing: Sequence[Change], journal: Journal, before: C
     return why(change, missing, journal.nic.tap)
 
 
-def why(change: Change, missing: Sequence[Change], tap: str) -> str:
+def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
     """What somebody has done to the node, if nothing that it is described by has changed."""
-    down = any(isinstance(other.op, LinkUp) for other in missing)
-    unplugged = any(isinstance(other.op, LinkMaster) for other in missing)
+    down, unplugged = LinkUp in missing, LinkMaster in missing
     went = "it went when the tap went down"
     match change.op:
         case LinkMaster(want=None):

@@ -130,9 +130,10 @@ def drift(one: Known, nic: Nic, missing: Sequence[Change], look: Look, *, change
         )
     consequences = {*moved[0], *moved[1]} if moved else set()
     wanted = wanted_before(one, look.session) if changed and missing else None
+    kinds = {type(change.op) for change in missing}
     for change in missing:
         if not (isinstance(change.op, ProxyNeighbour | Sysctl) and change.op.dev in consequences):
-            because = cause(change, missing, one.journal, wanted)
+            because = cause(change, kinds, one.journal, wanted)
             yield Finding(render.transition(change), because, drift=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -227,9 +228,9 @@ def nics_of_instance(instance: str, run_dir: Path) -> list[Nic]:
     """All NICs that *instance* has files for, by tap. Raises NicError for any that is wrong."""
     files = sorted((run_dir / "nic" / instance_name(instance)).glob("*.toml"))
     nics = [read_nic(path, run_dir) for path in files]
-    taps = [nic.tap for nic in nics]
-    addresses = [str(one) for nic in nics if nic.mode == "routed" for one in nic.ip]
-    for name in (*taps, *addresses):
-        if taps.count(name) > 1 or addresses.count(name) > 1:
+    taps = Counter(nic.tap for nic in nics)
+    addresses = Counter(one for nic in nics if nic.mode == "routed" for one in nic.ip)
+    for name, number in (*taps.items(), *addresses.items()):
+        if number > 1:
             raise NicError(f"two of its NIC files name {name}", where=instance)
     return sorted(nics, key=lambda nic: nic.tap)

@@ -110,12 +110,12 @@ _UNUSABLE = {
 
 def prefixes(texts: Sequence[str]) -> tuple[Prefix, ...]:
     """All of *texts*, each once. Raises NicError."""
-    found: list[Prefix] = []
+    found: dict[Prefix, None] = {}
     for text in texts:
         one = prefix(text)
         if one in found:
             raise NicError(f"ip {text} is listed twice")
-        found.append(one)
+        found[one] = None
     return tuple(found)
 
 

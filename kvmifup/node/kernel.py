@@ -246,14 +246,22 @@ class Kernel:
 
     def _write_route(self, op: Route) -> None:
         prefix = ipaddress.ip_network(op.prefix)
-        if op.want:
-            scope, priority = (RT_SCOPE_LINK, None) if prefix.version == 4 else (RT_SCOPE_UNIVERSE, BEST_IPV6)
-            entry = RouteEntry(RTPROT_STATIC, scope, RTN_UNICAST, self._view.index(op.dev), priority)
-            if entry in self._view.routes_of(op):  # it is there, and another one comes before it
-                self._netlink.delete_route(prefix, op.table, entry)
-            self._netlink.add_route(prefix, op.table, entry)
-            return
-        # Others may have made the route: the kernel finds it only if it is named as it is.
-        for route in self._view.routes_of(op):
-            with forgiven(errno.ESRCH):
-                self._netlink.delete_route(prefix, op.table, route)
+        now: list[RouteEntry] = []
+        try:
+            if op.want:
+                scope, priority = (RT_SCOPE_LINK, None) if prefix.version == 4 else (RT_SCOPE_UNIVERSE, BEST_IPV6)
+                entry = RouteEntry(RTPROT_STATIC, scope, RTN_UNICAST, self._view.index(op.dev), priority)
+                others = [route for route in self._view.routes_of(op) if route != entry]
+                if len(others) < len(self._view.routes_of(op)):  # it is there, and another one comes before it
+                    self._netlink.delete_route(prefix, op.table, entry)
+                self._netlink.add_route(prefix, op.table, entry)
+                now = [entry, *others]
+            else:
+                # Others may have made the route: the kernel finds it only if it is named as it is.
+                for route in self._view.routes_of(op):
+                    with forgiven(errno.ESRCH):
+                        self._netlink.delete_route(prefix, op.table, route)
+        except OSError:
+            self._view.refresh()  # it may be half done
+            raise
+        self._view.routes_out.note(prefix, op.table, self._view.index(op.dev), now)

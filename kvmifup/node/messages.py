@@ -214,13 +214,19 @@ def routes_to(prefix: Prefix, routes: list[bytes]) -> list[RouteEntry]:
     raw, length = prefix.network_address.packed, prefix.prefixlen
     found = []
     for message in routes:
-        if raw not in message or message[BODY + 1] != length:
-            continue
-        _family, _dst_len, _src_len, _tos, _table, protocol, scope, kind, _flags = RTMSG.unpack_from(message, BODY)
-        attrs = attributes(message, BODY + RTMSG.size)
-        if attrs.get(RTA_DST) == raw:
-            found.append(RouteEntry(protocol, scope, kind, u32(attrs.get(RTA_OIF)), u32(attrs.get(RTA_PRIORITY))))
+        if raw in message and message[BODY + 1] == length:
+            entry, to = route_of(message)
+            if to == (raw, length):
+                found.append(entry)
     return found
+
+
+def route_of(message: bytes) -> tuple[RouteEntry, tuple[bytes, int]]:
+    """The route in an RTM_NEWROUTE message; its destination and prefix length."""
+    _family, length, _src_len, _tos, _table, protocol, scope, kind, _flags = RTMSG.unpack_from(message, BODY)
+    attrs = attributes(message, BODY + RTMSG.size)
+    entry = RouteEntry(protocol, scope, kind, u32(attrs.get(RTA_OIF)), u32(attrs.get(RTA_PRIORITY)))
+    return entry, (attrs.get(RTA_DST, b""), length)
 
 
 def by_prefix(routes: list[bytes]) -> dict[tuple[bytes, int], list[bytes]]:

@@ -49,7 +49,6 @@ class WholeView(View):
         with refusals("reading devices"):
             self._links = self.netlink.links()
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
-        self._routes_by_prefix: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
         self._switch: tuple[frozenset[str], dict[str, str]] | None = None
 
@@ -77,14 +76,6 @@ class WholeView(View):
             with refusals("reading policy rules"):
                 self._rules_by_iif[family] = self.netlink.rules_by_iif(FAMILIES[family])
         return self._rules_by_iif[family].get(iif, [])
-
-    def routes_to(self, prefix: Prefix, table: int) -> list[RouteEntry]:
-        """As `View.routes_to`."""
-        key = (prefix.version, table)
-        if key not in self._routes_by_prefix:
-            self._routes_by_prefix[key] = messages.by_prefix(self.routes(*key))
-        same = self._routes_by_prefix[key].get((prefix.network_address.packed, prefix.prefixlen), [])
-        return messages.routes_to(prefix, same)
 
     def routes_of(self, op: Route) -> list[RouteEntry]:
         """As `View.routes_of`."""
@@ -131,6 +122,10 @@ class Overview(Kernel):
     def __init__(self) -> None:
         self._whole = WholeView()
         super().__init__(self._whole)
+        # What is asked for each of thousands of addresses, and takes a search through a table.
+        self._gateways: dict[tuple[int, str], str | None] = {}
+        self._connected: dict[tuple[int, str], list[Prefix]] = {}
+        self._default_types: dict[tuple[int, int], str | None] = {}
 
     def setting(self, path: str) -> str | None:
         """The value of the sysctl *path*, which has slashes; None if there is no such sysctl."""
@@ -138,15 +133,24 @@ class Overview(Kernel):
 
     def gateway(self, family: int, dev: str) -> str | None:
         """The next hop of a default route of *family*, 4 or 6, out of *dev* in the table main; None without one."""
-        return messages.gateway(self._view.routes(family, MAIN_TABLE), self._view.index(dev))
+        if (family, dev) not in self._gateways:
+            routes = self._view.routes(family, MAIN_TABLE)
+            self._gateways[family, dev] = messages.gateway(routes, self._view.index(dev))
+        return self._gateways[family, dev]
 
     def default_type(self, family: int, table: int) -> str | None:
         """The type of the default route in *table* that counts, as `ip route` calls it, if packets do not take it."""
-        return LEADING_NOWHERE.get(messages.default_type(self._view.routes(family, table)))
+        if (family, table) not in self._default_types:
+            found = messages.default_type(self._view.routes(family, table))
+            self._default_types[family, table] = LEADING_NOWHERE.get(found)
+        return self._default_types[family, table]
 
     def connected(self, family: int, dev: str) -> list[Prefix]:
         """The networks whose addresses are neighbours on *dev*, as the table main has them."""
-        return messages.connected(self._view.routes(family, MAIN_TABLE), self._view.index(dev))
+        if (family, dev) not in self._connected:
+            routes = self._view.routes(family, MAIN_TABLE)
+            self._connected[family, dev] = messages.connected(routes, self._view.index(dev))
+        return self._connected[family, dev]
 
     def has_addresses(self, dev: str) -> bool:
         """Whether the node itself has addresses on *dev*, other than IPv6 ones of link scope."""

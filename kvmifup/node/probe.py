@@ -11,6 +11,8 @@ from kvmifup.node.frames import ETH_P_ARP, ETH_P_IPV6, answer_in, who_has
 
 # A node that answers for somebody else first waits at random for up to proxy_delay: 0.8 s by default.
 PATIENCE = 1.2  # seconds
+AT_ONCE = 64  # questions: the answers to thousands at once would not fit into the receive buffer
+PAUSE = 0.005  # seconds between them
 
 
 def others(
@@ -28,18 +30,25 @@ def others(
         sockets.neighbour_listener(uplink, ETH_P_IPV6, sockets.ADVERTISEMENTS) as ndp,
     ):
         mac: bytes = arp.getsockname()[4]
-        for via in (arp, ndp):
-            via.setblocking(True)  # many questions at once wait for room in the send buffer
-        for address in addresses:
-            (ndp if ":" in address else arp).send(who_has(mac, address, sources))
+        via = {arp.fileno(): arp, ndp.fileno(): ndp}
         waiting = poll()  # not select: it knows no descriptor above 1023
-        by_number = {via.fileno(): via for via in (arp, ndp)}
-        for number in by_number:
-            waiting.register(number, POLLIN)
-        deadline = time.monotonic() + wait
-        while (left := deadline - time.monotonic()) > 0:
-            for number, _ in waiting.poll(1000 * left):
-                answer = answer_in(by_number[number].recv(sockets.WHOLE))
-                if answer and answer[0] in found and answer[1] not in own:
-                    found[answer[0]].add(answer[1])
+        for descriptor in via:
+            waiting.register(descriptor, POLLIN)
+
+        def hear(seconds: float) -> None:
+            deadline = time.monotonic() + seconds
+            while (left := deadline - time.monotonic()) > 0:
+                for descriptor, _ in waiting.poll(1000 * left):
+                    answer = answer_in(via[descriptor].recv(sockets.WHOLE))
+                    if answer and answer[0] in found and answer[1] not in own:
+                        found[answer[0]].add(answer[1])
+
+        for number, address in enumerate(addresses):
+            if number and number % AT_ONCE == 0:
+                hear(PAUSE)
+            asking = ndp if ":" in address else arp
+            asking.setblocking(True)  # many questions wait for room in the send buffer
+            asking.send(who_has(mac, address, sources))
+            asking.setblocking(False)
+        hear(wait)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 from collections.abc import Iterable
+from typing import Any
 
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
@@ -14,6 +15,41 @@ from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Lin
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
 from kvmifup.node.refusals import refusal, refusals
+
+FEW = 16  # prefixes to look for in a table, until it is quicker to sort the table by them
+
+
+class RoutesOut:
+    """The routes out of devices, each device and table read once; who writes one notes it.
+
+    To read them again after each of the thousands of routes that a NIC may have takes the square of that time.
+    """
+
+    def __init__(self) -> None:
+        # By family, table and the index of the device; then by destination and prefix length.
+        self._known: dict[tuple[int, int, int], dict[tuple[bytes, int], list[RouteEntry]]] = {}
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._known.clear()
+
+    def to(self, prefix: Prefix, table: int, index: int, netlink: Netlink) -> list[RouteEntry]:
+        """The routes in *table* to exactly *prefix* out of the device *index*. Raises NetlinkError."""
+        key = (prefix.version, table, index)
+        if key not in self._known:
+            found = map(messages.route_of, netlink.routes(FAMILIES[prefix.version], table, index))
+            known: dict[tuple[bytes, int], list[RouteEntry]] = {}
+            for entry, destination in found:
+                if entry.oif == index:
+                    known.setdefault(destination, []).append(entry)
+            self._known[key] = known
+        return self._known[key].get((prefix.network_address.packed, prefix.prefixlen), [])
+
+    def note(self, prefix: Prefix, table: int, index: int, routes: list[RouteEntry]) -> None:
+        """Those to *prefix* are *routes* now."""
+        known = self._known.get((prefix.version, table, index))
+        if known is not None:
+            known[prefix.network_address.packed, prefix.prefixlen] = routes
 
 
 class View:
@@ -27,8 +63,17 @@ class View:
         self._indices: dict[str, int] = {}  # of every device that was looked at; never forgotten
         self._links: dict[str, Link] = {}
         self._rules: dict[tuple[int, str], list[bytes]] = {}
-        self._routes: dict[tuple[int, int], list[bytes]] = {}
+        self._routes: dict[tuple[int, int], list[bytes]] = {}  # by family and table
+        self._searched: dict[tuple[int, int], int] = {}  # how often, since it was read
+        self._routes_by_prefix: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
+        self.routes_out = RoutesOut()
         self._default_devices: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._of_tables: tuple[dict[Any, Any], ...] = (
+            self._routes,
+            self._searched,
+            self._routes_by_prefix,
+            self._default_devices,
+        )
         self._uplinks: dict[tuple[str, int], Uplink] = {}
 
     def close(self) -> None:
@@ -40,8 +85,9 @@ class View:
         self._links.clear()
         self._rules.clear()
         self._uplinks.clear()
-        self._routes.clear()
-        self._default_devices.clear()
+        for known in self._of_tables:
+            known.clear()
+        self.routes_out.clear()
 
     def forget(self, op: Op) -> None:
         """Forget what writing *op* may have changed. Changing a link can change anything."""
@@ -50,9 +96,13 @@ class View:
                 pass
             case Rule():
                 self._rules.clear()
-            case Route() | Sysctl():  # turning IPv6 forwarding on removes routes: rt6_purge_dflt_routers
-                self._routes.clear()
-                self._default_devices.clear()
+            case Route():  # those out of its device are kept right by who writes them
+                for known in self._of_tables:
+                    known.clear()
+            case Sysctl():  # turning IPv6 forwarding on removes routes: rt6_purge_dflt_routers
+                for known in self._of_tables:
+                    known.clear()
+                self.routes_out.clear()
             case _:
                 self.refresh()
 
@@ -138,7 +188,14 @@ class View:
 
     def routes_to(self, prefix: Prefix, table: int) -> list[RouteEntry]:
         """The routes in *table* to exactly *prefix*."""
-        return messages.routes_to(prefix, self.routes(prefix.version, table))
+        key = (prefix.version, table)
+        routes = self.routes(*key)
+        self._searched[key] = self._searched.get(key, 0) + 1
+        if self._searched[key] > FEW:
+            if key not in self._routes_by_prefix:
+                self._routes_by_prefix[key] = messages.by_prefix(routes)
+            routes = self._routes_by_prefix[key].get((prefix.network_address.packed, prefix.prefixlen), [])
+        return messages.routes_to(prefix, routes)
 
     def routes_of(self, op: Route) -> list[RouteEntry]:
         """The routes that *op* is about: to its prefix, out of its device.
@@ -146,11 +203,10 @@ class View:
         If the table has not been read yet, the kernel is asked only for the routes out of that device.
         """
         prefix, index = ipaddress.ip_network(op.prefix), self.index(op.dev)
-        routes = self._routes.get((prefix.version, op.table))
-        if routes is None:
-            with refusals(f"reading table {op.table}"):
-                routes = self.netlink.routes(FAMILIES[prefix.version], op.table, index)
-        return [route for route in messages.routes_to(prefix, routes) if route.oif == index]
+        if (prefix.version, op.table) in self._routes:
+            return [route for route in self.routes_to(prefix, op.table) if route.oif == index]
+        with refusals(f"reading table {op.table}"):
+            return self.routes_out.to(prefix, op.table, index, self.netlink)
 
     def default_devices(self, family: int, table: int) -> tuple[str, ...]:
         """The devices that the default routes of *family*, 4 or 6, in *table* lead out of."""

@@ -67,6 +67,11 @@ class Index:
         self._token = b""
         self._updated = 0.0
 
+    @property
+    def updated(self) -> bool:
+        """Whether the files have been looked at."""
+        return self._updated > 0
+
     def take_over(self, before: bytes, token: bytes) -> bool:
         """Take over the lock as *token*, after the holder that left *before*; whether what is known is still right.
 

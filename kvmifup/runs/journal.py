@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import KINDS, RTPROT_STATIC, Op, Value, field_names
 
 VERSION = 1
+PLAIN = (str, int, float, tuple, type(None))  # what the fields of an op can be
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Entry:
     op: Op
     prior: Value
 
-    @property
+    @cached_property
     def undo(self) -> Op:
         """The op that puts the old value back."""
         return self.op.turned(self.prior)
@@ -58,7 +60,20 @@ class Journal:
 
     def prior(self, key: tuple[object, ...]) -> Entry | None:
         """The committed entry about *key*."""
-        return next((entry for entry in self.entries if entry.op.key == key), None)
+        return self._committed.get(key)
+
+    def noted(self, key: tuple[object, ...]) -> Entry | None:
+        """The entry about *key*, also one that is pending: a killed run's, whose value was read before ours."""
+        return self._committed.get(key) or self._pending.get(key)
+
+    # A NIC may have thousands of addresses, and each is asked for.
+    @cached_property
+    def _committed(self) -> dict[tuple[object, ...], Entry]:
+        return {entry.op.key: entry for entry in reversed(self.entries)}
+
+    @cached_property
+    def _pending(self) -> dict[tuple[object, ...], Entry]:
+        return {entry.op.key: entry for entry in reversed(self.pending)}
 
 
 # --- JSON ---------------------------------------------------------------------------------------------
@@ -121,6 +136,6 @@ def decode_entry(data: dict[str, Any]) -> Entry:
         values["protocol"] = made_by.pop("protocol", RTPROT_STATIC)
         if made_by:
             raise ValueError("a rule of somebody else")
-    if not all(isinstance(value, str | int | float | tuple | None) for value in (*values.values(), data["prior"])):
+    if not all(isinstance(value, PLAIN) for value in (*values.values(), data["prior"])):
         raise TypeError
     return Entry(KINDS[data["op"]](**values), data["prior"])

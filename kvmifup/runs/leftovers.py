@@ -68,7 +68,8 @@ def revert(journal: Journal, session: Session) -> tuple[Change, ...]:
         if isinstance(error, PrivilegeError):
             raise error.at(journal.nic.label)
     if problems:
-        left = tuple(entry for entry in mine if entry in [entry for entry, _ in problems])
+        failed = {id(entry) for entry, _ in problems}
+        left = tuple(entry for entry in mine if id(entry) in failed)
         session.store.save(replace(journal, pending=left))
         raise RollbackError(
             f"could not put back: {'; '.join(cause(error) for _, error in problems)}", hint="`kvm-ifup gc` tries again"
@@ -83,7 +84,11 @@ def collect(session: Session, taps: Sequence[str] | None = None) -> Results:
     """
     outcomes: list[Outcome] = []
     failures: list[KvmIfupError] = []
-    for tap in session.store.taps() if taps is None else taps:
+    taps = session.store.taps() if taps is None else taps
+    doomed = set(taps)
+    session = replace(session, doomed=doomed)
+    for tap in taps:
+        doomed.discard(tap)
         try:
             with ExitStack() as stack:
                 session.locked(stack, [tap])

@@ -18,6 +18,8 @@ from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
 from kvmifup.runs.session import Session, about, alive
 
+MANY = 100  # changes: more of them take so long that the agent has a thread make them
+
 # --- arrival and departure ---------------------------------------------------------------------------------
 
 
@@ -36,7 +38,7 @@ class PreparedArrival:
     @property
     def waits(self) -> bool:
         """Whether it can take long."""
-        return any(change.op.waits for change in self.job.needed)
+        return len(self.job.needed) > MANY or any(change.op.waits for change in self.job.needed)
 
 
 def prepare_arrival(tap: str, session: Session) -> PreparedArrival | None:
@@ -102,7 +104,7 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
         away = tuple(entry for entry in journal.entries if phases.only_here(entry.op)) if journal else ()
         if journal is None or not away:
             return None
-        rest = tuple(entry for entry in journal.entries if entry not in away)
+        rest = tuple(entry for entry in journal.entries if not phases.only_here(entry.op))
         waiting = session.dated(replace(journal, phase=Phase.PRE, entries=rest, left=True))
         doomed = replace(waiting, pending=away)
         session.store.save(doomed)

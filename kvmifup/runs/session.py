@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ class Session:
     """What a run works with. A *dry* one only reads: it takes no lock and writes nothing, not even a journal.
 
     *by* is who runs it: "hook", "person" or "agent", and *reason* why the agent does, as in the journal.
+    *doomed* are the taps that this run will still clear up, if they are dead.
     """
 
     kernel: Host
@@ -31,10 +32,12 @@ class Session:
     dry: bool = False
     by: str = "hook"
     reason: str | None = None
+    doomed: Collection[str] = ()
 
     def locked(self, stack: ExitStack, taps: Sequence[str]) -> None:
         """Hold the locks of *taps* until *stack* unwinds: their journals do not change. Raises LockTimeoutError."""
-        self.store.refresh()
+        if not self.dry:  # it is all one look
+            self.store.refresh()
         self._hold(stack, [locks.of_tap(tap) for tap in taps])
         self.kernel.refresh()
 
@@ -47,6 +50,7 @@ class Session:
         Raises LockTimeoutError, and what *journals* raise.
         """
         if not self.dry and (any(nic.mode == "routed" for nic in nics) or any(map(shares, journals))):
+            self.store.prepare()  # while others can still go on
             self._hold(stack, [locks.UPLINK])
             self.store.begin(locks.path(self.run_dir, locks.UPLINK))
             self.kernel.refresh()

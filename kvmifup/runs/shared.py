@@ -14,13 +14,13 @@ from kvmifup.runs.session import Session, alive
 def claimed_elsewhere(op: Op, tap: str, session: Session, *, dead: bool = False) -> Entry | None:
     """Another live tap's entry about the same shared value: it knows what was there before any of us.
 
-    With *dead*, also the entry of a tap that is gone.
+    With *dead*, also the entry of a tap that is gone. One that this run will clear up itself, later, counts as well:
+    the last of thousands that are dead undoes what they shared, and each has only to find one of the others.
     """
     for journal in session.store.others(tap, op.key):
-        # Also what a killed run was about to do: its value was read before ours.
-        for entry in (*journal.entries, *journal.pending):
-            if entry.op.key == op.key and (dead or alive(journal, session)):
-                return entry
+        entry = journal.noted(op.key)
+        if entry and (dead or journal.nic.tap in session.doomed or alive(journal, session)):
+            return entry
     return None
 
 
@@ -32,7 +32,7 @@ def with_claims(facts: NodeFacts, nic: Nic, session: Session) -> NodeFacts:
         (str(prefix), f"is already on {other.nic.label}")
         for prefix in nic.ip
         for other in session.store.others(nic.tap, str(prefix))
-        if other.nic.mode == "routed" and prefix in other.nic.ip and alive(other, session)
+        if other.nic.mode == "routed" and prefix in other.nic.prefixes and alive(other, session)
     ]
     return replace(facts, taken=(*claims, *facts.taken))
 

@@ -40,6 +40,11 @@ class Store:
         self._local.fresh = False
         self._local.token = b""
 
+    def prepare(self) -> None:
+        """Read all journals if this process has never done so. Of thousands, `begin` then reads only what is new."""
+        if not self._index.updated:
+            self._index.update(self)
+
     def begin(self, lock: Path) -> None:
         """A run begins that holds *lock*, without which nobody changes what taps share.
 

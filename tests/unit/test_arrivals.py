@@ -241,8 +241,19 @@ def test_the_first_frame_has_what_is_prepared_done_in_the_loop_itself(waiting: W
     assert "arrived, first frame RARP; wired" in waiting.said[-1]
 
 
+def test_what_takes_long_is_done_in_a_thread_as_it_was_prepared(waiting: Waiting) -> None:
+    waiting.preparations.append(Prepared(waits=True))
+    waiting.arrivals.append(OUTCOME)
+    waiting.posts.append(None)
+    waiting.arm()
+    waiting.run_until(State.READY)
+    waiting.guest.send(FRAME)
+    waiting.until(lambda: not waiting.posts)
+    assert waiting.calls[1:] == [("arrive", False), ("run_post", False)]
+
+
 @pytest.mark.parametrize("why", ["not prepared", "takes long", "has changed"])
-def test_else_post_is_done_in_a_thread_from_the_beginning(waiting: Waiting, why: str) -> None:
+def test_else_post_is_done_in_a_thread(waiting: Waiting, why: str) -> None:
     waiting.preparations.append(None if why == "not prepared" else Prepared(waits=why == "takes long"))
     waiting.arrivals.append(None)
     waiting.posts += [OUTCOME, None]
@@ -250,7 +261,7 @@ def test_else_post_is_done_in_a_thread_from_the_beginning(waiting: Waiting, why:
     waiting.run_until(State.ARMED if why == "not prepared" else State.READY)
     waiting.guest.send(FRAME)
     waiting.until(lambda: not waiting.posts)
-    tried = [("arrive", True)] if why == "has changed" else []
+    tried = {"not prepared": [], "takes long": [("arrive", False)], "has changed": [("arrive", True)]}[why]
     assert waiting.calls[1:] == [*tried, ("run_post", False), ("run_post", False)]
     assert waiting.tap.state is State.ARRIVING
 

@@ -213,15 +213,24 @@ PURE = {
     "phases": {
         "__future__",
         "collections.abc",
+        "ipaddress",
         "typing",
         "kvmifup.core.errors",
         "kvmifup.core.model",
         "kvmifup.core.ops",
     },
-    "core.ops": {"__future__", "dataclasses", "functools", "typing"},
-    "core.model": {"__future__", "collections.abc", "dataclasses", "enum", "ipaddress", "kvmifup.core.ops"},
+    "core.ops": {"__future__", "dataclasses", "functools", "typing", "kvmifup.core.text"},
+    "core.model": {
+        "__future__",
+        "collections.abc",
+        "dataclasses",
+        "enum",
+        "functools",
+        "ipaddress",
+        "kvmifup.core.ops",
+    },
     "core.errors": {"__future__", "collections.abc", "typing"},
-    "core.text": {"__future__"},
+    "core.text": {"__future__", "collections.abc"},
 }
 
 
