@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator
 from ipaddress import ip_network
 
 from kvmifup.core.errors import NotReadyError
-from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Uplink
+from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Tap, Uplink
 from kvmifup.core.ops import (
     RTPROT_STATIC,
+    Address,
     AddrGenMode,
     Announce,
     BridgeAddress,
@@ -45,7 +46,8 @@ PRE, POST = Phase.PRE, Phase.POST
 
 RP_FILTER = {"off": "0", "strict": "1", "loose": "2"}  # "keep" leaves it alone
 SHORTEST_FORWARD_DELAY = 2  # seconds that a bridge with STP takes: BR_MIN_FORWARD_DELAY, net/bridge/br_private_stp.h
-ADDR_GEN_MODE_NONE = 1  # IN6_ADDR_GEN_MODE_NONE, linux/if_link.h
+ADDR_GEN_MODE_EUI64, ADDR_GEN_MODE_NONE = 0, 1  # IN6_ADDR_GEN_MODE_*, linux/if_link.h
+IPV6_MIN_MTU = 1280  # with a smaller MTU a device has no IPv6 (linux/ipv6.h)
 
 
 def effective(asked: Phase, nic: Nic) -> Phase:
@@ -90,11 +92,10 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     """A forwarding port of a bridge: all of it may be true on two nodes at once."""
     assert nic.link is not None  # kvmifup.inputs.values has checked it
     bridge = ready_bridge(nic, nic.link, config, facts.bridge)
-    if facts.ipv6:
-        yield PRE, AddrGenMode(nic.tap, ADDR_GEN_MODE_NONE)
-    yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     # Before it becomes a port: a bridge takes over the lowest MTU among its ports.
     yield PRE, LinkMtu(nic.tap, bridge.mtu)
+    yield from ((PRE, op) for op in port_settings(nic, bridge, facts))
+    yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     if bridge.adopts:
         yield PRE, BridgeAddress(nic.link, bridge.mac)
     yield PRE, LinkMaster(nic.tap, nic.link)
@@ -140,11 +141,11 @@ def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
     assert nic.link is not None  # kvmifup.inputs.values has checked it
     if facts.bridge is None or not facts.bridge.is_bridge:
         raise NotReadyError(f"no such Open vSwitch bridge: {nic.link}", hint=f"`ovs-vsctl add-br {nic.link}`")
-    if facts.ipv6:
-        yield PRE, AddrGenMode(nic.tap, ADDR_GEN_MODE_NONE)
-    yield PRE, LinkAddress(nic.tap, nic.tap_mac)
+    yield PRE, LinkMaster(nic.tap, None)  # or the guest would be on both networks
     # Before it becomes a port: the switch lowers its own MTU to the lowest among the ports.
     yield PRE, LinkMtu(nic.tap, facts.bridge.mtu)
+    yield from ((PRE, op) for op in port_settings(nic, facts.bridge, facts))
+    yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     yield PRE, OvsPort(nic.tap, f"{nic.link} {canonical(nic.vlan)}" if nic.vlan else nic.link)
     yield PRE, LinkUp(nic.tap, True)
 
@@ -181,6 +182,7 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
             f"no such routing table: {nic.link}",
             hint="add its name to /etc/iproute2/rt_tables, or give its number",
         )
+    assert facts.tap is not None  # wiring has checked it
     for address, why in facts.taken:
         raise NotReadyError(f"{address} {why}", hint="an address can be on one NIC of one node only")
     uplinks = ready_uplinks(nic, facts)
@@ -188,7 +190,8 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
 
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     yield PRE, LinkMaster(nic.tap, None)  # what comes in on a bridge port is never routed
-    yield from ((PRE, op) for op in tap_sysctls(nic, config))
+    yield from ((PRE, op) for op in closed(nic, ipv6=facts.ipv6 and facts.tap.mtu >= IPV6_MIN_MTU))
+    yield from ((PRE, op) for op in router_settings(nic, config, facts.tap))
     if nic.link is not None:
         for family in (4, 6) if facts.ipv6 else (4,):
             priority = config.routed.rule_priority
@@ -254,24 +257,70 @@ def only_here(op: Op) -> bool:
     return isinstance(op, Route | ProxyNeighbour)
 
 
-def tap_sysctls(nic: Nic, config: Config) -> Iterator[Op]:
-    """What makes the node the guest's router on this tap; all of it goes with the tap."""
+def conf(nic: Nic, family: int, name: str, value: str) -> Sysctl:
+    """A setting of the tap; all of them go with it."""
+    return Sysctl(family, "conf", nic.tap, name, False, value)
 
-    def conf(family: int, name: str, value: str) -> Op:
-        return Sysctl(family, "conf", nic.tap, name, False, value)
 
-    yield conf(4, "forwarding", "1")
-    yield conf(4, "proxy_arp", "1")
-    yield conf(4, "send_redirects", "0")
+def closed(nic: Nic, *, ipv6: bool) -> Iterator[Op]:
+    """What keeps a guest from configuring its node: whatever it says about routers and routes is ignored.
+
+    The same in every mode, so that nothing opens for a moment when a running tap changes its mode. *ipv6*: the tap has
+    IPv6, also if the guest has no such address: a guest can send what it likes.
+    """
+    yield conf(nic, 4, "accept_redirects", "0")
+    yield conf(nic, 4, "accept_source_route", "0")
+    if ipv6:
+        yield conf(nic, 6, "accept_ra", "0")
+        yield conf(nic, 6, "accept_redirects", "0")
+        yield conf(nic, 6, "autoconf", "0")
+
+
+def port_settings(nic: Nic, bridge: Bridge, facts: NodeFacts) -> Iterator[Op]:
+    """What makes the tap nothing but a port of *bridge*: the node itself does not listen on it.
+
+    A bridge hands frames to reserved multicast MACs (01:80:c2:00:00:0e) up to the node, whatever is in them
+    (`br_handle_frame` in net/bridge/br_input.c): a router advertisement as well.
+    """
+    assert facts.tap is not None  # wiring has checked it
+    ipv6 = facts.ipv6 and bridge.mtu >= IPV6_MIN_MTU
+    yield from closed(nic, ipv6=ipv6)
+    yield conf(nic, 4, "arp_ignore", "8")  # no address of the node is asked for here
+    yield conf(nic, 4, "drop_unicast_in_l2_multicast", "1")
+    if ipv6:
+        for address in facts.tap.addresses:
+            yield Address(nic.tap, address, False)
+        yield ipv6_off(nic)
+        # If somebody turns IPv6 on again, on all devices perhaps, there is still no address.
+        yield AddrGenMode(nic.tap, ADDR_GEN_MODE_NONE)
+
+
+def ipv6_off(nic: Nic) -> Sysctl:
+    """IPv6 off on the tap."""
+    return conf(nic, 6, "disable_ipv6", "1")
+
+
+def router_settings(nic: Nic, config: Config, tap: Tap) -> Iterator[Op]:
+    """What makes the node the guest's router on this tap."""
+    yield conf(nic, 4, "forwarding", "1")
+    yield conf(nic, 4, "proxy_arp", "1")
+    yield conf(nic, 4, "send_redirects", "0")
     if config.routed.rp_filter in RP_FILTER:
-        yield conf(4, "rp_filter", RP_FILTER[config.routed.rp_filter])
+        yield conf(nic, 4, "rp_filter", RP_FILTER[config.routed.rp_filter])
     yield Sysctl(4, "neigh", nic.tap, "proxy_delay", False, "0")
     # Only for a guest with IPv6: turning its forwarding on anywhere makes the kernel drop the default routes
     # that the node has learnt from router advertisements (rt6_purge_dflt_routers).
     if any(prefix.version == 6 for prefix in nic.ip):
-        yield conf(6, "forwarding", "1")
-        yield conf(6, "proxy_ndp", "1")
+        yield conf(nic, 6, "forwarding", "1")
+        yield conf(nic, 6, "proxy_ndp", "1")
         yield Sysctl(6, "neigh", nic.tap, "proxy_delay", False, "0")
+        # The guest's gateway, whatever address the node's default makes. It is there at once, because nobody is asked
+        # whether it is a duplicate: neither now, nor when the tap comes up again and the kernel makes it anew.
+        yield conf(nic, 6, "accept_dad", "0")
+        yield AddrGenMode(nic.tap, ADDR_GEN_MODE_EUI64)
+        gateway = f"{nic.gateway}/64"
+        if not tap.idle or gateway in tap.addresses:
+            yield Address(nic.tap, gateway, True)
 
 
 def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
@@ -279,11 +328,17 @@ def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
     families = {prefix.version for prefix in nic.ip}
     if 6 in families and not facts.ipv6:
         raise NotReadyError("this node's kernel has no IPv6", hint="boot it without ipv6.disable=1")
+    if 6 in families and facts.tap and facts.tap.mtu < IPV6_MIN_MTU:
+        raise NotReadyError(
+            f"{nic.tap} has no IPv6, because its MTU is {facts.tap.mtu}", hint=f"`ip link set {nic.tap} mtu 1500`"
+        )
     if 6 in families and facts.ipv6_mend:
         raise NotReadyError(f"IPv6 is off on {nic.tap}", hint=f"`sysctl -w {' '.join(facts.ipv6_mend)}`")
     for uplink in facts.uplinks:
         if not uplink.present:
             raise NotReadyError(f"no such uplink: {uplink.name}", hint="mend [routed] uplinks")
+        if uplink.is_tap:
+            raise NotReadyError(f"uplink {uplink.name} is a tap", hint="mend [routed] uplinks: it is a guest's end")
         if uplink.family not in families:
             continue
         if not uplink.up:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from kvmifup.core.ops import Rule
 
@@ -68,6 +68,13 @@ class Nic:
         """The tap's own MAC: the same on every node, and higher than other ports', so that no bridge takes it over."""
         return "fe" + self.mac[2:]
 
+    @property
+    def gateway(self) -> str:
+        """The tap's link-local address, by its MAC (RFC 4291, appendix A): the gateway of a routed guest with IPv6."""
+        mac = bytes.fromhex(self.tap_mac.replace(":", ""))
+        raw = b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+        return str(IPv6Address(raw))
+
 
 @dataclass(frozen=True)
 class BridgedConfig:
@@ -126,10 +133,17 @@ class Config:
 
 @dataclass(frozen=True)
 class Tap:
-    """The device with the tap's name; *is_tap* is false if it is not a tap."""
+    """The device with the tap's name; *is_tap* is false if it is not a tap. *mtu* is in bytes.
+
+    *addresses* are its IPv6 ones, with their prefix lengths. *idle*: it is up, and nobody has opened it. It gets its
+    link-local address when somebody does.
+    """
 
     ifindex: int
     is_tap: bool
+    mtu: int = 1500
+    addresses: tuple[str, ...] = ()
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,7 @@ class Uplink:
     """One uplink for one address family (4 or 6).
 
     *arp* is false on a device that has no neighbours to resolve (point-to-point, tunnel).
+    *is_tap*: it is a tap. Its other end is a guest, or a virtual private network: never an uplink.
     *mend* lists the sysctl settings that are missing for the node to forward what comes in there.
     *source* is the uplink's link-local address, from which an NA is sent; None if it has none, and for IPv4.
     """
@@ -163,6 +178,7 @@ class Uplink:
     present: bool
     up: bool = False
     arp: bool = False
+    is_tap: bool = False
     mend: tuple[str, ...] = ()
     source: str | None = None
 

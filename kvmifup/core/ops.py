@@ -3,6 +3,8 @@
 An op is data: it can be compared, printed, stored in the journal, and turned into the op that undoes it.
 `kvmifup.node.kernel` reads and writes the node's value for an op; `kvmifup.phases` decides which ops a NIC needs.
 A value is a string, a number or a boolean; None and False mean that something is absent.
+
+Large because the set of ops is closed, and is easier to see in one place.
 """
 
 from __future__ import annotations
@@ -124,11 +126,14 @@ class BridgeAddress(Op):
 
 @dataclass(frozen=True)
 class AddrGenMode(Op):
-    """How *dev* makes its IPv6 link-local address: IN6_ADDR_GEN_MODE_* of linux/if_link.h, a number."""
+    """How *dev* makes its IPv6 link-local address: IN6_ADDR_GEN_MODE_* of linux/if_link.h, a number.
+
+    None while the device has no IPv6 at all, as with an MTU below 1280.
+    """
 
     kind = "addr-gen-mode"
     dev: str
-    want: int
+    want: int | None
 
     def subject(self) -> str:
         return f"{self.dev} addrgenmode"
@@ -136,6 +141,19 @@ class AddrGenMode(Op):
     def say(self, value: Value) -> str:
         names = ("eui64", "none", "stable_secret", "random")
         return names[value] if isinstance(value, int) and 0 <= value < len(names) else super().say(value)
+
+
+@dataclass(frozen=True)
+class Address(Op):
+    """The IPv6 address *address*, with its prefix length, on *dev*."""
+
+    kind = "address"
+    dev: str
+    address: str
+    want: bool
+
+    def subject(self) -> str:
+        return f"{self.dev} address {self.address}"
 
 
 @dataclass(frozen=True)
@@ -197,7 +215,10 @@ class PortForwarding(Op):
 
 @dataclass(frozen=True)
 class Sysctl(Op):
-    """The sysctl `net.ipv{family}.{group}.{dev}.{name}`; *group* is conf or neigh. NICs share those of an uplink."""
+    """The sysctl `net.ipv{family}.{group}.{dev}.{name}`; *group* is conf or neigh. NICs share those of an uplink.
+
+    None: the tap has no such sysctl, because it has no IPv6 at all.
+    """
 
     kind = "sysctl"
     family: int
@@ -205,7 +226,7 @@ class Sysctl(Op):
     dev: str
     name: str
     on_uplink: bool
-    want: str
+    want: str | None
 
     @property
     def outlives_tap(self) -> bool:
@@ -376,6 +397,7 @@ KINDS: dict[str, type[Op]] = {
         LinkAddress,
         BridgeAddress,
         AddrGenMode,
+        Address,
         LinkMtu,
         LinkMaster,
         LinkUp,

@@ -6,6 +6,7 @@ import shlex
 
 from kvmifup.core.ops import (
     RTPROT_STATIC,
+    Address,
     AddrGenMode,
     BridgeAddress,
     LinkAddress,
@@ -38,6 +39,10 @@ def argv(op: Op) -> list[str]:
             return ["ip", "link", "set", "dev", op.dev, "address", op.want]
         case AddrGenMode():
             return ["ip", "link", "set", "dev", op.dev, "addrgenmode", op.say(op.want)]
+        case Address():
+            if op.want:
+                return ["ip", "addr", "add", op.address, "nodad", "dev", op.dev]
+            return ["ip", "addr", "flush", "to", op.address.partition("/")[0], "dev", op.dev]  # also if it is not there
         case LinkMtu():
             return ["ip", "link", "set", "dev", op.dev, "mtu", str(op.want)]
         case LinkMaster():
@@ -47,7 +52,7 @@ def argv(op: Op) -> list[str]:
         case PortForwarding():  # there is nothing to set: look until it forwards
             return ["bridge", "link", "show", "dev", op.dev]
         case Sysctl():
-            return ["sysctl", "-w", f"{op.path}={op.want}"]
+            return [] if op.want is None else ["sysctl", "-w", f"{op.path}={op.want}"]
         case Rule():
             return rule(op)
         case Neighbour():

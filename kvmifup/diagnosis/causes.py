@@ -8,6 +8,7 @@ from dataclasses import fields
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Nic
 from kvmifup.core.ops import (
+    Address,
     AddrGenMode,
     LinkAddress,
     LinkMaster,
@@ -104,7 +105,11 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
         case Sysctl(name="rp_filter"):
             now = RP_FILTER_NAMES.get(str(change.now), change.now)
             dropped = ": what the guest sends from any other address than its own is dropped" if now == "strict" else ""
-            return f"somebody has made it {now}; configured is {RP_FILTER_NAMES[change.op.want]}{dropped}"
+            return f"somebody has made it {now}; configured is {RP_FILTER_NAMES[change.op.want or '']}{dropped}"
+        case Sysctl(name="accept_ra" | "accept_redirects" | "autoconf" | "accept_source_route"):
+            return "somebody has set it: the guest can tell this node where to send its traffic"
+        case Sysctl(name="disable_ipv6"):
+            return "somebody has turned it on, perhaps on all devices: the node listens to its guest"
         case Sysctl(on_uplink=True):
             return "somebody has set it back; the node answers for its guests late, or not at all"
         case Sysctl():
@@ -125,6 +130,12 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
             return "something has deleted it, or the uplink was down for a moment: nobody answers for the guest there"
         case LinkAddress():
             return "somebody has changed it: the guest's neighbours know the tap by the other"
+        case Address(want=True):
+            return "something has deleted it: the guest has lost its IPv6 gateway"
+        case Address():
+            return "somebody has given it one: the node has an address of its own among the guests"
+        case AddrGenMode(want=0):
+            return "somebody has changed it: the guest's gateway gets another address when the tap comes up again"
         case AddrGenMode():
             return "somebody has changed it: the node gets an address of its own among the guests"
         case OvsPort():

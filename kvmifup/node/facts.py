@@ -10,7 +10,6 @@ from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, 
 from kvmifup.inputs import tables
 from kvmifup.node import programs
 from kvmifup.node.messages import (
-    ARPHRD_ETHER,
     IFF_UP,
     RTN_ANYCAST,
     RTN_BROADCAST,
@@ -40,7 +39,7 @@ def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
     view.refresh()
     ipv6 = has_ipv6()
     facts = NodeFacts(
-        tap=tap_called(nic.tap, view),
+        tap=tap_called(nic, view, ipv6=ipv6),
         bridge=bridge_of(nic, view) if nic.mode in ("bridged", "openvswitch") else None,
         program=programs.find(programs.DIRECTORY, nic.link) if nic.mode == "ext" and nic.link else None,
         rules=tuple(rule for family in (4, 6)[: 1 + ipv6] for rule in view.rules(family, nic.tap)),
@@ -59,13 +58,15 @@ def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
     )
 
 
-def tap_called(name: str, view: View) -> Tap | None:
-    """The tap *name*, None if there is no such device."""
+def tap_called(nic: Nic, view: View, *, ipv6: bool) -> Tap | None:
+    """The tap of *nic*, None if there is no such device; *ipv6*: the kernel has IPv6."""
     try:
-        link = view.link(name)
+        link = view.link(nic.tap)
+        addresses = view.addresses(nic.tap) if ipv6 else ()
     except VanishedError:
         return None
-    return Tap(ifindex=link.index, is_tap=link.kind == "tun" and link.type == ARPHRD_ETHER)
+    idle = bool(link.flags & IFF_UP) and not link.carrier
+    return Tap(link.index, link.is_tap, link.mtu, addresses, idle)
 
 
 def bridge_of(nic: Nic, view: View) -> Bridge | None:
@@ -109,10 +110,16 @@ def would_adopt(name: str, bridge: Link, tap: str) -> bool:
 def uplinks_of(nic: Nic, table: int, config: Config, view: View) -> Iterator[Uplink]:
     """The uplinks of *nic*: the configured ones, or the devices of the default routes in *table*, or else in main."""
     for family in sorted({prefix.version for prefix in nic.ip}):
-        names = config.routed.uplinks
-        if names is None:
-            names = view.default_devices(family, table) or view.default_devices(family, MAIN_TABLE)
-        yield from (view.uplink(name, family) for name in names if name != nic.tap)
+        if config.routed.uplinks is not None:
+            yield from (view.uplink(name, family) for name in config.routed.uplinks)
+        else:
+            yield from by_default(family, table, view) or by_default(family, MAIN_TABLE, view)
+
+
+def by_default(family: int, table: int, view: View) -> list[Uplink]:
+    """The devices of the default routes in *table*, without taps: what a guest can lead to itself is no uplink."""
+    found = (view.uplink(name, family) for name in view.default_devices(family, table))
+    return [uplink for uplink in found if not uplink.is_tap]
 
 
 def of_a_daemon(route: RouteEntry) -> bool:

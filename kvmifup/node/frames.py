@@ -77,7 +77,7 @@ def questions(nic: Nic) -> list[bytes]:
         frames.append(arp_request(guest, tap, bytes(4), v4))
     v6 = next((host.packed for host in hosts if host.version == 6), None)
     if v6:
-        frames.append(neighbour_message(NEIGHBOUR_SOLICITATION, guest, tap, link_local_of(tap), v6, v6))
+        frames.append(neighbour_message(NEIGHBOUR_SOLICITATION, guest, tap, packed(nic.gateway), v6, v6))
     return frames
 
 
@@ -117,11 +117,6 @@ def internet_checksum(data: bytes) -> int:
 def multicast_mac(group: bytes) -> bytes:
     """The MAC that frames to the IPv6 multicast address *group*, 16 bytes, go to (RFC 2464, section 7)."""
     return b"\x33\x33" + group[12:]
-
-
-def link_local_of(mac: bytes) -> bytes:
-    """The link-local address, as 16 bytes, that the kernel makes from *mac* (RFC 4291, appendix A)."""
-    return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
 
 
 # --- what others send -------------------------------------------------------------------------------------

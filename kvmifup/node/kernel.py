@@ -13,6 +13,7 @@ import time
 from kvmifup.core.errors import NotReadyError, VanishedError
 from kvmifup.core.model import Config, Nic, NodeFacts
 from kvmifup.core.ops import (
+    Address,
     AddrGenMode,
     Announce,
     BridgeAddress,
@@ -32,7 +33,7 @@ from kvmifup.core.ops import (
     Value,
 )
 from kvmifup.core.signals import checkpoint
-from kvmifup.node import announce, messages, ovs, programs
+from kvmifup.node import addresses, announce, messages, ovs, programs
 from kvmifup.node.facts import facts_for
 from kvmifup.node.messages import (
     FAMILIES,
@@ -92,14 +93,15 @@ class Kernel:
                 sysfs = sysfs_of(op.dev, link)
                 return str(link.address) if sysfs and address_is_set(sysfs) else "not pinned"
             case AddrGenMode():
-                mode = self._view.link(op.dev).addr_gen_mode
-                # None: the device has no IPv6 at all, as with an MTU below 1280, so nothing makes an address.
-                return op.want if mode is None else mode
+                return self._view.link(op.dev).addr_gen_mode
+            case Address():
+                return op.address in self._view.addresses(op.dev)
             case LinkMtu():
                 return self._view.link(op.dev).mtu
             case LinkMaster():
-                master = self._view.link(op.dev).master
-                return device_name(master) if master else None
+                link = self._view.link(op.dev)
+                # A switch is the master of its ports, too: `OvsPort` is about those.
+                return device_name(link.master) if link.master and link.port_of != "openvswitch" else None
             case LinkUp():
                 return bool(self._view.link(op.dev).flags & IFF_UP)
             case PortForwarding():
@@ -107,7 +109,7 @@ class Kernel:
             case Sysctl():
                 self._view.index(op.dev)  # is it still the same device?
                 value = sysctl(op.path)
-                if value is None:
+                if value is None and op.on_uplink:
                     raise VanishedError(f"no sysctl {op.path}", errno=errno.ENOENT)
                 return value
             case Rule():
@@ -166,10 +168,14 @@ class Kernel:
                 mac = messages.attribute(messages.IFLA_ADDRESS, messages.mac_bytes(op.want))
                 self._netlink.set_link(self._view.index(op.dev), mac)
             case AddrGenMode():
+                if op.want is None or self._view.link(op.dev).addr_gen_mode is None:
+                    return  # the device has no IPv6
                 # By netlink, because writing the sysctl makes an address at once, even on a device that is down.
                 inet6 = messages.attribute(messages.IFLA_INET6_ADDR_GEN_MODE, bytes([op.want]))
                 spec = messages.attribute(messages.IFLA_AF_SPEC, messages.attribute(socket.AF_INET6, inet6))
                 self._netlink.set_link(self._view.index(op.dev), spec)
+            case Address():
+                self._write_address(op)
             case LinkMtu():
                 self._netlink.set_link(self._view.index(op.dev), messages.number(messages.IFLA_MTU, op.want))
             case LinkMaster():
@@ -180,7 +186,9 @@ class Kernel:
                 self._await_forwarding(op)
             case Sysctl():
                 self._view.index(op.dev)  # is it still the same device?
-                write_sysctl(op.path, op.want)
+                # What a tap without IPv6 does not have, needs no setting.
+                if op.want is not None and (op.on_uplink or sysctl(op.path) is not None):
+                    write_sysctl(op.path, op.want)
             case Rule():
                 self._write_rule(op)
             case Neighbour():
@@ -197,6 +205,14 @@ class Kernel:
                 announce.send(op.messages)
             case _:
                 raise AssertionError(f"nothing to write for {op.kind}")
+
+    def _write_address(self, op: Address) -> None:
+        index = self._view.index(op.dev)
+        with forgiven(errno.EEXIST if op.want else errno.EADDRNOTAVAIL):
+            if op.want:
+                addresses.add(self._netlink.transport, index, op.address)
+            else:
+                addresses.delete(self._netlink.transport, index, op.address)
 
     def _write_master(self, op: LinkMaster) -> None:
         index = self._view.index(op.dev)

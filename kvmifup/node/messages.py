@@ -25,6 +25,7 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_TYPE_MASK = 0x3FFF
 # linux/rtnetlink.h
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
@@ -41,6 +42,8 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 1
 IFLA_AF_SPEC, IFLA_EXT_MASK, IFLA_CARRIER = 26, 29, 33
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BRPORT_STATE, IFLA_INET6_ADDR_GEN_MODE = 1, 5, 1, 8
+# linux/if_addr.h
+IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD = 1, 2, 0x02
 # linux/neighbour.h
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_NOARP, NUD_PERMANENT, NTF_PROXY = 0x40, 0x80, 0x08
@@ -52,6 +55,7 @@ NO_PREFIX_LENGTH = 0xFFFFFFFF  # an unset FRA_SUPPRESS_PREFIXLEN
 NLMSGHDR = Struct("=IHHII")  # length, type, flags, sequence, port
 NLATTR = Struct("=HH")  # length, type
 IFINFOMSG = Struct("=BxHiII")  # family, type, index, flags, change
+IFADDRMSG = Struct("=BBBBi")  # family, prefix length, flags, scope, ifindex
 RTMSG = Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 RTNEXTHOP = Struct("=HBBi")  # length, flags, hops, ifindex
 NDMSG = Struct("=BxxxiHBB")  # family, ifindex, state, flags, type
@@ -157,6 +161,11 @@ class Link:
     port_state: int | None  # of a port of a bridge: BR_STATE_*
     addr_gen_mode: int | None  # IN6_ADDR_GEN_MODE_*; None without IPv6
 
+    @property
+    def is_tap(self) -> bool:
+        """Whether it is a tap."""
+        return self.kind == "tun" and self.type == ARPHRD_ETHER
+
 
 def link_of(message: bytes) -> Link:
     """The device in an RTM_NEWLINK message."""
@@ -183,6 +192,23 @@ def link_of(message: bytes) -> Link:
         port_state=u8(port.get(IFLA_BRPORT_STATE)),
         addr_gen_mode=u8(inet6.get(IFLA_INET6_ADDR_GEN_MODE)),
     )
+
+
+def address_body(index: int, address: str, flags: int = 0) -> bytes:
+    """What RTM_NEWADDR and RTM_DELADDR say of *address*, which has a prefix length; *flags* are IFA_F_*."""
+    bare, _, length = address.partition("/")
+    raw = packed(bare)
+    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
+    body = IFADDRMSG.pack(family, int(length), flags, 0, index)
+    return body + attribute(IFA_LOCAL, raw) + attribute(IFA_ADDRESS, raw)
+
+
+def address_in(message: bytes) -> tuple[int, str]:
+    """The index of the device, and the address with its prefix length, in an RTM_NEWADDR message."""
+    _family, length, _flags, _scope, index = IFADDRMSG.unpack_from(message, BODY)
+    found = attributes(message, BODY + IFADDRMSG.size)
+    # On a point-to-point device IFA_ADDRESS is the other end's.
+    return index, f"{address_of(found.get(IFA_LOCAL) or found[IFA_ADDRESS])}/{length}"
 
 
 # --- routes ----------------------------------------------------------------------------------------------

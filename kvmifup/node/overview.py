@@ -12,6 +12,7 @@ from kvmifup.core.errors import KernelError
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route
 from kvmifup.node import messages, ovs
+from kvmifup.node.addresses import addresses
 from kvmifup.node.kernel import PORT_STATES, Kernel
 from kvmifup.node.messages import (
     FAMILIES,
@@ -49,6 +50,7 @@ class WholeView(View):
         with refusals("reading devices"):
             self._links = self.netlink.links()
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
+        self._addresses: dict[int, list[str]] | None = None
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
         self._switch: tuple[frozenset[str], dict[str, str]] | None = None
 
@@ -69,6 +71,15 @@ class WholeView(View):
         if dev not in self._links:
             raise refusal(f"reading {dev}", errno.ENODEV)
         return self._links[dev]
+
+    def addresses(self, dev: str) -> tuple[str, ...]:
+        """As `View.addresses`."""
+        if self._addresses is None:
+            self._addresses = {}
+            with refusals("reading addresses"):
+                for index, address in addresses(self.netlink.transport, FAMILIES[6]):
+                    self._addresses.setdefault(index, []).append(address)
+        return tuple(self._addresses.get(self.index(dev), ()))
 
     def rule_messages(self, family: int, iif: str) -> list[bytes]:
         """As `View.rule_messages`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
 from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl
 from kvmifup.node import messages, ovs
+from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
@@ -137,33 +139,17 @@ class View:
         if self._indices.setdefault(dev, index) != index:
             raise VanishedError(f"{dev} is another device now", errno=errno.ENODEV)
 
+    def addresses(self, dev: str) -> tuple[str, ...]:
+        """The IPv6 addresses of *dev*, with their prefix lengths."""
+        index = self.index(dev)
+        with refusals(f"reading the addresses of {dev}"):
+            return tuple(address for _, address in addresses(self.netlink.transport, socket.AF_INET6, index))
+
     def uplink(self, dev: str, family: int) -> Uplink:
         """The uplink *dev* for *family*, 4 or 6; also if there is no such device."""
         if (dev, family) not in self._uplinks:
-            self._uplinks[dev, family] = self._uplink(dev, family)
+            self._uplinks[dev, family] = read_uplink(self, dev, family)
         return self._uplinks[dev, family]
-
-    def _uplink(self, dev: str, family: int) -> Uplink:
-        try:
-            link = self.link(dev)
-        except VanishedError:
-            return Uplink(dev, family, present=False)
-        needed = {f"net/ipv{family}/conf/{dev}/forwarding": "1"}
-        if family == 6:
-            # IPv6 forwards for all devices or none (ip6_forward), and answers per device (ndisc_recv_ns).
-            needed |= {"net/ipv6/conf/all/forwarding": "1", f"net/ipv6/conf/{dev}/disable_ipv6": "0"}
-        needed = {path: value for path, value in needed.items() if sysctl(path) != value}
-        if family == 6 and any(path.endswith("/forwarding") for path in needed):
-            needed = keeping_routes(self.default_devices(6, MAIN_TABLE)) | needed
-        return Uplink(
-            dev,
-            family,
-            present=True,
-            up=bool(link.flags & IFF_UP),
-            arp=link.type == ARPHRD_ETHER and not link.flags & IFF_NOARP,
-            mend=tuple(assignment(path, value) for path, value in needed.items()),
-            source=link_local(dev) if family == 6 else None,
-        )
 
     # --- rules, routes, neighbours ------------------------------------------------------------------------
 
@@ -247,3 +233,28 @@ def keeping_routes(devices: Iterable[str]) -> dict[str, str]:
     """
     paths = [f"net/ipv6/conf/{dev}/accept_ra" for dev in devices]
     return {path: "2" for path in paths if sysctl(path) == "1"}
+
+
+def read_uplink(view: View, dev: str, family: int) -> Uplink:
+    """The uplink *dev* for *family*, 4 or 6, through *view*."""
+    try:
+        link = view.link(dev)
+    except VanishedError:
+        return Uplink(dev, family, present=False)
+    needed = {f"net/ipv{family}/conf/{dev}/forwarding": "1"}
+    if family == 6:
+        # IPv6 forwards for all devices or none (ip6_forward), and answers per device (ndisc_recv_ns).
+        needed |= {"net/ipv6/conf/all/forwarding": "1", f"net/ipv6/conf/{dev}/disable_ipv6": "0"}
+    needed = {path: value for path, value in needed.items() if sysctl(path) != value}
+    if family == 6 and any(path.endswith("/forwarding") for path in needed):
+        needed = keeping_routes(view.default_devices(6, MAIN_TABLE)) | needed
+    return Uplink(
+        dev,
+        family,
+        present=True,
+        up=bool(link.flags & IFF_UP),
+        arp=link.type == ARPHRD_ETHER and not link.flags & IFF_NOARP,
+        is_tap=link.is_tap,
+        mend=tuple(assignment(path, value) for path, value in needed.items()),
+        source=link_local(dev) if family == 6 else None,
+    )

@@ -50,6 +50,9 @@ def plan(phase: Phase, nic: Nic, journal: Journal | None, session: Session, *, a
     """
     config = session.config
     facts = with_claims(session.kernel.facts(nic, config), nic, session)
+    ours = journal and journal.prior(phases.ipv6_off(nic).key)
+    if ours and ours.prior == "0" and nic.mode == "routed":  # off since the NIC was bridged; undone below
+        facts = replace(facts, ipv6_mend=())
     everything = phases.plan(Phase.POST, nic, config, facts, announce=announce)
     ops = everything if phase is Phase.POST else phases.plan(phase, nic, config, facts, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there

@@ -100,6 +100,46 @@ def test_a_small_mtu_is_taken_over_and_stays(node: Node) -> None:
     assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
+def addresses(dev: str = "tap0") -> list[str]:
+    """The IPv6 addresses of *dev*."""
+    return [info["local"] for one in tools.ask(f"addr show dev {dev}") for info in one["addr_info"]]
+
+
+@pytest.mark.parametrize("given", [[], ["2001:db8::77/64", "2001:db8:1::77/128"]], ids=["its own", "given"])
+@pytest.mark.parametrize("mtu", [1500, 1200])
+def test_a_tap_loses_its_ipv6_addresses_and_a_failure_gives_them_back(
+    node: Node, mtu: int, given: list[str]
+) -> None:
+    nodes.add_bridge()
+    node.guest()
+    tools.ip(f"link set tap0 mtu {mtu} up")
+    for address in given if mtu >= 1280 else ():
+        tools.ip(f"addr add {address} dev tap0 nodad")
+    manager.write_nic(mode="bridged", link="br0")
+    had = addresses()
+    assert len(had) == (len(given) + 1 if mtu >= 1280 else 0)
+    before = [one for one in snapshots.snapshot() if "br0" not in one]
+    with disturb.disturbed(before=refuse_to_forward):
+        check(call("kvm-ifup-post", "tap0"), 71)
+    assert sorted(addresses()) == sorted(had)
+    assert [one for one in snapshots.snapshot() if "br0" not in one] == before
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert addresses() == []
+    wired = snapshots.snapshot()
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert snapshots.changes(wired, snapshots.snapshot()) == []
+    # Not even when somebody turns IPv6 on everywhere.
+    oracle.sysctl("ipv6/conf/all/disable_ipv6", 1)
+    oracle.sysctl("ipv6/conf/all/disable_ipv6", 0)
+    assert addresses() == []
+
+
+def refuse_to_forward(_number: int, op: Any) -> None:
+    """The last op fails."""
+    if type(op).__name__ == "PortForwarding":
+        disturb.refuse(1)(1, op)
+
+
 def test_a_tap_moves_over_from_another_bridge(node: Node) -> None:
     nodes.add_bridge("br0")
     nodes.add_bridge("br1")

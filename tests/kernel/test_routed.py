@@ -337,6 +337,76 @@ def test_an_address_is_refused_or_the_second_run_finds_it_there(uplinked: Node, 
     assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
+# --- the guest's IPv6 gateway -----------------------------------------------------------------------------
+
+GATEWAY = "fe80::fc00:ff:fe35:ac01"  # what the tap's MAC gives: RFC 4291, appendix A
+
+
+def link_locals(dev: str = "tap0") -> dict[str, bool]:
+    """The link-local addresses of *dev*, and whether each is in use."""
+    found = [info for one in tools.ask(f"-6 addr show dev {dev}") for info in one.get("addr_info", ())]
+    return {one["local"]: not one.get("tentative") for one in found if one.get("scope") == "link"}
+
+
+def answers(guest: wire.Tap) -> None:
+    """The guest asks for its gateway, and is told the tap's MAC."""
+    guest.send(wire.solicitation(GUEST_MAC, GUEST_IP6, GATEWAY))
+    (*_, answer) = guest.until(lambda frame: bool((na := wire.advertisement(frame)) and na.target == GATEWAY))
+    found = wire.advertisement(answer)
+    assert found
+    assert (found.mac, found.solicited) == (TAP_MAC, True)
+
+
+@pytest.mark.parametrize("accept_dad", [0, 1])
+@pytest.mark.parametrize("mode", ["eui64", "none", "stable_secret", "random"])
+def test_the_gateway_of_a_guest_is_the_same_whatever_the_nodes_default_is(
+    uplinked: Node, mode: str, accept_dad: int
+) -> None:
+    if mode == "stable_secret":
+        oracle.sysctl("ipv6/conf/default/stable_secret", "2001:db8::1:2:3")
+    oracle.sysctl("ipv6/conf/default/addr_gen_mode", ["eui64", "none", "stable_secret", "random"].index(mode))
+    oracle.sysctl("ipv6/conf/default/accept_dad", accept_dad)
+    guest = uplinked.guest()
+    manager.write_nic(mode="routed", ip=[GUEST_IP6], incoming=True)
+    before = snapshots.snapshot()
+    check(call("kvm-ifup-pre", "tap0"), 0)
+    assert link_locals() == {GATEWAY: True}
+    answers(guest)
+    wired = snapshots.snapshot()
+    check(call("kvm-ifup-pre", "tap0"), 0)
+    assert snapshots.changes(wired, snapshots.snapshot()) == []
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert snapshots.changes(before, snapshots.snapshot()) == []
+
+
+@pytest.mark.parametrize("mode", ["eui64", "none", "random"])
+def test_a_tap_that_was_up_gets_the_gateway_and_keeps_it_when_it_flaps(uplinked: Node, mode: str) -> None:
+    guest = uplinked.guest()
+    tools.ip(f"link set tap0 addrgenmode {mode} up")
+    manager.write_nic(mode="routed", ip=[GUEST_IP6])
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert link_locals()[GATEWAY]
+    answers(guest)
+    tools.ip("link set tap0 down")
+    tools.ip("link set tap0 up")
+    assert link_locals() == {GATEWAY: True}
+    answers(guest)
+
+
+def test_nobody_is_asked_whether_the_gateway_is_a_duplicate(uplinked: Node) -> None:
+    """The guest, before it has arrived, would find the question waiting in its tap."""
+    oracle.sysctl("ipv6/conf/default/accept_dad", 1)
+    oracle.sysctl("ipv6/conf/default/dad_transmits", 1)
+    guest = uplinked.guest()
+    manager.write_nic(mode="routed", ip=[GUEST_IP6], incoming=True)
+    check(call("kvm-ifup-pre", "tap0"), 0)
+    last = wire.ethernet(GUEST_MAC, TAP_MAC, wire.ETH_P_FENCE, bytes(46))
+    with contextlib.closing(wire.packet_socket("tap0")) as sender:
+        sender.send(last)
+    seen = guest.until(lambda frame: frame == last)
+    assert not [frame for frame in seen if frame[12:14] == b"\x86\xdd" and frame[54] == 135]
+
+
 # --- admission ------------------------------------------------------------------------------------------
 
 

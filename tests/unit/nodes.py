@@ -10,6 +10,7 @@ from pathlib import Path
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
 from kvmifup.core.ops import (
+    Address,
     AddrGenMode,
     BridgeAddress,
     LinkAddress,
@@ -46,7 +47,7 @@ def untouched(op: Op) -> Value:
             return 1500
         case Sysctl():
             return "80" if op.group == "neigh" else "0"
-        case LinkUp() | Rule() | Route() | ProxyNeighbour() | Program():
+        case Address() | LinkUp() | Rule() | Route() | ProxyNeighbour() | Program():
             return False
         case _:
             return None

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvmifup.core.model import Bridge, BridgedConfig, Config, Nic, NodeFacts, Phase, Prefix, RoutedConfig, Tap, Uplink
 from kvmifup.core.ops import (
     KINDS,
+    Address,
     AddrGenMode,
     LinkAddress,
     LinkMaster,
@@ -156,6 +157,7 @@ _words = st.text(max_size=8)
 _fields: dict[type[Op], st.SearchStrategy[Op]] = {
     LinkAddress: st.builds(LinkAddress, taps, macs),
     AddrGenMode: st.builds(AddrGenMode, taps, st.integers(0, 3)),
+    Address: st.builds(Address, taps, prefixes.map(lambda p: f"{p.network_address}/{p.prefixlen}"), st.booleans()),
     LinkMtu: st.builds(LinkMtu, taps, st.integers(68, 65535)),
     LinkMaster: st.builds(LinkMaster, taps, st.none() | bridge_names),
     LinkUp: st.builds(LinkUp, taps, st.booleans()),
