@@ -57,7 +57,7 @@ def nic_index(text: str, what: str = "index") -> int:
 
 
 def guest_mac(text: str) -> str:
-    """*text* in lower case, if it is a unicast MAC. Raises NicError."""
+    """*text* in lower case, if it is a unicast MAC, and not the one that the guest's tap gets. Raises NicError."""
     mac = text.lower()
     if not _MAC.fullmatch(mac):
         raise NicError(f"mac {shown(text)} is not six pairs of hex digits", hint='like "aa:00:00:35:ac:01"')
@@ -65,6 +65,11 @@ def guest_mac(text: str) -> str:
         raise NicError(f"mac {mac} is a multicast address")
     if mac == "00:00:00:00:00:00":
         raise NicError("mac is all zeros")
+    if mac.startswith("fe:"):  # a bridge keeps what is for a port's own MAC
+        raise NicError(
+            f"mac {mac} begins with fe:, so it would be the tap's own MAC as well",
+            hint=f"give the guest another one, such as 52{mac[2:]}",
+        )
     return mac
 
 

@@ -107,9 +107,7 @@ def addresses(dev: str = "tap0") -> list[str]:
 
 @pytest.mark.parametrize("given", [[], ["2001:db8::77/64", "2001:db8:1::77/128"]], ids=["its own", "given"])
 @pytest.mark.parametrize("mtu", [1500, 1200])
-def test_a_tap_loses_its_ipv6_addresses_and_a_failure_gives_them_back(
-    node: Node, mtu: int, given: list[str]
-) -> None:
+def test_a_tap_loses_its_ipv6_addresses_and_a_failure_gives_them_back(node: Node, mtu: int, given: list[str]) -> None:
     nodes.add_bridge()
     node.guest()
     tools.ip(f"link set tap0 mtu {mtu} up")

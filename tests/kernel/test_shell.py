@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from harness import agents, hooks, manager, namespaces, nodes, oracle, snapshots, tools
-from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC, TAP_MAC
 from harness.hooks import call, check, hook
 from harness.manager import RUN_DIR
 from harness.nodes import Node
@@ -308,6 +308,7 @@ def test_nic_refuses(node: Node, argv: list[str], code: int, words: list[str]) -
     [
         (TOML.replace("bridged", "brigded"), "brigded"),
         (TOML + "colour = 1\n", "colour"),
+        (TOML.replace(GUEST_MAC, TAP_MAC), "begins with fe:"),
         ("\udcff", "UTF-8"),
         ("x" * 70000, "larger"),
         ("", "is missing"),

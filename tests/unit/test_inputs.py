@@ -177,6 +177,8 @@ def test_good_macs(text: str) -> None:
         f"{MAC}\n",
         "ga:00:00:35:ac:01",
         "\u0661a:00:00:35:ac:01",
+        "fe:00:00:35:ac:01",
+        "FE:54:00:00:00:01",
     ],
 )
 def test_refused_macs(text: str) -> None:
@@ -296,6 +298,7 @@ def test_what_may_be_left_out() -> None:
     [
         ({"tap": ""}, "tap is missing"),
         ({"mac": ""}, "mac is missing"),
+        ({"mac": '"fe:00:00:35:ac:01"'}, "the tap's own"),
         ({"mode": ""}, "mode is missing"),
         ({"link": ""}, "link is missing"),
         ({"mode": '"routed"'}, "ip is missing"),
@@ -404,6 +407,7 @@ def test_where_the_link_comes_from() -> None:
         ({"MODE": ""}, "MODE"),
         ({"MAC": ""}, "MAC"),
         ({"MAC": "", "MODE": ""}, "MODE and MAC"),
+        ({"MAC": "FE:00:00:35:ac:01"}, "the tap's own"),
         ({"IP": ""}, "ip is missing"),
         ({"IP": "192.0.2.8 192.0.2.8"}, "twice"),
         ({"VLAN": ".100"}, "vlan"),
