@@ -15,7 +15,7 @@ Nothing here reads a file, a clock or the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from ipaddress import ip_network
 
 from kvmifup.core.errors import NotReadyError
@@ -212,27 +212,23 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
             for address in proxied:
                 yield POST, ProxyNeighbour(uplink.name, address, True)
     messages = tuple(
-        message(uplink, bare(host)) for uplink in uplinks for host in hosts if host.version == uplink.family
+        (uplink.name, bare(host), uplink.source or bare(host))
+        for uplink in uplinks
+        for host in hosts
+        if host.version == uplink.family
     )
     if messages:
         yield POST, Announce(messages, announce)
 
 
-def message(uplink: Uplink, address: str) -> tuple[str, str, str]:
-    """What `Announce` takes to announce *address* on *uplink*."""
-    return uplink.name, address, uplink.source or address
-
-
-def again(name: str, done: Iterable[Op], facts: NodeFacts) -> tuple[Op, ...]:
-    """Those of the ops *done* for a routed NIC that are about its uplink *name*, and their announcement."""
-    ops = [op for op in done if getattr(op, "dev", None) == name]
-    messages = tuple(
-        message(uplink, op.address)
-        for uplink in facts.uplinks
-        for op in ops
-        if isinstance(op, ProxyNeighbour) and family_of(op.address) == uplink.family
-    )
-    return (*ops, Announce(messages, False)) if messages else tuple(ops)
+def uplink_of(op: Op) -> tuple[str, int] | None:
+    """The uplink that *op* is about, and the address family, 4 or 6; None if it is about none."""
+    match op:
+        case ProxyNeighbour():
+            return op.dev, family_of(op.address)
+        case Sysctl(on_uplink=True):
+            return op.dev, op.family
+    return None
 
 
 def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:
@@ -240,16 +236,19 @@ def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:
 
     That is so while an uplink is down, and for a while after. It does not make *op* wrong.
     """
-    if nic.mode != "routed" or config.routed.uplinks is not None:
+    uplink = uplink_of(op)
+    if uplink is None or nic.mode != "routed" or config.routed.uplinks is not None:
         return False
-    match op:
-        case ProxyNeighbour():
-            family, wanted = family_of(op.address), ip_network(op.address) in nic.prefixes
-        case Sysctl(on_uplink=True):
-            family, wanted = op.family, any(is_host(prefix) and prefix.version == op.family for prefix in nic.ip)
-        case _:
-            return False
-    return wanted and all(uplink.family != family for uplink in facts.uplinks)
+    if isinstance(op, ProxyNeighbour):
+        wanted = ip_network(op.address) in nic.prefixes
+    else:
+        wanted = any(is_host(prefix) and prefix.version == uplink[1] for prefix in nic.ip)
+    return wanted and all(seen.family != uplink[1] for seen in facts.uplinks)
+
+
+def usable(uplink: Uplink) -> bool:
+    """Whether anything can be done on *uplink* for a guest that was admitted: it is up, and has the family at all."""
+    return uplink.up and not any("disable_ipv6" in setting for setting in uplink.mend)
 
 
 def only_here(op: Op) -> bool:

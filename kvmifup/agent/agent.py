@@ -7,10 +7,10 @@ the same:
 a journal in pre       armed: its guest has yet to arrive here, or may come back. The first frame out of the
                        tap that the guest has sent says that it runs here (`arrivals`)
 a journal in post      an announcement of its addresses by another node says that it may have left
-                       (`departures`); an uplink that comes up again has forgotten for whom this node answers
-                       (`uplinks`)
+                       (`departures`)
 an unfinished one      a run is at work, or was killed (`leftovers`)
-any                    the tap's disappearance says that it is over (`leftovers`)
+any                    the tap's disappearance says that it is over (`leftovers`); what the node loses of what
+                       is wired is put back (`mending`)
 =====================  ===================================================================================
 """
 
@@ -27,14 +27,14 @@ from kvmifup.agent import systemd
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.arrivals import Arrivals, listen
 from kvmifup.agent.departures import Departures
-from kvmifup.agent.events import DirectoryEvents, LinkEvents
+from kvmifup.agent.events import DirectoryEvents, LinkEvents, NodeEvents, Thing
 from kvmifup.agent.hook_server import HookServer
 from kvmifup.agent.leftovers import Leftovers
 from kvmifup.agent.listening import Listener
-from kvmifup.agent.loop import Loop
+from kvmifup.agent.loop import Loop, Settling
+from kvmifup.agent.mending import Mending
 from kvmifup.agent.runner import Runner, Say
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
-from kvmifup.agent.uplinks import Uplinks
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
 from kvmifup.inputs import config
@@ -42,6 +42,7 @@ from kvmifup.inputs import config
 SOCKET = "agent.sock"
 METRICS = "metrics.prom"
 
+QUIET = 0.2  # seconds after a change on the node until NICs are compared with it, and arrivals prepared anew
 DONE = 0.02  # seconds between two looks whether the last hook has come to its end
 COUNT = 15.0  # seconds between two writings of the metrics
 RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
@@ -62,12 +63,15 @@ class Agent:
             found=self._found,
             looked=self._look_after,
         )
-        self._arrivals = Arrivals(loop, self._runner, self._taps, self._announcements)
+        self._node = NodeEvents(loop, self._node_changed)
+        self._settling = Settling(loop, QUIET, self._settled)
+        stir = self._settling.stir
+        self._arrivals = Arrivals(loop, self._runner, self._taps, self._announcements, self._node.catch_up, stir)
         self._departures = Departures(loop, self._runner)
-        self._uplinks = Uplinks(loop, self._runner, self._announcements)
+        self._mending = Mending(loop, self._runner, self._taps, self._announcements, stir)
         self._leftovers = Leftovers(loop, self._runner, self._taps)
         self._journals = DirectoryEvents(loop, self._runner.store.directory, self._taps.look_soon)
-        LinkEvents(loop, self._devices_gone, self._uplinks.came_up, self._events_lost)
+        LinkEvents(loop, self._devices_gone, self._mending.went_down, self._events_lost)
         self._hooks = HookServer(loop, listener.socket, self._announcements.begin, self._runner.hook_done)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, self._stop)
@@ -97,12 +101,23 @@ class Agent:
             self._leftovers.unfinished(tap)
         elif not tap.is_there():
             self._leftovers.collect([tap.name])
+        self._mending.found(tap)
 
     def _look_after(self) -> None:
         """Tell the rooms where this node answers for whom."""
         guests = self._taps.guests()
-        self._uplinks.look_after(guests)
+        self._mending.look_after()
         self._departures.look_after(guests if self._runner.config.agent.withdraw else {})
+
+    def _node_changed(self, things: frozenset[Thing]) -> None:
+        """*things* have changed: NICs may rely on them, and what is prepared for arrivals."""
+        self._arrivals.outdate(things)
+        self._mending.touched(things)
+
+    def _settled(self) -> None:
+        """The node has been quiet for a while after a change."""
+        self._mending.look()
+        self._arrivals.prepare_anew()
 
     def _devices_gone(self, indices: list[int]) -> None:
         self._leftovers.devices_gone(indices)
@@ -110,8 +125,8 @@ class Agent:
 
     def _events_lost(self) -> None:
         """The kernel could not report all about devices."""
+        self._mending.events_lost()
         self._resync()
-        self._uplinks.all_came_up()
 
     def _reload(self) -> None:
         try:
@@ -120,6 +135,7 @@ class Agent:
             self._runner.complain("configuration not read", error)
             return
         self._look_after()
+        self._mending.look_at_all()
         self._runner.say("configuration read")
 
     # --- from time to time --------------------------------------------------------------------------------
@@ -140,6 +156,7 @@ class Agent:
         self._leftovers.collect_dead()
         self._leftovers.collect_killed()
         self._taps.look()
+        self._mending.look_at_all()
 
     def _write_metrics(self) -> None:
         """Write down what has been counted, for the node exporter."""

@@ -8,21 +8,20 @@ from contextlib import suppress
 from functools import partial
 
 from kvmifup.agent.announcements import Announcements
-from kvmifup.agent.events import NodeEvents, Touched
+from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, as_ours
-from kvmifup.core.model import Nic, Phase
+from kvmifup.core.model import Nic
 from kvmifup.node import frames, sockets
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.moves import PreparedArrival, arrive, prepare_arrival, run_post
 from kvmifup.runs.outcome import Outcome
 from kvmifup.tell import syslog
 
-QUIET = 0.2  # seconds after a change on the node until what was prepared is prepared anew
-RECHECK = 1.0  # seconds after an arrival, or a failure, until everything is looked at in full
-DEFAULTS = ("0.0.0.0/0", "::/0", "")  # destinations of routes, as in `Touched`
+RECHECK = 1.0  # seconds after a failure until it is tried again
+DEFAULTS = frozenset({("route", "0.0.0.0/0"), ("route", "::/0")})  # as in `Thing`
 
 Result = Outcome | KvmIfupError | None  # of post
 Preparation = tuple[TapRecord, PreparedArrival | KvmIfupError | None]
@@ -51,29 +50,41 @@ def time_left(runner: Runner, tap: TapRecord) -> float:
     return tap.since + runner.config.agent.arrival_timeout - time.time()
 
 
-def relies_on(prepared: PreparedArrival, nic: Nic, touched: Touched) -> bool:
+def relies_on(prepared: PreparedArrival, nic: Nic, touched: frozenset[Thing]) -> bool:
     """Whether what is *prepared* for *nic* may be wrong now that *touched* has changed.
 
     The tap does not count: `arrive` looks at it when it is needed.
     """
-    devices = {index for dev, index in prepared.devices if dev != nic.tap} | {0}
-    if not touched.devices.isdisjoint(devices) or not touched.routes.isdisjoint(DEFAULTS):
+    devices = {("device", index) for dev, index in prepared.devices if dev != nic.tap}
+    if not touched.isdisjoint({ANYTHING, *devices, *DEFAULTS}):
         return True
-    return not nic.destinations.isdisjoint(touched.routes)
+    return any(thing[0] == "route" and thing[1] in nic.destinations for thing in touched)
 
 
 class Arrivals:
-    """Waits for guests on taps that are armed, and wires each that arrives."""
+    """Waits for guests on taps that are armed, and wires each that arrives.
 
-    def __init__(self, loop: Loop, runner: Runner, taps: Taps, announcements: Announcements) -> None:
+    *catch_up* has all changes on the node that were made by now reported to `outdate`. *stir*: call `prepare_anew`
+    once the node is quiet.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        runner: Runner,
+        taps: Taps,
+        announcements: Announcements,
+        catch_up: Callable[[], None],
+        stir: Callable[[], None],
+    ) -> None:
         self._loop = loop
         self._runner = runner
         self._taps = taps
         self._announcements = announcements
-        self._node = NodeEvents(loop, self._node_changed)
+        self._catch_up, self._stir = catch_up, stir
         self._unprepared: dict[str, TapRecord] = {}
         self._preparing = OneAtATime(loop, self._begin_preparing, self._prepared)
-        self._meanwhile: list[Touched] = []  # what has changed while one is prepared
+        self._meanwhile: set[Thing] = set()  # what has changed while one is prepared
 
     def wait_for(self, tap: TapRecord) -> None:
         """*tap* is ARMING: wait for its guest, and have post prepared."""
@@ -119,28 +130,33 @@ class Arrivals:
         first = tap.state is State.ARMING
         if isinstance(prepared, PreparedArrival):
             tap.ready(prepared)
-            for touched in self._meanwhile:
-                self._outdate(tap, touched)
+            if relies_on(prepared, tap.nic, frozenset(self._meanwhile)):
+                tap.become(State.ARMED)
+                self._stir()
         elif first:
             tap.become(State.ARMED)
         if isinstance(prepared, LockTimeoutError):
             tap.timers.set("prepare", RECHECK, partial(self._prepare, tap))
-        elif isinstance(prepared, KvmIfupError):
+        elif isinstance(prepared, KvmIfupError) and str(prepared) != tap.complaint:
+            tap.complaint = str(prepared)
             self._runner.complain("not ready for its arrival", prepared)
         if first:
             self._runner.say("armed", tap.nic.label)
 
-    def _node_changed(self, touched: Touched) -> None:
-        """What is prepared and relies on *touched* has to be prepared anew, once all is quiet."""
+    def outdate(self, touched: frozenset[Thing]) -> None:
+        """Throw away what relies on *touched*, which has changed."""
         if self._preparing.busy:
-            self._meanwhile.append(touched)
+            self._meanwhile |= touched
         for tap in self._taps:
-            self._outdate(tap, touched)
+            if tap.prepared and relies_on(tap.prepared, tap.nic, touched):
+                tap.become(State.ARMED)
+                self._stir()
 
-    def _outdate(self, tap: TapRecord, touched: Touched) -> None:
-        if tap.prepared and relies_on(tap.prepared, tap.nic, touched):
-            tap.become(State.ARMED)
-            tap.timers.set("prepare", QUIET, partial(self._prepare, tap))
+    def prepare_anew(self) -> None:
+        """Have post prepared where it is not: what stood in its way may have changed."""
+        for tap in self._taps:
+            if tap.state is State.ARMED:
+                self._prepare(tap)
 
     # --- the first frame ------------------------------------------------------------------------------------
 
@@ -154,7 +170,7 @@ class Arrivals:
         except OSError:  # ENETDOWN, once: the device is down, and may come up again; or it is gone, and so will be this
             return
         frame = frames.name_of(data)
-        self._node.catch_up()
+        self._catch_up()
         prepared = tap.prepared
         if prepared and not prepared.waits:
             outcome = self._runner.attempt(partial(arrive, prepared), frame)
@@ -183,7 +199,6 @@ class Arrivals:
             self._runner.metrics.took("kvm_ifup_arrival_seconds", seconds)
             self._runner.say(f"arrived, first frame {frame}; wired {1000 * seconds:.1f} ms after it", outcome.label)
             self._announcements.repeat(outcome)
-            self._loop.later(RECHECK, partial(self._look_again, tap))
 
     def _not_arrived(self, tap: TapRecord, error: KvmIfupError) -> None:
         """Say it, and try again at the guest's next frame."""
@@ -195,20 +210,3 @@ class Arrivals:
     def _rearm(self, tap: TapRecord) -> None:
         if tap.state is State.ARRIVING:
             self._taps.look_again_at(tap)
-
-    # --- the second look ------------------------------------------------------------------------------------
-
-    def _look_again(self, tap: TapRecord) -> None:
-        """Check all that post brings: `arrive` has read only what others may change at any time."""
-
-        # By then it may have left, and the tap wait for it or for another one.
-        def still_here(journal: Journal) -> bool:
-            return tap.is_of(journal) and journal.phase is Phase.POST
-
-        self._loop.work(partial(self._post, tap.name, still_here, None), self._looked_again)
-
-    def _looked_again(self, outcome: Result) -> None:
-        if isinstance(outcome, KvmIfupError):
-            self._runner.complain("not looked at again", outcome)
-        elif outcome:
-            self._announcements.repeat(outcome)

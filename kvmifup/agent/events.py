@@ -1,4 +1,4 @@
-"""What the kernel reports unasked: devices that go or come up, changes that a plan relied on, and changed journals."""
+"""What the kernel reports unasked: devices that go or are down, changes that a plan relies on, and changed journals."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.agent.loop import Loop
-from kvmifup.node import messages
+from kvmifup.node import messages, sockets
 
-RTNLGRP_LINK, RTNLGRP_ROUTE, RTNLGRP_NETCONF = (1,), (7, 11), (24, 25)  # linux/rtnetlink.h; IPv4, IPv6
+RTNLGRP_LINK, RTNLGRP_NEIGH = (1,), (3,)  # linux/rtnetlink.h
+RTNLGRP_ROUTE, RTNLGRP_RULE, RTNLGRP_NETCONF = (7, 11), (8, 19), (24, 25)  # IPv4, IPv6
 RTM_NEWNETCONF = 80
-IFF_UP, IFF_LOWER_UP = 0x1, 0x10000  # linux/if.h
+IFF_LOWER_UP = 0x10000  # linux/if.h
+NUD_DYNAMIC = 0x1F  # linux/neighbour.h: INCOMPLETE, REACHABLE, STALE, DELAY, PROBE
 NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
 BUFFER = 1 << 20  # bytes: some thousand events
 AT_ONCE = 512  # events
@@ -82,82 +84,84 @@ def split(data: bytes) -> Iterator[NetlinkMessage]:
 
 
 class LinkEvents(Subscription):
-    """Calls *gone* with the indices of devices that have disappeared, *up* with the names of those that have come up.
+    """Calls *gone* with the indices of devices that have disappeared, *down* with those of devices that are not up.
 
-    And *lost* when the kernel could not tell all.
+    Those that have disappeared are not up either. And *lost* when the kernel could not tell all.
     """
 
     def __init__(
         self,
         loop: Loop,
         gone: Callable[[list[int]], None],
-        up: Callable[[list[str]], None],
+        down: Callable[[list[int]], None],
         lost: Callable[[], None],
     ) -> None:
-        down: set[int] = set()
-
         def heard(found: list[NetlinkMessage]) -> None:
+            if indices := not_up(found):
+                down(indices)
             if indices := removed(found):
                 gone(indices)
-            if names := came_up(found, down):
-                up(names)
 
         super().__init__(loop, RTNLGRP_LINK, heard, lost)
 
 
+def links(found: list[NetlinkMessage]) -> Iterator[tuple[int, int, int]]:
+    """Kind, index and flags of each device that *found* tells of.
+
+    With another family it is not the device: a port that leaves its bridge says RTM_DELLINK with AF_BRIDGE.
+    """
+    for one in found:
+        if one.kind in (messages.RTM_NEWLINK, messages.RTM_DELLINK):
+            family, _type, index, flags, _change = messages.IFINFOMSG.unpack_from(one.body)
+            if family == socket.AF_UNSPEC:
+                yield one.kind, index, flags
+
+
 def removed(found: list[NetlinkMessage]) -> list[int]:
     """The indices of the devices whose removal *found* reports."""
-    links = (messages.IFINFOMSG.unpack_from(one.body) for one in found if one.kind == messages.RTM_DELLINK)
-    # With another family it is not the device that goes: a port that leaves its bridge says AF_BRIDGE.
-    return [index for family, _type, index, _flags, _change in links if family == socket.AF_UNSPEC]
+    return [index for kind, index, _flags in links(found) if kind == messages.RTM_DELLINK]
 
 
-def came_up(found: list[NetlinkMessage], down: set[int]) -> list[str]:
-    """The names of the devices that *found* reports to have come up, with a carrier.
-
-    *down* has the indices of devices that are down or have no carrier, and is updated. A message says whether
-    somebody has set the device up or down (`ifi_change`), but not whether the carrier has changed.
-    """
-    names = []
-    for one in found:
-        if one.kind not in (messages.RTM_NEWLINK, messages.RTM_DELLINK):
-            continue
-        family, _type, index, flags, changed = messages.IFINFOMSG.unpack_from(one.body)
-        if family != socket.AF_UNSPEC:
-            continue
-        if one.kind == messages.RTM_NEWLINK and not flags & IFF_LOWER_UP:
-            down.add(index)
-            continue
-        if one.kind == messages.RTM_NEWLINK and (index in down or changed & IFF_UP):
-            name = messages.attributes(one.body, messages.IFINFOMSG.size).get(messages.IFLA_IFNAME)
-            names.append(messages.text(name) or "")
-        down.discard(index)
-    return names
+def not_up(found: list[NetlinkMessage]) -> list[int]:
+    """The indices of the devices that are down, have no carrier, or have disappeared."""
+    return [index for kind, index, flags in links(found) if kind == messages.RTM_DELLINK or not flags & IFF_LOWER_UP]
 
 
-@dataclass(frozen=True)
-class Touched:
-    """What has changed on the node: devices by their index, destinations of routes. 0 and "" stand for any."""
+# One thing that has changed on the node, or that a NIC relies on: ("device", index), ("name", device's name),
+# ("port", index), ("route", prefix), ("rule", incoming device), ("neighbour", index, address). A default route's prefix
+# is "0.0.0.0/0" or "::/0".
+Thing = tuple[object, ...]
+ANYTHING: Thing = ("anything",)
 
-    devices: frozenset[int]
-    routes: frozenset[str]
-
-
-ANYTHING = Touched(frozenset({0}), frozenset({""}))
+# No neighbours that a bridge learns, and none that come and go by themselves: those can be thousands in a second.
+# linux/netlink.h, linux/neighbour.h; a filter reads numbers from the left, and the kernel has written its own way.
+NOT_LEARNT = [
+    (sockets.LOAD_HALF, 0, 0, 4),
+    (sockets.IF_EQUAL, 1, 0, int.from_bytes(messages.RTM_NEWNEIGH.to_bytes(2, sys.byteorder), "big")),
+    (sockets.IF_EQUAL, 0, 4, int.from_bytes(messages.RTM_DELNEIGH.to_bytes(2, sys.byteorder), "big")),
+    (sockets.LOAD_BYTE, 0, 0, messages.BODY),
+    (sockets.IF_EQUAL, 3, 0, socket.AF_BRIDGE),
+    (sockets.LOAD_BYTE, 0, 0, messages.BODY + 8 + (sys.byteorder == "big")),
+    (sockets.IF_ANY, 1, 0, NUD_DYNAMIC),
+    (sockets.RETURN, 0, 0, 0xFFFFFFFF),
+    (sockets.RETURN, 0, 0, 0),
+]
 
 
 class NodeEvents(Subscription):
-    """Calls *changed* when something has changed that a plan may have relied on: a device, what it forwards, a route.
+    """Calls *changed* with things that have changed on the node: see `Thing`.
 
     A socket of its own: in a storm of routes no device's end must get lost.
     """
 
-    def __init__(self, loop: Loop, changed: Callable[[Touched], None]) -> None:
+    def __init__(self, loop: Loop, changed: Callable[[frozenset[Thing]], None]) -> None:
         def heard(found: list[NetlinkMessage]) -> None:
-            changed(touched(found))
+            if things := frozenset(touched(found)):
+                changed(things)
 
-        groups = (*RTNLGRP_LINK, *RTNLGRP_ROUTE, *RTNLGRP_NETCONF)
-        super().__init__(loop, groups, heard, lambda: changed(ANYTHING))
+        groups = (*RTNLGRP_LINK, *RTNLGRP_NEIGH, *RTNLGRP_ROUTE, *RTNLGRP_RULE, *RTNLGRP_NETCONF)
+        super().__init__(loop, groups, heard, lambda: changed(frozenset({ANYTHING})))
+        sockets.attach(self.socket, NOT_LEARNT)
 
     def catch_up(self) -> None:
         """Take all that has come by now: a change is reported before whoever made it goes on."""
@@ -165,26 +169,53 @@ class NodeEvents(Subscription):
             pass
 
 
-def touched(found: list[NetlinkMessage]) -> Touched:
-    """What *found* is about. A default route's destination is "0.0.0.0/0" or "::/0"."""
-    devices, routes = set(), set()
+def touched(found: list[NetlinkMessage]) -> Iterator[Thing]:
+    """What *found* is about."""
     for one in found:
-        if one.kind in (messages.RTM_NEWLINK, messages.RTM_DELLINK):
-            family, _type, index, _flags, _change = messages.IFINFOMSG.unpack_from(one.body)
-            if family == socket.AF_UNSPEC:
-                devices.add(index)
-        elif one.kind in (messages.RTM_NEWROUTE, messages.RTM_DELROUTE):
-            family, length = one.body[:2]
-            destination = messages.attributes(one.body, messages.RTMSG.size).get(messages.RTA_DST)
-            packed = destination or bytes(16 if family == socket.AF_INET6 else 4)
-            with suppress(ValueError, OSError):  # of a family that is none of ours
-                routes.add(f"{socket.inet_ntop(family, packed)}/{length}")
-        elif one.kind == RTM_NEWNETCONF:
-            packed = messages.attributes(one.body, 4).get(NETCONFA_IFINDEX, b"")
-            index = int.from_bytes(packed, sys.byteorder, signed=True)
-            if index != NETCONFA_IFINDEX_DEFAULT:
-                devices.add(max(index, 0))  # -1 is the one for all
-    return Touched(frozenset(devices), frozenset(routes))
+        match one.kind:
+            case messages.RTM_NEWLINK | messages.RTM_DELLINK:
+                yield from touched_link(one.body)
+            case messages.RTM_NEWROUTE | messages.RTM_DELROUTE:
+                yield from touched_route(one.body)
+            case messages.RTM_NEWRULE | messages.RTM_DELRULE:
+                attrs = messages.attributes(one.body, messages.FIB_RULE_HDR.size)
+                yield "rule", messages.text(attrs.get(messages.FRA_IIFNAME))
+            case messages.RTM_NEWNEIGH | messages.RTM_DELNEIGH:
+                _family, index, _state, _flags, _type = messages.NDMSG.unpack_from(one.body)
+                address = messages.attributes(one.body, messages.NDMSG.size).get(messages.NDA_DST, b"")
+                if len(address) in (4, 16):
+                    yield "neighbour", index, messages.address_of(address)
+            case _ if one.kind == RTM_NEWNETCONF:
+                yield from touched_settings(one.body)
+
+
+def touched_link(body: bytes) -> Iterator[Thing]:
+    """What a message about a device, or about a port, is about."""
+    family, _type, index, _flags, _change = messages.IFINFOMSG.unpack_from(body)
+    if family == socket.AF_UNSPEC:
+        yield "device", index
+        yield "name", messages.text(messages.attributes(body, messages.IFINFOMSG.size).get(messages.IFLA_IFNAME))
+    else:
+        yield "port", index
+
+
+def touched_route(body: bytes) -> Iterator[Thing]:
+    """What a message about a route is about."""
+    family, length = body[:2]
+    destination = messages.attributes(body, messages.RTMSG.size).get(messages.RTA_DST)
+    packed = destination or bytes(16 if family == socket.AF_INET6 else 4)
+    with suppress(ValueError, OSError):  # of a family that is none of ours
+        yield "route", f"{socket.inet_ntop(family, packed)}/{length}"
+
+
+def touched_settings(body: bytes) -> Iterator[Thing]:
+    """What a message about a device's settings, such as forwarding, is about."""
+    packed = messages.attributes(body, 4).get(NETCONFA_IFINDEX, b"")
+    index = int.from_bytes(packed, sys.byteorder, signed=True)
+    if index > 0:
+        yield "device", index
+    elif index != NETCONFA_IFINDEX_DEFAULT:  # -1 is the one for all
+        yield ANYTHING
 
 
 class DirectoryEvents:

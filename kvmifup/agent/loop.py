@@ -170,6 +170,41 @@ class Timers:
         self._timers.clear()
 
 
+class Settling:
+    """Calls *action* once all has been quiet for *quiet* seconds after something was stirred up.
+
+    Where it does not get quiet, it acts all the same, less and less often: after `FIRST` seconds, then after twice as
+    many, up to `LONGEST`. One timer, however often it is stirred.
+    """
+
+    FIRST, LONGEST = 1.0, 8.0
+
+    def __init__(self, loop: Loop, quiet: float, action: Callable[[], None]) -> None:
+        self._loop = loop
+        self._quiet = quiet
+        self._action = action
+        self._timer: Timer | None = None
+        self._patience = self.FIRST
+        self._first = self._last = 0.0
+
+    def stir(self) -> None:
+        """Something has changed."""
+        self._last = time.monotonic()
+        if self._timer is None:
+            self._first = self._last
+            self._timer = self._loop.later(min(self._quiet, self._patience), self._due)
+
+    def _due(self) -> None:
+        now = time.monotonic()
+        quiet, late = self._last + self._quiet - now, self._first + self._patience - now
+        if quiet > 0 and late > 0:
+            self._timer = self._loop.later(min(quiet, late), self._due)
+            return
+        self._timer = None
+        self._patience = self.FIRST if quiet <= 0 else min(2 * self._patience, self.LONGEST)
+        self._action()
+
+
 class OneAtATime(Generic[T]):
     """A job for a thread that is never done twice at the same time: who asks meanwhile has it done once more.
 

@@ -18,10 +18,8 @@ FAMILIES = {
     "kvm_ifup_arrival_seconds": ("summary", "From a guest's first frame until it was wired and announced."),
     "kvm_ifup_arrival_failures_total": ("counter", "Attempts to wire a guest that had arrived, which failed."),
     "kvm_ifup_withdrawals_total": ("counter", "Guests that were found to have left and were withdrawn."),
-    "kvm_ifup_restorations_total": (
-        "counter",
-        "NICs whose proxy neighbours were put back on an uplink that came up again.",
-    ),
+    "kvm_ifup_mends_total": ("counter", "Times that what a NIC had lost on the node was put back."),
+    "kvm_ifup_mend_failures_total": ("counter", "Attempts to put it back that failed."),
     "kvm_ifup_leftovers_total": ("counter", "Leftovers of dead NICs and killed runs that were undone."),
     "kvm_ifup_nics": ("gauge", "NICs that have a journal, by the phase that they have reached."),
     "kvm_ifup_armed": ("gauge", "NICs whose guest is waited for."),

@@ -58,10 +58,11 @@ class TapRecord:
     *stamp* tells this version of the journal from others. *places* are where this node answers for the guest.
     *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
-    this one were UNFINISHED too.
+    this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
     """
 
     def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:
+        self.journal = journal
         self.nic = journal.nic
         self.ifindex = journal.ifindex
         self.phase = journal.phase
@@ -77,6 +78,7 @@ class TapRecord:
         self.prepared: PreparedArrival | None = None
         self.timers = Timers(loop)
         self.tries = 0
+        self.complaint = ""
         self._loop = loop
 
     @property
@@ -107,6 +109,11 @@ class TapRecord:
         """post is *prepared*."""
         self.become(State.READY)
         self.prepared = prepared
+
+    def uplinks(self) -> set[int]:
+        """The indices of the devices on which this node answers for the guest."""
+        devices = {dev for dev, _ in self.places}
+        return {index for dev, index in self.journal.devices if dev in devices}
 
     def is_there(self) -> bool:
         """Whether the device still exists, and its name is still its own."""

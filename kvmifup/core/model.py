@@ -113,10 +113,12 @@ class AgentConfig:
     """`[agent]`: it waits *arrival_timeout* seconds for a guest, and exits after *idle_exit* idle seconds, 0 for never.
 
     *withdraw*: it removes a guest's route and proxy entries when another node announces the guest.
+    *mend*: it puts back what the node has lost of what is wired.
     """
 
     arrival_timeout: float = 3600.0
     withdraw: bool = True
+    mend: bool = True
     idle_exit: float = 300.0
 
 

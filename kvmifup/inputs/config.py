@@ -149,5 +149,6 @@ CHECKS: dict[tuple[type[Any], str], Callable[[str, Any], Any]] = {
     (ExtConfig, "timeout"): seconds,
     (AgentConfig, "arrival_timeout"): hours,
     (AgentConfig, "withdraw"): yes_or_no,
+    (AgentConfig, "mend"): yes_or_no,
     (AgentConfig, "idle_exit"): hours,
 }

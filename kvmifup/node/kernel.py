@@ -78,6 +78,13 @@ class Kernel:
         """The index of *dev*, None if there is no such device."""
         return self._view.ifindex(dev)
 
+    def device(self, index: int) -> str | None:
+        """The name that the device with *index* has now, None if there is none."""
+        try:
+            return socket.if_indextoname(index)
+        except OSError:
+            return None
+
     # --- reading ----------------------------------------------------------------------------------------
 
     def read(self, op: Op) -> Value:

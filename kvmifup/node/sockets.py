@@ -79,7 +79,7 @@ def send(dev: str, frames: Sequence[bytes]) -> None:
 
 Instruction = tuple[int, int, int, int]  # struct sock_filter: code, instructions to skip if true and if false, operand
 LOAD_WORD, LOAD_HALF, LOAD_BYTE, TO_X = 0x20, 0x28, 0x30, 0x07
-IF_EQUAL, IF_EQUAL_X, IF_GREATER, RETURN = 0x15, 0x1D, 0x25, 0x06
+IF_EQUAL, IF_EQUAL_X, IF_GREATER, IF_ANY, RETURN = 0x15, 0x1D, 0x25, 0x45, 0x06
 PACKET_TYPE, INTERFACE = 0xFFFFF004, 0xFFFFF008  # SKF_AD_OFF + SKF_AD_PKTTYPE, + SKF_AD_IFINDEX
 PACKET_MULTICAST, PACKET_OUTGOING = 2, 4  # linux/if_packet.h; what is below them is for this node as well
 
@@ -170,14 +170,18 @@ def listener(dev: str, ethertype: int, program: list[Instruction]) -> socket.soc
     """A non-blocking socket for the frames of *ethertype* on *dev* that *program* lets through. Raises OSError."""
     made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
     try:
-        code = array("B", b"".join(struct.pack("=HBBI", *line) for line in program))
-        fprog = struct.pack("@HP", len(program), code.buffer_info()[0])
-        made.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+        attach(made, program)
         made.bind((dev, ethertype))  # after the filter is attached, or other frames would get in before
     except OSError:
         made.close()
         raise
     return made
+
+
+def attach(to: socket.socket, program: list[Instruction]) -> None:
+    """From now on *to* hears only what *program* lets through. Raises OSError."""
+    code = array("B", b"".join(struct.pack("=HBBI", *line) for line in program))
+    to.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program), code.buffer_info()[0]))
 
 
 def receive(via: socket.socket) -> tuple[bytes, float]:

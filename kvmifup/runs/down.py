@@ -30,7 +30,7 @@ def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], ses
     with ExitStack() as stack:
         stack.enter_context(about(tap))
         session.locked(stack, [tap])
-        journal = session.store.load(tap)
+        journal = session.load(tap)
         if journal is not None:
             owner = journal.nic.instance
             if None not in (owner, instance) and owner != instance and alive(journal, session):

@@ -22,6 +22,9 @@ class Host(Node, Protocol):
     def ifindex(self, dev: str) -> int | None:
         """The index of *dev*, None if there is no such device."""
 
+    def device(self, index: int) -> str | None:
+        """The name of the device with *index*, None if there is none."""
+
     def refresh(self) -> None:
         """Forget what was read: something may have changed."""
 
@@ -39,6 +42,10 @@ class Through:
     def ifindex(self, dev: str) -> int | None:
         """As the host's."""
         return self._host.ifindex(dev)
+
+    def device(self, index: int) -> str | None:
+        """As the host's."""
+        return self._host.device(index)
 
     def facts(self, nic: Nic, config: Config) -> NodeFacts:
         """As the host's."""

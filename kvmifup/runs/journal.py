@@ -4,6 +4,7 @@ One JSON file per tap, `state/<tap>.json` below the run directory::
 
     {"version": 1, "namespace": 4026531840, "nic": {...}, "ifindex": 7, "phase": "pre",
      "since": 1790000000.25, "by": "hook", "reason": null, "left": false,
+     "devices": {"eth0": 2},
      "entries": [{"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}, ...],
      "pending": [...]}
 
@@ -12,6 +13,7 @@ can share one run directory, and a live tap of one does not exist in another.
 `since` (seconds since 1970) is when the phase was reached or last changed something. `by` says who did that: "hook",
 "person" (at a terminal) or "agent". `reason` says why the agent did it: the guest's first frame, or a sentence.
 `left`: the guest ran here and has gone to another node since, so that the phase is pre again.
+`devices` are those that entries are about, other than the tap, each with its index: an uplink may be renamed.
 `entries` is what successful runs did, each op with the value from before the first of them. `pending` is
 what a run is about to do, or was doing when it was killed, with the values from before that run.
 """
@@ -56,6 +58,7 @@ class Journal:
     by: str = ""
     reason: str | None = None
     left: bool = False
+    devices: tuple[tuple[str, int], ...] = ()
     namespace: int = field(kw_only=True)
 
     def prior(self, key: tuple[object, ...]) -> Entry | None:
@@ -91,6 +94,7 @@ def encode(journal: Journal) -> dict[str, Any]:
         "by": journal.by,
         "reason": journal.reason,
         "left": journal.left,
+        "devices": dict(journal.devices),
         "entries": [encode_entry(entry) for entry in journal.entries],
         "pending": [encode_entry(entry) for entry in journal.pending],
     }
@@ -122,6 +126,7 @@ def decode(data: dict[str, Any]) -> Journal:
         by=str(data["by"]),
         reason=None if reason is None else str(reason),
         left=bool(data.get("left", False)),  # not in a journal of 0.1.0~
+        devices=tuple((str(dev), int(index)) for dev, index in data.get("devices", {}).items()),
         namespace=int(data["namespace"]),
     )
 

@@ -93,7 +93,7 @@ def collect(session: Session, taps: Sequence[str] | None = None) -> Results:
             with ExitStack() as stack:
                 session.locked(stack, [tap])
                 try:
-                    journal = session.store.load(tap)
+                    journal = session.load(tap)
                 except NamespaceError:
                     continue
                 except JournalError as error:

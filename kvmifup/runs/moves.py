@@ -1,4 +1,4 @@
-"""What the agent runs: a guest arrives, a guest leaves, an uplink comes back."""
+"""What the agent runs: a guest arrives, a guest leaves, what was lost is put back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from kvmifup import phases
 from kvmifup.core.errors import LockTimeoutError
 from kvmifup.core.model import Phase
-from kvmifup.core.ops import Sysctl
+from kvmifup.core.ops import LinkMtu, Sysctl
 from kvmifup.runs.apply import Job, apply, survey
 from kvmifup.runs.index import Stamp
 from kvmifup.runs.journal import Journal
@@ -88,11 +88,30 @@ def run_post(tap: str, wanted: Callable[[Journal], bool], session: Session) -> O
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
     """
     with holding(tap, session, lambda journal: journal.phase is not Phase.DOWN and wanted(journal)) as journal:
+        return run(Phase.POST, journal, session, admitted=False) if journal else None
+
+
+def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Outcome | None:
+    """Make true again what the NIC on *tap* has reached, but no more than *most*; None if there is nothing to do.
+
+    *mtu*: what the tap's was before somebody changed it, and its bridge has followed. The bridge does so once more.
+    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
+    """
+    with holding(tap, session, lambda journal: journal.phase is not Phase.DOWN) as journal:
         if journal is None:
             return None
-        outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
-        apply([job], session.kernel, session.store)
-        return outcome
+        first = survey([LinkMtu(tap, mtu)], session.kernel) if mtu else ()
+        for change in first:
+            session.kernel.write(change.op)
+        outcome = run(min(journal.phase, most), journal, session, admitted=True)
+        return replace(outcome, changes=(*first, *outcome.changes))
+
+
+def run(phase: Phase, journal: Journal, session: Session, *, admitted: bool) -> Outcome:
+    """Do *phase* for the NIC of *journal*, whose locks are held. Raises what `mend` raises."""
+    outcome, job = prepare(phase, journal.nic, session, announce=False, admitted=admitted)
+    apply([job], session.kernel, session.store)
+    return outcome
 
 
 def withdraw(tap: str, session: Session) -> Outcome | None:
@@ -113,27 +132,6 @@ def withdraw(tap: str, session: Session) -> Outcome | None:
         return Outcome(journal.nic.label, journal.nic, tap, Phase.PRE, undone)
 
 
-def restore(tap: str, uplink: str, session: Session) -> Outcome | None:
-    """Put back what the NIC on *tap* has lost on *uplink*: the kernel forgets proxy neighbours when it goes down.
-
-    The journal says what that was. A plan would not do: it finds the uplinks by the default route, which comes back
-    later than the device. Until then it would remove what it should put back.
-
-    None if the guest does not run here, or the uplink has gone. Raises what `apply.apply` raises,
-    LockTimeoutError, JournalError and NamespaceError.
-    """
-    with holding(tap, session, answered_for) as journal:
-        if journal is None or session.kernel.ifindex(uplink) is None:
-            return None
-        only = replace(session.config, routed=replace(session.config.routed, uplinks=(uplink,)))
-        facts = session.kernel.facts(journal.nic, only)
-        ops = phases.again(uplink, [entry.op for entry in journal.entries], facts)
-        changes = survey(ops, session.kernel)
-        after = session.dated(journal) if any(change.needed for change in changes) else journal
-        apply([Job(changes, journal, True, after)], session.kernel, session.store)
-        return Outcome(journal.nic.label, journal.nic, tap, Phase.POST, changes=changes)
-
-
 def answered_for(journal: Journal) -> bool:
     """Whether post has been done: this node answers for the guest."""
     return journal.phase is Phase.POST
@@ -149,7 +147,7 @@ def holding(tap: str, session: Session, wanted: Callable[[Journal], bool]) -> It
     with ExitStack() as stack:
         stack.enter_context(about(tap))
         session.locked(stack, [tap])
-        journal = session.store.load(tap)
+        journal = session.load(tap)
         if journal is None or journal.pending or not alive(journal, session) or not wanted(journal):
             yield None
             return

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvmifup import phases
-from kvmifup.core.model import Config, Nic, NodeFacts, Phase
+from kvmifup.core.model import Config, Nic, NodeFacts, Phase, Uplink
 from kvmifup.core.ops import Op, Value
 from kvmifup.runs.apply import Change, Job, survey, survey_undo
 from kvmifup.runs.host import Host, Through
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.leftovers import recover
 from kvmifup.runs.outcome import Outcome
-from kvmifup.runs.session import Session
+from kvmifup.runs.session import Session, devices_of, followed
 from kvmifup.runs.shared import claimed_elsewhere, unshared, with_claims
 
 
@@ -23,12 +23,13 @@ class Plan:
 
     *dropped* undoes what an earlier run did and nothing wants any more; *changes* are the ops of the phase. *before*
     is the tap's journal, *known* whether it is on disk or an empty one made up for a new tap. *kept* are its entries
-    that this phase does not ask for, and that stay all the same.
+    that this phase does not ask for, and that stay all the same. *last* are uplinks that only the journal knows.
     """
 
     nic: Nic
     phase: Phase
     facts: NodeFacts
+    last: tuple[Uplink, ...]
     before: Journal
     known: bool
     dropped: tuple[Change, ...]
@@ -43,36 +44,54 @@ class Plan:
         )
 
 
-def plan(phase: Phase, nic: Nic, journal: Journal | None, session: Session, *, announce: bool = False) -> Plan:
+def plan(
+    phase: Phase,
+    nic: Nic,
+    journal: Journal | None,
+    session: Session,
+    *,
+    announce: bool = False,
+    admitted: bool = False,
+) -> Plan:
     """What is to be done for *nic* to be right for *phase*, if *journal* is that of its tap, with nothing pending.
 
-    *announce* forces the announcement. Raises what `phases.plan` and reading the node raise.
+    *announce* forces the announcement. *admitted*: the guest is on this node already, so an uplink that is not ready
+    keeps nothing else from being done. Raises what `phases.plan` and reading the node raise.
     """
     config = session.config
+    journal = journal and followed(journal, session.kernel)
     facts = with_claims(session.kernel.facts(nic, config), nic, session)
     ours = journal and journal.prior(phases.ipv6_off(nic).key)
     if ours and ours.prior == "0" and nic.mode == "routed":  # off since the NIC was bridged; undone below
         facts = replace(facts, ipv6_mend=())
-    everything = phases.plan(Phase.POST, nic, config, facts, announce=announce)
-    ops = everything if phase is Phase.POST else phases.plan(phase, nic, config, facts, announce=announce)
+    last = last_uplinks(nic, journal, facts, session) if journal else ()
+    uplinks = (*facts.uplinks, *(uplink for uplink in last if admitted or not uplink.mend))
+    if admitted:
+        uplinks = tuple(replace(uplink, mend=()) for uplink in uplinks if phases.usable(uplink))
+    known = replace(facts, uplinks=uplinks)
+    everything = phases.plan(Phase.POST, nic, config, known, announce=announce)
+    ops = everything if phase is Phase.POST else phases.plan(phase, nic, config, known, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
     before = journal or Journal(nic, facts.tap.ifindex, namespace=session.store.namespace)
     same = set(ops)  # as nearly all entries are; to compare their keys would take longer
     others = [entry for entry in before.entries if entry.op not in same]
     planned = {op.key for op in ops} if others else set()
     later = {op.key for op in everything} if others else set()
+    unusable = {(uplink.name, uplink.family) for uplink in facts.uplinks if admitted and not phases.usable(uplink)}
     kept: list[Entry] = []
     dropped: list[Entry] = []
     for entry in others:
         if entry.op.key in planned:  # with another value now
             continue
         # pre, called once more after post, takes nothing away from a guest that runs here.
-        stays = entry.op.key in later or phases.unseen(entry.op, nic, config, facts)
+        stays = entry.op.key in later or phases.uplink_of(entry.op) in unusable
+        stays = stays or phases.unseen(entry.op, nic, config, facts)
         (kept if stays else dropped).append(entry)
     return Plan(
         nic,
         phase,
         facts,
+        last,
         before,
         known=journal is not None,
         dropped=survey_undo(unshared(before, dropped, session), session.kernel) if dropped else (),
@@ -81,17 +100,33 @@ def plan(phase: Phase, nic: Nic, journal: Journal | None, session: Session, *, a
     )
 
 
-def prepare(asked: Phase, nic: Nic, session: Session, *, announce: bool) -> tuple[Outcome, Job]:
+def last_uplinks(nic: Nic, journal: Journal, facts: NodeFacts, session: Session) -> tuple[Uplink, ...]:
+    """The uplinks that *journal* knows of address families for which none is seen now, if they could be used.
+
+    A default route tells the uplink, and it may come back long after the device, or for one family later than for the
+    other. Until then what was right stays right.
+    """
+    ops = [entry.op for entry in (*journal.entries, *journal.pending)]
+    known = {uplink for op in ops if phases.unseen(op, nic, session.config, facts) and (uplink := phases.uplink_of(op))}
+    if not known:
+        return ()
+    names = tuple(dict.fromkeys(name for name, _ in sorted(known)))
+    named = replace(session.config, routed=replace(session.config.routed, uplinks=names))
+    found = session.kernel.facts(nic, named).uplinks
+    return tuple(one for one in found if (one.name, one.family) in known and phases.usable(one))
+
+
+def prepare(phase: Phase, nic: Nic, session: Session, *, announce: bool, admitted: bool = False) -> tuple[Outcome, Job]:
     """Clear up after a dead or killed run on this tap, then find out what *nic* needs; in a dry run, what it would."""
-    journal = session.store.load(nic.tap)
+    journal = session.load(nic.tap)
     undone: tuple[Change, ...] = ()
     if journal is not None:
         journal, undone = recover(journal, session)
     if session.dry:
         session = replace(session, kernel=Foreseen(session.kernel, undone))
-    found = plan(phases.effective(asked, nic), nic, journal, session, announce=announce)
+    found = plan(phase, nic, journal, session, announce=announce, admitted=admitted)
     changes = (*found.dropped, *found.changes)
-    remarks = phases.remarks(found.phase, nic, found.facts)
+    remarks = phases.remarks(found.phase, nic, replace(found.facts, uplinks=(*found.facts.uplinks, *found.last)))
     outcome = Outcome(nic.label, nic, nic.tap, found.phase, undone, changes, remarks)
     return outcome, Job(changes, found.before, found.known, journal_after(found, session))
 
@@ -107,6 +142,7 @@ def journal_after(found: Plan, session: Session) -> Journal:
         # Only a hook, or post, says that the guest is to come back.
         left=found.before.left and found.phase is Phase.PRE and session.by == "agent",
     )
+    after = replace(after, devices=devices_of(after, session.kernel))
     changed = any(change.needed and change.op.undoable for change in (*found.dropped, *found.changes))
     return session.dated(after) if changed or after.phase is not found.before.phase else after
 

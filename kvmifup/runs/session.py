@@ -13,7 +13,7 @@ from kvmifup.core.model import Config, Nic
 from kvmifup.node.kernel import Kernel
 from kvmifup.runs import locks
 from kvmifup.runs.host import Host, Timed
-from kvmifup.runs.journal import Journal
+from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.store import Store
 
 
@@ -55,6 +55,11 @@ class Session:
             self.store.begin(locks.path(self.run_dir, locks.UPLINK))
             self.kernel.refresh()
 
+    def load(self, tap: str) -> Journal | None:
+        """The journal of *tap* as `followed`, None if it has none. Raises JournalError and NamespaceError."""
+        journal = self.store.load(tap)
+        return journal and followed(journal, self.kernel)
+
     def dated(self, journal: Journal) -> Journal:
         """*journal* with the time and the caller of this run, which has reached a phase or changed something."""
         return replace(journal, since=time.time(), by=self.by, reason=self.reason)
@@ -91,6 +96,37 @@ def opened(
 def alive(journal: Journal, session: Session) -> bool:
     """Whether the tap is still the one that *journal* is about."""
     return session.kernel.ifindex(journal.nic.tap) == journal.ifindex
+
+
+def followed(journal: Journal, kernel: Host) -> Journal:
+    """*journal* with the names that its devices have now: somebody may have renamed an uplink.
+
+    What is on it goes with it, proxy neighbours and settings. The list of devices stays as it is on disk, so that the
+    next run sees that the journal has to be written.
+    """
+    names = {
+        dev: name
+        for dev, index in journal.devices
+        if kernel.ifindex(dev) != index and (name := kernel.device(index)) is not None
+    }
+    if not names:
+        return journal
+
+    def renamed(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        return tuple(
+            replace(entry, op=replace(entry.op, dev=names[dev]))  # type: ignore[call-arg]
+            if (dev := getattr(entry.op, "dev", None)) in names
+            else entry
+            for entry in entries
+        )
+
+    return replace(journal, entries=renamed(journal.entries), pending=renamed(journal.pending))
+
+
+def devices_of(journal: Journal, kernel: Host) -> tuple[tuple[str, int], ...]:
+    """The devices that the entries of *journal* are about, other than its tap, with their indices."""
+    devices: set[str] = {getattr(entry.op, "dev", journal.nic.tap) for entry in journal.entries} - {journal.nic.tap}
+    return tuple((dev, index) for dev in sorted(devices) if (index := kernel.ifindex(dev)) is not None)
 
 
 def shares(journal: Journal) -> bool:

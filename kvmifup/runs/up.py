@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from kvmifup import phases
 from kvmifup.core.model import Nic, Phase
 from kvmifup.runs.apply import apply
 from kvmifup.runs.outcome import Outcome
@@ -27,7 +28,7 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
         prepared = []
         for nic in nics:
             with about(nic.label):
-                prepared.append(prepare(asked, nic, session, announce=announce))
+                prepared.append(prepare(phases.effective(asked, nic), nic, session, announce=announce))
         if not session.dry:
             apply([job for _, job in prepared], session.kernel, session.store)
     return [outcome for outcome, _ in prepared]

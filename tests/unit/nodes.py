@@ -117,6 +117,7 @@ class FakeKernel(MemoryNode):
         super().__init__()
         self.indexes = {tap: 7 + number for number, tap in enumerate(taps or ("tap0",))}
         self.uplinks: tuple[Uplink, ...] = (ETH0_4, ETH0_6)
+        self.seen = True  # whether a default route tells the uplinks
         self.bridges: dict[str, Bridge] = {"br0": BRIDGE, "ovs0": BRIDGE}
 
     def facts(self, nic: Nic, config: Config) -> NodeFacts:
@@ -128,11 +129,16 @@ class FakeKernel(MemoryNode):
             program=f"/ext/{nic.link}" if nic.mode == "ext" else None,
             table=MAIN_TABLE if nic.link is None else tables.number(nic.link, ()),
             rules=tuple(rule for rule in self.of(Rule) if isinstance(rule, Rule) and rule.iif == nic.tap),
-            uplinks=tuple(u for u in self.uplinks if u.family in families and (names is None or u.name in names)),
+            uplinks=tuple(
+                u for u in self.uplinks if u.family in families and (self.seen if names is None else u.name in names)
+            ),
         )
 
     def ifindex(self, dev: str) -> int | None:
         return self.indexes.get(dev)
+
+    def device(self, index: int) -> str | None:
+        return next((dev for dev, one in self.indexes.items() if one == index), None)
 
     def refresh(self) -> None:
         """A test that changes the node between two reads sees it at once."""
@@ -166,6 +172,15 @@ class FakeKernel(MemoryNode):
         """The next guest got a tap of the same name."""
         self.remove_tap(tap)
         self.indexes[tap] = 1000 + len(self.writes)
+
+    def rename(self, old: str, new: str) -> None:
+        """Somebody calls an uplink by another name; what is on it stays."""
+        self.indexes[new] = self.indexes.pop(old)
+        self.uplinks = tuple(replace(u, name=new if u.name == old else u.name) for u in self.uplinks)
+        self.absent.add(old)
+        for key in [key for key in self.values if getattr(self.known[key], "dev", None) == old]:
+            op = replace(self.known[key], dev=new)  # type: ignore[call-arg]
+            self.known[op.key], self.values[op.key] = op, self.values.pop(key)
 
     def remove_uplink(self, name: str) -> None:
         """Somebody unplugged it."""

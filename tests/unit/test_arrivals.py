@@ -16,8 +16,8 @@ import pytest
 from kvmifup.agent import announcements, arrivals
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.arrivals import Arrivals
-from kvmifup.agent.events import ANYTHING, Touched
-from kvmifup.agent.loop import Loop
+from kvmifup.agent.events import ANYTHING, Thing
+from kvmifup.agent.loop import Loop, Settling
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, NotReadyError
@@ -30,7 +30,8 @@ from kvmifup.runs.outcome import Outcome
 from .samples import HERE, MAC, ROUTED, into
 
 FRAME = bytes.fromhex("ff" * 6 + MAC.replace(":", "") + "8035") + bytes(46)
-NOTHING = Touched(frozenset({99}), frozenset())
+NOTHING: frozenset[Thing] = frozenset({("device", 99)})
+EVERYTHING = frozenset({ANYTHING})
 OUTCOME = Outcome(ROUTED.label, ROUTED, "tap0", Phase.POST)
 
 
@@ -64,7 +65,11 @@ class Waiting:
         self.ours.setblocking(False)
         self.looked_again_at: list[TapRecord] = []
         self.tap = TapRecord(self.loop, Journal(ROUTED, 7, Phase.PRE, namespace=HERE), (1,))
-        self.room = Arrivals(self.loop, self.runner, cast(Taps, self), Announcements(self.loop, self.runner))
+        self.settling = Settling(self.loop, 0.01, lambda: self.room.prepare_anew())
+        announcer = Announcements(self.loop, self.runner)
+        self.room = Arrivals(
+            self.loop, self.runner, cast(Taps, self), announcer, catch_up=lambda: None, stir=self.settling.stir
+        )
 
     def __iter__(self) -> Iterator[TapRecord]:
         return iter([self.tap])
@@ -138,11 +143,9 @@ def waiting(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     for name, results in (("arrive", one.arrivals), ("run_post", one.posts)):
         monkeypatch.setattr(arrivals, name, lambda *_, name=name, results=results: one.next(name, results))
     monkeypatch.setattr(arrivals, "prepare_arrival", one.prepare_arrival)
-    monkeypatch.setattr(arrivals, "QUIET", 0.01)
     monkeypatch.setattr(arrivals, "RECHECK", 0.01)
     one.tap.since = time.time()
     yield one
-    one.room._node.socket.close()
     if one.tap.state is not State.OVER:
         one.tap.become(State.OVER)
     one.guest.close()
@@ -190,10 +193,10 @@ def test_what_has_become_wrong_is_prepared_anew_once_it_is_quiet(waiting: Waitin
     waiting.preparations += [Prepared(), Prepared()]
     waiting.arm()
     waiting.run_until(State.READY)
-    waiting.room._node_changed(NOTHING)
+    waiting.room.outdate(NOTHING)
     assert waiting.tap.prepared
     for _ in range(100):
-        waiting.room._node_changed(ANYTHING)
+        waiting.room.outdate(EVERYTHING)
         assert not waiting.tap.prepared
     waiting.run_until(State.READY)
     assert len(waiting.calls) == 2
@@ -204,7 +207,7 @@ def test_what_has_become_wrong_while_it_was_prepared_is_prepared_anew(waiting: W
     def change_once() -> None:
         if len(waiting.calls) == 0:
             done = threading.Event()
-            waiting.loop.soon(lambda: waiting.room._node_changed(ANYTHING))
+            waiting.loop.soon(lambda: waiting.room.outdate(EVERYTHING))
             waiting.loop.soon(done.set)
             assert done.wait(30)
 
@@ -223,7 +226,7 @@ def test_a_guest_that_does_not_come_in_time_is_not_waited_for(waiting: Waiting) 
     waiting.arm()
     waiting.run_until(State.DISARMED)
     assert waiting.said[-1] == f"{ROUTED.label}: the guest has not arrived in 0.05 s: disarmed"
-    waiting.room._node_changed(ANYTHING)
+    waiting.room.outdate(EVERYTHING)
     waiting.pass_time(0.05)
     assert len(waiting.calls) == 1
 
@@ -232,10 +235,9 @@ def test_a_guest_that_does_not_come_in_time_is_not_waited_for(waiting: Waiting) 
 
 
 def test_the_first_frame_has_what_is_prepared_done_in_the_loop_itself(waiting: Waiting) -> None:
-    waiting.posts.append(None)  # the second look
     waiting.hear(OUTCOME)
-    waiting.until(lambda: len(waiting.calls) == 3)
-    assert waiting.calls == [("prepare", False), ("arrive", True), ("run_post", False)]
+    waiting.until(lambda: len(waiting.calls) == 2)
+    assert waiting.calls == [("prepare", False), ("arrive", True)]
     assert waiting.tap.state is State.ARRIVING
     assert waiting.tap.listener is None
     assert "arrived, first frame RARP; wired" in waiting.said[-1]
@@ -244,25 +246,24 @@ def test_the_first_frame_has_what_is_prepared_done_in_the_loop_itself(waiting: W
 def test_what_takes_long_is_done_in_a_thread_as_it_was_prepared(waiting: Waiting) -> None:
     waiting.preparations.append(Prepared(waits=True))
     waiting.arrivals.append(OUTCOME)
-    waiting.posts.append(None)
     waiting.arm()
     waiting.run_until(State.READY)
     waiting.guest.send(FRAME)
-    waiting.until(lambda: not waiting.posts)
-    assert waiting.calls[1:] == [("arrive", False), ("run_post", False)]
+    waiting.until(lambda: len(waiting.calls) == 2)
+    assert waiting.calls[1:] == [("arrive", False)]
 
 
 @pytest.mark.parametrize("why", ["not prepared", "takes long", "has changed"])
 def test_else_post_is_done_in_a_thread(waiting: Waiting, why: str) -> None:
     waiting.preparations.append(None if why == "not prepared" else Prepared(waits=why == "takes long"))
     waiting.arrivals.append(None)
-    waiting.posts += [OUTCOME, None]
+    waiting.posts.append(OUTCOME)
     waiting.arm()
     waiting.run_until(State.ARMED if why == "not prepared" else State.READY)
     waiting.guest.send(FRAME)
     waiting.until(lambda: not waiting.posts)
     tried = {"not prepared": [], "takes long": [("arrive", False)], "has changed": [("arrive", True)]}[why]
-    assert waiting.calls[1:] == [*tried, ("run_post", False), ("run_post", False)]
+    assert waiting.calls[1:] == [*tried, ("run_post", False)]
     assert waiting.tap.state is State.ARRIVING
 
 

@@ -11,8 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup.agent.events import ANYTHING, DirectoryEvents, NetlinkMessage, came_up, removed, split, touched
+from kvmifup.agent.events import (
+    ANYTHING,
+    NOT_LEARNT,
+    DirectoryEvents,
+    NetlinkMessage,
+    not_up,
+    removed,
+    split,
+    touched,
+)
 from kvmifup.agent.loop import Loop
+from kvmifup.node import sockets
 
 NEWLINK, DELLINK, NEWROUTE, DELROUTE, NEWNETCONF = 16, 17, 24, 25, 80
 AF_BRIDGE = 7
@@ -54,33 +64,31 @@ def test_only_a_device_that_goes_is_removed() -> None:
     assert removed(list(split(data))) == [4, 6]
 
 
-def state(index: int, flags: int, changed: int = 0, name: bytes = b"eth0") -> bytes:
-    """How a device is now, and what of it somebody has changed."""
-    return netlink(NEWLINK, struct.pack("=BxHiII", 0, 1, index, flags, changed) + attribute(3, name + b"\0"))
+def state(index: int, flags: int) -> bytes:
+    """How a device is now."""
+    return netlink(NEWLINK, struct.pack("=BxHiII", 0, 1, index, flags, 0) + attribute(3, b"eth0\0"))
 
 
 UP, CARRIER = 0x1, 0x10000
 
 
-@pytest.mark.parametrize(
-    ("data", "names"),
-    [
-        (state(3, UP | CARRIER), []),  # it was up, as far as anybody knows
-        (state(3, 0, UP) + state(3, UP | CARRIER, UP), ["eth0"]),
-        (state(3, UP | CARRIER, UP), ["eth0"]),  # somebody has just done so
-        (state(3, 0, UP) + state(3, UP, UP), []),  # no carrier yet
-        (state(3, 0, UP) + state(3, UP, UP) + state(3, UP | CARRIER) + state(3, UP | CARRIER), ["eth0"]),
-        (state(3, UP) + state(3, UP | CARRIER) + state(3, UP) + state(3, UP | CARRIER), ["eth0", "eth0"]),
-        (state(3, UP) + state(4, UP | CARRIER, 0, b"eth1"), []),
-        (state(3, UP) + link(DELLINK, 3) + state(3, UP | CARRIER), []),
-        (state(9, UP | CARRIER, 0xFFFFFFFF, b"new"), ["new"]),  # made so
-        (state(3, UP) + link(NEWLINK, 3, AF_BRIDGE) + state(3, UP), []),
-    ],
-)
-def test_which_devices_have_come_up(data: bytes, names: list[str]) -> None:
-    assert came_up(list(split(data)), set()) == names
-    down: set[int] = set()
-    assert [name for one in split(data) for name in came_up([one], down)] == names
+def test_what_is_down_has_no_carrier_or_has_gone_is_not_up() -> None:
+    data = state(3, 0) + state(4, UP) + state(5, UP | CARRIER) + link(DELLINK, 6) + link(DELLINK, 7, AF_BRIDGE)
+    assert not_up(list(split(data))) == [3, 4, 6]
+
+
+def rule(kind: int, iif: str | None) -> bytes:
+    """About a policy rule."""
+    return netlink(kind, bytes([socket.AF_INET]) + bytes(11) + (attribute(3, iif.encode() + b"\0") if iif else b""))
+
+
+def neighbour(kind: int, index: int, address: str, state: int, family: int = socket.AF_INET) -> bytes:
+    """About a neighbour entry; of a bridge, if there is no address."""
+    packed = attribute(1, socket.inet_aton(address)) if address else attribute(2, bytes(6))
+    return netlink(kind, struct.pack("=BxxxiHBB", family, index, state, 0, 0) + packed)
+
+
+NEWNEIGH, DELNEIGH, NEWRULE, DELRULE = 28, 29, 32, 33
 
 
 def test_what_is_touched() -> None:
@@ -88,22 +96,61 @@ def test_what_is_touched() -> None:
         link(NEWLINK, 3) + link(DELLINK, 4) + link(NEWLINK, 5, AF_BRIDGE)
         + route(NEWROUTE, "0.0.0.0", 0) + route(DELROUTE, "::", 0)
         + route(NEWROUTE, "192.0.2.8", 32) + route(DELROUTE, "2001:db8::8", 128) + route(NEWROUTE, "198.51.100.0", 29)
+        + rule(DELRULE, "tap0") + rule(NEWRULE, None)
+        + neighbour(DELNEIGH, 6, "192.0.2.8", 0) + neighbour(NEWNEIGH, 6, "", 0, AF_BRIDGE)
         + netconf(9) + netconf(-2)
     )  # fmt: skip
-    found = touched(list(split(data)))
-    assert found.devices == {3, 4, 9}
-    assert found.routes == {"0.0.0.0/0", "::/0", "192.0.2.8/32", "2001:db8::8/128", "198.51.100.0/29"}
+    prefixes = ("0.0.0.0/0", "::/0", "192.0.2.8/32", "2001:db8::8/128", "198.51.100.0/29")
+    assert set(touched(list(split(data)))) == {
+        *(("device", index) for index in (3, 4, 9)),
+        ("name", "tap0"),
+        ("port", 5),
+        *(("route", prefix) for prefix in prefixes),
+        ("rule", "tap0"),
+        ("rule", None),
+        ("neighbour", 6, "192.0.2.8"),
+    }
 
 
 def test_what_holds_for_all_devices_touches_any() -> None:
-    assert touched(list(split(netconf(-1)))).devices & ANYTHING.devices
+    assert list(touched(list(split(netconf(-1))))) == [ANYTHING]
+
+
+STALE, FAILED, PERMANENT = 0x04, 0x20, 0x80
+
+
+@pytest.mark.parametrize(
+    ("message", "heard"),
+    [
+        (neighbour(NEWNEIGH, 3, "192.0.2.8", STALE), False),
+        (neighbour(DELNEIGH, 3, "192.0.2.8", STALE), False),
+        (neighbour(NEWNEIGH, 3, "", PERMANENT, AF_BRIDGE), False),
+        (neighbour(NEWNEIGH, 3, "192.0.2.8", PERMANENT), True),
+        (neighbour(DELNEIGH, 3, "192.0.2.8", FAILED), True),
+        (neighbour(DELNEIGH, 3, "192.0.2.8", 0), True),
+        (link(NEWLINK, 3), True),
+        (rule(DELRULE, "tap0"), True),
+        (netconf(3), True),
+    ],
+)
+def test_neighbours_that_come_and_go_by_themselves_are_not_heard(message: bytes, heard: bool) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        sockets.attach(ours, NOT_LEARNT)
+        ours.setblocking(False)
+        theirs.send(message)
+        if heard:
+            assert ours.recv(4096) == message
+        else:
+            with pytest.raises(BlockingIOError):
+                ours.recv(4096)
 
 
 @given(st.binary(max_size=200))
 def test_cut_or_senseless_messages_are_no_trouble(data: bytes) -> None:
     list(split(data))
     for kind in (NEWROUTE, NEWNETCONF):
-        touched([NetlinkMessage(kind, b"\x02\x20" + data)])
+        list(touched([NetlinkMessage(kind, b"\x02\x20" + data)]))
 
 
 @given(st.lists(st.tuples(st.sampled_from([NEWLINK, DELLINK]), st.integers(1, 1 << 30)), max_size=20))

@@ -78,6 +78,7 @@ def test_the_format_that_the_docstring_promises(store: Store) -> None:
         "by",
         "reason",
         "left",
+        "devices",
         "entries",
         "pending",
     }

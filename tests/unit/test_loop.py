@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvmifup.agent.loop import THREADS, Loop, OneAtATime, Timers
+from kvmifup.agent.loop import THREADS, Loop, OneAtATime, Settling, Timers
 
 
 def test_timers_run_in_the_order_in_which_they_are_due(loop: Loop) -> None:
@@ -347,3 +348,42 @@ def test_cancelled_timers_do_nothing_and_new_ones_do(loop: Loop) -> None:
     loop.later(0.02, loop.stop)
     loop.run()
     assert done == ["a again"]
+
+
+# --- until it is quiet --------------------------------------------------------------------------------------
+
+
+def stirring(loop: Loop, settling: Settling, every: float, seconds: float) -> None:
+    """Stir again and again, then run on for a while."""
+    end = time.monotonic() + seconds
+
+    def again() -> None:
+        if time.monotonic() < end:
+            settling.stir()
+            loop.later(every, again)
+
+    again()
+    loop.later(seconds + 0.3, loop.stop)
+    loop.run()
+
+
+def test_what_is_stirred_once_or_often_settles_once(loop: Loop) -> None:
+    done: list[float] = []
+    settling = Settling(loop, 0.1, lambda: done.append(time.monotonic()))
+    for _ in range(1000):
+        settling.stir()
+    assert len(loop._timers) == 1
+    stirring(loop, settling, 0.01, 0.2)
+    assert len(done) == 1
+
+
+def test_where_it_does_not_get_quiet_it_acts_less_and_less_often(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settling, "FIRST", 0.1)
+    monkeypatch.setattr(Settling, "LONGEST", 0.4)
+    done: list[float] = []
+    settling = Settling(loop, 10, lambda: done.append(time.monotonic()))
+    stirring(loop, settling, 0.005, 2.0)
+    pauses = [later - earlier for earlier, later in itertools.pairwise(done)]
+    assert pauses[0] >= 0.19
+    assert all(pause >= 0.39 for pause in pauses[1:])
+    assert len(loop._timers) <= 2

@@ -38,7 +38,7 @@ from kvmifup.runs import locks
 from kvmifup.runs.down import down, taps_of_instance
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.leftovers import collect
-from kvmifup.runs.moves import prepare_arrival, restore, run_post, withdraw
+from kvmifup.runs.moves import mend, prepare_arrival, run_post, withdraw
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session
 from kvmifup.runs.store import Store
@@ -390,7 +390,7 @@ def test_no_uplinks_because_the_administrator_wants_none(node: Node) -> None:
     assert {op.dev for op in node.kernel.of(Sysctl) if isinstance(op, Sysctl)} == {"tap0"}
 
 
-# --- an uplink that was down ----------------------------------------------------------------------------
+# --- what was lost ----------------------------------------------------------------------------
 
 
 def lose(node: Node, *lost: Op) -> None:
@@ -399,18 +399,19 @@ def lose(node: Node, *lost: Op) -> None:
         del node.kernel.values[op.key]
 
 
-def restored(node: Node) -> Outcome | None:
-    """eth0 is up again."""
-    node.kernel.indexes["eth0"] = 2
-    return restore("tap0", "eth0", node.session())
+def mended(node: Node, most: Phase = Phase.POST) -> Outcome | None:
+    """The agent has noticed."""
+    return mend("tap0", most, node.session())
 
 
-def test_what_was_lost_on_an_uplink_is_put_back_and_announced(node: Node) -> None:
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_was_lost_is_put_back_and_announced_also_without_a_default_route(node: Node, seen: bool) -> None:
     node.post(DUAL)
     values = dict(node.kernel.values)
     lose(node, PROXY_NDP, *node.kernel.of(ProxyNeighbour))
+    node.kernel.seen = seen
     before = len(node.kernel.writes)
-    outcome = restored(node)
+    outcome = mended(node)
     assert outcome is not None
     assert outcome.messages == (("eth0", "192.0.2.8", "192.0.2.8"), ("eth0", "2001:db8::8", "fe80::1"))
     kinds = [op.kind for op in node.kernel.writes[before:]]
@@ -418,7 +419,7 @@ def test_what_was_lost_on_an_uplink_is_put_back_and_announced(node: Node) -> Non
     assert node.kernel.values == values
     # Once more: nothing to do, and nothing is written.
     files = identity(node.run_dir)
-    again = restored(node)
+    again = mended(node)
     assert again is not None
     assert not any(change.needed for change in again.changes)
     assert identity(node.run_dir) == files
@@ -426,31 +427,75 @@ def test_what_was_lost_on_an_uplink_is_put_back_and_announced(node: Node) -> Non
     assert node.kernel.values == {}
 
 
-def test_only_what_is_on_the_uplink_that_is_up_again(node: Node) -> None:
-    node.kernel.uplinks = (ETH0_4, ETH1_4, ETH0_6)
+@pytest.mark.parametrize("unready", [{"up": False}, {"mend": ("net.ipv6.conf.eth1.disable_ipv6=0",)}])
+def test_an_uplink_that_is_not_ready_keeps_the_others_from_nothing(node: Node, unready: dict[str, Any]) -> None:
+    node.kernel.uplinks = (ETH0_4, ETH1_4, ETH0_6, ETH1_6)
     node.post(DUAL)
     lose(node)
-    node.kernel.uplinks = (ETH0_4, replace(ETH1_4, up=False), ETH0_6)  # this one may stay down for long
-    restored(node)
+    node.kernel.uplinks = (ETH0_4, replace(ETH1_4, **unready), ETH0_6, replace(ETH1_6, **unready))
+    mended(node)
     proxied = {(op.dev, op.address) for op in node.kernel.of(ProxyNeighbour) if isinstance(op, ProxyNeighbour)}
     assert proxied == {("eth0", "192.0.2.8"), ("eth0", "2001:db8::8")}
+    assert {entry.op.dev for entry in node.journal().entries if isinstance(entry.op, ProxyNeighbour)} == {
+        "eth0",
+        "eth1",
+    }
+    node.kernel.uplinks = (ETH0_4, ETH1_4, ETH0_6, ETH1_6)
+    mended(node)
+    assert len(node.kernel.of(ProxyNeighbour)) == 4
+    node.down()
+    assert node.kernel.values == {}
 
 
-def test_nothing_is_put_back_for_a_guest_that_does_not_run_here(node: Node) -> None:
-    assert restored(node) is None
-    node.pre(DUAL)
-    assert restored(node) is None
-    node.post(DUAL)
+def test_only_the_phase_that_was_reached_is_made_true_again(node: Node) -> None:
+    assert mended(node) is None
+    node.pre(TABLED)
+    (rule,) = (op for op in node.kernel.of(Rule) if isinstance(op, Rule) and op.family == 4)
+    lose(node, rule)
+    mended(node)
+    assert rule in node.kernel.of(Rule)
+    assert not node.kernel.of(Route) + node.kernel.of(ProxyNeighbour)
+    node.post(TABLED)
     withdraw("tap0", node.session())
-    assert restored(node) is None
-    node.post(DUAL)
+    mended(node)
+    assert not node.kernel.of(Route) + node.kernel.of(ProxyNeighbour)
+    node.post(TABLED)
+    whole = dict(node.kernel.values)
+    lose(node, rule, *node.kernel.of(Route))
+    mended(node, Phase.PRE)
+    assert (rule in node.kernel.of(Rule), node.kernel.of(Route)) == (True, [])
+    assert node.journal().phase is Phase.POST
+    mended(node)
+    assert node.kernel.values == whole
     node.kernel.replace_tap("tap0")
-    assert restored(node) is None
-    del node.kernel.indexes["eth0"]
-    assert restore("tap0", "eth0", node.session()) is None
+    assert mended(node) is None
 
 
-def test_a_restoration_that_fails_or_is_killed_leaves_what_the_next_run_mends(nodes: Callable[[], Node]) -> None:
+def test_what_is_on_a_renamed_uplink_goes_with_it(node: Node) -> None:
+    node.kernel.indexes["eth0"] = 2
+    node.post(DUAL)
+    node.post(SECOND)
+    node.kernel.rename("eth0", "wan0")
+    values = dict(node.kernel.values)
+    writes = len(node.kernel.writes)
+    for tap in ("tap0", "tap1"):
+        mend(tap, Phase.POST, node.session())
+        assert node.journal(tap).devices == (("wan0", 2),)
+    assert (node.kernel.values, len(node.kernel.writes)) == (values, writes)
+    node.down("tap0")
+    node.down("tap1")
+    assert node.kernel.values == {}
+
+
+def test_what_is_on_a_renamed_uplink_is_undone_also_if_nobody_has_noticed(node: Node) -> None:
+    node.kernel.indexes["eth0"] = 2
+    node.post(DUAL)
+    node.kernel.rename("eth0", "wan0")
+    node.down()
+    assert node.kernel.values == {}
+
+
+def test_a_mend_that_fails_or_is_killed_leaves_what_the_next_run_mends(nodes: Callable[[], Node]) -> None:
     step = 0
     killed = True
     while killed:
@@ -458,7 +503,7 @@ def test_a_restoration_that_fails_or_is_killed_leaves_what_the_next_run_mends(no
         node.post(DUAL)
         whole = dict(node.kernel.values)
         lose(node)
-        killed = killed_at(step, node, lambda: restored(node))  # noqa: B023 (called at once)
+        killed = killed_at(step, node, lambda: mended(node))  # noqa: B023 (called at once)
         node.post(DUAL)
         assert node.kernel.values == whole, f"step {step}"
         node.down()

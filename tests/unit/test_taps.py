@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from kvmifup.agent.arrivals import relies_on
-from kvmifup.agent.events import ANYTHING, Touched
+from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, NEXT, State, TapRecord, Taps, state_of
@@ -155,24 +155,22 @@ class Prepared:
 
 
 @pytest.mark.parametrize(
-    ("devices", "routes", "relies"),
+    ("touched", "relies"),
     [
-        (set(), set(), False),
-        ({2}, set(), True),
-        ({7}, set(), False),
-        ({9}, set(), False),
-        (set(), {"192.0.2.8/32"}, True),
-        (set(), {"2001:db8::8/128"}, True),
-        (set(), {"192.0.2.9/32", "10.0.0.0/8"}, False),
-        (set(), {"0.0.0.0/0"}, True),
-        (set(), {"::/0"}, True),
-        (ANYTHING.devices, set(), True),
-        (set(), ANYTHING.routes, True),
+        (set(), False),
+        ({("device", 2)}, True),
+        ({("device", 7), ("name", "tap0"), ("name", "eth0"), ("port", 2), ("rule", "tap0")}, False),
+        ({("device", 9)}, False),
+        ({("route", "192.0.2.8/32")}, True),
+        ({("route", "2001:db8::8/128")}, True),
+        ({("route", "192.0.2.9/32"), ("route", "10.0.0.0/8")}, False),
+        ({("route", "0.0.0.0/0")}, True),
+        ({("route", "::/0")}, True),
+        ({ANYTHING}, True),
     ],
 )
-def test_what_was_prepared_relies_on_its_devices_and_routes(devices: set[int], routes: set[str], relies: bool) -> None:
-    touched = Touched(frozenset(devices), frozenset(routes))
-    assert relies_on(cast(PreparedArrival, Prepared()), DUAL, touched) is relies
+def test_what_was_prepared_relies_on_its_devices_and_routes(touched: set[Thing], relies: bool) -> None:
+    assert relies_on(cast(PreparedArrival, Prepared()), DUAL, frozenset(touched)) is relies
 
 
 # --- the journals ---------------------------------------------------------------------------------------

@@ -1,0 +1,274 @@
+"""Looks at NICs, and puts right what is wrong with them: the part of mending that is done in a thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from kvmifup import phases
+from kvmifup.agent.announcements import Announcements
+from kvmifup.agent.departures import answers
+from kvmifup.agent.events import Thing
+from kvmifup.agent.runner import BUSY, Runner
+from kvmifup.agent.taps import TapRecord
+from kvmifup.core.errors import KvmIfupError, LockTimeoutError, VanishedError, as_ours
+from kvmifup.core.model import Nic, Phase
+from kvmifup.core.ops import LinkMtu, Op
+from kvmifup.node.overview import Overview
+from kvmifup.node.procfs import device_name
+from kvmifup.node.unheard import untrue
+from kvmifup.runs import planning
+from kvmifup.runs.apply import Change
+from kvmifup.runs.journal import Journal
+from kvmifup.runs.moves import mend, withdraw
+from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.session import Session, opened
+from kvmifup.tell import render
+
+AGAIN = 1.0  # seconds until a failure is tried again, then twice as long, and so on
+LONGEST = 60.0
+ANSWER, QUESTIONS = 0.2, 2  # seconds that a guest has to answer; and how often it is asked
+SHOWN = 4  # changes in one line of the log
+REASON = "mended"
+
+Key = tuple[object, ...]
+
+
+class Breakages:
+    """How often the same thing was put right in a row: the first few times at once, then less and less often."""
+
+    AT_ONCE, CALM, LONGEST = 4, 60.0, 300.0
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[str, Key], tuple[int, float]] = {}  # in a row, and when last
+
+    def wait(self, tap: str, keys: Iterable[Key], now: float) -> float:
+        """For how many seconds *keys* of *tap* are left broken; 0 if one of them is due."""
+        return min((self._due(tap, key) - now for key in keys), default=0.0)
+
+    def mended(self, tap: str, keys: Iterable[Key], now: float) -> float:
+        """*keys* of *tap* were put right; returns after how many seconds, at the earliest, they will be again."""
+        for key in keys:
+            times, last = self._times.get((tap, key), (0, now))
+            calm = now - last > self.CALM + self._delay(times)
+            self._times[tap, key] = (1 if calm else times + 1), now
+        return max((self._due(tap, key) - now for key in keys), default=0.0)
+
+    def forget(self, taps: Collection[str]) -> None:
+        """All but *taps*."""
+        self._times = {which: one for which, one in self._times.items() if which[0] in taps}
+
+    def _delay(self, times: int) -> float:
+        return 0.0 if times < self.AT_ONCE else min(2.0 ** (times - self.AT_ONCE + 1), self.LONGEST)
+
+    def _due(self, tap: str, key: Key) -> float:
+        times, last = self._times.get((tap, key), (0, 0.0))
+        return last + self._delay(times)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a look at a NIC has found: what it relies on, and those of its ops that have to be looked at.
+
+    *mtu*: the one to give back to the tap, before anything else. *again*: in how many seconds to look once more, None
+    if all is well. *answered*: the guest was asked, and runs here.
+    """
+
+    tap: TapRecord
+    things: frozenset[Thing]
+    unheard: tuple[Op, ...]
+    mtu: int | None = None
+    again: float | None = None
+    answered: bool = False
+
+
+class Mender:
+    """Looks at NICs, and puts right what is wrong: in a thread, and never in two at the same time."""
+
+    def __init__(self, runner: Runner, announcements: Announcements) -> None:
+        self._runner = runner
+        self._announcements = announcements
+        self._breakages = Breakages()
+        self._failed: dict[str, tuple[str, int]] = {}  # by tap: what was said, and how often in a row it has failed
+        self._mtus: dict[str, int] = {}  # by tap: its MTU when all was right
+
+    def forget(self, taps: Collection[str]) -> None:
+        """All but *taps*."""
+        self._breakages.forget(taps)
+        self._failed = {tap: one for tap, one in self._failed.items() if tap in taps}
+        self._mtus = {tap: mtu for tap, mtu in self._mtus.items() if tap in taps}
+
+    def check(self, ops: Mapping[Op, set[str]]) -> set[str]:
+        """The taps for which one of *ops* is not true."""
+        try:
+            return {tap for op in untrue(ops.keys()) for tap in ops[op]}
+        except OSError as error:
+            self._runner.complain("not looked at", error)
+            return set()
+
+    def look(self, taps: Sequence[TapRecord], suspects: frozenset[str]) -> list[Looked]:
+        """See which of *taps* differ from what they are to be, and put them right; *suspects* may have left."""
+        found: list[Looked] = []
+        broken: list[tuple[Looked, planning.Plan | KvmIfupError]] = []
+        try:
+            with opened(self._runner.run_dir, self._runner.config, dry=True, kernel=Overview) as session:
+                for tap in filter(TapRecord.is_there, taps):
+                    looked, plan = self._compare(tap, session)
+                    if plan is None:
+                        self._failed.pop(tap.name, None)
+                        found.append(looked)
+                    else:
+                        broken.append((looked, plan))
+        except Exception as error:
+            self._runner.complain("not looked at", error)
+        # Those that drag a bridge's MTU down come first, and last those that have to be asked, which takes longer.
+        for looked, plan in sorted(broken, key=lambda one: (one[0].mtu is None, one[0].tap.name in suspects)):
+            found.append(self._put_right(looked, plan, suspects))
+        return found
+
+    def _compare(self, tap: TapRecord, session: Session) -> tuple[Looked, planning.Plan | KvmIfupError | None]:
+        """What *tap* relies on; and what is to be done for it, None for nothing, or why that cannot be said."""
+        journal = tap.journal
+        try:
+            plan = planning.plan(journal.phase, journal.nic, journal, session, admitted=True)
+            mtu = self._mtu_before(plan)
+            differs = mtu or plan.due or planning.journal_after(plan, session) != journal
+        except Exception as error:
+            return Looked(tap, frozenset(relied_on(tap, None, session)), ()), as_ours(error)
+        unheard = tuple(change.op for change in plan.changes if change.op.unheard)
+        return Looked(tap, frozenset(relied_on(tap, plan, session)), unheard, mtu), plan if differs else None
+
+    def _mtu_before(self, plan: planning.Plan) -> int | None:
+        """The MTU that the tap had before somebody has changed it, and its bridge has followed; None if it is right.
+
+        A bridge whose MTU nobody has set takes the lowest among its ports (`br_mtu_auto_adjust`). All other taps would
+        have to follow it.
+        """
+        for change in plan.changes:
+            if isinstance(change.op, LinkMtu) and not change.needed:
+                if self._mtus.setdefault(plan.nic.tap, change.op.want) != change.op.want:
+                    return self._mtus.pop(plan.nic.tap)
+            elif isinstance(change.op, LinkMtu):
+                self._mtus.pop(plan.nic.tap, None)  # the bridge's has changed: the tap follows
+        return None
+
+    def _put_right(self, looked: Looked, plan: planning.Plan | KvmIfupError, suspects: frozenset[str]) -> Looked:
+        tap = looked.tap
+
+        def once_more(seconds: float | None, *, answered: bool = False) -> Looked:
+            return replace(looked, again=seconds, answered=answered)
+
+        if isinstance(plan, KvmIfupError):
+            return once_more(self._cannot(tap, plan))
+        wait = self._breakages.wait(tap.name, keys(plan.due), time.monotonic())
+        if wait > 0:
+            return once_more(wait)
+        asked = tap.name in suspects and self._runner.config.agent.withdraw and draws(plan.due)
+        if asked:
+            try:
+                runs_here = any(answers(tap.nic, ANSWER) for _ in range(QUESTIONS))
+            except OSError:  # the tap is down, or gone
+                return once_more(self._mended(looked, Phase.PRE) or AGAIN)
+            if not runs_here:
+                return once_more(self._has_left(tap))
+        return once_more(self._mended(looked, Phase.POST), answered=asked)
+
+    def _mended(self, looked: Looked, most: Phase) -> float | None:
+        """Do it; returns in how many seconds to look once more."""
+        tap = looked.tap
+        outcome = self._runner.attempt(partial(mend, tap.name, most, mtu=looked.mtu), REASON, BUSY)
+        if isinstance(outcome, LockTimeoutError):
+            return AGAIN  # whoever has the lock will not have it for long
+        if isinstance(outcome, KvmIfupError):
+            self._runner.failed([outcome])
+            self._runner.metrics.add("kvm_ifup_mend_failures_total")
+            return self._cannot(tap, outcome)
+        self._failed.pop(tap.name, None)
+        if outcome:
+            self._tell(outcome, tap.journal)
+            self._announcements.repeat(outcome)
+        return None
+
+    def _tell(self, outcome: Outcome, journal: Journal) -> None:
+        done = [change for change in outcome.changes if change.needed and not change.op.after_change]
+        done.sort(key=lambda change: not change.op.wanted)  # what is there again comes before what was taken away
+        renamed = renames(journal)
+        if not done and not renamed:
+            return  # somebody else has put it right
+        self._runner.metrics.add("kvm_ifup_mends_total")
+        more = [f"{len(done) - SHOWN} more"] if len(done) > SHOWN else []
+        line = "; ".join((*renamed, *map(render.transition, done[:SHOWN]), *more))
+        seconds = self._breakages.mended(outcome.tap, keys(done), time.monotonic())
+        if seconds:
+            line += f"; it is broken again and again: left alone for the next {seconds:g} s"
+        self._runner.say(f"mended: {line}", outcome.label)
+
+    def _cannot(self, tap: TapRecord, error: KvmIfupError) -> float:
+        """Say once what stands in the way; returns in how many seconds to try again."""
+        said, tries = self._failed.get(tap.name, ("", 0))
+        if str(error) != said:
+            tries = 0
+        if str(error) != said and not isinstance(error, VanishedError):  # it has just gone: an event will tell
+            self._runner.complain("not as it is to be, and cannot be mended", error.at(tap.nic.label))
+        self._failed[tap.name] = str(error), tries + 1
+        return float(min(AGAIN * 2**tries, LONGEST))
+
+    def _has_left(self, tap: TapRecord) -> float | None:
+        """Nobody has answered: withdraw what is left of it here. Returns in how many seconds to look once more."""
+        why = "its uplink was down, and the guest does not answer here any more"
+        outcome = self._runner.attempt(partial(withdraw, tap.name), why, BUSY)
+        if isinstance(outcome, LockTimeoutError):
+            return AGAIN
+        if isinstance(outcome, KvmIfupError):
+            return self._cannot(tap, outcome)
+        if outcome:
+            self._runner.metrics.add("kvm_ifup_withdrawals_total")
+            self._runner.say(f"{why}: not put back, route and proxy entries withdrawn", tap.nic.label)
+        return None
+
+
+def relied_on(tap: TapRecord, plan: planning.Plan | None, session: Session) -> Iterator[Thing]:
+    """What *tap* relies on, as events name it."""
+    nic = tap.nic
+    names = {nic.tap, *(dev for dev, _ in tap.journal.devices), *(session.config.routed.uplinks or ())}
+    if nic.mode != "routed" and nic.link:
+        names.add(nic.link)
+    if plan:
+        names |= {uplink.name for uplink in (*plan.facts.uplinks, *plan.last)}
+    for name in names:
+        yield "name", name
+        if (index := session.kernel.ifindex(name)) is not None:
+            yield "device", index
+    yield from (("device", index) for _, index in tap.journal.devices)
+    yield "port", tap.ifindex
+    yield "rule", nic.tap
+    yield from routes_and_neighbours(nic, tap.ifindex, session)
+
+
+def routes_and_neighbours(nic: Nic, ifindex: int, session: Session) -> Iterator[Thing]:
+    """Those that *nic* relies on."""
+    if nic.mode != "routed":
+        return
+    for prefix in nic.ip:
+        yield "route", str(prefix)
+        yield "neighbour", ifindex, phases.bare(prefix)
+    if session.config.routed.uplinks is None:
+        yield from (("route", "0.0.0.0/0"), ("route", "::/0"))
+
+
+def keys(changes: Sequence[Change]) -> list[Key]:
+    """What *changes* are about."""
+    return [change.op.key for change in changes]
+
+
+def draws(changes: Sequence[Change]) -> bool:
+    """Whether *changes* draw a guest's traffic to this node."""
+    return any(change.op.wanted and phases.only_here(change.op) for change in changes)
+
+
+def renames(journal: Journal) -> list[str]:
+    """What the devices of *journal* are called now, where that is not what it says."""
+    named = ((dev, index, device_name(index)) for dev, index in journal.devices)
+    return [f"{dev} is {name} now" for dev, index, name in named if name not in (dev, f"#{index}")]

@@ -1,0 +1,141 @@
+"""Keeps true what is wired: puts back what the node has lost of it, whoever took it away.
+
+One way for all of it. Something changes: an event says so (`events.NodeEvents`), or a look from time to time at what
+the kernel tells nobody about. Once it is quiet, the planner compares all NICs that it may concern with the node, out of
+one dump of each kind. Where something differs, the phase that the NIC has reached is run again, with locks and journal
+like any run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+
+from kvmifup.agent.announcements import Announcements
+from kvmifup.agent.events import ANYTHING, Thing
+from kvmifup.agent.loop import Loop, OneAtATime
+from kvmifup.agent.mender import REASON, Looked, Mender
+from kvmifup.agent.runner import Runner
+from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
+from kvmifup.core.ops import Op
+
+PERIOD = 4.0  # seconds between two looks at what the kernel tells nobody about
+SHARE = 2  # each of these looks is at one tap in so many
+
+KEPT = {State.WIRED, State.DISARMED, *LISTENING}
+
+
+class Mending:
+    """Says when to look at which NIC; a `Mender` does so in a thread."""
+
+    def __init__(
+        self, loop: Loop, runner: Runner, taps: Taps, announcements: Announcements, stir: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._runner = runner
+        self._taps = taps
+        self._stir = stir
+        self._mender = Mender(runner, announcements)
+        self._due: set[str] = set()
+        self._known: dict[str, Looked] = {}
+        self._relying: dict[Thing, set[str]] = {}  # taps, by what they rely on
+        self._suspects: set[str] = set()  # taps whose guest may have left unheard
+        self._looking = OneAtATime(loop, self._begin, self._looked)
+        self._checking = OneAtATime(loop, self._begin_check, self._checked)
+        self._turn = 0
+        loop.later(PERIOD, self._check)
+
+    # --- what has happened ----------------------------------------------------------------------------------
+
+    def found(self, tap: TapRecord) -> None:
+        """*tap* has a new journal."""
+        if tap.journal.reason != REASON:
+            self._suspects.discard(tap.name)
+        # In any case after an arrival: `moves.arrive` has read only what others may change at any time.
+        if self._runner.config.agent.mend or tap.journal.by == "agent":
+            self._due.add(tap.name)
+            self._stir()
+
+    def look_after(self) -> None:
+        """Some taps may have gone."""
+        there = {tap.name for tap in self._taps}
+        for name in self._known.keys() - there:
+            self._forget(name)
+        self._suspects &= there
+        self._mender.forget(there)
+
+    def touched(self, things: frozenset[Thing]) -> None:
+        """*things* have changed."""
+        if ANYTHING in things:
+            self.look_at_all()
+        else:
+            self._soon({tap for thing in things for tap in self._relying.get(thing, ())})
+
+    def went_down(self, devices: Iterable[int]) -> None:
+        """*devices* are down, or gone: whose guest leaves meanwhile is not announced there to us."""
+        indices = set(devices)
+        self._suspects |= {tap.name for tap in self._taps if not indices.isdisjoint(tap.uplinks())}
+
+    def events_lost(self) -> None:
+        """The kernel could not tell all that has happened to devices."""
+        self._suspects |= {tap.name for tap in self._taps}
+        self.look_at_all()
+
+    def look_at_all(self) -> None:
+        """Anything may have changed."""
+        self._soon([tap.name for tap in self._taps])
+
+    def look(self) -> None:
+        """Look at what is due."""
+        self._looking.ask()
+
+    def _soon(self, names: Collection[str]) -> None:
+        if names and self._runner.config.agent.mend:
+            self._due.update(names)
+            self._stir()
+
+    # --- looking ----------------------------------------------------------------------------------------------
+
+    def _begin(self) -> Callable[[], list[Looked]] | None:
+        taps = [tap for tap in self._taps.named(sorted(self._due)) if tap.state in KEPT and tap.nic.mode != "ext"]
+        self._due.clear()
+        return partial(self._mender.look, taps, frozenset(self._suspects)) if taps else None
+
+    def _looked(self, found: list[Looked]) -> None:
+        for one in found:
+            name = one.tap.name
+            if one.answered:
+                self._suspects.discard(name)
+            if one.tap.state is State.OVER:
+                continue  # whoever has its journal now is looked at for itself
+            self._forget(name)
+            self._known[name] = one
+            for thing in one.things:
+                self._relying.setdefault(thing, set()).add(name)
+            if one.again is not None:
+                one.tap.timers.set("mend", one.again, partial(self._soon, [name]))
+
+    def _forget(self, name: str) -> None:
+        known = self._known.pop(name, None)
+        for thing in known.things if known else ():
+            self._relying[thing].discard(name)
+            if not self._relying[thing]:
+                del self._relying[thing]
+
+    # --- what the kernel tells nobody about ---------------------------------------------------------------------
+
+    def _check(self) -> None:
+        self._turn += 1
+        self._checking.ask()
+        self._loop.later(PERIOD, self._check)
+
+    def _begin_check(self) -> Callable[[], set[str]] | None:
+        ops: dict[Op, set[str]] = {}
+        for number, (name, known) in enumerate(self._known.items()):
+            for op in known.unheard:
+                if op.outlives_tap or (number + self._turn) % SHARE == 0:
+                    ops.setdefault(op, set()).add(name)
+        return partial(self._mender.check, ops) if ops and self._runner.config.agent.mend else None
+
+    def _checked(self, differing: set[str]) -> None:
+        self._soon(differing)
