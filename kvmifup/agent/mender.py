@@ -18,7 +18,7 @@ from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu, Op
 from kvmifup.node.overview import Overview
 from kvmifup.node.procfs import device_name
-from kvmifup.node.unheard import untrue
+from kvmifup.node.unheard import is_unheard, untrue
 from kvmifup.runs import planning
 from kvmifup.runs.apply import Change
 from kvmifup.runs.journal import Journal
@@ -137,7 +137,7 @@ class Mender:
             differs = mtu or plan.due or planning.journal_after(plan, session) != journal
         except Exception as error:
             return Looked(tap, frozenset(relied_on(tap, None, session)), ()), as_ours(error)
-        unheard = tuple(change.op for change in plan.changes if change.op.unheard)
+        unheard = tuple(change.op for change in plan.changes if is_unheard(change.op))
         return Looked(tap, frozenset(relied_on(tap, plan, session)), unheard, mtu), plan if differs else None
 
     def _mtu_before(self, plan: planning.Plan) -> int | None:

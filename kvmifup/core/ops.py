@@ -51,11 +51,6 @@ class Op:
         """Whether several NICs may want the same value, so that it is put back only when the last of them leaves."""
         return False
 
-    @property
-    def unheard(self) -> bool:
-        """Whether the kernel tells nobody when the value changes, so that one has to look."""
-        return False
-
     @cached_property
     def key(self) -> tuple[object, ...]:
         """What the op is about, without the value wanted: two ops with equal keys are about the same thing."""
@@ -97,7 +92,6 @@ def field_names(data: object) -> tuple[str, ...]:
 
 
 _NOT_IDENTITY = frozenset({"want", "timeout", "force"})
-_IN_NETCONF = frozenset({"forwarding", "rp_filter", "proxy_arp", "proxy_ndp"})  # RTM_NEWNETCONF tells of these sysctls
 
 
 @dataclass(frozen=True)
@@ -243,10 +237,6 @@ class Sysctl(Op):
         return self.on_uplink
 
     @property
-    def unheard(self) -> bool:
-        return self.name not in _IN_NETCONF
-
-    @property
     def path(self) -> str:
         """The file below /proc/sys; with slashes, because a device's name may contain dots."""
         return f"net/ipv{self.family}/{self.group}/{self.dev}/{self.name}"
@@ -326,10 +316,6 @@ class ProxyNeighbour(Op):
     @property
     def shared(self) -> bool:
         return True  # a guest's new tap may need the entry when its old tap is cleared up after
-
-    @property
-    def unheard(self) -> bool:
-        return True
 
     def subject(self) -> str:
         return f"proxy neighbour {self.address} dev {self.dev}"

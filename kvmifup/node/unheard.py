@@ -9,9 +9,16 @@ from kvmifup.node.messages import NTF_PROXY
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.procfs import sysctl
 
+IN_NETCONF = frozenset({"forwarding", "rp_filter", "proxy_arp", "proxy_ndp"})  # RTM_NEWNETCONF tells of these sysctls
+
+
+def is_unheard(op: Op) -> bool:
+    """Whether the kernel tells nobody when the value of *op* changes, so that one has to look."""
+    return isinstance(op, ProxyNeighbour) or (isinstance(op, Sysctl) and op.name not in IN_NETCONF)
+
 
 def untrue(ops: Collection[Op]) -> set[Op]:
-    """Those of *ops*, which are `unheard`, that are not true now. Raises NetlinkError."""
+    """Those of *ops*, all of which are `is_unheard`, that are not true now. Raises NetlinkError."""
     netlink = Netlink()
     try:
         proxies = netlink.neighbours(NTF_PROXY) if any(isinstance(op, ProxyNeighbour) for op in ops) else {}
