@@ -113,7 +113,7 @@ class Mender:
         found: list[Looked] = []
         broken: list[tuple[Looked, planning.Plan | KvmIfupError]] = []
         try:
-            with opened(self._runner.run_dir, self._runner.config, dry=True, kernel=Overview) as session:
+            with opened(self._runner.run_dir, self._runner.config, dry=True, by="agent", kernel=Overview) as session:
                 for tap in filter(TapRecord.is_there, taps):
                     looked, plan = self._compare(tap, session)
                     if plan is None:
