@@ -13,6 +13,7 @@ from kvmifup.core.ops import ProxyNeighbour, Sysctl
 from kvmifup.diagnosis.bridged import on_bridge
 from kvmifup.diagnosis.causes import cause, described_otherwise, wanted_before
 from kvmifup.diagnosis.findings import Finding, of_error
+from kvmifup.diagnosis.firewall import filtered
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.routed import traffic, uplinks
 from kvmifup.diagnosis.state import Look, State, compared, intended, state_of, stopped
@@ -88,6 +89,7 @@ def wired_findings(one: Known, state: State, look: Look, *, ask: bool) -> Iterat
             yield from answers(one, nic, kernel, session.config)
     elif nic.mode == "bridged":
         yield from on_bridge(one, nic, missing, look)
+    yield from filtered(nic, look)
 
 
 def why_not_ready(error: KvmIfupError) -> str:

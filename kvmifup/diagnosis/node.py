@@ -13,6 +13,7 @@ from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Config, Nic, Phase, Uplink
 from kvmifup.diagnosis.bridged import always, unasked, without_uplink
 from kvmifup.diagnosis.findings import Finding, of_error
+from kvmifup.diagnosis.firewall import filtered
 from kvmifup.diagnosis.routed import surroundings
 from kvmifup.diagnosis.state import UPLINK_HINT, Look
 from kvmifup.inputs import trust
@@ -37,6 +38,12 @@ def node_findings(look: Look, settings: Path) -> Iterator[Finding]:
                 yield of_error(error, "a hook for this NIC fails, and QEMU does not start")
     yield from bridges([nic for nic, _ in nics], look)
     yield from uplinks(nics, config, kernel)
+    said: set[tuple[str, str]] = set()
+    for nic, _ in nics:
+        for finding in filtered(nic, look):
+            if (finding.why, finding.mend) not in said:
+                said.add((finding.why, finding.mend))
+                yield finding
     if not look.agent:
         yield no_agent(needed=any(nic.mode == "routed" for nic, _ in nics))
     yield from permissions(run_dir, "NIC files and journals")

@@ -17,6 +17,7 @@ from kvmifup.core.ops import ProxyNeighbour
 from kvmifup.diagnosis.nics import Known, all_nics, selected
 from kvmifup.inputs import values
 from kvmifup.node.bridges import Bridges
+from kvmifup.node.firewall import Chains, chains
 from kvmifup.node.guests import Qemu, behind_taps
 from kvmifup.node.overview import Overview
 from kvmifup.runs import planning
@@ -49,6 +50,11 @@ class Look:
     def bridges(self) -> Bridges:
         """What `bridge` knows."""
         return Bridges()
+
+    @cached_property
+    def firewall(self) -> Chains:
+        """What filters packets here."""
+        return chains()
 
     def phase_word(self, one: Known) -> str:
         """The phase for people.

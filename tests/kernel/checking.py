@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import struct
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness import manager, nodes, oracle, tools
-from harness.addresses import GUEST_MAC
+from harness import wire as frames
+from harness.addresses import CLIENT_MAC, GUEST_IP4, GUEST_MAC
 from harness.agents import until
 from harness.hooks import call, check
 from harness.nodes import Node
@@ -90,3 +94,31 @@ def netdev(tap: str = "tap0", mac: str = GUEST_MAC) -> list[str]:
     """The options of a QEMU whose guest has a NIC on *tap*."""
     backend = f"tap,id=net0,ifname={tap},script=no,downscript=no"
     return ["-netdev", backend, "-device", f"virtio-net-device,netdev=net0,mac={mac}"]
+
+
+def dropped(node: Node, dev: str, source: str) -> bool:
+    """Whether a datagram from *source* for the routed guest, sent by the client to *dev*, does not come to it."""
+    total = struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, 17, 0) + addresses(source, GUEST_IP4)
+    words = sum(struct.unpack("!10H", total))
+    words = ~((words >> 16) + (words & 0xFFFF)) & 0xFFFF
+    header = total[:10] + struct.pack("!H", words) + total[12:]
+    frame = frames.ethernet(
+        oracle.link(dev)["address"], CLIENT_MAC, frames.ETH_P_IP, header + struct.pack("!HHHH", 1, 9, 8, 0)
+    )
+    with node.client, frames.packet_socket(dev) as sender:
+        sender.send(frame)
+    return not comes(node.taps[0], addresses(source, GUEST_IP4))
+
+
+def comes(tap: frames.Tap, wanted: bytes, patience: float = 0.5) -> bool:
+    """Whether a frame with *wanted* in it reaches the guest. (No fence can tell: a filter may drop that as well.)"""
+    end = time.monotonic() + patience
+    while frames.readable(tap.descriptor, max(0.0, end - time.monotonic())):
+        if wanted in os.read(tap.descriptor, 65536):
+            return True
+    return False
+
+
+def addresses(source: str, target: str) -> bytes:
+    """Two IPv4 addresses as they are in a header."""
+    return bytes(int(part) for address in (source, target) for part in address.split("."))

@@ -14,7 +14,7 @@ from harness.addresses import CLIENT_IP4, CLIENT_MAC, FOREIGN_MAC, GUEST_IP4, GU
 from harness.hooks import call, check
 from harness.nodes import Node
 from harness.oracle import sysctl
-from tests.kernel.checking import BRIDGED, ROUTED, TABLE, found, found_on_node, text
+from tests.kernel.checking import BRIDGED, ROUTED, TABLE, dropped, found, found_on_node, text
 from tests.kernel.checking import wire as wired
 from tests.kernel.staging import NICS
 
@@ -156,28 +156,6 @@ def test_a_strict_filter_that_drops_nothing_is_not_named(node: Node) -> None:
     sysctl("ipv4/conf/all/rp_filter", 1)
     sysctl("ipv4/conf/eth0/rp_filter", 1)
     assert found() == (0, [])
-
-
-def dropped(node: Node, dev: str, source: str) -> bool:
-    """Whether a datagram from *source* for the guest, sent by the client to *dev*, does not come out of the tap."""
-    total = struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, 17, 0) + addresses(source, GUEST_IP4)
-    words = sum(struct.unpack("!10H", total))
-    words = ~((words >> 16) + (words & 0xFFFF)) & 0xFFFF
-    header = total[:10] + struct.pack("!H", words) + total[12:]
-    frame = wire.ethernet(
-        oracle.link(dev)["address"], CLIENT_MAC, wire.ETH_P_IP, header + struct.pack("!HHHH", 1, 9, 8, 0)
-    )
-    with node.client, wire.packet_socket(dev) as sender:
-        sender.send(frame)
-    with wire.packet_socket("tap0") as fence:
-        fence.send(wire.ethernet(GUEST_MAC, FOREIGN_MAC, wire.ETH_P_FENCE, bytes(46)))
-    seen = node.taps[0].until(lambda one: one[12:14] == struct.pack("!H", wire.ETH_P_FENCE))
-    return not any(addresses(source, GUEST_IP4) in one for one in seen)
-
-
-def addresses(source: str, target: str) -> bytes:
-    """Two IPv4 addresses as they are in a header."""
-    return bytes(int(part) for address in (source, target) for part in address.split("."))
 
 
 # --- routed: prefixes that neighbours ask for ---------------------------------------------------------------------
