@@ -2,7 +2,7 @@
 
 Not asyncio. It was tried: a guest that arrives is wired 35 to 50 µs later than with `selectors`. A run is blocking code
 anyway: it waits for locks, for netlink, for a bridge that learns. At an arrival such code runs in the loop's own
-thread, and pyroute2 0.9 does not work inside a running asyncio loop.
+thread, and there pyroute2 0.9, which writes other people's policy rules, does not work inside a running asyncio loop.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 pyroute2 knows every message there is, and that costs: importing it takes 150 ms, and asking for one link 0.4 ms, of
 which the kernel takes 0.02. A hook makes thirty requests, and a node with 500 NICs dumps 500 rules and routes for
 each of them. So what is the same for every NIC is written and read here. A dump is searched as bytes, and only the
-messages that name the device or address asked for are taken apart.
+messages that name the device or address asked for are taken apart. Messages that others can fill with anything
+(foreign policy rules) go through pyroute2: `kvmifup.node.foreign_rules`.
 
 A message is passed round whole, as the bytes that the kernel sent, header included.
 """
@@ -340,14 +341,6 @@ def rule_body(family: int, iif: str, table: int, priority: int, protocol: int) -
     body = FIB_RULE_HDR.pack(family, 0, 0, 0, 0, FR_ACT_TO_TBL, 0) + attribute(FRA_IIFNAME, name_bytes(iif))
     body += number(FRA_PRIORITY, priority) + number(FRA_TABLE, table)
     return body + attribute(FRA_PROTOCOL, bytes([protocol]))
-
-
-def same_rule_body(message: bytes) -> bytes:
-    """What RTM_NEWRULE says to make the rule in *message* once more, whatever it says."""
-    family, to, source, tos, table, action, flags = FIB_RULE_HDR.unpack_from(message, BODY)
-    # The other flags tell what is so at the moment, for instance that the device is gone.
-    header = FIB_RULE_HDR.pack(family, to, source, tos, table, action, flags & FIB_RULE_INVERT)
-    return header + message[BODY + FIB_RULE_HDR.size :]
 
 
 def plain_rule(message: bytes) -> tuple[int, int, int] | None:

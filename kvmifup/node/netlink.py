@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from struct import Struct
 
 from kvmifup.core.model import Prefix
+from kvmifup.node.foreign_rules import make_again
 from kvmifup.node.messages import (
     BODY,
     FIB_RULE_HDR,
@@ -58,7 +59,6 @@ from kvmifup.node.messages import (
     plain_rule,
     route_body,
     rule_body,
-    same_rule_body,
     text,
     u32,
 )
@@ -196,7 +196,7 @@ class Netlink:
         while any(plain_rule(message) == rule for message in fitting):
             first = fitting.pop(0)
             if plain_rule(first) != rule:
-                self.transport.ask(RTM_NEWRULE, NLM_F_ACK | NLM_F_CREATE, same_rule_body(first))
+                make_again(first)
             self.transport.ask(RTM_DELRULE, NLM_F_ACK, body)
 
     # --- for the whole node -----------------------------------------------------------------------------------

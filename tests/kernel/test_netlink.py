@@ -135,7 +135,10 @@ def test_rules_that_name_just_that_device(rt: netlink.Netlink) -> None:
     assert oracle.rules("tap1") == [(4, 500, "100")]
 
 
-MORE = ("to 198.51.100.0/24", "suppress_prefixlength 3", "not", "tos 0x10", "fwmark 0x10/0xff", "ipproto tcp dport 80")
+MORE = (
+    "to 198.51.100.0/24", "suppress_prefixlength 3", "not", "tos 0x10", "fwmark 0x10/0xff", "ipproto tcp dport 80",
+    "ipproto udp sport 1000-2000", "uidrange 0-99", "oif eth0", "suppress_ifgroup 7",
+)  # fmt: skip
 
 
 @pytest.mark.pyroute2

@@ -186,8 +186,8 @@ def test_no_class_has_too_many_methods(name: str) -> None:
 # --- who does what ----------------------------------------------------------------------------------------
 
 
-def test_no_hook_waits_for_pyroute2_because_no_module_imports_it() -> None:
-    assert importers("pyroute2") == set()
+def test_only_the_policy_rules_of_others_take_pyroute2() -> None:
+    assert importers("pyroute2") == {"node.foreign_rules"}
 
 
 def test_only_the_kernel_is_asked_and_changed_by_netlink() -> None:
