@@ -15,6 +15,7 @@ from kvmifup.node import announce
 from kvmifup.runs import announcing
 from kvmifup.runs.announcing import SCHEDULE
 from kvmifup.runs.outcome import Outcome
+from kvmifup.tell import syslog
 
 MANY = 100  # frames: more of them take so long that a thread sends them
 
@@ -72,9 +73,12 @@ class Announcements:
         try:
             if not one.still_true():
                 return False
-            announce.send(one.messages)
-            told = listed([f"{address} on {uplink}" for uplink, address, _ in one.messages])
-            self._runner.tell(f"announced, round {number + 1} of {len(SCHEDULE)}: {told}")
+            lost = announce.send(one.messages)
         except OSError:
             return False
-        return True
+        if lost:
+            self._runner.say(f"round {number + 1} of {len(SCHEDULE)}: {announce.say(lost)}", severity=syslog.WARNING)
+        else:
+            told = listed([f"{address} on {uplink}" for uplink, address, _ in one.messages])
+            self._runner.tell(f"announced, round {number + 1} of {len(SCHEDULE)}: {told}")
+        return len(lost) < len(one.messages) or not all(failure.gone for failure in lost)

@@ -18,6 +18,7 @@ from kvmifup.node import frames, sockets
 from kvmifup.runs.moves import withdraw
 
 ANSWER = 0.05  # seconds that a guest has to answer before it counts as gone
+RETRY = 0.01  # seconds until a question that the tap has not taken is asked again
 AGAIN = 0.2  # seconds between two such questions
 FRAMES = 64  # of one uplink at a time
 
@@ -115,9 +116,16 @@ def answers(nic: Nic, seconds: float) -> bool:
     """Whether the guest of *nic* is heard on its tap within *seconds*, when it is asked. Raises OSError."""
     listener = sockets.guest_listener(nic.tap, nic.mac)
     try:
-        sockets.send(nic.tap, frames.questions(nic))
         waiting = poll()  # not select: it knows no descriptor above 1023
         waiting.register(listener, POLLIN)
-        return bool(waiting.poll(1000 * seconds))
+        deadline = time.monotonic() + seconds
+        asked = False
+        while (left := deadline - time.monotonic()) > 0:
+            # The tap's queue may be full for a moment; that of a guest that has left stays full.
+            asked = asked or sockets.send(nic.tap, frames.questions(nic))
+            events = waiting.poll(1000 * (left if asked else min(left, RETRY)))
+            if any(event & POLLIN for _, event in events):
+                return True
+        return False
     finally:
         sockets.close(listener)

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NoReturn, TextIO
 
 from kvmifup.commands import call as calls
@@ -32,7 +33,8 @@ def script(program: str, note: str = "") -> NoReturn:
     out, err = streams.standard_output()
     if note and {"-v", "-vv", "--verbose"}.intersection(sys.argv[1:]):
         err.write(f"{program}: {note}\n")
-    code = main(program, sys.argv[1:], os.environ, out, err, announcing.repeat_detached, sys.stdin)
+    background = partial(announcing.repeat_detached, complain=partial(syslog.write, program, syslog.WARNING))
+    code = main(program, sys.argv[1:], os.environ, out, err, background, sys.stdin)
     out.flush()
     if out.lost:
         err.write(f"{program}: stdout: {out.lost}\n")

@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvmifup.core.model import Message
 from kvmifup.node.frames import gratuitous_arp, unsolicited_na
-from kvmifup.node.sockets import mac_of, sender
+from kvmifup.node.sockets import GONE, mac_of, sender
 
 
-def send(messages: Sequence[Message]) -> None:
-    """Announce each of *messages* once, from its uplink's MAC. Raises OSError, for instance if an uplink is gone."""
-    via = sender.socket()
-    macs = {dev: mac_of(via, dev) for dev in dict.fromkeys(message[0] for message in messages)}
+@dataclass(frozen=True)
+class NotSent:
+    """*address* could not be announced on the uplink *dev*, for the reason *errno*."""
+
+    dev: str
+    address: str
+    errno: int
+
+    @property
+    def gone(self) -> bool:
+        """Whether the uplink is not there any more, so that another round makes no sense."""
+        return self.errno in GONE
+
+
+def send(messages: Sequence[Message]) -> list[NotSent]:
+    """Announce each of *messages* once, from its uplink's MAC; returns those that could not be sent.
+
+    Each is for itself: an uplink that is down, or whose queue is full, does not keep the others from being sent.
+    """
+    try:
+        via = sender.socket()
+    except OSError as error:
+        return [NotSent(dev, address, error.errno or errno.EIO) for dev, address, _ in messages]
+    lost: list[NotSent] = []
+    macs: dict[str, bytes] = {}
     for dev, address, source in messages:
-        mac = macs[dev]
-        frame = unsolicited_na(mac, address, source) if ":" in address else gratuitous_arp(mac, address)
-        via.sendto(frame, (dev, 0))
+        try:
+            if dev not in macs:
+                macs[dev] = mac_of(via, dev)
+            mac = macs[dev]
+            frame = unsolicited_na(mac, address, source) if ":" in address else gratuitous_arp(mac, address)
+            via.sendto(frame, (dev, 0))
+        except OSError as error:
+            lost.append(NotSent(dev, address, error.errno or errno.EIO))
+    return lost
+
+
+def say(lost: Sequence[NotSent]) -> str:
+    """What could not be sent, and why, in one clause."""
+    reasons: dict[tuple[str, int], list[str]] = {}
+    for one in lost:
+        reasons.setdefault((one.dev, one.errno), []).append(one.address)
+    return "; ".join(
+        f"{addresses[0]}{f' and {len(addresses) - 1} more' if addresses[1:] else ''} not announced on {dev}: "
+        + os.strerror(number)
+        for (dev, number), addresses in reasons.items()
+    )

@@ -10,7 +10,7 @@ import ipaddress
 import socket
 import time
 
-from kvmifup.core.errors import NotReadyError, VanishedError
+from kvmifup.core.errors import KernelError, NotReadyError, VanishedError
 from kvmifup.core.model import Config, Nic, NodeFacts
 from kvmifup.core.ops import (
     Address,
@@ -209,7 +209,8 @@ class Kernel:
             case Program():
                 programs.run_for_phase(op)
             case Announce():
-                announce.send(op.messages)
+                if lost := announce.send(op.messages):
+                    raise KernelError(announce.say(lost), errno=lost[0].errno)
             case _:
                 raise AssertionError(f"nothing to write for {op.kind}")
 

@@ -5,6 +5,7 @@ The filters are classic BPF programs (linux/filter.h), which the kernel runs on 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -22,6 +23,7 @@ SIOCGIFHWADDR = 0x8927  # linux/sockios.h
 ETH_P_ALL = 3  # linux/if_ether.h
 SO_ATTACH_FILTER, SO_TIMESTAMPNS = 26, 35  # asm-generic/socket.h
 NAMESPACE = Path("/proc/thread-self/ns/net")
+GONE = frozenset({errno.ENODEV, errno.ENXIO})  # the device is not there; all else says nothing about that
 SNAP = 128  # bytes of a guest's frame that we look at, at most
 WHOLE = 2048  # bytes of a neighbour's: a checksum is over all of it
 
@@ -68,11 +70,20 @@ def mac_of(via: socket.socket, dev: str) -> bytes:
     return answer[18:24]  # struct ifreq: the name, a family, the address
 
 
-def send(dev: str, frames: Sequence[bytes]) -> None:
-    """Send *frames* out of *dev*. Raises OSError."""
-    via = sender.socket()
+def send(dev: str, frames: Sequence[bytes]) -> bool:
+    """Send *frames* out of *dev*, each for itself; returns whether all of them were taken.
+
+    A queue that is full, or a device that is down, takes none. Raises OSError only if the device is not there.
+    """
+    taken = True
     for frame in frames:
-        via.sendto(frame, (dev, 0))
+        try:
+            sender.socket().sendto(frame, (dev, 0))
+        except OSError as error:
+            if error.errno in GONE:
+                raise
+            taken = False
+    return taken
 
 
 # --- filters ----------------------------------------------------------------------------------------------

@@ -1,15 +1,22 @@
-"""The later rounds of an announcement, sent as long as it is true."""
+"""Announcing: the first round when a job is done, the later ones as long as it is true. All of it is best effort.
+
+Announcing begins when the journal says what is true, and a failure changes nothing: what draws the guest's traffic
+here is in place, the neighbours' caches expire, and each round is for itself. It is told, though.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
+from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Background, Message
-from kvmifup.node.announce import send
+from kvmifup.node.announce import say, send
 from kvmifup.node.sockets import sender
+from kvmifup.runs.apply import Job, Node, apply
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.store import Store
 
@@ -18,11 +25,32 @@ from kvmifup.runs.store import Store
 SCHEDULE = (0.0, 0.05, 0.2, 0.45, 0.8)
 
 
-def repeat_detached(messages: Sequence[Message], still_true: Callable[[], bool]) -> None:
+def carry_out(prepared: Sequence[tuple[Outcome, Job]], node: Node, store: Store) -> list[Outcome]:
+    """Do all that is *prepared*, or none of it; then announce it. What cannot be announced is a remark.
+
+    Raises what `apply.apply` raises.
+    """
+    apply([job for _, job in prepared], node, store)
+    return [replace(outcome, remarks=(*outcome.remarks, *first_round(job, node))) for outcome, job in prepared]
+
+
+def first_round(job: Job, node: Node) -> Iterator[str]:
+    """Announce what *job* has made true; yields what could not be announced, and why."""
+    for change in job.needed:
+        if change.op.after_change:
+            try:
+                node.write(change.op)
+            except KvmIfupError as error:
+                yield str(error)
+
+
+def repeat_detached(
+    messages: Sequence[Message], still_true: Callable[[], bool], complain: Callable[[str], None]
+) -> None:
     """Send the later rounds of `SCHEDULE` from a child process, and return at once.
 
-    The child gives up when *still_true* says so before a round, or at the first error: the guest may have
-    left in the meantime, or its uplink.
+    The child gives up when *still_true* says so before a round: the guest may have left in the meantime. *complain* is
+    told what could not be sent; the next round is sent all the same.
     """
     if os.fork():
         return
@@ -41,7 +69,8 @@ def repeat_detached(messages: Sequence[Message], still_true: Callable[[], bool])
             time.sleep(max(0.0, start + moment - time.monotonic()))
             if not still_true():
                 break
-            send(messages)
+            if lost := send(messages):
+                complain(say(lost))
     except OSError:
         pass
     finally:

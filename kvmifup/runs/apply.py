@@ -95,7 +95,7 @@ def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] =
 
 
 def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
-    """Do all *jobs* or none.
+    """Do all *jobs* or none. What is to come after the changes (`Op.after_change`) is left to the caller.
 
     Raises whatever stopped it, once the node and the journals are as they were before; RollbackError when
     something could not be put back, and then the journal keeps what is left to undo.
@@ -107,6 +107,8 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
                 store.save(job.pending)
         for job in jobs:
             for change in job.needed:
+                if change.op.after_change:
+                    continue
                 checkpoint()
                 written.append(change)  # before the attempt: a failed write may have been half done
                 try:

@@ -10,7 +10,8 @@ from kvmifup import phases
 from kvmifup.core.errors import LockTimeoutError
 from kvmifup.core.model import Phase
 from kvmifup.core.ops import LinkMtu, Sysctl
-from kvmifup.runs.apply import Job, apply, survey
+from kvmifup.runs.announcing import carry_out
+from kvmifup.runs.apply import Job, survey
 from kvmifup.runs.index import Stamp
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.leftovers import revert
@@ -78,8 +79,8 @@ def arrive(prepared: PreparedArrival, session: Session) -> Outcome | None:
         if not same or any(session.kernel.read(change.op) != change.now for change in shared):
             return None
         assert prepared.job.after is not None
-        apply([replace(prepared.job, after=session.dated(prepared.job.after))], session.kernel, session.store)
-    return prepared.outcome
+        job = replace(prepared.job, after=session.dated(prepared.job.after))
+        return carry_out([(prepared.outcome, job)], session.kernel, session.store)[0]
 
 
 def run_post(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Outcome | None:
@@ -109,9 +110,8 @@ def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Out
 
 def run(phase: Phase, journal: Journal, session: Session, *, admitted: bool) -> Outcome:
     """Do *phase* for the NIC of *journal*, whose locks are held. Raises what `mend` raises."""
-    outcome, job = prepare(phase, journal.nic, session, announce=False, admitted=admitted)
-    apply([job], session.kernel, session.store)
-    return outcome
+    prepared = prepare(phase, journal.nic, session, announce=False, admitted=admitted)
+    return carry_out([prepared], session.kernel, session.store)[0]
 
 
 def withdraw(tap: str, session: Session) -> Outcome | None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from kvmifup import phases
 from kvmifup.core.model import Nic, Phase
-from kvmifup.runs.apply import apply
+from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
 from kvmifup.runs.session import Session, about
@@ -30,5 +30,5 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
             with about(nic.label):
                 prepared.append(prepare(phases.effective(asked, nic), nic, session, announce=announce))
         if not session.dry:
-            apply([job for _, job in prepared], session.kernel, session.store)
+            return carry_out(prepared, session.kernel, session.store)
     return [outcome for outcome, _ in prepared]

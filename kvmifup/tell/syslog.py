@@ -20,7 +20,7 @@ from kvmifup.tell import render
 
 SOCKET = "/dev/log"
 DAEMON = 3 << 3  # the facility; sys/syslog.h
-ERROR, INFO = 3, 6  # the severity
+ERROR, WARNING, INFO = 3, 4, 6  # the severity
 MAX_TEXT = 1500  # bytes: all of the line that every log keeps
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -30,11 +30,13 @@ _lost = 0  # lines that the log has not taken since the last one that it has
 
 
 def run(program: str, done: Sequence[Outcome], failures: Sequence[KvmIfupError], seconds: float, by: str) -> None:
-    """Say what *program*, called by *by*, did in *seconds*: a line for each NIC, and one for each failure."""
+    """Say what *program*, called by *by*, did in *seconds*: a line for each NIC, remark and failure."""
     end = f"{1000 * seconds:.0f} ms, by {by}"
     for outcome in done:
         ops = sum(change.needed for change in (*outcome.undone, *outcome.changes))
         write(program, INFO, f"{render.heading(outcome)}: {ops} {'op' if ops == 1 else 'ops'}, {end}")
+        for remark in outcome.remarks:
+            write(program, WARNING, f"{outcome.label}: {remark}")
     for failure in failures:
         hint = f" ({failure.hint})" if failure.hint else ""
         where = f"{failure.where}: " if failure.where else ""

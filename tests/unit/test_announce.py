@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmifup.node import frames
+from kvmifup.node.announce import NotSent
 from kvmifup.runs import announcing
 
 UPLINK_MAC = bytes.fromhex("0200 5e10 0001")
@@ -81,15 +83,20 @@ def rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
     log.touch()
     messages = [("eth0", "192.0.2.8", "192.0.2.8")]
 
-    def send(sent: object) -> None:
+    def send(sent: object) -> list[NotSent]:
         assert sent == messages
         with log.open("a") as file:
             file.write(f"{[str(Path(f'/proc/self/fd/{n}').readlink()) for n in (0, 1, 2)]}\n")
+        return []
 
-    def run(still_true: Callable[[], bool], sender: Callable[[object], None] = send) -> list[str]:
+    def complain(line: str) -> None:
+        with log.open("a") as file:
+            file.write(f"{line}\n")
+
+    def run(still_true: Callable[[], bool], sender: Callable[[object], list[NotSent]] = send) -> list[str]:
         monkeypatch.setattr(announcing, "SCHEDULE", (0.0, 0.0, 0.0, 0.0))
         monkeypatch.setattr(announcing, "send", sender)
-        announcing.repeat_detached(messages, still_true)
+        announcing.repeat_detached(messages, still_true, complain)
         _, status = os.waitpid(-1, 0)
         assert os.waitstatus_to_exitcode(status) == 0
         return log.read_text().splitlines()
@@ -106,10 +113,9 @@ def test_no_round_is_sent_once_the_guest_has_left(rounds: Callable[..., list[str
     assert len(rounds(lambda: remaining.pop(0))) == 1
 
 
-def test_an_error_ends_it_quietly(rounds: Callable[..., list[str]], tmp_path: Path) -> None:
-    def fail(_sent: object) -> None:
-        with (tmp_path / "log").open("a") as file:
-            file.write("tried\n")
-        raise OSError("the uplink is gone")
+def test_a_round_that_is_not_sent_is_told_and_the_next_one_follows(rounds: Callable[..., list[str]]) -> None:
+    def fail(_sent: object) -> list[NotSent]:
+        return [NotSent("eth0", "192.0.2.8", errno.ENOBUFS), NotSent("eth0", "192.0.2.9", errno.ENOBUFS)]
 
-    assert rounds(lambda: True, fail) == ["tried"]
+    line = "192.0.2.8 and 1 more not announced on eth0: No buffer space available"
+    assert rounds(lambda: True, fail) == [line] * 3

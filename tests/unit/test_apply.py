@@ -27,8 +27,10 @@ from kvmifup.core.ops import (
     Rule,
     Sysctl,
 )
+from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.apply import Job, apply, survey
 from kvmifup.runs.journal import Entry, Journal
+from kvmifup.runs.outcome import Outcome
 
 from .nodes import FailingStore, MemoryNode, identity, on_disk, untouched
 from .samples import BRIDGE, BRIDGED, CONFIG, DUAL, EXT, FACTS_BRIDGED, FACTS_EXT, FACTS_ROUTED, HERE, OVS, ROUTED
@@ -52,6 +54,7 @@ PLANS: dict[str, tuple[Op, ...]] = {
     ),
     "one": (LinkMtu("tap0", 9000),),
 }
+OUTCOME = Outcome("tap0", ROUTED, "tap0", Phase.POST)
 every_plan = pytest.mark.parametrize("shape", PLANS)
 
 
@@ -125,13 +128,18 @@ FAILURES = {
 }
 
 
+def to_write(job: Job) -> list[Op]:
+    """What `apply` writes; an announcement comes after it."""
+    return [change.op for change in job.needed if not change.op.after_change]
+
+
 @every_plan
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_error_at_any_write_leaves_everything_as_it_was(
     shape: str, known: bool, moment: str, worlds: Callable[..., World]
 ) -> None:
-    total = len(job_for(PLANS[shape], fresh_node()).needed)
+    total = len(to_write(job_for(PLANS[shape], fresh_node())))
     assert total
     kinds = list(FAILURES.values())
     for step in range(total):
@@ -174,7 +182,7 @@ def test_success(shape: str, worlds: Callable[..., World]) -> None:
     apply([job], world.node, world.store)
     assert not [op for op in PLANS[shape] if op.undoable and world.node.values.get(op.key, untouched(op)) != op.wanted]
     assert world.store.load("tap0") == job.after
-    assert world.node.writes == [change.op for change in job.needed]
+    assert world.node.writes == to_write(job)
 
 
 @every_plan
@@ -232,10 +240,11 @@ def test_undo_goes_backwards_to_what_was_read(worlds: Callable[..., World]) -> N
     world = worlds()
     plan = PLANS["routed"]
     job = job_for(plan, world.node)
-    world.node.after = fail_at(len(job.needed) - 1, KernelError("no", errno=errno.EINVAL))
+    total = len(to_write(job))
+    world.node.after = fail_at(total - 1, KernelError("no", errno=errno.EINVAL))
     with pytest.raises(KernelError):
         apply([job], world.node, world.store)
-    undone = world.node.writes[len(job.needed) :]
+    undone = world.node.writes[total:]
     assert undone == [change.entry.undo for change in reversed(job.needed) if change.op.undoable]
 
 
@@ -339,8 +348,9 @@ def test_a_signal_stops_the_run_between_two_writes(
 def test_a_signal_that_comes_too_late_changes_nothing(worlds: Callable[..., World]) -> None:
     world = worlds()
     job = job_for(PLANS["routed"], world.node)
-    world.node.after = signal_at(len(job.needed) - 1, signal.SIGTERM)
-    apply([job], world.node, world.store)
+    world.node.after = signal_at(len(to_write(job)), signal.SIGTERM)
+    carry_out([(OUTCOME, job)], world.node, world.store)
+    assert len(world.node.writes) == len(job.needed)
     assert world.store.load("tap0") == job.after
 
 
@@ -367,14 +377,23 @@ def test_an_announcement_is_never_read() -> None:
     assert not [op for op in node.reads if op.after_change]
 
 
-def test_a_failed_announcement_undoes_the_route(worlds: Callable[..., World]) -> None:
+def test_an_announcement_that_fails_undoes_nothing_and_is_told(worlds: Callable[..., World]) -> None:
     world = worlds()
     job = job_for(PLANS["routed"], world.node)
     assert isinstance(job.needed[-1].op, Announce)
     world.node.before = fail_at(len(job.needed) - 1, KernelError("no buffer", errno=errno.ENOBUFS))
-    with pytest.raises(KernelError):
-        apply([job], world.node, world.store)
-    assert world.is_as_before()
+    (outcome,) = carry_out([(OUTCOME, job)], world.node, world.store)
+    assert outcome.remarks == ("no buffer",)
+    assert world.store.load("tap0") == job.after
+
+
+def test_it_is_announced_when_the_journal_says_what_is_true(worlds: Callable[..., World]) -> None:
+    world = worlds()
+    job = job_for(PLANS["routed"], world.node)
+    then: list[Journal | None] = []
+    world.node.before = lambda number: then.append(world.store.load("tap0"))
+    carry_out([(OUTCOME, job)], world.node, world.store)
+    assert then[-1] == job.after != then[-2]
 
 
 # --- several NICs -------------------------------------------------------------------------------------

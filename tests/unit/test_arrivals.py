@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -21,7 +22,7 @@ from kvmifup.agent.loop import Loop, Settling
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, NotReadyError
-from kvmifup.core.model import AgentConfig, Config, Phase
+from kvmifup.core.model import AgentConfig, Config, Message, Phase
 from kvmifup.node import announce
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.moves import PreparedArrival
@@ -290,7 +291,12 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What is sent, in quick rounds."""
     sent: list[object] = []
     monkeypatch.setattr(announcements, "SCHEDULE", (0.0, 0.001, 0.002, 0.003, 0.004))
-    monkeypatch.setattr(announce, "send", sent.append)
+
+    def send(messages: object) -> list[announce.NotSent]:
+        sent.append(messages)
+        return []
+
+    monkeypatch.setattr(announce, "send", send)
     return sent
 
 
@@ -312,9 +318,9 @@ def test_rounds_after_the_first_are_sent_as_long_as_they_are_true(
 def test_when_the_uplink_has_gone_nothing_more_is_sent(
     loop: Loop, waiting: Waiting, rounds: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def send(messages: object) -> None:
+    def send(messages: list[Message]) -> list[announce.NotSent]:
         rounds.append(messages)
-        raise OSError(19, "No such device")
+        return [announce.NotSent(dev, address, errno.ENODEV) for dev, address, _ in messages]
 
     monkeypatch.setattr(announce, "send", send)
     room = Announcements(loop, waiting.runner)
