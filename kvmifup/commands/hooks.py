@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from kvmifup.commands import running
+from kvmifup.commands import names, running
 from kvmifup.commands.call import Call
 from kvmifup.commands.request import Request, nic_of
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Nic, Phase
+from kvmifup.core.text import printable
 from kvmifup.inputs import values
 from kvmifup.runs.down import down, taps_of_instance
 from kvmifup.runs.outcome import Outcome, Results
@@ -38,12 +39,38 @@ def take_down(call: Call, request: Request, session: Session) -> Results:
         nic = nic_of(tap, call.run_dir, call.environ, needed=False)
         return nic and values.as_wired(nic, session.config)
 
-    taps = [request.tap] if request.tap else taps_of_instance(request.instance or "", session)
     outcomes: list[Outcome] = []
     failures: list[KvmIfupError] = []
-    for tap in taps:
+    for tap in taps_of(call, request, session):
         try:
+            if not names.was_ever_known(tap, call.run_dir) and described(tap) is None:
+                note(call, tap)
+                outcomes.append(Outcome(tap, None, tap, Phase.DOWN))
+                continue
             outcomes.append(down(tap, request.owner, partial(described, tap), session))
         except KvmIfupError as error:
             failures.append(error)
     return outcomes, failures
+
+
+def taps_of(call: Call, request: Request, session: Session) -> list[str]:
+    """The taps to take down. Raises UsageError for a guest that is none, NicError."""
+    if request.tap:
+        return [request.tap]
+    assert request.instance is not None  # `request.of_hook` sees to it
+    taps = taps_of_instance(request.instance, session)
+    if not taps:
+        if error := names.as_guest(request.instance, call.program, call.run_dir):
+            raise error
+        note(call, request.instance)
+    return taps
+
+
+def note(call: Call, name: str) -> None:
+    """Say to a person, and to who asks for more (-v), that nobody knows *name*: perhaps it is misspelt.
+
+    It is no error: managers call kvm-ifdown once more, and after all has been cleared up.
+    """
+    if call.options.verbose or call.err.isatty():
+        why = names.meant(name, call.run_dir) or "no journal and no NIC file is about it"
+        call.add([f"{call.program}: {printable(name)}: nothing to undo, nobody knows it ({why})"])

@@ -83,6 +83,7 @@ def execute(call: Call, argv: Sequence[str]) -> int:
     except options.Told as told:
         call.out.write(str(told))
         return 0
+    options.check_run_dir(asked)
     if options.verb(asked) in ("hook", "plan"):
         call.request = requested(call)
         if call.request is None:

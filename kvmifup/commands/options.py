@@ -12,6 +12,7 @@ from kvmifup import __version__
 from kvmifup.core.errors import UsageError
 from kvmifup.core.text import shown
 from kvmifup.inputs import config
+from kvmifup.inputs.values import misspelt
 
 RUN_DIR = Path("/run/kvm-ifup")
 
@@ -61,6 +62,19 @@ class Parser(argparse.ArgumentParser):
                 return name
         return None
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse does it, but with what was most likely meant."""
+        if action.choices is None or value in action.choices:
+            return
+        if action.dest == "subcommand":
+            hooks = "a tap is wired by kvm-ifup-pre and kvm-ifup-post, and taken down by kvm-ifdown; kvm-ifup --help"
+            hint = f"`{HOOKS[value]} TAP`" if value in HOOKS else misspelt(value, action.choices) or hooks
+            raise UsageError(f"{shown(value)} is no subcommand", hint=hint)
+        if action.dest == "phase":
+            raise UsageError(f"{shown(value)} is no phase", hint=f"`{self.prog} {'|'.join(HOOKS)} INSTANCE|TAP`")
+        hint = misspelt(value, action.choices) or f"one of {', '.join(action.choices)}"
+        raise UsageError(f"{shown(value)} is not known here", hint=hint)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
 
@@ -74,6 +88,14 @@ def parse(program: str, argv: Sequence[str]) -> argparse.Namespace:
     if verb(found) == "check" and found.node and (found.name or found.repair or found.probe):
         raise UsageError("--node excludes INSTANCE|TAP, --repair and --probe", hint="it is about all of the node")
     return found
+
+
+def check_run_dir(options: argparse.Namespace) -> None:
+    """Raise UsageError if --run-dir names nothing: of all that people do, only `nic put` makes it."""
+    if verb(options) == "hook" or getattr(options, "verb", None) == "put" or options.run_dir == RUN_DIR:
+        return
+    if not options.run_dir.is_dir():
+        raise UsageError(f"there is no run directory {shown(str(options.run_dir))}", hint="mend --run-dir")
 
 
 def verb(options: argparse.Namespace) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmifup.core.errors import NicError, UsageError
+from kvmifup.commands import names
+from kvmifup.core.errors import KvmIfupError, NicError, UsageError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.inputs import environment, ganeti, nicfiles, values
 from kvmifup.runs.store import Store
@@ -40,7 +42,7 @@ def of_hook(
         raise UsageError("TAP and --instance exclude each other", hint="give one of them")
     if instance is not None and environ.get("INTERFACE"):
         raise UsageError("--instance takes the NIC files, but the environment has INTERFACE", hint="unset INTERFACE")
-    tap = None if tap is None else values.tap_argument(tap)
+    tap = None if tap is None else tap_named(tap, program, run_dir)
     if (tap or environ.get("INTERFACE", "")).startswith(environment.GANETI_OWN):
         return None
     environment.refuse_contradiction(program, tap, environ)
@@ -53,25 +55,48 @@ def of_hook(
         values.device(tap, "tap")
     owner = instance or (environ.get("INSTANCE") if environ.get("INTERFACE") else None)
     phase = PHASES[program]
-    nics = () if phase is Phase.DOWN else nics_of(tap, instance, run_dir, environ)
-    return Request(phase, tap, instance, owner, nics)
+    if phase is not Phase.DOWN:
+        return Request(phase, tap, instance, owner, nics_of(program, tap, instance, run_dir, environ))
+    if tap and not environ.get("INTERFACE") and not os.path.lexists(run_dir / "state" / f"{tap}.json"):
+        refuse(names.as_tap(tap, program, run_dir))
+    return Request(phase, tap, instance, owner)
 
 
-def nics_of(tap: str | None, instance: str | None, run_dir: Path, environ: Mapping[str, str]) -> tuple[Nic, ...]:
-    """The NIC on *tap*, or those of *instance*. Raises NicError when there is none, or something is wrong with it."""
+def tap_named(argument: str, program: str, run_dir: Path) -> str:
+    """The tap that *argument* names. Raises UsageError for something else of which we know what it is, NicError."""
+    try:
+        return values.tap_argument(argument)
+    except NicError:
+        refuse(names.as_tap(argument, program, run_dir))
+        raise
+
+
+def refuse(error: KvmIfupError | None) -> None:
+    """Raise *error*, if there is one."""
+    if error:
+        raise error
+
+
+def nics_of(
+    program: str, tap: str | None, instance: str | None, run_dir: Path, environ: Mapping[str, str]
+) -> tuple[Nic, ...]:
+    """The NIC on *tap*, or those of *instance*.
+
+    Raises NicError when there is none, or something is wrong with it; UsageError if it is something else.
+    """
     if tap is None:
         assert instance is not None  # `of_hook` sees to it
         nics = nicfiles.nics_of_instance(instance, run_dir) or ganeti.nics_of_instance(instance)
         if not nics:
-            raise NicError("there are no NIC files for it", hint=f"see {run_dir}/nic", where=instance)
+            refuse(names.as_guest(instance, program, run_dir))
+            hint = names.meant(instance, run_dir) or f"see {run_dir}/nic"
+            raise NicError("there are no NIC files for it", hint=hint, where=instance)
         return tuple(nics)
     nic = nic_of(tap, run_dir, environ)
     if nic is None:
-        raise NicError(
-            "nothing describes this tap",
-            hint=f"write {run_dir}/nic/INSTANCE/0.toml, or set INTERFACE, MODE, MAC and LINK",
-            where=tap,
-        )
+        refuse(names.as_tap(tap, program, run_dir))
+        describe = f"write {run_dir}/nic/INSTANCE/0.toml, or set INTERFACE, MODE, MAC and LINK"
+        raise NicError("nothing describes this tap", hint=names.meant(tap, run_dir) or describe, where=tap)
     return (nic,)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, NicError
 from kvmifup.core.model import Nic, Phase
-from kvmifup.inputs import nicfiles
+from kvmifup.inputs import nicfiles, values
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.store import Store
 
@@ -119,5 +119,7 @@ def selected(name: str | None, everything: Sequence[Known]) -> list[Known]:
     """
     found = [one for one in everything if (not one.elsewhere if name is None else one.is_called(name))]
     if not found and name is not None:
-        raise NicError("no journal and no NIC file is about it", hint="`kvm-ifup show` lists all", where=name)
+        known = [word for one in everything for word in (one.tap, one.nic.instance if one.nic else None) if word]
+        hint = values.misspelt(name, known) or "`kvm-ifup show` lists all"
+        raise NicError("no journal and no NIC file is about it", hint=hint, where=name)
     return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -33,12 +34,10 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
     if len(text.encode("utf-8", "surrogateescape")) > trust.MAX_BYTES:
         raise NicError(f"it is larger than {trust.MAX_BYTES} bytes")
     nic = parse_nic(text, instance=instance, index=index, source=str(path))
-    for other in (one for one in found(run_dir, instance) if isinstance(one, Nic) and one.index != index):
-        if other.tap == nic.tap or (other.mode == nic.mode == "routed" and set(other.ip) & set(nic.ip)):
-            same = nic.tap if other.tap == nic.tap else "one of its addresses"
-            raise NicError(
-                f"{same} is that of {other.label} already", hint=f"`kvm-ifup nic rm {instance} {other.index}`"
-            )
+    for other in (*of_the_same_tap(nic, path, run_dir), *of_the_same_address(nic, run_dir)):
+        same = nic.tap if other.tap == nic.tap else "one of its addresses"
+        hint = f"`kvm-ifup nic rm {other.instance} {other.index}`, if that NIC is no more"
+        raise NicError(f"{same} is that of {other.label} already, described in {other.source}", hint=hint)
     shortcut = run_dir / "tap" / nic.tap
     for directory in (path.parent, shortcut.parent):
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -48,10 +47,39 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
     return nic
 
 
+def of_the_same_tap(nic: Nic, path: Path, run_dir: Path) -> Iterator[Nic]:
+    """The NICs of other files than *path*, also other guests', that are on the tap of *nic*."""
+    named = nic.tap.encode("utf-8", "surrogateescape")
+    for other in sorted((run_dir / "nic").glob("*/*.toml")):
+        with suppress(OSError, NicError):  # what is wrong describes no NIC
+            text = b"" if other == path else other.read_bytes()
+            if named in text or b"\\" in text:  # thousands are read as TOML only if they may be about this tap
+                there = read_nic(other, run_dir)
+                if there.tap == nic.tap and (there.instance, there.index) != (nic.instance, nic.index):
+                    yield there
+
+
+def of_the_same_address(nic: Nic, run_dir: Path) -> Iterator[Nic]:
+    """The other routed NICs of the guest of *nic* that have one of its addresses."""
+    for other in found(run_dir, nic.instance) if nic.mode == "routed" else ():
+        if isinstance(other, NicError) or other.index == nic.index or other.mode != "routed":
+            continue
+        if not nic.prefixes.isdisjoint(other.ip):
+            yield other
+
+
 def remove(run_dir: Path, instance: str, index: int | None = None) -> list[Path]:
-    """Remove one NIC file of *instance*, or all; returns those that were there. Raises NicError, OSError."""
+    """Remove one NIC file of *instance*, or all; returns those that were there.
+
+    Raises NicError, also for one that another guest's NIC file is a symlink to, and OSError.
+    """
     directory = run_dir / "nic" / instance_name(instance)
     paths = sorted(directory.glob("*.toml")) if index is None else [place(run_dir, instance, index)]
+    for path in paths:
+        for other in (run_dir / "nic").glob("*/*.toml"):
+            if other not in paths and other.is_symlink() and os.path.realpath(other) == os.path.realpath(path):
+                hint = f"`kvm-ifup nic rm {other.parent.name} {other.stem}` first"
+                raise NicError(f"{other} leads to it", hint=hint, where=str(path))
     removed = []
     for path in paths:
         forget_links(run_dir, path)
@@ -81,7 +109,9 @@ def found(run_dir: Path, instance: str | None = None) -> list[Nic | NicError]:
 def forget_links(run_dir: Path, path: Path, keep: str | None = None) -> None:
     """Remove the symlinks that lead to *path*, except that of the tap *keep*. Raises OSError."""
     for link in (run_dir / "tap").glob("*"):
-        if link.name != keep and link.is_symlink() and str(link.readlink()) == target(path):
+        # Somebody else's may be written otherwise; and a symlink in the place of the file leads further.
+        leads_there = link.is_symlink() and target(path) == str(link.readlink())
+        if link.name != keep and (leads_there or (link.is_symlink() and os.path.realpath(link) == str(path))):
             link.unlink()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from kvmifup.core.errors import NicError
@@ -226,3 +226,15 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
     close = get_close_matches(word, known, n=1)
     return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"
+
+
+def misspelt(name: str, known: Iterable[str]) -> str:
+    """A hint that names that one of the names *known* which *name* most likely is; empty if there is none.
+
+    tap7 is no misspelt tap1: the numbers must be the same.
+    """
+    from difflib import get_close_matches  # only needed to report a mistake
+
+    alike = sorted(one for one in known if one != name and re.sub(r"\D", "", one) == re.sub(r"\D", "", name))
+    close = get_close_matches(name, alike, n=1)
+    return f"did you mean {close[0]}?" if close else ""

@@ -310,7 +310,7 @@ def test_nic_refuses(node: Node, argv: list[str], code: int, words: list[str]) -
         (TOML + "colour = 1\n", "colour"),
         (TOML.replace(GUEST_MAC, TAP_MAC), "begins with fe:"),
         ("\udcff", "UTF-8"),
-        ("x" * 70000, "larger"),
+        ("x" * (1 << 20) + "x", "larger"),
         ("", "is missing"),
     ],
 )

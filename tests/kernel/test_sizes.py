@@ -279,7 +279,7 @@ def test_the_journals_of_thousands_are_read_before_the_lock_is_taken(
 def test_nobody_else_is_turned_away_meanwhile(uplinked: Node, program: str) -> None:
     uplinked.guest()
     nodes.add_tap("tap1")
-    manager.write_nic(mode="routed", ip=[*ipv4(MANY), *ipv6(MANY)])
+    manager.write_nic(mode="routed", **KINDS["IPv4 and IPv6"])
     manager.write_nic("tap1", "web2", mode="routed", ip=[GUEST_IP4])
     if program == "kvm-ifdown":
         check(hook("kvm-ifup-post", "tap0"), 0)

@@ -347,11 +347,12 @@ def test_down_goes_on_past_a_failure(shell: Shell) -> None:
     assert {getattr(shell.kernel.known[key], "dev", None) for key in shell.kernel.values} == {"tap0"}
 
 
-def test_gc(shell: Shell) -> None:
+def test_gc(shell: Shell, tmp_path: Path) -> None:
     shell("kvm-ifup-post", environ=ENVIRONMENT)
     shell.kernel.remove_tap("tap0")
     assert "undo" in shell("kvm-ifup", "gc", "--plan").out
-    assert shell("kvm-ifup", "gc", "--plan", "--run-dir", "/nonexistent").out == "nothing to do\n"
+    (tmp_path / "empty").mkdir()
+    assert shell("kvm-ifup", "gc", "--plan", "--run-dir", str(tmp_path / "empty")).out == "nothing to do\n"
     ran = shell("kvm-ifup", "gc")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     assert shell.kernel.values == {}
