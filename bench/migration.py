@@ -16,6 +16,7 @@ from pathlib import Path
 from bench import picture
 from lab import cases, guest, hooks, output
 from lab.cases import Case
+from lab.style import EMULATED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BRIDGED, AGENT = (next(case for case in cases.CASES if case.key == key) for key in ("bridged", "routed-agent"))
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         f"ARP probes answered by two nodes, the first {1000 * cases.HANDOVER:.0f} ms of the arrival aside: {contested}"
     )
     title = "Client's silence minus the guest's own downtime, in live migrations"
-    for path in picture.save("bench-migration", title, "ms", rows, options.out):
+    for path in picture.save("bench-migration", title, "ms", rows, options.out, EMULATED):
         print(path)
     return 0
 

@@ -13,7 +13,9 @@ from lab.style import BLUE, STYLE, VERMILION, write
 DOT, MEDIAN = BLUE, VERMILION
 
 
-def save(name: str, title: str, unit: str, rows: Mapping[str, Sequence[float]], directory: Path) -> list[Path]:
+def save(
+    name: str, title: str, unit: str, rows: Mapping[str, Sequence[float]], directory: Path, note: str = ""
+) -> list[Path]:
     """Draws `rows` (label to values in `unit`) from top to bottom and writes name.png and name.svg; their paths."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.5))
@@ -30,7 +32,7 @@ def save(name: str, title: str, unit: str, rows: Mapping[str, Sequence[float]], 
         axes.xaxis.set_minor_formatter("")
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_ylim(len(rows) - 0.4, -0.75)
-        axes.set_xlabel(f"{unit}, logarithmic; dots: every run, lines: medians")
+        axes.set_xlabel("\n".join([f"{unit}, logarithmic; dots: every run, lines: medians", *([note] if note else [])]))
         axes.grid(axis="x", which="both", color="#E6E6E6", linewidth=0.6)
         axes.set_axisbelow(True)
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=12)

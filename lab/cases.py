@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import clock, guest, migrate, observe
+from lab import clock, guest, instrument, migrate, observe
 from lab.agent import agent
 from lab.hooks import TAP, Hook, Hooks, write_nic
 from lab.nodes import Mode, Namespace, Network, guest_addresses, network
-from lab.observe import Frame, Observer, Ping, Probe
+from lab.observe import Frame, Gap, Observer, Ping, Probe
 
 Progress = Callable[[str], None]
 
@@ -53,8 +53,9 @@ CASES = (
 class Result:
     """What one migration looked like from the client. Times are CLOCK_MONOTONIC seconds, durations are ms.
 
-    `silence` is the longest time from one IPv4 reply to the next, as its two ends (see `observe.silence`); pings go out
-    every 5 ms, so that is its resolution. `silence6_ms` is the same for IPv6, with a resolution of 20 ms. `lost` counts
+    `silence` is the time without an IPv4 reply around the guest's arrival, in the parts into which single replies split
+    it (see `observe.silence`); pings go out every 5 ms, so that is its resolution. `silence6_ms` is the length of the
+    same for IPv6, with a resolution of 20 ms. `lost` counts
     the IPv4 pings that were not answered within `PING_TIMEOUT`: some wait in the target's tap and are answered long
     afterwards. `announcements` are the RARP, gratuitous ARP and unsolicited NA frames that reached the client.
     `contested` are the ARP probes that two nodes answered at the same moment (see `observe.contested`); probes are sent
@@ -66,7 +67,7 @@ class Result:
     started: float
     resumed: float
     downtime_ms: float
-    silence: tuple[float, float]
+    silence: tuple[Gap, ...]
     silence6_ms: float
     lost: int
     pings: tuple[Ping, ...]
@@ -76,7 +77,8 @@ class Result:
 
     @property
     def silence_ms(self) -> float:
-        return (self.silence[1] - self.silence[0]) * 1000
+        """All parts together."""
+        return observe.length(self.silence)
 
     @property
     def difference_ms(self) -> float:
@@ -157,21 +159,21 @@ def run(case: Case, hooks: Hooks, image: guest.Image, progress: Progress) -> Res
             on.hooks.run("kvm-ifup-post", on.net.b)
             on.source.quit()
             progress("waiting until the client has its replies")
-            # Neighbour caches take up to 53 s to find out: 45 reachable, 5 delay, 3 probing; and then they ask anew.
+            # A client's neighbour cache takes up to 53 s to find out: 45 reachable, 5 delay, 3 probing. Then it asks
+            # anew, by broadcast; the guest's answer teaches the switch, whose own entry would last for 300 s.
             on.observer.wait_for_replies(clock.now(), 90, target.must_run)
             if case.mode == "routed":
                 on.observer.probe(False)
             time.sleep(max(0.0, migrated.resumed + OBSERVED_AFTER + PING_TIMEOUT - clock.now()))
             record = on.observer.record()
-    gap6 = observe.silence(record.pings6, migrated.resumed)
     sent = [p for p in record.pings if begin <= p.sent < record.pings[-1].sent - PING_TIMEOUT]
     return Result(
         case=case,
         started=migrated.started,
         resumed=migrated.resumed,
         downtime_ms=migrated.downtime_ms,
-        silence=observe.silence(record.pings, migrated.resumed),
-        silence6_ms=(gap6[1] - gap6[0]) * 1000,
+        silence=observe.silence(record.pings, migrated.resumed, instrument.PING_SECONDS[4]),
+        silence6_ms=observe.length(observe.silence(record.pings6, migrated.resumed, instrument.PING_SECONDS[6])),
         lost=sum(p.replied is None or p.replied - p.sent > PING_TIMEOUT for p in sent),
         pings=record.pings,
         announcements=tuple(

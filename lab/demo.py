@@ -25,8 +25,10 @@ def table(results: Sequence[cases.Result]) -> str:
     rows: list[tuple[str, ...]] = [HEADER]
     for r in results:
         answered = "one node" if r.nodes_answering == 1 else "two nodes"
-        durations = (f"{value:.0f} ms" for value in (r.downtime_ms, r.silence_ms, r.difference_ms))
-        rows.append((r.case.title, *durations, str(r.lost), answered))
+        down, silent, more = (f"{value:.0f} ms" for value in (r.downtime_ms, r.silence_ms, r.difference_ms))
+        if len(r.silence) > 1:
+            silent += f" in {len(r.silence)} parts"
+        rows.append((r.case.title, down, silent, more, str(r.lost), answered))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     lines = []
     for row in rows:
@@ -66,9 +68,7 @@ def main(argv: Sequence[str]) -> int:
                 progress(f"migration {number} of {len(cases.CASES)}: {case.title}")
                 results.append(cases.run(case, scripts, image, lambda line: progress(f"    {line}")))
         progress("drawing")
-        pictures = plot.save(results, options.out)
-        phased = [result for result in results if result.case.at_start == "kvm-ifup-pre"]
-        pictures += plot.save_frames(phased, options.out)
+        pictures = [*plot.save(results, options.out), *plot.save_frames(results, options.out)]
     except LabError as e:
         print(f"lab.demo: {e}", file=sys.stderr)
         return 1

@@ -66,18 +66,39 @@ class Record:
     at_switch: tuple[Frame, ...]
 
 
-def silence(pings: tuple[Ping, ...], resumed: float) -> tuple[float, float]:
-    """The longest time from one reply to the next that reaches to the guest's arrival or comes after it.
+Gap = tuple[float, float]
 
-    As its two ends, in CLOCK_MONOTONIC seconds. What ended before `resumed` does not count: QEMU holds a guest up for
-    some 50 ms when a migration begins, which is neither its downtime nor the network's doing. Raises LabError when
-    there are no replies on both sides of `resumed`.
+MISSED = 5  # so many replies in a row have to be missing before that is a silence
+TOGETHER = 0.1  # seconds; replies that come for less than this do not end a silence, they split it
+
+
+def silence(pings: tuple[Ping, ...], resumed: float, interval: float) -> tuple[Gap, ...]:
+    """The times without a reply around the guest's arrival, each as its two ends, in CLOCK_MONOTONIC seconds.
+
+    The longest one that reaches to the arrival or comes after it, and those that belong to it: a lucky reply in the
+    middle of a silence splits it and does not end it. Pings go out every `interval` seconds. What ended before
+    `resumed`, and does not belong to that, does not count: QEMU holds a guest up for some 50 ms when a migration
+    begins, which is neither its downtime nor the network's doing. Raises LabError when there are no replies on both
+    sides of `resumed`.
     """
     replies = sorted(p.replied for p in pings if p.replied is not None)
-    gaps = [gap for gap in itertools.pairwise(replies) if gap[1] > resumed]
-    if not gaps or replies[0] > resumed:
+    gaps = list(itertools.pairwise(replies))
+    after = [gap for gap in gaps if gap[1] > resumed]
+    if not after or replies[0] > resumed:
         raise LabError("the client has no replies from before and after the migration", "is this machine overloaded?")
-    return max(gaps, key=lambda gap: gap[1] - gap[0])
+    longest = max(after, key=lambda gap: gap[1] - gap[0])
+    silent = [gap for gap in gaps if gap == longest or gap[1] - gap[0] > MISSED * interval]
+    first = last = silent.index(longest)
+    while first > 0 and silent[first][0] - silent[first - 1][1] < TOGETHER:
+        first -= 1
+    while last + 1 < len(silent) and silent[last + 1][0] - silent[last][1] < TOGETHER:
+        last += 1
+    return tuple(silent[first : last + 1])
+
+
+def length(gaps: tuple[Gap, ...]) -> float:
+    """All of *gaps* together, in ms."""
+    return sum(end - begin for begin, end in gaps) * 1000
 
 
 def contested(probes: tuple[Probe, ...]) -> tuple[Probe, ...]:

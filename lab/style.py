@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ STYLE: Mapping[str, Any] = {
     "svg.hashsalt": "kvm-ifup",  # the same data give the same file
     "svg.fonttype": "none",
 }
+
+
+# What a reader of a picture must know of the guests in it: they run slower than on a real node.
+EMULATED = f"Guests with emulated CPUs (QEMU's TCG), {len(os.sched_getaffinity(0))} cores for everything"
 
 
 def write(figure: Any, directory: Path, name: str, dpi: int) -> list[Path]:

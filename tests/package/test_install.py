@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tests.package import wiring
-from tests.package.roots import Root, deb, field, versionless
+from tests.package.roots import CHECKOUT, Root, deb, field, versionless
 
 COMMANDS = ("kvm-ifdown", "kvm-ifup", "kvm-ifup-post", "kvm-ifup-pre")
 OURS = ("kvm-ifup", "kvmifup", "kvm-ifdown")
@@ -45,6 +46,17 @@ def test_install_on_an_empty_system(node: Root, built: Path) -> None:
     with wiring.guests(node):
         node.run("kvm-ifup-post", "tap0")
         assert wiring.master(node, "tap0") == "br0"
+
+
+def test_the_pages_say_which_ganeti_debian_has(node: Root) -> None:
+    """Debian 13's is a release candidate of 3.1."""
+    release = node.shell("cut -d. -f1 /etc/debian_version").strip()
+    candidate = node.shell("apt-cache policy ganeti").split("Candidate: ")[1].split("~")[0].split("-")[0]
+    for page in ("README.md", "docs/ganeti.md"):
+        text = " ".join((CHECKOUT / page).read_text(encoding="utf-8").split())
+        said = re.findall(rf"Debian {release} has (?:Ganeti )?(\d[\d.]*\d)", text)
+        assert said
+        assert [one for one in said if not candidate.startswith(one)] == [], page
 
 
 def test_a_guest_lives_through_upgrade_removal_and_purge(node: Root, built: Path, previous: Path) -> None:

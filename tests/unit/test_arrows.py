@@ -15,7 +15,7 @@ MAY: dict[str, set[str]] = {
     "harness": set(),
     "lab": {"harness"},
     "bench": {"harness", "lab"},
-    "tests": {"harness", "lab"},
+    "tests": {"bench", "harness", "lab"},
 }
 FILES = [(package, path) for package in MAY for path in sorted((ROOT / package).rglob("*.py"))]
 
