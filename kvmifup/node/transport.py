@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Iterator
 
 from kvmifup.node.messages import (
     BODY,
+    IFADDRMSG,
+    NDA_DST,
+    NDMSG,
+    NLATTR,
     NLM_F_DUMP,
     NLM_F_DUMP_INTR,
     NLM_F_REQUEST,
@@ -14,11 +19,19 @@ from kvmifup.node.messages import (
     NLMSG_ERROR,
     NLMSGHDR,
     RECEIVE,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    RTM_NEWROUTE,
+    RTM_NEWRULE,
+    RTMSG,
     failure,
 )
 
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 12  # linux/netlink.h
 TRIES = 10  # of a dump that other changes disturb
+# By kind of message: the size of its header, and the attribute with ages (RTA_CACHEINFO, IFA_CACHEINFO, NDA_CACHEINFO).
+HEADERS = {RTM_NEWROUTE: (RTMSG.size, 12), RTM_NEWADDR: (IFADDRMSG.size, 6), RTM_NEWNEIGH: (NDMSG.size, 3)}
 
 
 class Transport:
@@ -59,24 +72,30 @@ class Transport:
     def dump(self, kind: int, body: bytes, wanted: bytes = b"") -> list[bytes]:
         """Send a request for a dump; returns those of its messages that contain the bytes *wanted*.
 
-        A dump that was disturbed may lack something (NLM_F_DUMP_INTR), so it is asked for again, but not for ever.
+        The kernel sends a large dump in parts, and counts where it was. What is removed between two parts moves the
+        rest, and then something is left out that was there all the time. Only for devices the kernel says so
+        (NLM_F_DUMP_INTR). So a dump in parts is asked for again until two agree. If none do, all that was seen counts.
         """
-        found: list[bytes] = []
+        tries: list[list[bytes]] = []
+        self._sequence += 1
         for _ in range(TRIES):
-            found, whole = self._dump_once(kind, body, wanted)
-            if whole:
-                break
-        return found
+            parts, undisturbed = self._dump_once(kind, body)
+            if undisturbed and (len(parts) <= 1 or (tries and agree(tries[-1], parts))):
+                return [message for part in parts for message in split(part, wanted)]
+            tries.append(parts)
+        every = {identity(one): one for parts in tries for part in parts for one in split(part, wanted)}
+        return list(every.values())
 
-    def _dump_once(self, kind: int, body: bytes, wanted: bytes) -> tuple[list[bytes], bool]:
+    def _dump_once(self, kind: int, body: bytes) -> tuple[list[bytes], bool]:
+        """The parts of a dump, each with all of its messages; and False if the kernel says that it was disturbed."""
+        self._sequence -= 1  # the same for each: what has not changed is then the same to the byte
         request = self.send(kind, NLM_F_DUMP, body)
-        found: list[bytes] = []
+        parts: list[bytes] = []
         seen = 0
         unpack = NLMSGHDR.unpack_from
         while True:
             data = self.socket.recv(RECEIVE)
             offset, end = 0, len(data)
-            hit = data.find(wanted)
             while offset + BODY <= end:
                 length, answer, flags, sequence, _port = unpack(data, offset)
                 if sequence != request or length < BODY:  # left over from a request that was interrupted
@@ -84,12 +103,52 @@ class Transport:
                 seen |= flags
                 if answer in (NLMSG_DONE, NLMSG_ERROR):
                     raise_error(data, offset + BODY)
-                    return found, not seen & NLM_F_DUMP_INTR
-                # Most messages of a dump are not wanted: search for the next one that is, once for several messages.
-                if 0 <= hit < offset + length:
-                    found.append(data[offset : offset + length])
-                    hit = data.find(wanted, offset + length)
+                    return parts + [data[:offset]] * (offset > 0), not seen & NLM_F_DUMP_INTR
                 offset += length + 3 & ~3
+            else:
+                parts.append(data)
+
+
+def split(part: bytes, wanted: bytes = b"") -> Iterator[bytes]:
+    """The messages in one part of a dump that contain the bytes *wanted*."""
+    offset, end = 0, len(part)
+    # Most are not wanted: search for the next one that is, once for several messages.
+    hit = part.find(wanted)
+    while hit >= 0 and offset + BODY <= end:
+        length = int.from_bytes(part[offset : offset + 4], sys.byteorder)
+        if hit < offset + length:
+            yield part[offset : offset + length]
+            hit = part.find(wanted, offset + length)
+        offset += length + 3 & ~3
+
+
+def agree(one: list[bytes], other: list[bytes]) -> bool:
+    """Whether two dumps are of the same things."""
+    if one == other:
+        return True
+    first, second = [{identity(message) for part in parts for message in split(part)} for parts in (one, other)]
+    return first == second
+
+
+def identity(message: bytes) -> bytes:
+    """What a message of a dump is about, without what changes by itself: ages, counters, states."""
+    kind = int.from_bytes(message[4:6], sys.byteorder)
+    if kind == RTM_NEWLINK:
+        return message[BODY + 4 : BODY + 8]  # the index
+    if kind == RTM_NEWRULE:
+        return message[BODY:]
+    header, ages = HEADERS.get(kind, (0, 0))
+    found, offset = [message[4:6], message[BODY : BODY + header]], BODY + header
+    if kind == RTM_NEWNEIGH:
+        found[1] = message[BODY + 4 : BODY + 8] + message[BODY + 10 : BODY + 12]  # index, flags and type: not its state
+    while offset + 4 <= len(message):
+        length, attribute = NLATTR.unpack_from(message, offset)
+        if length < 4:
+            break
+        if attribute != ages and (kind != RTM_NEWNEIGH or attribute == NDA_DST):
+            found.append(message[offset : offset + length])
+        offset += length + 3 & ~3
+    return b"".join(found)
 
 
 def raise_error(data: bytes, offset: int) -> None:
