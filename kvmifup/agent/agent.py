@@ -38,6 +38,7 @@ from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
 from kvmifup.inputs import config
+from kvmifup.tell import syslog
 
 SOCKET = "agent.sock"
 METRICS = "metrics.prom"
@@ -105,19 +106,35 @@ class Agent:
 
     def _look_after(self) -> None:
         """Tell the rooms where this node answers for whom."""
+        self._keep_run_dir()
         guests = self._taps.guests()
         self._mending.look_after()
         self._departures.look_after(guests if self._runner.config.agent.withdraw else {})
+
+    def _keep_run_dir(self) -> None:
+        """Make anew what hooks find the agent by, and what it finds journals by, if somebody has removed it."""
+        if self._hooks.closed:
+            return
+        try:
+            if not self._listener.is_there():
+                self._listener.renew()
+                self._hooks.listen_on(self._listener.socket)
+                self._runner.say(f"{self._listener.path} was removed: made again", severity=syslog.ERROR)
+            if not self._runner.store.directory.exists() or not self._journals.is_watched():
+                self._journals.renew()
+        except (KvmIfupError, OSError) as error:  # tried again at the next look
+            self._runner.complain("not made again", error)
 
     def _node_changed(self, things: frozenset[Thing]) -> None:
         """*things* have changed: NICs may rely on them, and what is prepared for arrivals."""
         self._arrivals.outdate(things)
         self._mending.touched(things)
 
-    def _settled(self) -> None:
-        """The node has been quiet for a while after a change."""
+    def _settled(self, quiet: bool) -> None:
+        """After a change the node has been *quiet* for a while, or it does not get quiet at all."""
         self._mending.look()
-        self._arrivals.prepare_anew()
+        if quiet:  # or what is prepared would be thrown away at once
+            self._arrivals.prepare_anew()
 
     def _devices_gone(self, indices: list[int]) -> None:
         self._leftovers.devices_gone(indices)
@@ -156,7 +173,6 @@ class Agent:
         self._leftovers.collect_dead()
         self._leftovers.collect_killed()
         self._taps.look()
-        self._mending.look_at_all()
 
     def _write_metrics(self) -> None:
         """Write down what has been counted, for the node exporter."""

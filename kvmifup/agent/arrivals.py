@@ -40,7 +40,7 @@ def listen(runner: Runner, began: float, tap: TapRecord) -> None:
         if tap.is_there():
             runner.say(f"cannot listen: {error.strerror}", tap.nic.label, syslog.ERROR)
         return
-    if tap.since < began:  # the guest may have arrived meanwhile: it is asked for a frame
+    if tap.doubtful or tap.since < began:  # the guest may have arrived meanwhile: it is asked for a frame
         with suppress(OSError):  # the tap is down: its guest cannot be here
             sockets.send(tap.name, frames.questions(tap.nic))
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import resource
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from kvmifup import __version__
 from kvmifup.agent.agent import SOCKET, Agent
-from kvmifup.agent.listening import Listener
+from kvmifup.agent.listening import Listener, OnlyOne
 from kvmifup.agent.log import Log
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import PROGRAM
@@ -22,7 +21,7 @@ from kvmifup.agent.systemd import notify
 from kvmifup.commands import options
 from kvmifup.commands.call import need_privileges
 from kvmifup.commands.streams import standard_output
-from kvmifup.core.errors import BugError, LockTimeoutError, as_ours
+from kvmifup.core.errors import BugError, as_ours
 from kvmifup.inputs import config
 from kvmifup.tell import render, syslog
 
@@ -69,10 +68,10 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR, out: TextIO = sys
         return
     need_privileges()
     run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with only_one(run_dir):
+    with closing(OnlyOne(run_dir / "agent.lock")) as only:
         config.load(None)  # what is wrong with it is found before there is a socket
         more_descriptors()
-        listener = Listener(run_dir / SOCKET)
+        listener = Listener(run_dir / SOCKET, only)
         sys.setswitchinterval(SWITCH)
         loop = Loop()
         agent = Agent(loop, listener, run_dir, log.say)
@@ -92,14 +91,3 @@ def more_descriptors() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-@contextmanager
-def only_one(run_dir: Path) -> Iterator[None]:
-    """Raise LockTimeoutError if another agent runs; keep others from running."""
-    with open(run_dir / "agent.lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockTimeoutError("another agent runs on this node", hint="`systemctl stop kvm-ifupd`") from None
-        yield

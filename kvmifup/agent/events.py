@@ -245,10 +245,14 @@ class DirectoryEvents:
             os.close(descriptor)
         self._descriptors = ()
 
+    def is_watched(self) -> bool:
+        """Whether what is at the directory's path now is what is watched. Raises OSError if there is nothing."""
+        return bool(self._descriptors) and os.path.samestat(self._directory.stat(), os.fstat(self._descriptors[0]))
+
     def _notified(self) -> None:
         # Only once there is another: it may still be on its way out.
         with suppress(OSError):
-            if self._descriptors and not os.path.samestat(self._directory.stat(), os.fstat(self._descriptors[0])):
+            if self._descriptors and not self.is_watched():
                 self.renew()
         self._changed()
 

@@ -113,6 +113,14 @@ class HookServer:
         if not self.closed:
             self.loop.watch(self.listener, self._accept)
 
+    def listen_on(self, listener: socket.socket) -> None:
+        """From now on scripts come in by *listener*."""
+        with suppress(KeyError):  # during a pause
+            self.loop.ignore(self.listener)
+        self.listener.close()
+        self.listener = listener
+        self._listen()
+
     def close(self) -> None:
         """Take no new scripts, nor any that has not yet said what it wants; what runs comes to its end."""
         if self.closed:

@@ -3,27 +3,74 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from kvmifup.agent.systemd import activated
-from kvmifup.core.errors import NotReadyError
+from kvmifup.core.errors import LockTimeoutError, NotReadyError
 
 BACKLOG = 256
+
+
+class OnlyOne:
+    """Keeps a second agent from running, by a lock on the file at *path*."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises LockTimeoutError if another agent runs, OSError."""
+        self._path = path
+        self._file = locked(path)
+
+    def renew(self) -> None:
+        """Lock what is at the path now: somebody may have removed it. Raises as `OnlyOne`."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return
+        ours = locked(self._path)
+        self._file.close()
+        self._file = ours
+
+    def close(self) -> None:
+        """Let another one run."""
+        self._file.close()
+
+
+def locked(path: Path) -> TextIO:
+    """The file *path*, locked. Raises LockTimeoutError, OSError."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise LockTimeoutError("another agent runs on this node", hint="`systemctl stop kvm-ifupd`") from None
+    return file
 
 
 class Listener:
     """The socket at *path*. *given*: it is systemd's, who keeps it when the agent ends."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, only: OnlyOne) -> None:
         """Take the socket that systemd hands over, or make one. Raises NotReadyError, UsageError, OSError."""
         found = activated()
         self.given = found is not None
         self.path = path
         self.socket = found or own_socket(path)
+        self._only = only
         self._made = None if self.given else path.stat()
+
+    def is_there(self) -> bool:
+        """Whether hooks find the socket; one of systemd's is not ours to look after."""
+        return self.given or self.path.exists()
+
+    def renew(self) -> None:
+        """Make the socket once more: somebody has removed it. Raises LockTimeoutError, NotReadyError, OSError."""
+        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._only.renew()
+        self.socket = own_socket(self.path)
+        self._made = self.path.stat()
 
     def remove(self) -> None:
         """Remove the socket's file, if it is the one that we have made: by now another one may be in its place."""

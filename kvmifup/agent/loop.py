@@ -171,15 +171,15 @@ class Timers:
 
 
 class Settling:
-    """Calls *action* once all has been quiet for *quiet* seconds after something was stirred up.
+    """Calls *action* with True once all has been quiet for *quiet* seconds after something was stirred up.
 
-    Where it does not get quiet, it acts all the same, less and less often: after `FIRST` seconds, then after twice as
-    many, up to `LONGEST`. One timer, however often it is stirred.
+    Where it does not get quiet, it calls it with False, less and less often: after `FIRST` seconds, then after twice as
+    many, up to `LONGEST`; and with True in the end. One timer, however often it is stirred.
     """
 
     FIRST, LONGEST = 1.0, 8.0
 
-    def __init__(self, loop: Loop, quiet: float, action: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, quiet: float, action: Callable[[bool], None]) -> None:
         self._loop = loop
         self._quiet = quiet
         self._action = action
@@ -200,9 +200,12 @@ class Settling:
         if quiet > 0 and late > 0:
             self._timer = self._loop.later(min(quiet, late), self._due)
             return
-        self._timer = None
-        self._patience = self.FIRST if quiet <= 0 else min(2 * self._patience, self.LONGEST)
-        self._action()
+        if quiet <= 0:
+            self._timer, self._patience = None, self.FIRST
+        else:
+            self._first, self._patience = now, min(2 * self._patience, self.LONGEST)
+            self._timer = self._loop.later(self._quiet, self._due)
+        self._action(quiet <= 0)
 
 
 class OneAtATime(Generic[T]):

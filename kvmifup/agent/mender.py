@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,6 +34,7 @@ SHOWN = 4  # changes in one line of the log
 REASON = "mended"
 
 Key = tuple[object, ...]
+JOURNAL: Key = ("journal",)  # in the place of an op's key, where all that differs is what the journal says
 
 
 class Breakages:
@@ -70,7 +71,8 @@ class Breakages:
 
 @dataclass(frozen=True)
 class Looked:
-    """What a look at a NIC has found: what it relies on, and those of its ops that have to be looked at.
+    """What a look at a NIC has found: what it relies on, and those of its ops that have to be looked at, *outliving*
+    those of them that are on uplinks.
 
     *mtu*: the one to give back to the tap, before anything else. *again*: in how many seconds to look once more, None
     if all is well. *answered*: the guest was asked, and runs here.
@@ -79,6 +81,7 @@ class Looked:
     tap: TapRecord
     things: frozenset[Thing]
     unheard: tuple[Op, ...]
+    outliving: tuple[Op, ...] = ()
     mtu: int | None = None
     again: float | None = None
     answered: bool = False
@@ -100,10 +103,10 @@ class Mender:
         self._failed = {tap: one for tap, one in self._failed.items() if tap in taps}
         self._mtus = {tap: mtu for tap, mtu in self._mtus.items() if tap in taps}
 
-    def check(self, ops: Mapping[Op, set[str]]) -> set[str]:
-        """The taps for which one of *ops* is not true."""
+    def check(self, asked: Sequence[tuple[str, Op]]) -> set[str]:
+        """The taps for which one of the ops that are *asked* for is not true."""
         try:
-            return {tap for op in untrue(ops.keys()) for tap in ops[op]}
+            return untrue(asked)
         except OSError as error:
             self._runner.complain("not looked at", error)
             return set()
@@ -138,7 +141,9 @@ class Mender:
         except Exception as error:
             return Looked(tap, frozenset(relied_on(tap, None, session)), ()), as_ours(error)
         unheard = tuple(change.op for change in plan.changes if is_unheard(change.op))
-        return Looked(tap, frozenset(relied_on(tap, plan, session)), unheard, mtu), plan if differs else None
+        outliving = tuple(op for op in unheard if op.outlives_tap)
+        looked = Looked(tap, frozenset(relied_on(tap, plan, session)), unheard, outliving, mtu)
+        return looked, plan if differs else None
 
     def _mtu_before(self, plan: planning.Plan) -> int | None:
         """The MTU that the tap had before somebody has changed it, and its bridge has followed; None if it is right.
@@ -162,7 +167,8 @@ class Mender:
 
         if isinstance(plan, KvmIfupError):
             return once_more(self._cannot(tap, plan))
-        wait = self._breakages.wait(tap.name, keys(plan.due), time.monotonic())
+        broken = keys(plan.due) or [LinkMtu(tap.name, looked.mtu).key if looked.mtu else JOURNAL]
+        wait = self._breakages.wait(tap.name, broken, time.monotonic())
         if wait > 0:
             return once_more(wait)
         asked = tap.name in suspects and self._runner.config.agent.withdraw and draws(plan.due)
@@ -195,8 +201,9 @@ class Mender:
         done = [change for change in outcome.changes if change.needed and not change.op.after_change]
         done.sort(key=lambda change: not change.op.wanted)  # what is there again comes before what was taken away
         renamed = renames(journal)
-        if not done and not renamed:
-            return  # somebody else has put it right
+        if not done and not renamed:  # somebody else has put it right, or only the journal was to be written
+            self._breakages.mended(outcome.tap, [JOURNAL], time.monotonic())
+            return
         self._runner.metrics.add("kvm_ifup_mends_total")
         more = [f"{len(done) - SHOWN} more"] if len(done) > SHOWN else []
         line = "; ".join((*renamed, *map(render.transition, done[:SHOWN]), *more))

@@ -17,10 +17,10 @@ from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.mender import REASON, Looked, Mender
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
-from kvmifup.core.ops import Op
 
 PERIOD = 4.0  # seconds between two looks at what the kernel tells nobody about
-SHARE = 2  # each of these looks is at one tap in so many
+SHARE = 2  # each of these looks is at one tap in so many, and at all that is on uplinks
+EVERYTHING = 300.0  # seconds between two looks at everything, whatever has been heard or not
 
 KEPT = {State.WIRED, State.DISARMED, *LISTENING}
 
@@ -44,6 +44,7 @@ class Mending:
         self._checking = OneAtATime(loop, self._begin_check, self._checked)
         self._turn = 0
         loop.later(PERIOD, self._check)
+        loop.later(EVERYTHING, self._from_time_to_time)
 
     # --- what has happened ----------------------------------------------------------------------------------
 
@@ -84,6 +85,10 @@ class Mending:
     def look_at_all(self) -> None:
         """Anything may have changed."""
         self._soon([tap.name for tap in self._taps])
+
+    def _from_time_to_time(self) -> None:
+        self.look_at_all()
+        self._loop.later(EVERYTHING, self._from_time_to_time)
 
     def look(self) -> None:
         """Look at what is due."""
@@ -130,12 +135,14 @@ class Mending:
         self._loop.later(PERIOD, self._check)
 
     def _begin_check(self) -> Callable[[], set[str]] | None:
-        ops: dict[Op, set[str]] = {}
-        for number, (name, known) in enumerate(self._known.items()):
-            for op in known.unheard:
-                if op.outlives_tap or (number + self._turn) % SHARE == 0:
-                    ops.setdefault(op, set()).add(name)
-        return partial(self._mender.check, ops) if ops and self._runner.config.agent.mend else None
+        if not self._runner.config.agent.mend:
+            return None
+        asked = [
+            (name, op)
+            for number, (name, known) in enumerate(self._known.items())
+            for op in (known.unheard if (number + self._turn) % SHARE == 0 else known.outliving)
+        ]
+        return partial(self._mender.check, asked) if asked else None
 
     def _checked(self, differing: set[str]) -> None:
         self._soon(differing)

@@ -12,6 +12,8 @@ from kvmifup.agent.metrics import Metrics
 from kvmifup.commands import request
 from kvmifup.core.errors import KvmIfupError, as_ours
 from kvmifup.inputs import config
+from kvmifup.runs import locks
+from kvmifup.runs.journal import Journal
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session, opened
 from kvmifup.runs.store import Store
@@ -65,6 +67,18 @@ class Runner:
         # Somebody who watches wants to know how long each op takes.
         timed = watchers.watched(self.run_dir)
         return opened(self.run_dir, settings, by="agent", reason=reason, timed=timed)
+
+    def restore(self, journal: Journal) -> bool:
+        """Write *journal* again, unless its tap has one; returns whether that was done."""
+        try:
+            with locks.hold(self.run_dir, [locks.of_tap(journal.nic.tap)], BUSY):
+                if self.store.load(journal.nic.tap) is not None:
+                    return False
+                self.store.save(journal)
+                return True
+        except (KvmIfupError, OSError) as error:
+            self.complain(f"journal of {journal.nic.label} not written again", error)
+            return False
 
     def attempt(
         self, what: Callable[[Session], Outcome | None], reason: str | None = None, patience: float | None = None

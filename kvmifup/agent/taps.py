@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from enum import Enum
 from functools import partial
+from pathlib import Path
 
 from kvmifup.agent.loop import Loop, OneAtATime, Timers
 from kvmifup.agent.runner import Runner
@@ -19,6 +22,8 @@ from kvmifup.runs.moves import PreparedArrival
 from kvmifup.tell import syslog
 
 SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
+
+REMOVING = 2.0  # seconds that somebody may take to remove the whole directory
 
 Place = tuple[str, str]  # where this node answers for a guest: uplink, address
 
@@ -59,6 +64,7 @@ class TapRecord:
     *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
+    *doubtful*: its guest may have arrived while there was no journal.
     """
 
     def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:
@@ -79,6 +85,7 @@ class TapRecord:
         self.timers = Timers(loop)
         self.tries = 0
         self.complaint = ""
+        self.doubtful = False
         self._loop = loop
 
     @property
@@ -131,6 +138,14 @@ def state_of(journal: Journal) -> State:
     return State.WIRED if journal.phase is Phase.POST else State.DISARMED
 
 
+def identity_of(directory: Path) -> tuple[int, int] | None:
+    """What tells *directory* from another one at its path; None if there is none."""
+    with suppress(OSError):
+        info = directory.stat()
+        return info.st_dev, info.st_ino
+    return None
+
+
 Found = tuple[set[str], dict[str, TapRecord]]  # all taps that have a journal; those whose journal is new
 
 
@@ -157,6 +172,8 @@ class Taps:
         # Of the thread that looks: journals that it need not read again while they stay as they are.
         self._unreadable: dict[str, Stamp] = {}
         self._elsewhere: dict[str, Stamp] = {}  # of other network namespaces
+        self._directory = identity_of(runner.store.directory)  # the one that was looked at last
+        self._missing: dict[str, tuple[Journal, float]] = {}  # those that have gone a moment ago, and when
 
     def __iter__(self) -> Iterator[TapRecord]:
         return iter(self._taps.values())
@@ -201,6 +218,9 @@ class Taps:
     def _find(self, known: dict[str, Stamp]) -> Found:
         """In a thread: see which journals there are, and read those that are not *known*."""
         now = self._runner.store.stamps()
+        restored = self._restored(known.keys() - now.keys())
+        if restored:
+            now = self._runner.store.stamps()
         stamps = {name: stamp for name, stamp in now.items() if self._elsewhere.get(name) != stamp}
         names = set(stamps)
         new = {}
@@ -221,9 +241,28 @@ class Taps:
             if journal is None:
                 continue
             new[name] = tap = TapRecord(self._loop, journal, stamp)
+            tap.doubtful = name in restored
             if tap.phase is Phase.PRE and tap.state is State.DISARMED:
                 self._listen(tap)
         return names, new
+
+    def _restored(self, missing: Collection[str]) -> list[str]:
+        """Write journals again that are *missing* because somebody has removed the whole directory; returns the taps.
+
+        What is in memory counts then. Who removes it may take a while, so those count that went a moment ago, too.
+        """
+        now = time.monotonic()
+        self._missing = {name: one for name, one in self._missing.items() if now - one[1] < REMOVING}
+        self._missing |= {name: (tap.journal, now) for name in missing if (tap := self._taps.get(name))}
+        before, self._directory = self._directory, identity_of(self._runner.store.directory)
+        if before in (None, self._directory) or not self._missing:
+            return []
+        lost, self._missing = self._missing, {}
+        names = [name for name, (journal, _) in sorted(lost.items()) if self._runner.restore(journal)]
+        if names:
+            self._directory = identity_of(self._runner.store.directory)
+            self._runner.say(f"the journals were removed: written again for {', '.join(names)}", severity=syslog.ERROR)
+        return names
 
     def _done(self, found: Found) -> None:
         names, new = found

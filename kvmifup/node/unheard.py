@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from kvmifup.core.ops import Op, ProxyNeighbour, Sysctl
 from kvmifup.node.messages import NTF_PROXY
@@ -17,20 +17,25 @@ def is_unheard(op: Op) -> bool:
     return isinstance(op, ProxyNeighbour) or (isinstance(op, Sysctl) and op.name not in IN_NETCONF)
 
 
-def untrue(ops: Collection[Op]) -> set[Op]:
-    """Those of *ops*, all of which are `is_unheard`, that are not true now. Raises NetlinkError."""
+def untrue(asked: Sequence[tuple[str, Op]]) -> set[str]:
+    """The names of those ops *asked* for, all of which are `is_unheard`, that are not true now. Raises NetlinkError."""
     netlink = Netlink()
     try:
-        proxies = netlink.neighbours(NTF_PROXY) if any(isinstance(op, ProxyNeighbour) for op in ops) else {}
-        indices = {op.dev: netlink.index(op.dev) or 0 for op in ops if isinstance(op, ProxyNeighbour)}
+        uplinks = {op.dev for _, op in asked if isinstance(op, ProxyNeighbour)}
+        proxies = netlink.neighbours(NTF_PROXY).keys() if uplinks else set()
+        indices = {dev: netlink.index(dev) or 0 for dev in uplinks}
     finally:
         netlink.close()
+    values: dict[str, str | None] = {}
     found = set()
-    for op in ops:
+    for name, op in asked:
         if isinstance(op, ProxyNeighbour):
             true = (indices[op.dev], op.address) in proxies
-        else:
-            true = not isinstance(op, Sysctl) or sysctl(op.path) == op.want
+        elif isinstance(op, Sysctl):
+            path = op.path
+            if path not in values:
+                values[path] = sysctl(path)
+            true = values[path] == op.want
         if not true:
-            found.add(op)
+            found.add(name)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from harness import agents, manager, nodes, oracle, snapshots, tools
 from harness.addresses import GUEST_IP4, GUEST_IP6, IPS
 from harness.agents import Agent, phase, until, wired
-from harness.guests import arrived, incoming, rarp, witness
+from harness.guests import answering, arrived, incoming, rarp, witness
 from harness.hooks import check, hook
 from harness.nodes import Node
 
@@ -240,3 +241,65 @@ def test_where_nothing_is_wrong_nothing_is_written(uplinked: Node, agent: Agent)
     assert lines == []
     assert journals == {path: path.stat().st_mtime_ns for path in agents.STATE.iterdir()}
     assert "mended" not in agent.said()
+
+
+# --- the run directory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["", "/state", "/agent.sock"])
+def test_what_was_removed_of_the_run_directory_is_made_again(uplinked: Node, agent: Agent, what: str) -> None:
+    clean = snapshots.snapshot_of_kernel()
+    wire(agent, uplinked, **ROUTED)
+    nodes.add_bridge()
+    incoming(uplinked, agent, "tap1", mode="bridged", link="br0", mac="aa:00:00:00:00:77")
+    settled(uplinked, agent)
+    before = [agents.journal(tap) for tap in ("tap0", "tap1")]
+    for _ in range(2):
+        tools.run("rm", "-rf", f"{manager.RUN_DIR}{what}")
+        until(lambda: [agents.journal(tap) for tap in ("tap0", "tap1")] == before and agents.SOCKET.exists())
+    # Hooks find the agent, it finds their journals, and mends.
+    manager.write_nic("tap0", "web1", **ROUTED)
+    agents.through("kvm-ifup-post", "tap0")
+    tools.ip(f"route del {GUEST_IP4} table 100")
+    until(lambda: GUEST_IP4 in oracle.routes("tap0"))
+    for tap in ("tap0", "tap1"):
+        agents.through("kvm-ifdown", tap)
+        tools.ip(f"link del {tap}")
+    tools.ip("link del br0")
+    assert snapshots.changes(clean, snapshots.snapshot_of_kernel()) == []
+    until(lambda: len(list(agents.STATE.glob("*.json"))) == 0)
+    assert agent.end() == 0
+    assert not agents.SOCKET.exists()
+
+
+def test_a_guest_that_is_waited_for_arrives_also_without_its_run_directory(uplinked: Node, agent: Agent) -> None:
+    guest = incoming(uplinked, agent, **ROUTED)
+    tools.run("rm", "-rf", str(manager.RUN_DIR))
+    guest.send(rarp())  # before there is a journal again, so it is asked
+    with answering(guest):
+        until(lambda: wired() == agents.WIRED and phase() == "post")
+
+
+def test_a_tap_that_vanishes_with_the_run_directory_leaves_nothing(uplinked: Node, agent: Agent) -> None:
+    clean = snapshots.snapshot_of_kernel()
+    wire(agent, uplinked, **ROUTED)
+    agent.send(signal.SIGSTOP)
+    tools.run("rm", "-rf", str(manager.RUN_DIR))
+    tools.ip("link del tap0")
+    agent.send(signal.SIGCONT)
+    until(lambda: snapshots.changes(clean, snapshots.snapshot_of_kernel()) == [])
+
+
+def test_only_one_agent_runs_also_after_the_run_directory_was_removed(agent: Agent) -> None:
+    tools.run("rm", "-rf", str(manager.RUN_DIR))
+    until(agents.SOCKET.exists)
+    with pytest.raises(AssertionError, match="another agent runs"):
+        Agent().ready()
+    assert agent.process.poll() is None
+
+
+def test_without_a_nic_the_socket_is_made_again_as_well(agent: Agent) -> None:
+    for _ in range(3):
+        tools.run("rm", "-rf", str(manager.RUN_DIR))
+        until(agents.SOCKET.exists)
+    assert agent.said().count("made again") == 3

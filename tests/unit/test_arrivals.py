@@ -66,7 +66,7 @@ class Waiting:
         self.ours.setblocking(False)
         self.looked_again_at: list[TapRecord] = []
         self.tap = TapRecord(self.loop, Journal(ROUTED, 7, Phase.PRE, namespace=HERE), (1,))
-        self.settling = Settling(self.loop, 0.01, lambda: self.room.prepare_anew())
+        self.settling = Settling(self.loop, 0.01, lambda _: self.room.prepare_anew())
         announcer = Announcements(self.loop, self.runner)
         self.room = Arrivals(
             self.loop, self.runner, cast(Taps, self), announcer, catch_up=lambda: None, stir=self.settling.stir

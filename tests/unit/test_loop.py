@@ -368,21 +368,29 @@ def stirring(loop: Loop, settling: Settling, every: float, seconds: float) -> No
 
 
 def test_what_is_stirred_once_or_often_settles_once(loop: Loop) -> None:
-    done: list[float] = []
-    settling = Settling(loop, 0.1, lambda: done.append(time.monotonic()))
+    done: list[bool] = []
+    settling = Settling(loop, 0.1, done.append)
     for _ in range(1000):
         settling.stir()
     assert len(loop._timers) == 1
     stirring(loop, settling, 0.01, 0.2)
-    assert len(done) == 1
+    assert done == [True]
 
 
 def test_where_it_does_not_get_quiet_it_acts_less_and_less_often(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Settling, "FIRST", 0.1)
     monkeypatch.setattr(Settling, "LONGEST", 0.4)
     done: list[float] = []
-    settling = Settling(loop, 10, lambda: done.append(time.monotonic()))
+    calm: list[bool] = []
+
+    def act(quiet: bool) -> None:
+        calm.append(quiet)
+        done.append(time.monotonic())
+
+    settling = Settling(loop, 0.1, act)
     stirring(loop, settling, 0.005, 2.0)
+    assert calm == [*[False] * (len(calm) - 1), True]
+    done.pop()
     pauses = [later - earlier for earlier, later in itertools.pairwise(done)]
     assert pauses[0] >= 0.19
     assert all(pause >= 0.39 for pause in pauses[1:])
