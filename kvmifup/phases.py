@@ -350,9 +350,9 @@ def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
     return [uplink for uplink in facts.uplinks if uplink.arp and uplink.family in families]
 
 
-def remarks(phase: Phase, nic: Nic, facts: NodeFacts) -> tuple[str, ...]:
-    """What is no error, but worth a line with -v."""
-    if phase is Phase.DOWN or nic.mode != "routed":
+def remarks(phase: Phase, nic: Nic, config: Config, facts: NodeFacts) -> tuple[str, ...]:
+    """What is no error, but worth a line with -v, and a warning in the log."""
+    if phase is Phase.DOWN or nic.mode != "routed" or config.routed.uplinks == ():  # the last one is meant
         return ()
     lacking = sorted({prefix.version for prefix in nic.ip} - {uplink.family for uplink in facts.uplinks})
     return tuple(f"no IPv{family} uplink found: nothing there answers for the guest" for family in lacking)

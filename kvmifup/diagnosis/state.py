@@ -148,6 +148,7 @@ def without_uplink(found: planning.Plan, config: Config) -> tuple[NotReadyError 
     if not lacking:
         return None, False
     kept = {phases.family_of(entry.op.address) for entry in found.kept if isinstance(entry.op, ProxyNeighbour)}
+    kept |= {uplink.family for uplink in found.last}
     which = "" if lacking == families else "".join(f"IPv{family} " for family in lacking)
     stays = "; what was done on it stays" if kept else ""
     error = NotReadyError(f"there is no {which}default route, which tells the uplink{stays}", hint=UPLINK_HINT)

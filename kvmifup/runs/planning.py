@@ -126,7 +126,9 @@ def prepare(phase: Phase, nic: Nic, session: Session, *, announce: bool, admitte
         session = replace(session, kernel=Foreseen(session.kernel, undone))
     found = plan(phase, nic, journal, session, announce=announce, admitted=admitted)
     changes = (*found.dropped, *found.changes)
-    remarks = phases.remarks(found.phase, nic, replace(found.facts, uplinks=(*found.facts.uplinks, *found.last)))
+    remarks = phases.remarks(
+        found.phase, nic, session.config, replace(found.facts, uplinks=(*found.facts.uplinks, *found.last))
+    )
     outcome = Outcome(nic.label, nic, nic.tap, found.phase, undone, changes, remarks)
     return outcome, Job(changes, found.before, found.known, journal_after(found, session))
 

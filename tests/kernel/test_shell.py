@@ -432,6 +432,24 @@ def logged(reader: socket.socket) -> list[str]:
 PREFIX = r"<%d>[A-Z][a-z][a-z] [ 123]\d \d\d:\d\d:\d\d %s\[\d+\]: %s"
 
 
+@pytest.mark.parametrize("gone", [(4,), (6,), (4, 6)])
+def test_a_warning_in_the_log_for_each_family_without_an_uplink(uplinked: Node, gone: tuple[int, ...]) -> None:
+    for family in gone:
+        tools.ip(f"-{family} route del default")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    with log() as reader:
+        check(call("kvm-ifup-post", "tap0"), 0)
+        _, *warnings = logged(reader)
+        assert len(warnings) == len(gone)
+        for family, line in zip(gone, warnings, strict=True):
+            said = re.escape(f"web1.example.com/0 (tap0): no IPv{family} uplink found: nothing there answers")
+            assert re.match(PREFIX % (28, "kvm-ifup-post", said), line)
+        meant = manager.configuration(routed={"uplinks": []})
+        check(call("kvm-ifup-post", "tap0", meant), 0)
+        assert len(logged(reader)) == 1
+
+
 def test_a_line_in_the_log_for_every_phase(uplinked: Node) -> None:
     nodes.add_tap()
     manager.write_nic(mode="routed", ip=[GUEST_IP4])

@@ -324,8 +324,9 @@ def test_what_concerns_the_other_family_is_no_obstacle() -> None:
     ],
 )
 def test_a_missing_uplink_is_remarked_on(phase: Phase, nic: Nic, uplinks: tuple[()], families: list[str]) -> None:
-    remarks = phases.remarks(phase, nic, NodeFacts(TAP, uplinks=uplinks))
-    assert [text.split()[1] for text in remarks] == families
+    facts = NodeFacts(TAP, uplinks=uplinks)
+    assert [text.split()[1] for text in phases.remarks(phase, nic, CONFIG, facts)] == families
+    assert phases.remarks(phase, nic, Config(routed=RoutedConfig(uplinks=())), facts) == ()
 
 
 @pytest.mark.parametrize(
