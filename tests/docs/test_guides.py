@@ -124,6 +124,15 @@ def test_the_routed_page_makes_a_guest_that_is_reached(site: Site) -> None:
     assert site.guest.attempt("ping -qc1 -W1 -I 192.0.2.99 192.0.2.1").returncode == 1
 
 
+def test_an_address_of_another_network_is_asked_for_on_the_segment(site: Site) -> None:
+    for place, block in typed("routed.md", "node", "guest", "router"):
+        site.machine(place).run(block.replace('"2001:db8::8"', '"2001:db8::8", "203.0.113.8"'))
+        if "nic put" in block:
+            site.start()
+    site.guest.run("ip addr add 203.0.113.8/32 dev lo")
+    pings(site.router, "203.0.113.8")
+
+
 @pytest.mark.parametrize("gateway", ["192.0.2.1", "169.254.0.1", "203.0.113.77"])
 def test_any_ipv4_address_is_right_as_the_gateway(gateway: str, site: Site) -> None:
     follow_routed(site)

@@ -24,7 +24,19 @@ def test_every_block_that_looks_like_a_screen_is_one() -> None:
         assert text.count("```console") == len(list(screens.screens(page))), page.name
 
 
-@pytest.mark.parametrize("page", [*screens.PAGES, ROOT / "README.md"], ids=lambda page: str(page.name))
+TEXTS = [*screens.PAGES, ROOT / "README.md", ROOT / "integration/libvirt/README.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that the headings of a page get."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            target = page.parent / link if link else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
