@@ -109,7 +109,8 @@ def test_who_does_not_read_holds_nobody_up(pipe: Pipe) -> None:
     one.close(0.1)
     said = pipe.until("left out")
     numbers = [int(line.split()[2]) for line in said if "left out" not in line]
-    assert numbers == list(range(len(numbers)))  # the first ones; what came last is left out
+    assert numbers == sorted(set(numbers))
+    assert numbers[:WAITING] == list(range(WAITING))  # the first ones; most of what came last is left out
     (left_out,) = [line for line in said if "left out" in line]
     assert int(left_out.split()[1]) == 3 * WAITING - len(numbers) > 0
     one.write("and on it goes")
