@@ -8,7 +8,8 @@ import itertools
 import os
 import signal
 import struct
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from harness import hooks, manager, oracle, tools, wire
@@ -78,8 +79,20 @@ def witness(node: Node, agent: Agent) -> None:
 
 
 @contextlib.contextmanager
-def answering(guest: wire.Tap, mac: str = GUEST_MAC) -> Iterator[None]:
-    """A guest that answers whoever asks for its MAC: a process of its own, and as soon as it can."""
+def answering(
+    guest: wire.Tap,
+    mac: str = GUEST_MAC,
+    *,
+    delay: float = 0.0,
+    deaf: float = 0.0,
+    only: Collection[str] | None = None,
+    times: int | None = None,
+) -> Iterator[None]:
+    """A guest that answers whoever asks for its MAC: a process of its own, and as soon as it can.
+
+    Or only *delay* seconds later, or not to what it is asked in the first *deaf* seconds, or only for *only* these
+    addresses, or only so many *times*.
+    """
     ready, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -87,15 +100,23 @@ def answering(guest: wire.Tap, mac: str = GUEST_MAC) -> Iterator[None]:
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
         try:
             os.write(tell, b"!")
-            while True:
+            begun: float | None = None
+            while times is None or times > 0:
                 frame = os.read(guest.descriptor, 65536)
                 question = wire.arp(frame)
                 if question and question.op == 1:
                     assert question.sender == "0.0.0.0"  # a probe changes no cache
-                    guest.send(wire.arp_request(mac, question.target, question.target))
+                    address, answer = question.target, wire.arp_request(mac, question.target, question.target)
                 elif frame[12:14] == b"\x86\xdd" and frame[54:55] == b"\x87":
-                    source = ":".join(f"{frame[at]:02x}{frame[at + 1]:02x}" for at in range(62, 78, 2))
-                    guest.send(advert(mac, source))
+                    address = str(ipaddress.IPv6Address(frame[62:78]))
+                    answer = advert(mac, address)
+                else:
+                    continue
+                begun = begun or time.monotonic()
+                if time.monotonic() - begun >= deaf and (only is None or address in only):
+                    time.sleep(delay)
+                    guest.send(answer)
+                    times = times and times - 1
         finally:
             os._exit(0)
     os.close(tell)

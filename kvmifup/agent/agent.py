@@ -57,10 +57,11 @@ class Agent:
         self._runner = Runner(run_dir, say)
         self._listener = listener
         self._announcements = Announcements(loop, self._runner)
+        self._departures = Departures(loop, self._runner, lambda: self._taps.look())
         self._taps = Taps(
             loop,
             self._runner,
-            listen=partial(listen, self._runner, time.time()),
+            listen=partial(listen, self._runner, self._departures.handed, time.time()),
             found=self._found,
             looked=self._look_after,
         )
@@ -68,7 +69,6 @@ class Agent:
         self._settling = Settling(loop, QUIET, self._settled)
         stir = self._settling.stir
         self._arrivals = Arrivals(loop, self._runner, self._taps, self._announcements, self._node.catch_up, stir)
-        self._departures = Departures(loop, self._runner)
         self._mending = Mending(loop, self._runner, self._taps, self._announcements, stir)
         self._leftovers = Leftovers(loop, self._runner, self._taps)
         self._journals = DirectoryEvents(loop, self._runner.store.directory, self._taps.look_soon)
@@ -109,7 +109,7 @@ class Agent:
         self._keep_run_dir()
         guests = self._taps.guests()
         self._mending.look_after()
-        self._departures.look_after(guests if self._runner.config.agent.withdraw else {})
+        self._departures.look_after(guests, [tap.nic for tap in self._taps if tap.phase is Phase.POST])
 
     def _keep_run_dir(self) -> None:
         """Make anew what hooks find the agent by, and what it finds journals by, if somebody has removed it."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
 from kvmifup.agent.announcements import Announcements
+from kvmifup.agent.departures import Handed, ask
 from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.runner import BUSY, Runner
@@ -23,11 +25,13 @@ from kvmifup.tell import syslog
 RECHECK = 1.0  # seconds after a failure until it is tried again
 DEFAULTS = frozenset({("route", "0.0.0.0/0"), ("route", "::/0")})  # as in `Thing`
 
+ASK_AGAIN, ASK_LAST = 0.05, 200.0  # seconds from one question for a guest that has left to the next; to the last
+
 Result = Outcome | KvmIfupError | None  # of post
 Preparation = tuple[TapRecord, PreparedArrival | KvmIfupError | None]
 
 
-def listen(runner: Runner, began: float, tap: TapRecord) -> None:
+def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None:
     """In a thread: arm *tap*, unless its time is up. This comes before post is prepared, so that no frame gets lost.
 
     *began*: when this agent was started, in seconds since 1970. Before that, nobody may have listened.
@@ -35,19 +39,20 @@ def listen(runner: Runner, began: float, tap: TapRecord) -> None:
     if time_left(runner, tap) <= 0:
         return
     try:
-        tap.arm(sockets.guest_listener(tap.name, tap.nic.mac))
+        handed_over = handed.pop((tap.ifindex, tap.nic.mac), None)
+        tap.arm(handed_over or sockets.guest_listener(tap.name, tap.nic.mac))
     except OSError as error:
         if tap.is_there():
             runner.say(f"cannot listen: {error.strerror}", tap.nic.label, syslog.ERROR)
         return
     if tap.doubtful or tap.since < began:  # the guest may have arrived meanwhile: it is asked for a frame
         with suppress(OSError):  # the tap is down: its guest cannot be here
-            sockets.send(tap.name, frames.questions(tap.nic))
+            ask(tap.nic)
 
 
 def time_left(runner: Runner, tap: TapRecord) -> float:
-    """For how many seconds the guest is still waited for."""
-    return tap.since + runner.config.agent.arrival_timeout - time.time()
+    """For how many seconds the guest is still waited for: if it has been here, for as long as its tap is there."""
+    return math.inf if tap.left else tap.since + runner.config.agent.arrival_timeout - time.time()
 
 
 def relies_on(prepared: PreparedArrival, nic: Nic, touched: frozenset[Thing]) -> bool:
@@ -90,8 +95,21 @@ class Arrivals:
         """*tap* is ARMING: wait for its guest, and have post prepared."""
         assert tap.listener
         self._loop.watch(tap.listener, partial(self._heard, tap))
-        tap.timers.set("arrival", time_left(self._runner, tap), partial(self._give_up, tap))
+        if tap.left:
+            self._ask(tap, ASK_AGAIN)
+        else:
+            tap.timers.set("arrival", time_left(self._runner, tap), partial(self._give_up, tap))
         self._prepare(tap)
+
+    def _ask(self, tap: TapRecord, pause: float) -> None:
+        """Ask a guest that seems to have left again and again, after longer and longer pauses.
+
+        It may have been too busy to answer. If it is heard later than that, it is put back, too.
+        """
+        with suppress(OSError):  # the tap is down, or going
+            ask(tap.nic)
+        if pause < ASK_LAST:
+            tap.timers.set("ask", pause, partial(self._ask, tap, 2 * pause))
 
     def _give_up(self, tap: TapRecord) -> None:
         tap.become(State.DISARMED)

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.agent.loop import Loop
+from kvmifup.core.model import LOCAL_TABLE
 from kvmifup.node import messages, sockets
 
 RTNLGRP_LINK, RTNLGRP_NEIGH = (1,), (3,)  # linux/rtnetlink.h
 RTNLGRP_ROUTE, RTNLGRP_RULE, RTNLGRP_NETCONF = (7, 11), (8, 19), (24, 25)  # IPv4, IPv6
 RTM_NEWNETCONF = 80
+RTPROT_STATIC, RTN_UNICAST = 4, 1  # linux/rtnetlink.h; routing daemons have the protocols above
 IFF_LOWER_UP = 0x10000  # linux/if.h
 NUD_DYNAMIC = 0x1F  # linux/neighbour.h: INCOMPLETE, REACHABLE, STALE, DELAY, PROBE
 NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
@@ -216,6 +218,26 @@ def touched_settings(body: bytes) -> Iterator[Thing]:
         yield "device", index
     elif index != NETCONFA_IFINDEX_DEFAULT:  # -1 is the one for all
         yield ANYTHING
+
+
+class RouteEvents(Subscription):
+    """Calls *learnt* for each route that a routing daemon has added: its prefix, its protocol, its device if any.
+
+    A socket of its own, which may lose some: what a daemon adds is nothing that the node relies on.
+    """
+
+    def __init__(self, loop: Loop, learnt: Callable[[str, int, int | None], None]) -> None:
+        def heard(found: list[NetlinkMessage]) -> None:
+            for one in found:
+                if one.kind == messages.RTM_NEWROUTE:
+                    family, length, _, _, table, protocol, _, kind, _ = messages.RTMSG.unpack_from(one.body)
+                    if protocol > RTPROT_STATIC and kind == RTN_UNICAST and table != LOCAL_TABLE:
+                        attributes = messages.attributes(one.body, messages.RTMSG.size)
+                        with suppress(ValueError, OSError):  # of a family that is none of ours, or a default route
+                            address = socket.inet_ntop(family, attributes.get(messages.RTA_DST, b""))
+                            learnt(f"{address}/{length}", protocol, messages.u32(attributes.get(messages.RTA_OIF)))
+
+        super().__init__(loop, RTNLGRP_ROUTE, heard, lambda: None)
 
 
 class DirectoryEvents:

@@ -18,6 +18,11 @@ FAMILIES = {
     "kvm_ifup_arrival_seconds": ("summary", "From a guest's first frame until it was wired and announced."),
     "kvm_ifup_arrival_failures_total": ("counter", "Attempts to wire a guest that had arrived, which failed."),
     "kvm_ifup_withdrawals_total": ("counter", "Guests that were found to have left and were withdrawn."),
+    "kvm_ifup_rival_announcements_total": (
+        "counter",
+        "Announcements by others of addresses whose guest runs here, by uplink.",
+    ),
+    "kvm_ifup_defences_total": ("counter", "Addresses that were announced again because somebody else did, by uplink."),
     "kvm_ifup_mends_total": ("counter", "Times that what a NIC had lost on the node was put back."),
     "kvm_ifup_mend_failures_total": ("counter", "Attempts to put it back that failed."),
     "kvm_ifup_leftovers_total": ("counter", "Leftovers of dead NICs and killed runs that were undone."),

@@ -73,6 +73,7 @@ class TapRecord:
         self.ifindex = journal.ifindex
         self.phase = journal.phase
         self.since = journal.since
+        self.left = journal.left
         self.stamp = stamp
         self.places = frozenset(
             (entry.op.dev, entry.op.address)

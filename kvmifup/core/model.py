@@ -70,10 +70,14 @@ class Nic:
 
     @property
     def gateway(self) -> str:
-        """The tap's link-local address, by its MAC (RFC 4291, appendix A): the gateway of a routed guest with IPv6."""
-        mac = bytes.fromhex(self.tap_mac.replace(":", ""))
-        raw = b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
-        return str(IPv6Address(raw))
+        """The tap's link-local address, by its MAC: the gateway of a routed guest with IPv6."""
+        return link_local_of(self.tap_mac)
+
+
+def link_local_of(mac: str) -> str:
+    """The link-local address that *mac* gives (RFC 4291, appendix A)."""
+    raw = bytes.fromhex(mac.replace(":", ""))
+    return str(IPv6Address(b"\xfe\x80" + bytes(6) + bytes([raw[0] ^ 2]) + raw[1:3] + b"\xff\xfe" + raw[3:]))
 
 
 @dataclass(frozen=True)

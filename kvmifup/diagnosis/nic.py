@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError, NicError
@@ -19,6 +21,7 @@ from kvmifup.diagnosis.routed import traffic, uplinks
 from kvmifup.diagnosis.state import Look, State, compared, intended, state_of, stopped
 from kvmifup.node import probe
 from kvmifup.node.overview import Overview
+from kvmifup.runs import rivals
 from kvmifup.runs.apply import Change
 from kvmifup.runs.host import Through
 from kvmifup.tell import render
@@ -85,6 +88,7 @@ def wired_findings(one: Known, state: State, look: Look, *, ask: bool) -> Iterat
     yield from drift(one, nic, missing, look, changed=bool(changed))
     if nic.mode == "routed":
         yield from traffic(one, nic, missing, kernel, session.config)
+        yield from rivalled(one, nic, session.run_dir)
         if ask:
             yield from answers(one, nic, kernel, session.config)
     elif nic.mode == "bridged":
@@ -147,6 +151,20 @@ def moved_uplinks(one: Known, nic: Nic, kernel: Overview, config: Config) -> tup
     before = list(dict.fromkeys(op.dev for op in answering))
     now = list(dict.fromkeys(uplink.name for uplink in uplinks(nic, kernel, config)))
     return (before, now) if set(before) - set(now) else None
+
+
+def rivalled(one: Known, nic: Nic, run_dir: Path) -> Iterator[Finding]:
+    """Who else has announced the guest's addresses lately while it was here, as the agent has heard it."""
+    hosts = {phases.bare(prefix) for prefix in nic.ip if phases.is_host(prefix)} if one.phase is Phase.POST else set()
+    now = time.monotonic()
+    for rival in rivals.recent(run_dir):
+        if rival.address in hosts:
+            yield Finding(
+                f"{rival.mac} on {rival.uplink} announces {rival.address}, too: {rival.times} times in "
+                f"{rival.last - rival.first:.0f} s, {now - rival.last:.0f} s ago for the last time",
+                "the guest runs here, so another machine uses its address, or somebody forges: traffic goes astray",
+                f"find {rival.mac} in the segment of {rival.uplink}, and give it another address",
+            )
 
 
 def answers(one: Known, nic: Nic, kernel: Overview, config: Config) -> Iterator[Finding]:

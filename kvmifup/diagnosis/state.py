@@ -68,7 +68,7 @@ class Look:
             return "left"
         if one.phase is Phase.PRE and one.journal and self.agent:
             waited = time.time() - one.journal.since
-            return "armed" if waited < self.session.config.agent.arrival_timeout else "pre"
+            return "armed" if one.journal.left or waited < self.session.config.agent.arrival_timeout else "pre"
         return one.phase.name.lower()
 
 

@@ -10,8 +10,9 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
-from kvmifup.core.model import Nic
+from kvmifup.core.model import Nic, link_local_of
 from kvmifup.node.messages import mac_bytes, packed
 
 ETH_P_ARP, ETH_P_IPV6 = 0x0806, 0x86DD  # linux/if_ether.h
@@ -21,6 +22,8 @@ BROADCAST = b"\xff" * 6
 ARP_REQUEST, ARP_REPLY = 1, 2  # RFC 826
 ARP_FOR_IPV4 = struct.pack("!HHHBB", ETH_P_ARP, 1, 0x0800, 6, 4)  # the ethertype, and what is in front of the operation
 NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 135, 136  # RFC 4861, sections 4.3 and 4.4
+ECHO_REQUEST = 128  # RFC 4443, section 4.1
+QUESTIONS = 64  # for one guest at a time
 SOLICITED, OVERRIDE = 0x40000000, 0x20000000  # flags of an advertisement: RFC 4861, section 4.4
 SOURCE_MAC, TARGET_MAC = 1, 2  # options: RFC 4861, section 4.6.1
 MULTICAST = 0xFF  # the first byte of such an address
@@ -63,22 +66,28 @@ def who_has(mac: bytes, address: str, sources: Sequence[str]) -> bytes:
     return neighbour_message(NEIGHBOUR_SOLICITATION, multicast_mac(group), mac, source, group, target)
 
 
-def questions(nic: Nic) -> list[bytes]:
-    """Frames to send into the tap of *nic*, which its guest answers if it runs: one for each family.
+def questions(nic: Nic, about: str = "") -> list[bytes]:
+    """Frames to send into the tap of *nic*, which its guest answers if it runs: one for each address, *about* first.
 
-    Only a host address can be asked for. The frames go to the guest's MAC alone. The ARP request is a probe
-    (RFC 5227, section 2.1.1), which changes no cache.
+    They go to the guest's MAC alone. The ARP requests are probes (RFC 5227, section 2.1.1), which change no cache.
+    Who has only prefixes is asked for their first addresses, for the link-local address that its MAC gives, and for an
+    echo.
     """
     guest, tap = mac_bytes(nic.mac), mac_bytes(nic.tap_mac)
-    hosts = [prefix.network_address for prefix in nic.ip if prefix.prefixlen == prefix.max_prefixlen]
-    frames = []
-    v4 = next((host.packed for host in hosts if host.version == 4), None)
-    if v4:
-        frames.append(arp_request(guest, tap, bytes(4), v4))
-    v6 = next((host.packed for host in hosts if host.version == 6), None)
-    if v6:
-        frames.append(neighbour_message(NEIGHBOUR_SOLICITATION, guest, tap, packed(nic.gateway), v6, v6))
-    return frames
+    source = packed(nic.gateway)
+    hosts = [prefix.network_address.packed for prefix in nic.ip if prefix.prefixlen == prefix.max_prefixlen]
+    hosts.sort(key=lambda host: host != (packed(about) if about else b""))
+    more = []
+    if nic.ip and not hosts:
+        v4 = chain.from_iterable(prefix.hosts() for prefix in nic.ip if prefix.version == 4)
+        hosts = [*(host.packed for host in islice(v4, QUESTIONS - 1)), packed(link_local_of(nic.mac))]
+        more = [icmpv6(guest, tap, source, ALL_NODES, ECHO_REQUEST, bytes(4))]
+    return [
+        neighbour_message(NEIGHBOUR_SOLICITATION, guest, tap, source, host, host)
+        if len(host) == 16
+        else arp_request(guest, tap, bytes(4), host)
+        for host in hosts[:QUESTIONS]
+    ] + more
 
 
 def arp_request(to: bytes, mac: bytes, sender: bytes, target: bytes) -> bytes:
@@ -96,7 +105,11 @@ def neighbour_message(
     addresses are 16 bytes each (RFC 4861, sections 4.3, 4.4 and 4.6.1).
     """
     option = SOURCE_MAC if kind == NEIGHBOUR_SOLICITATION else TARGET_MAC
-    body = struct.pack("!I16sBB6s", flags, target, option, 1, mac)
+    return icmpv6(to, mac, source, destination, kind, struct.pack("!I16sBB6s", flags, target, option, 1, mac))
+
+
+def icmpv6(to: bytes, mac: bytes, source: bytes, destination: bytes, kind: int, body: bytes) -> bytes:
+    """The ICMPv6 message of *kind* with *body*, as a frame from *mac* to the MAC *to* (RFC 4443, section 2.1)."""
     pseudo = source + destination + struct.pack("!I3xB", 4 + len(body), socket.IPPROTO_ICMPV6)
     checksum = internet_checksum(pseudo + struct.pack("!BBH", kind, 0, 0) + body)
     icmp = struct.pack("!BBH", kind, 0, checksum) + body

@@ -22,11 +22,16 @@ from kvmifup.node.messages import mac_bytes
 SIOCGIFHWADDR = 0x8927  # linux/sockios.h
 ETH_P_ALL = 3  # linux/if_ether.h
 SO_ATTACH_FILTER, SO_TIMESTAMPNS = 26, 35  # asm-generic/socket.h
+CLOSERS = 8  # threads
 NAMESPACE = Path("/proc/thread-self/ns/net")
 GONE = frozenset({errno.ENODEV, errno.ENXIO})  # the device is not there; all else says nothing about that
 SNAP = 128  # bytes of a guest's frame that we look at, at most
 WHOLE = 2048  # bytes of a neighbour's: a checksum is over all of it
 
+
+_closing = threading.Lock()
+_doomed: list[socket.socket] = []
+_closers: set[threading.Thread] = set()
 
 # --- sending ----------------------------------------------------------------------------------------------
 
@@ -214,5 +219,20 @@ def is_device(name: str, index: int) -> bool:
 
 
 def close(packet_socket: socket.socket) -> None:
-    """Close *packet_socket* in a thread of its own, because that takes long: see `Sender`."""
-    threading.Thread(target=packet_socket.close, daemon=True).start()
+    """Close *packet_socket* in another thread, because that takes long: see `Sender`. At most `CLOSERS` at a time."""
+    with _closing:
+        _doomed.append(packet_socket)
+        if len(_closers) < CLOSERS:
+            closer = threading.Thread(target=_close_all, daemon=True)
+            _closers.add(closer)
+            closer.start()
+
+
+def _close_all() -> None:
+    while True:
+        with _closing:
+            if not _doomed:
+                _closers.discard(threading.current_thread())
+                return
+            packet_socket = _doomed.pop()
+        packet_socket.close()

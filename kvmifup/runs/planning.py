@@ -146,7 +146,8 @@ def journal_after(found: Plan, session: Session) -> Journal:
     )
     after = replace(after, devices=devices_of(after, session.kernel))
     changed = any(change.needed and change.op.undoable for change in (*found.dropped, *found.changes))
-    return session.dated(after) if changed or after.phase is not found.before.phase else after
+    reached = (after.phase, after.left) != (found.before.phase, found.before.left)
+    return session.dated(after) if changed or reached else after
 
 
 def remembered(found: Plan, session: Session) -> list[Entry]:

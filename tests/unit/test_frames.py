@@ -128,7 +128,7 @@ def test_the_names_of_frames() -> None:
 
 
 def test_a_guest_is_asked_in_each_family_once() -> None:
-    arp, ndp = frames.questions(nic("192.0.2.0/29", "192.0.2.8", "192.0.2.9", "2001:db8::/64", "2001:db8::8"))
+    arp, ndp = frames.questions(nic("192.0.2.0/29", "192.0.2.8", "2001:db8::/64", "2001:db8::8"))
     assert len(arp) == 60
     assert wire.arp(arp) == wire.Arp(MAC, 1, "fe:00:00:35:ac:01", "0.0.0.0", "192.0.2.8")
     assert (ndp[:6].hex(":"), ndp[6:12].hex(":")) == (MAC, "fe:00:00:35:ac:01")
@@ -142,10 +142,36 @@ def test_a_guest_is_asked_in_each_family_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ip", "number"), [((), 0), (("192.0.2.0/29",), 0), (("192.0.2.8",), 1), (("2001:db8::8",), 1)]
+    ("ip", "asked"),
+    [
+        ((), []),
+        (("192.0.2.8",), ["192.0.2.8"]),
+        (("2001:db8::8", "192.0.2.9", "192.0.2.8"), ["192.0.2.8", "2001:db8::8", "192.0.2.9"]),
+        (("198.51.100.0/24", "192.0.2.7"), ["192.0.2.7"]),
+        # Who has only prefixes is asked for what it most likely has.
+        (("192.0.2.0/30",), ["192.0.2.1", "192.0.2.2", "fe80::a800:ff:fe35:ac01", "echo"]),
+        (("192.0.2.0/31", "2001:db8::/64"), ["192.0.2.0", "192.0.2.1", "fe80::a800:ff:fe35:ac01", "echo"]),
+        (("2001:db8::/64",), ["fe80::a800:ff:fe35:ac01", "echo"]),
+    ],
 )
-def test_only_an_address_can_be_asked_for(ip: tuple[str, ...], number: int) -> None:
-    assert len(frames.questions(nic(*ip))) == number
+def test_what_a_guest_is_asked(ip: tuple[str, ...], asked: list[str]) -> None:
+    def what(frame: bytes) -> str:
+        if arp := wire.arp(frame):
+            return arp.target
+        assert frame[20:22] == bytes([58, 255])
+        assert frame[54] in (135, 128)
+        return "echo" if frame[54] == 128 else str(ipaddress.IPv6Address(frame[62:78]))
+
+    assert [what(frame) for frame in frames.questions(nic(*ip), "192.0.2.8")] == asked
+
+
+def test_a_guest_with_thousands_of_addresses_is_asked_for_some_and_what_matters() -> None:
+    every = tuple(str(one) for one in ipaddress.ip_network("10.0.0.0/20"))
+    asked = [wire.arp(frame) for frame in frames.questions(nic(*every), every[-1])]
+    assert len(asked) == frames.QUESTIONS
+    assert asked[0] is not None
+    assert asked[0].target == every[-1]
+    assert len(frames.questions(nic("10.0.0.0/8"))) <= frames.QUESTIONS + 1
 
 
 # --- the filters, as the kernel would run them -----------------------------------------------------------
