@@ -11,7 +11,7 @@ the texts for stdout and stderr, each with its length (4 bytes). Or it answers `
 
 import _socket
 import sys
-from posix import _exit, environ, isatty, stat, write
+from posix import _exit, environ, get_terminal_size, isatty, stat, write
 
 from kvmifup import __version__
 
@@ -104,6 +104,8 @@ def request(program: str, argv: list[str], environment: "Mapping[bytes, bytes]")
     head = (__version__, str(stat(NAMESPACE).st_ino), terminals, program, str(len(argv)), *argv)
     fields = [PROTOCOL, *(field.encode("utf-8", "surrogateescape") for field in head)]
     fields += [name + b"=" + value for name, value in environment.items()]
+    if program == "kvm-ifup" and terminals[0] == "y" and not environment.get(b"COLUMNS"):
+        fields.append(b"COLUMNS=%d" % get_terminal_size(1)[0])  # the agent cannot ask
     body = b"\0".join(fields)
     return len(body).to_bytes(4, "big") + body
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,18 @@ class Call:
     def by(self) -> str:
         """Who calls, for the journal and the log."""
         return "person" if self.err.isatty() else "hook"
+
+    @property
+    def columns(self) -> int | None:
+        """How wide the terminal is that shows stdout. None if it is none: then nothing is cut."""
+        if not self.out.isatty():
+            return None
+        told = self.environ.get("COLUMNS", "")  # as `kvmifup.client` tells it, too
+        if told.isascii() and told.isdigit() and int(told):
+            return int(told)
+        with suppress(OSError, ValueError):
+            return os.get_terminal_size(self.out.fileno()).columns or 80
+        return 80
 
     def say(self, lines: Iterable[str]) -> None:
         """Write *lines* to stdout."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from kvmifup.commands.call import Call
@@ -58,7 +58,7 @@ def run(call: Call) -> int:
     else:
         call.say(line for outcome in done for line in repaired_lines(outcome))
         call.say(render.error_line("not repaired", error) for error in failures)
-        call.say(line for one in found for line in check_lines(one))
+        call.say(told(call, found, {outcome.label for outcome in done}))
     return WRONG if any(one.wrong for one in found) else 0
 
 
@@ -92,6 +92,29 @@ def repaired_lines(outcome: Outcome) -> Iterable[str]:
             yield f"repaired: {outcome.label}: {render.transition(change)}"
 
 
+def told(call: Call, found: Sequence[Diagnosis], repaired: Collection[str]) -> Iterable[str]:
+    """What is wrong first; then who is right, if that is news, something is to be said, or it is asked for; the sum."""
+    wrong_ones = [one for one in found if one.wrong]
+    right = [one for one in found if not one.wrong]
+    asked = call.options.name or call.options.verbose
+    for one in (*wrong_ones, *(one for one in right if asked or one.findings or one.one.label in repaired)):
+        yield from check_lines(one)
+    if not found:
+        yield f"nothing to check: there is no journal and no NIC file in {call.run_dir}"
+    elif wrong_ones or not asked or len(found) > 1:
+        yield f"{len(right)} right, {len(wrong_ones)} wrong{remedy(call, wrong_ones)}"
+
+
+def remedy(call: Call, wrong_ones: Sequence[Diagnosis]) -> str:
+    """What to do about *wrong_ones*: what the hooks would mend, --repair does."""
+    drifted = sum(any(finding.drift and finding.wrong for finding in one.findings) for one in wrong_ones)
+    if not drifted or call.options.repair:
+        return ""
+    name = f" {call.options.name}" if call.options.name else ""
+    which = "repeats the hook" if drifted == len(wrong_ones) else f"repeats the hook for {drifted} of them"
+    return f"; `kvm-ifup check{name} --repair` {which}"
+
+
 def check_lines(diagnosis: Diagnosis) -> Iterable[str]:
     """One NIC: how it is described, its phase, and what is wrong with it."""
     one = diagnosis.one
@@ -123,5 +146,6 @@ def check_node(call: Call) -> int:
         call.say_json({"ready": not wrong(findings), "findings": [finding_object(finding) for finding in findings]})
     else:
         call.say([f"node: {'not ready' if wrong(findings) else 'ready'}"])
-        call.say(line for finding in findings for line in finding_lines(finding))
+        first = sorted(findings, key=lambda finding: not finding.wrong)
+        call.say(line for finding in first for line in finding_lines(finding))
     return WRONG if wrong(findings) else 0

@@ -12,7 +12,7 @@ from kvmifup.inputs import nicfiles, trust
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "INCOMING"]
-ELASTIC = (0, 4, 5)  # columns that give way on a narrow terminal
+ELASTIC = {"INSTANCE": 16, "LINK": 6, "ADDRESSES": 9}  # columns that give way on a narrow terminal, and how far
 KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "incoming")
 
 
@@ -66,8 +66,8 @@ def list_nics(call: Call) -> None:
                 [{key: getattr(nic, key) for key in KEYS} | {"ip": [*map(render.short, nic.ip)]} for nic in nics]
             )
     else:
-        table = render.table([HEADINGS, *map(cells, nics)], ELASTIC)
-        call.say("  ".join(row).rstrip() for row in table)
+        table = render.table([HEADINGS, *map(cells, nics)], call.columns, ELASTIC)
+        call.say(render.GAP.join(row).rstrip() for row in table)
     raise_all(wrong)
 
 

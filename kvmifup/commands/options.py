@@ -176,6 +176,7 @@ def add_subcommands(made: Parser) -> None:
 
     one = add(subcommands, "show", "list NICs: how they are described, their phase, and whether they are wired so")
     one.add_argument("name", nargs="?", metavar="INSTANCE|TAP", help="only this guest's, or this one")
+    one.add_argument("--wrong", action="store_true", help="only those with which something is wrong")
     one = add(subcommands, "plan", "print what a phase would change, and the commands to do it by hand")
     one.add_argument("phase", choices=HOOKS, help="the phase")
     one.add_argument("name", metavar="INSTANCE|TAP", help="all NICs of this guest, or this one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from kvmifup.commands.call import Call
 from kvmifup.commands.objects import nic_object
@@ -12,28 +13,49 @@ from kvmifup.diagnosis.state import State, look, state_of
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "PHASE", "SINCE", "BY", "WIRED"]
-ELASTIC = (0, 4, 5)  # columns that give way on a narrow terminal
+ELASTIC = {"INSTANCE": 16, "LINK": 6, "ADDRESSES": 12}  # columns that give way on a narrow terminal, and how far
+DISPENSABLE = ("BY", "SINCE", "MODE", "ADDRESSES", "LINK", "NIC")  # those that are left out next
 GREEN, RED, YELLOW, BOLD, PLAIN = "\033[32m", "\033[31m", "\033[33m", "\033[1m", "\033[0m"
-COLOURS = {"yes": GREEN, "no": RED, "armed": YELLOW, "pre": YELLOW}
+COLOURS = {"yes": GREEN, "armed": YELLOW, "pre": YELLOW}
+
+Row = tuple[Known, str, State]  # a NIC, its phase for people, and how it is
 
 
 def run(call: Call) -> int:
     """Print the table, or JSON; returns 0."""
     with look(call.options.name, call.run_dir, call.config) as seen:
-        rows = [(one, seen.phase_word(one), state_of(one, seen)) for one in seen.nics]
+        every = [(one, seen.phase_word(one), state_of(one, seen)) for one in seen.nics]
+    rows = [row for row in every if is_wrong(row[2])] if call.options.wrong else every
     if call.options.json:
         call.say_json([nic_object(*row) for row in rows])
-        return 0
-    now = time.time()
-    table = render.table([HEADINGS, *(cells(*row, now) for row in rows)], ELASTIC)
-    colour = call.out.isatty() and not call.environ.get("NO_COLOR") and call.environ.get("TERM") != "dumb"
-    for number, row in enumerate(table):
-        printed = [printable(cell) for cell in row]
-        if colour:
-            printed = [f"{BOLD if number == 0 else COLOURS.get(cell.strip(), '')}{cell}{PLAIN}" for cell in printed]
-        call.out.write("  ".join(printed).rstrip() + "\n")
-    call.say(render.error_line(one.label, state.problem) for one, _, state in rows if state.problem)
+    elif call.options.wrong and not rows:
+        call.say([f"nothing is wrong with {len(every)} NIC{'s' * (len(every) != 1)}"])
+    else:
+        print_table(call, rows)
+        call.say(render.error_line(one.label, state.problem) for one, _, state in rows if state.problem)
     return 0
+
+
+def is_wrong(state: State) -> bool:
+    """Whether a NIC is not wired as it is to be, or cannot work so."""
+    return state.wired is False or (state.problem is not None and not state.tolerable)
+
+
+def print_table(call: Call, rows: Sequence[Row]) -> None:
+    """Print *rows*; on a terminal as wide as it is, and with colours."""
+    now = time.time()
+    every = [[printable(cell) for cell in row] for row in (HEADINGS, *(cells(*row, now) for row in rows))]
+    colour = call.out.isatty() and not call.environ.get("NO_COLOR") and call.environ.get("TERM") != "dumb"
+    for number, row in enumerate(render.table(every, call.columns, ELASTIC, DISPENSABLE)):
+        line = render.GAP.join(row).rstrip()
+        if colour and number == 0:
+            line = f"{BOLD}{line}{PLAIN}"
+        elif colour and is_wrong(rows[number - 1][2]):
+            line = f"{BOLD}{RED}{line}{PLAIN}"
+        elif colour:
+            coloured = (f"{COLOURS[word]}{cell}{PLAIN}" if (word := cell.strip()) in COLOURS else cell for cell in row)
+            line = render.GAP.join(coloured).rstrip()
+        call.out.write(f"{line}\n")
 
 
 def cells(one: Known, phase: str, state: State, now: float) -> list[str]:
@@ -41,9 +63,8 @@ def cells(one: Known, phase: str, state: State, now: float) -> list[str]:
     nic, journal = one.nic, one.journal
     if nic is None:
         file = one.tap if "/" in one.tap else ""  # else it is a journal that cannot be read
-        return [file or "?", "-", "-" if file else one.tap, "-", "-", "-", "?", "-", "-", "no"]
+        return [file or "?", "-", "-" if file else one.tap, "-", "-", "-", "?", "-", "-", "NO"]
     first, *more = [render.short(prefix) for prefix in nic.ip] or [""]
-    wired = {True: "yes", False: "no", None: "-"}[state.wired]
     return [
         nic.instance or "-",
         "-" if nic.index is None else str(nic.index),
@@ -54,8 +75,17 @@ def cells(one: Known, phase: str, state: State, now: float) -> list[str]:
         phase,
         ago(now - journal.since) if journal and journal.since else "-",
         (journal.by if journal else "") or "-",
-        wired,
+        wired_word(state),
     ]
+
+
+def wired_word(state: State) -> str:
+    """Whether a NIC is wired, so that one with which something is wrong stands out also without colours."""
+    if state.wired is False or (state.wired is None and is_wrong(state)):
+        return "NO"
+    if state.wired is None:
+        return "-"
+    return "yes, but" if is_wrong(state) else "yes"
 
 
 def ago(seconds: float) -> str:

@@ -13,6 +13,8 @@ from kvmifup.core.text import printable
 from kvmifup.runs.apply import Change
 from kvmifup.runs.outcome import Outcome
 
+GAP = "  "  # between two columns
+
 
 def plan_lines(outcomes: Sequence[Outcome], command: Callable[[Op], str | None] | None = None) -> Iterator[str]:
     """Every op of every NIC, with the value now and the value wanted; below it the *command* to do it by hand."""
@@ -100,15 +102,31 @@ def change_object(change: Change) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Sequence[str]], elastic: Sequence[int], width: int = 100) -> list[list[str]]:
-    """*rows*, the first being the headings, with every cell padded; the *elastic* columns give way to fit *width*."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > width:
-        widest = max(elastic, key=lambda column: widths[column])
-        if widths[widest] <= len(rows[0][widest]):
+def table(
+    rows: Sequence[Sequence[str]], width: int | None, elastic: Mapping[str, int], dispensable: Sequence[str] = ()
+) -> list[list[str]]:
+    """*rows*, the first being the headings, with every cell padded, to fit into *width*; None cuts nothing.
+
+    First the *elastic* columns give way, the widest first, each down to the width given here. Then the *dispensable*
+    ones are left out, in this order. At last the elastic ones give way as far as their headings.
+    """
+    headings = list(rows[0])
+    columns = {heading: [row[number] for row in rows] for number, heading in enumerate(headings)}
+    sizes = {heading: max(map(len, column)) for heading, column in columns.items()}
+    spare = list(dispensable)
+    while width is not None and sum(sizes.values()) + len(GAP) * (len(sizes) - 1) > width:
+        least = elastic if spare else {heading: len(heading) for heading in elastic}
+        wide = [heading for heading in least if heading in sizes and sizes[heading] > least[heading]]
+        if wide:
+            sizes[max(wide, key=sizes.__getitem__)] -= 1
+        elif spare:
+            sizes.pop(spare.pop(0), None)
+        else:
             break
-        widths[widest] -= 1
-    return [[clip(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)] for row in rows]
+    return [
+        [clip(columns[heading][number], size).ljust(size) for heading, size in sizes.items()]
+        for number in range(len(rows))
+    ]
 
 
 def short(prefix: Prefix) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -179,35 +178,6 @@ def test_armed(uplinked: Node) -> None:
         assert shown()[0]["phase"] == "post"
 
 
-class Terminal(io.StringIO):
-    """A terminal to write to."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_the_table(uplinked: Node) -> None:
-    from kvmifup.commands import main
-
-    nodes.add_tap("tap-of-15-bytes")
-    name = "a-rather-long-name-of-a-guest.in-some-department.example.com"
-    addresses = ["2001:db8:1234:5678:9abc:def0:1234:5678", GUEST_IP4]
-    manager.write_nic("tap-of-15-bytes", name, 1234, mode="routed", link="100", ip=addresses)
-    check(call("kvm-ifup-post", "tap-of-15-bytes"), 0)
-    (RUN_DIR / "nic" / name / "0.toml").write_text("tap = 1")
-    headings, broken, row, trouble = call("kvm-ifup", "show").out.splitlines()
-    assert headings.split() == ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "PHASE", "SINCE", "BY", "WIRED"]
-    assert all(len(line) <= 100 for line in (headings, row))
-    for word in ("tap-of-15-bytes", "1234", "routed", " post ", "yes", "..", "hook"):
-        assert word in row
-    assert broken.startswith("nic/a-rather-")
-    assert "0.toml: mac is missing" in trouble
-    for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
-        out = Terminal()
-        assert main.main("kvm-ifup", ["show"], environ, out, io.StringIO()) == 0
-        assert ("\033[32myes" in out.getvalue()) == coloured
-
-
 def test_show_changes_nothing_and_asks_once(uplinked: Node) -> None:
     """However many NICs there are, the same number of dumps."""
     from kvmifup.node.transport import Transport
@@ -287,7 +257,7 @@ def test_nic_put_from_standard_input(node: Node) -> None:
         (["put", "web1", "0", "/nonexistent"], 64, ["cannot be read"]),
         (["put", "web1", "0", "-"], 64, ["whole path"]),
         (["put", "web1", "0", "relative.toml"], 64, ["whole path"]),
-        (["put", "web1", "x", "/run/given.toml"], 64, ["invalid int"]),
+        (["put", "web1", "x", "/run/given.toml"], 64, ["invalid number"]),
         (["put", "web1", "10000", "/run/given.toml"], 65, ["10000"]),
         (["put", "../x", "0", "/run/given.toml"], 65, ["directory"]),
         (["put", "web1"], 64, ["required"]),
