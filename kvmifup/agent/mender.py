@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,6 +31,7 @@ from kvmifup.tell import render
 AGAIN = 1.0  # seconds until a failure is tried again, then twice as long, and so on
 LONGEST = 60.0
 ANSWER, QUESTIONS = 0.2, 2  # seconds that a guest has to answer; and how often it is asked
+ASKING = 32  # guests at a time
 SHOWN = 4  # changes in one line of the log
 REASON = "mended"
 
@@ -126,10 +128,21 @@ class Mender:
                         broken.append((looked, plan))
         except Exception as error:
             self._runner.complain("not looked at", error)
-        # Those that drag a bridge's MTU down come first, and last those that have to be asked, which takes longer.
-        for looked, plan in sorted(broken, key=lambda one: (one[0].mtu is None, one[0].tap.name in suspects)):
-            found.append(self._put_right(looked, plan, suspects))
+        here = self._asked([(looked, plan) for looked, plan in broken if looked.tap.name in suspects])
+        # Those that drag a bridge's MTU down come first: the other taps would have to follow it.
+        for looked, plan in sorted(broken, key=lambda one: one[0].mtu is None):
+            found.append(self._put_right(looked, plan, here))
         return found
+
+    def _asked(self, suspects: Sequence[tuple[Looked, planning.Plan | KvmIfupError]]) -> dict[str, bool | None]:
+        """Ask the guests of *suspects* whether they run here, where that matters; None for who cannot be asked."""
+        if not self._runner.config.agent.withdraw:
+            return {}
+        nics = [looked.tap.nic for looked, plan in suspects if isinstance(plan, planning.Plan) and draws(plan.due)]
+        if not nics:
+            return {}
+        with ThreadPoolExecutor(ASKING) as pool:  # who does not answer keeps nobody waiting
+            return dict(zip((nic.tap for nic in nics), pool.map(runs_here, nics), strict=True))
 
     def _compare(self, tap: TapRecord, session: Session) -> tuple[Looked, planning.Plan | KvmIfupError | None]:
         """What *tap* relies on; and what is to be done for it, None for nothing, or why that cannot be said."""
@@ -159,7 +172,7 @@ class Mender:
                 self._mtus.pop(plan.nic.tap, None)  # the bridge's has changed: the tap follows
         return None
 
-    def _put_right(self, looked: Looked, plan: planning.Plan | KvmIfupError, suspects: frozenset[str]) -> Looked:
+    def _put_right(self, looked: Looked, plan: planning.Plan | KvmIfupError, here: Mapping[str, bool | None]) -> Looked:
         tap = looked.tap
 
         def once_more(seconds: float | None, *, answered: bool = False) -> Looked:
@@ -171,14 +184,11 @@ class Mender:
         wait = self._breakages.wait(tap.name, broken, time.monotonic())
         if wait > 0:
             return once_more(wait)
-        asked = tap.name in suspects and self._runner.config.agent.withdraw and draws(plan.due)
-        if asked:
-            try:
-                runs_here = any(answers(tap.nic, ANSWER) for _ in range(QUESTIONS))
-            except OSError:  # the tap is down, or gone
-                return once_more(self._mended(looked, Phase.PRE) or AGAIN)
-            if not runs_here:
-                return once_more(self._has_left(tap))
+        asked = tap.name in here
+        if asked and here[tap.name] is None:  # the tap is down, or gone
+            return once_more(self._mended(looked, Phase.PRE) or AGAIN)
+        if asked and not here[tap.name]:
+            return once_more(self._has_left(tap))
         return once_more(self._mended(looked, Phase.POST), answered=asked)
 
     def _mended(self, looked: Looked, most: Phase) -> float | None:
@@ -263,6 +273,14 @@ def routes_and_neighbours(nic: Nic, ifindex: int, session: Session) -> Iterator[
         yield "neighbour", ifindex, phases.bare(prefix)
     if session.config.routed.uplinks is None:
         yield from (("route", "0.0.0.0/0"), ("route", "::/0"))
+
+
+def runs_here(nic: Nic) -> bool | None:
+    """Whether the guest of *nic* answers on its tap; None if it cannot be asked, because the tap is down or gone."""
+    try:
+        return any(answers(nic, ANSWER) for _ in range(QUESTIONS))
+    except OSError:
+        return None
 
 
 def keys(changes: Sequence[Change]) -> list[Key]:

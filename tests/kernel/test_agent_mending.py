@@ -41,6 +41,8 @@ TO_ROUTED = {
     "the tap's rp_filter": "sysctl -qw net.ipv4.conf.tap0.rp_filter=0",
     "the tap's redirects": "sysctl -qw net.ipv4.conf.tap0.send_redirects=1",
     "the tap's forwarding": "sysctl -qw net.ipv4.conf.tap0.forwarding=0",
+    "the tap's accept_ra": "sysctl -qw net.ipv6.conf.tap0.accept_ra=1",
+    "proxy_ndp for all": "sysctl -qw net.ipv6.conf.all.proxy_ndp=0",
     "the tap flaps": "ip link set tap0 down; ip link set tap0 up",
     "the tap is down": "ip link set tap0 down",
     "MAC": "ip link set tap0 address 02:00:00:00:00:99",
@@ -53,6 +55,7 @@ TO_BRIDGED = {
     "another bridge": "ip link add name other0 type bridge; ip link set tap0 master other0",
     "the tap is down": "ip link set tap0 down",
     "addrgenmode": "ip link set tap0 addrgenmode eui64",
+    "IPv6": "sysctl -qw net.ipv6.conf.tap0.disable_ipv6=0",
 }
 # A bridge made anew, as `ifdown br0; ifup br0` does: at once, and with a pause.
 ANEW = ["ip link del br0; {}", "ip link del br0; sleep 0.7; {}"]

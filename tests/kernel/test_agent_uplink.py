@@ -186,7 +186,7 @@ def test_a_guest_that_left_meanwhile_is_not_announced_again(uplinked: Node, agen
         oracle.sysctl("ipv4/conf/eth0/forwarding", 1)
         client = uplinked.listen()
     until(lambda: phase() == "pre")
-    assert "does not answer here any more" in agent.said()
+    agent.heard("tap0", "does not answer here any more")
     witness(uplinked, agent)
     assert wired() == NOT_WIRED
     assert guests.announcements(uplinked.fence(client), GUEST_IP4) == []
@@ -194,6 +194,24 @@ def test_a_guest_that_left_meanwhile_is_not_announced_again(uplinked: Node, agen
     # It is listened for, and if it was only asleep, it is back with its first frame.
     guest.send(rarp())
     until(lambda: wired() == WIRED)
+
+
+def test_who_does_not_answer_keeps_nobody_waiting(uplinked: Node, agent: Agent) -> None:
+    for number in range(20):
+        uplinked.guest(f"tap{number}")
+        mac = f"aa:00:00:00:02:{number:02x}"
+        manager.write_nic(f"tap{number}", f"web{number}", mode="routed", ip=[f"192.0.2.{50 + number}"], mac=mac)
+        check(hook("kvm-ifup-post", f"tap{number}"), 0)
+    last = arrived(uplinked, agent, "taplast", **SECOND)
+    with answering(last, SECOND["mac"]):
+        witness(uplinked, agent)
+        down()
+        up()
+        begun = time.monotonic()
+        until(lambda: oracle.proxies() == {"192.0.2.77"})
+        print(time.monotonic() - begun)
+        until(lambda: all(phase(f"tap{number}") == "pre" for number in range(20)))
+    assert oracle.proxies() == {"192.0.2.77"}
 
 
 @pytest.mark.usefixtures("second")

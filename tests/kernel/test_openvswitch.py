@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from harness import disturb, hooks, manager, nodes, tools
+from harness import agents, disturb, hooks, manager, nodes, tools
 from harness.addresses import TAP_MAC
 from harness.hooks import check, hook
 from harness.nodes import Node
@@ -236,3 +237,18 @@ def test_a_switch_that_has_ended_is_what_check_says(four: Node) -> None:
     result = hooks.call("kvm-ifup", "check")
     assert result.code == 1
     assert result.out.count("systemctl start openvswitch-switch") == len(VLANS)
+
+
+def test_the_agent_puts_a_port_back_that_somebody_has_removed(switch: Node) -> None:
+    with agents.running() as agent:
+        manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
+        agents.through("kvm-ifup-post", "tap0")
+        time.sleep(1)  # it looks at what it has done
+        for _ in range(2):
+            vsctl("del-port", "tap0")
+            agents.until(lambda: vsctl("list-ports", "ovs0") == "tap0")
+            agents.until(lambda: vsctl("get", "Port", "tap0", "tag") == "100")
+        agent.heard("tap0", "mended", "Open vSwitch port")
+        check(hook("kvm-ifdown", "tap0"), 0)
+        time.sleep(1)
+        assert vsctl("list-ports", "ovs0") == ""
