@@ -17,7 +17,7 @@ from kvmifup.agent.loop import Loop
 from kvmifup.core.model import LOCAL_TABLE
 from kvmifup.node import messages, sockets
 
-RTNLGRP_LINK, RTNLGRP_NEIGH = (1,), (3,)  # linux/rtnetlink.h
+RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IFADDR = (1,), (3,), (5, 9)  # linux/rtnetlink.h; addresses: IPv4, IPv6
 RTNLGRP_ROUTE, RTNLGRP_RULE, RTNLGRP_NETCONF = (7, 11), (8, 19), (24, 25)  # IPv4, IPv6
 RTM_NEWNETCONF = 80
 RTPROT_STATIC, RTN_UNICAST = 4, 1  # linux/rtnetlink.h; routing daemons have the protocols above
@@ -130,8 +130,8 @@ def not_up(found: list[NetlinkMessage]) -> list[int]:
 
 
 # One thing that has changed on the node, or that a NIC relies on: ("device", index), ("name", device's name),
-# ("port", index), ("route", prefix), ("rule", incoming device), ("neighbour", index, address). A default route's prefix
-# is "0.0.0.0/0" or "::/0".
+# ("port", index), ("address", index of its device), ("route", prefix), ("rule", incoming device),
+# ("neighbour", index, address). A default route's prefix is "0.0.0.0/0" or "::/0".
 Thing = tuple[object, ...]
 ANYTHING: Thing = ("anything",)
 
@@ -161,7 +161,8 @@ class NodeEvents(Subscription):
             if things := frozenset(touched(found)):
                 changed(things)
 
-        groups = (*RTNLGRP_LINK, *RTNLGRP_NEIGH, *RTNLGRP_ROUTE, *RTNLGRP_RULE, *RTNLGRP_NETCONF)
+        devices = (*RTNLGRP_LINK, *RTNLGRP_IFADDR, *RTNLGRP_NETCONF)
+        groups = (*devices, *RTNLGRP_NEIGH, *RTNLGRP_ROUTE, *RTNLGRP_RULE)
         super().__init__(loop, groups, heard, lambda: changed(frozenset({ANYTHING})))
         sockets.attach(self.socket, NOT_LEARNT)
 
@@ -177,6 +178,8 @@ def touched(found: list[NetlinkMessage]) -> Iterator[Thing]:
         match one.kind:
             case messages.RTM_NEWLINK | messages.RTM_DELLINK:
                 yield from touched_link(one.body)
+            case messages.RTM_NEWADDR | messages.RTM_DELADDR:
+                yield "address", messages.IFADDRMSG.unpack_from(one.body)[4]
             case messages.RTM_NEWROUTE | messages.RTM_DELROUTE:
                 yield from touched_route(one.body)
             case messages.RTM_NEWRULE | messages.RTM_DELRULE:

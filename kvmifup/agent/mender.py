@@ -260,6 +260,7 @@ def relied_on(tap: TapRecord, plan: planning.Plan | None, session: Session) -> I
             yield "device", index
     yield from (("device", index) for _, index in tap.journal.devices)
     yield "port", tap.ifindex
+    yield "address", tap.ifindex
     yield "rule", nic.tap
     yield from routes_and_neighbours(nic, tap.ifindex, session)
 

@@ -98,6 +98,7 @@ def test_what_is_touched() -> None:
         + route(NEWROUTE, "192.0.2.8", 32) + route(DELROUTE, "2001:db8::8", 128) + route(NEWROUTE, "198.51.100.0", 29)
         + rule(DELRULE, "tap0") + rule(NEWRULE, None)
         + neighbour(DELNEIGH, 6, "192.0.2.8", 0) + neighbour(NEWNEIGH, 6, "", 0, AF_BRIDGE)
+        + netlink(21, struct.pack("=BBBBi", socket.AF_INET6, 64, 0, 253, 8))
         + netconf(9) + netconf(-2)
     )  # fmt: skip
     prefixes = ("0.0.0.0/0", "::/0", "192.0.2.8/32", "2001:db8::8/128", "198.51.100.0/29")
@@ -109,6 +110,7 @@ def test_what_is_touched() -> None:
         ("rule", "tap0"),
         ("rule", None),
         ("neighbour", 6, "192.0.2.8"),
+        ("address", 8),
     }
 
 
