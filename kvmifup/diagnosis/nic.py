@@ -24,6 +24,7 @@ from kvmifup.node.overview import Overview
 from kvmifup.runs import rivals
 from kvmifup.runs.apply import Change
 from kvmifup.runs.host import Through
+from kvmifup.runs.session import followed
 from kvmifup.tell import render
 
 
@@ -50,7 +51,7 @@ class Diagnosis:
 def diagnose(one: Known, look: Look, *, ask: bool) -> Diagnosis:
     """Everything that is to be said about *one*.
 
-    *ask*: also whether another node answers for its addresses, which takes a second. Raises OSError then.
+    *ask*: also whether another node answers for its addresses, which takes a second.
     """
     state = state_of(one, look)
     if one.trouble or stopped(one, look.session):
@@ -59,6 +60,7 @@ def diagnose(one: Known, look: Look, *, ask: bool) -> Diagnosis:
         why = "no hook was called for it, or it failed and put everything back"
         found = [of_error(state.problem, why)] if state.problem else []
     else:
+        one = replace(one, journal=followed(one.journal, look.overview))  # an uplink may have been renamed
         found = list(wired_findings(one, state, look, ask=ask))
     return Diagnosis(one, look.phase_word(one), state, tuple(found))
 
@@ -82,6 +84,7 @@ def wired_findings(one: Known, state: State, look: Look, *, ask: bool) -> Iterat
     if state.problem:
         unready = "" if changed or state.wired else why_not_ready(state.problem)
         yield replace(of_error(state.problem, unready), wrong=not state.tolerable)
+    yield from lost_uplinks(one, kernel)
     if state.problem and not state.wired:  # the node could not take it: compare the rest
         with suppress(KvmIfupError):
             missing = compared(one, replace(session, kernel=Excused(kernel))).missing
@@ -143,6 +146,18 @@ def drift(one: Known, nic: Nic, missing: Sequence[Change], look: Look, *, change
             yield Finding(render.transition(change), because, drift=True)
 
 
+def lost_uplinks(one: Known, kernel: Overview) -> Iterator[Finding]:
+    """Devices where this node has answered for the guest, and that cannot carry anything now."""
+    assert one.journal is not None
+    answering = (entry.op for entry in one.journal.entries if isinstance(entry.op, ProxyNeighbour))
+    for name in dict.fromkeys(op.dev for op in answering):
+        if kernel.ifindex(name) is None:
+            yield Finding(f"{name}, where this node answered for the guest, is gone")
+        elif not kernel.is_up(name):
+            what = f"{name}, where this node answers for the guest, is down"
+            yield Finding(what, "its routes went with it, and nothing comes in there", f"`ip link set {name} up`")
+
+
 def moved_uplinks(one: Known, nic: Nic, kernel: Overview, config: Config) -> tuple[list[str], list[str]] | None:
     """The uplinks where the node answers for *nic* and those where it should; None if they are the same."""
     if one.journal is None or nic.mode != "routed":
@@ -171,7 +186,12 @@ def answers(one: Known, nic: Nic, kernel: Overview, config: Config) -> Iterator[
     """Who else answers for the guest's addresses. Before its arrival somebody has to: it runs there."""
     hosts = [phases.bare(prefix) for prefix in nic.ip if phases.is_host(prefix)]
     for name in dict.fromkeys(uplink.name for uplink in uplinks(nic, kernel, config)):
-        for address, macs in probe.others(name, hosts, kernel.addresses(name), kernel.macs()).items():
+        try:
+            others = probe.others(name, hosts, kernel.addresses(name), kernel.macs())
+        except OSError as error:  # it is down, or what it should send does not get out
+            yield Finding(f"nobody could be asked on {name}", error.strerror or str(error), wrong=False)
+            continue
+        for address, macs in others.items():
             for mac in sorted(macs):
                 if one.phase is Phase.POST:
                     yield Finding(

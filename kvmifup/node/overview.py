@@ -210,6 +210,10 @@ class Overview(Kernel):
         """Whether the node has a proxy entry for *address* on *dev*."""
         return self._view.neighbour(dev, address, NTF_PROXY) is not None
 
+    def is_up(self, dev: str) -> bool:
+        """Whether the device *dev* is set up. Raises VanishedError."""
+        return bool(self._view.link(dev).flags & IFF_UP)
+
     def mac(self, dev: str) -> str | None:
         """The MAC of the device *dev*. Raises VanishedError."""
         return self._view.link(dev).address

@@ -59,6 +59,24 @@ def test_a_default_route_that_is_gone_for_now_is_said_and_not_wrong(node: Node, 
     assert oracle.proxies() == before
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("link set eth0 down", "answers for the guest, is down"), ("link del eth0", "answered for the guest, is gone")],
+)
+def test_an_uplink_that_has_gone_down_is_named(node: Node, fault: str, words: str) -> None:
+    wired(node, ROUTED)
+    tools.ip(fault)
+    code, findings = found()
+    assert code == 1
+    assert f"eth0, where this node {words}" in text(findings)
+
+
+def test_an_uplink_that_was_renamed_is_the_same_one(node: Node) -> None:
+    wired(node, ROUTED, ip=[GUEST_IP4])
+    tools.ip("link set eth0 name lan0")
+    assert found() == (0, [])
+
+
 def test_no_uplink_at_all_is_not_right(uplinked: Node) -> None:
     for family in (4, 6):
         tools.ip(f"-{family} route del default")
@@ -344,6 +362,27 @@ def test_a_probe_does_not_blame_the_nodes_own_devices(node: Node) -> None:
             if answer and answer.op == 2 and answer.mac == oracle.link("eth1")["address"]:
                 break
     assert [one for one in found("--probe", settings)[1] if "answers for" in one["what"]] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("ip link set eth0 down", "Network is down"),
+        (
+            "nft table netdev x { chain e { type filter hook egress device eth0 priority 0; policy drop; }; }",
+            "No buffer",
+        ),
+    ],
+)
+def test_a_probe_that_cannot_be_sent_is_no_answer_and_no_failure(node: Node, fault: str, words: str) -> None:
+    wired(node, ROUTED)
+    settings = manager.configuration(routed={"uplinks": ["eth0"]})
+    program, _, arguments = fault.partition(" ")
+    tools.run(program, *(arguments.split() if program == "ip" else [arguments]))
+    findings = found("--probe", settings)[1]
+    (one,) = [one for one in findings if one["what"] == "nobody could be asked on eth0"]
+    assert words in one["why"]
+    assert not one["wrong"]
 
 
 @pytest.mark.parametrize("descriptors", [1100, 1500])

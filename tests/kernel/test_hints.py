@@ -94,6 +94,7 @@ CASES = {
     "IPv6 forwarding, learnt route": Case(ROUTED, learnt_default_route, "IPv6 forwarding is off"),
     "IPv6 forwarding, learnt route, node": Case(ROUTED, learnt_default_route, "IPv6 forwarding is off", found_on_node),
     "IPv6 off": Case(ROUTED, do("sysctl -qw net.ipv6.conf.tap0.disable_ipv6=1"), "IPv6 is off on tap0"),
+    "uplink down": Case(ROUTED, do("ip link set eth0 down"), "where this node answers for the guest, is down"),
     "rp_filter of all": Case(
         ROUTED, do("sysctl -qw net.ipv4.conf.all.rp_filter=2"), "rp_filter on tap0 is loose in effect"
     ),
