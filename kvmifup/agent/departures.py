@@ -130,9 +130,12 @@ class Departures:
         listener, _ = self._listeners[which]
         for _ in range(FRAMES):
             try:
-                found = frames.announcement_in(listener.recv(sockets.WHOLE))
+                frame = listener.recv(sockets.WHOLE)
             except OSError:  # nothing more; or ENETDOWN, once: it is down, or gone and another look finds that out
                 return
+            if probe := frames.probe_in(frame):
+                self._rivals.probed((uplink, probe[0]), probe[1])
+            found = frames.announcement_in(frame)
             if found and (nic := self._guests.get((uplink, found[0]))):
                 address, mac = found
                 # By ourselves, where two uplinks are on one segment: each hears what goes out of the other.

@@ -87,7 +87,14 @@ class Rivals:
                 self._runner.metrics.add("kvm_ifup_rival_announcements_total", one.times, uplink=one.uplink)
                 self._note(place, one)
                 self._defend(place, contest)
-            self._tell(nic, one, contest)
+            self._tell(nic, one.sentence, "it is announced again" if one.mac else "its route stays", contest)
+
+    def probed(self, place: Place, mac: str) -> None:
+        """Somebody with *mac* asks whether an address is free, before it takes it: it learns that it is not."""
+        if nic := self._guests.get(place):
+            contest = self._contests.setdefault(place, Contest())
+            self._defend(place, contest)
+            self._tell(nic, f"{place[1]} is wanted by {mac} on {place[0]}", "it is announced", contest)
 
     def _defend(self, place: Place, contest: Contest) -> None:
         wait = contest.defended + DEFEND - time.monotonic()
@@ -105,15 +112,12 @@ class Rivals:
             if not announce.send([(uplink, address, address)]):  # else it is down, gone or busy: there is another time
                 self._runner.metrics.add("kvm_ifup_defences_total", uplink=uplink)
 
-    def _tell(self, nic: Nic, heard: Heard, contest: Contest) -> None:
+    def _tell(self, nic: Nic, why: str, done: str, contest: Contest) -> None:
         now = time.monotonic()
         contest.told = {who: when for who, when in contest.told.items() if now - when < REMIND}
-        if heard.how not in contest.told and len(contest.told) < MACS:
-            contest.told[heard.how] = now
-            what = "it is announced again" if heard.mac else "its route stays"
-            self._runner.say(
-                f"{heard.sentence}, but the guest runs here: {what}", nic.label, syslog.WARNING, kind="rivals"
-            )
+        if why not in contest.told and len(contest.told) < MACS:
+            contest.told[why] = now
+            self._runner.say(f"{why}, but the guest runs here: {done}", nic.label, syslog.WARNING, kind="rivals")
 
     # --- for `kvm-ifup check` -------------------------------------------------------------------------------
 

@@ -165,6 +165,17 @@ def announcement_in(frame: bytes) -> tuple[str, str] | None:
     return None
 
 
+def probe_in(frame: bytes) -> tuple[str, str] | None:
+    """The address that somebody wants for itself if nobody has it, and its MAC, as text; None for any other frame.
+
+    For IPv6 the kernel answers such a question (`ndisc_recv_ns`); for IPv4 it does not where it only stands in.
+    """
+    arp = arp_in(frame)
+    if arp and arp.kind == ARP_REQUEST and not any(packed(arp.sender)) and is_station(arp.mac):
+        return arp.target, arp.mac.hex(":")
+    return None
+
+
 @dataclass(frozen=True)
 class Arp:
     """An ARP message: *kind* is its operation; the addresses are text."""

@@ -100,8 +100,10 @@ PACKET_TYPE, INTERFACE = 0xFFFFF004, 0xFFFFF008  # SKF_AD_OFF + SKF_AD_PKTTYPE, 
 PACKET_MULTICAST, PACKET_OUTGOING = 2, 4  # linux/if_packet.h; what is below them is for this node as well
 
 # What another node sends when a guest has arrived there: ARP whose sender is its target, and advertisements.
+# And what somebody asks who wants an address for itself: ARP without a sender (RFC 5227, section 2.1.1).
 GRATUITOUS_ARP: list[Instruction] = [
     (LOAD_WORD, 0, 0, 28),
+    (IF_EQUAL, 3, 0, 0),
     (TO_X, 0, 0, 0),
     (LOAD_WORD, 0, 0, 38),
     (IF_EQUAL_X, 0, 1, 0),

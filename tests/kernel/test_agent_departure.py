@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import signal
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -418,6 +420,27 @@ def test_a_claimed_address_is_announced_again(
             assert len(seen) < 50
             agent.heard(f"{address} announced by {FOREIGN_MAC} on eth0", "the guest runs here")
         assert wired() == WIRED
+
+
+def test_who_asks_whether_an_address_is_free_learns_that_it_is_not(uplinked: Node, agent: Agent) -> None:
+    """Before it takes it. For IPv6 the kernel says so."""
+    arrived(uplinked, agent)
+    client = uplinked.listen()
+    client.send(wire.arp_request(FOREIGN_MAC, "0.0.0.0", GUEST_IP4))
+    asked = struct.pack("!BBHI16s", 135, 0, 0, 0, ipaddress.IPv6Address(GUEST_IP6).packed)
+    client.send(wire.icmp6("33:33:ff:00:00:08", FOREIGN_MAC, "::", "ff02::1:ff00:8", asked))
+    address = {False: GUEST_IP4, True: GUEST_IP6}
+    seen: set[str] = set()
+
+    def both(frame: bytes) -> bool:
+        seen.update(address[six] for six in address if defences([frame], address[six]))
+        return len(seen) == 2
+
+    client.until(both)
+    agent.heard(f"{GUEST_IP4} is wanted by {FOREIGN_MAC} on eth0")
+    client.send(wire.arp_request(FOREIGN_MAC, "0.0.0.0", "192.0.2.200"))
+    witness(uplinked, agent)
+    assert (wired(), agent.said().count("is wanted by")) == (WIRED, 1)
 
 
 def test_many_claims_are_answered_once_and_at_last(uplinked: Node, agent: Agent) -> None:

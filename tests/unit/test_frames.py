@@ -53,6 +53,15 @@ def advertisement(**changed: object) -> bytes:
     return wire.icmp6("33:33:00:00:00:01", OTHER, str(one["source"]), str(one["to"]), body)
 
 
+def test_a_probe_is_a_question_of_nobodys() -> None:
+    probe = wire.arp_request(OTHER, "0.0.0.0", "192.0.2.8")
+    assert frames.probe_in(probe) == ("192.0.2.8", OTHER)
+    assert frames.announcement_in(probe) is None
+    assert heard(probe)
+    for frame in (ARP, NA, probe[:20] + b"\0\2" + probe[22:], probe[:22] + bytes(6) + probe[28:], b""):
+        assert frames.probe_in(frame) is None
+
+
 def test_what_is_after_an_advertisement_does_not_belong_to_it() -> None:
     assert frames.announcement_in(advertisement() + b"\0\0\0\0") == ("2001:db8::8", OTHER)
 
