@@ -83,7 +83,7 @@ def _files() -> Iterator[str]:
             yield f"{path} -> {path.readlink()}"
         elif path.is_file() and path.parent.name != "lock":
             # When a phase was reached, and by whom, differs between two ways to the same.
-            content = re.sub(rb'"(since|by|frame)": [^,]*, ?', b"", path.read_bytes())
+            content = re.sub(rb'"(since|uptime|by|frame)": [^,]*, ?', b"", path.read_bytes())
             yield f"{path}: {content!r}"
 
 

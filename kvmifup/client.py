@@ -6,12 +6,12 @@ nor variables can contain.
 
 A request is a length (4 bytes, big-endian) and that many bytes, `PROTOCOL` and the version first. While the agent
 works, it answers with `ALIVE` every `HEARTBEAT` seconds. In the end it answers with `DONE`, the exit code (1 byte), and
-the texts for stdout and stderr, each with its length (4 bytes). Or it answers `REFUSED` and hangs up.
+the texts for stdout and stderr, each with its length (4 bytes). Or it answers `REFUSED` and why, and hangs up.
 """
 
 import _socket
 import sys
-from posix import _exit, environ, get_terminal_size, isatty, stat, write
+from posix import _exit, environ, get_terminal_size, geteuid, isatty, stat, write
 
 from kvmifup import __version__
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 SOCKET = "/run/kvm-ifup/agent.sock"
+FOR_OTHERS = 0o022  # the bits of a mode that let others write
 PROTOCOL = b"1"
 ALIVE, DONE, REFUSED = b".", b"=", b"!"
 HEARTBEAT = 0.5  # seconds
@@ -76,7 +77,7 @@ def by_agent(program: str, argv: list[str], environment: "Mapping[bytes, bytes]"
         while (sign := connection.exactly(1)) == ALIVE:
             pass
         if sign != DONE:
-            raise NotUs("it refuses: another version, or another network namespace")
+            raise NotUs("it refuses: " + connection.rest().decode("utf-8", "replace"))
         code = connection.exactly(1)[0]
         for descriptor in (1, 2):
             output = connection.exactly(int.from_bytes(connection.exactly(4), "big"))
@@ -121,7 +122,15 @@ class _Connection:
         patience = PATIENCE.to_bytes(8, sys.byteorder) + bytes(8)  # struct timeval
         for option in (_socket.SO_RCVTIMEO, _socket.SO_SNDTIMEO):
             self._socket.setsockopt(_socket.SOL_SOCKET, option, patience)
+        # Before anything is said: nobody else may be listening there, nor have put another's socket there.
+        directory = SOCKET[: SOCKET.rfind("/")]
+        place = stat(directory)
+        if place.st_uid not in (0, geteuid()) or place.st_mode & FOR_OTHERS:
+            raise NotUs(f"others can write to {directory}")
         self._socket.connect(SOCKET)
+        peer = self._socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)  # struct ucred: pid, uid, gid
+        if int.from_bytes(peer[4:8], sys.byteorder) not in (0, geteuid()):
+            raise NotUs("who listens there is not root")
 
     def __enter__(self) -> "_Connection":
         return self
@@ -130,8 +139,18 @@ class _Connection:
         self._socket.close()
 
     def send(self, data: bytes) -> None:
-        """Send all of *data*."""
-        self._socket.sendall(data)
+        """Send all of *data*, unless the agent has hung up: then it may have said why."""
+        try:
+            self._socket.sendall(data)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+    def rest(self) -> bytes:
+        """All that comes until the agent hangs up."""
+        data = b""
+        while more := self._socket.recv(4096):
+            data += more
+        return data
 
     def exactly(self, size: int) -> bytes:
         """The next *size* bytes. Raises NotUs when the agent ends, BlockingIOError when it is stuck."""

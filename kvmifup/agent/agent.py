@@ -38,6 +38,7 @@ from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
 from kvmifup.inputs import config
+from kvmifup.runs import clock
 from kvmifup.tell import syslog
 
 SOCKET = "agent.sock"
@@ -61,7 +62,7 @@ class Agent:
         self._taps = Taps(
             loop,
             self._runner,
-            listen=partial(listen, self._runner, self._departures.handed, time.time()),
+            listen=partial(listen, self._runner, self._departures.handed, clock.uptime()),
             found=self._found,
             looked=self._look_after,
         )
@@ -73,7 +74,9 @@ class Agent:
         self._leftovers = Leftovers(loop, self._runner, self._taps)
         self._journals = DirectoryEvents(loop, self._runner.store.directory, self._taps.look_soon)
         LinkEvents(loop, self._devices_gone, self._mending.went_down, self._events_lost)
-        self._hooks = HookServer(loop, listener.socket, self._announcements.begin, self._runner.hook_done)
+        self._hooks = HookServer(
+            loop, listener.socket, self._announcements.begin, self._runner.hook_done, self._runner.say
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, self._stop)
         loop.on_signal(signal.SIGHUP, self._reload)
@@ -168,7 +171,7 @@ class Agent:
 
     def _resync(self) -> None:
         """See what may have been missed."""
-        with suppress(OSError):
+        with suppress(OSError, KvmIfupError):
             self._journals.renew()
         self._leftovers.collect_dead()
         self._leftovers.collect_killed()

@@ -17,6 +17,7 @@ from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, as_ours
 from kvmifup.core.model import Nic
 from kvmifup.node import frames, sockets
+from kvmifup.runs import clock
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.moves import PreparedArrival, arrive, prepare_arrival, run_post
 from kvmifup.runs.outcome import Outcome
@@ -34,7 +35,7 @@ Preparation = tuple[TapRecord, PreparedArrival | KvmIfupError | None]
 def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None:
     """In a thread: arm *tap*, unless its time is up. This comes before post is prepared, so that no frame gets lost.
 
-    *began*: when this agent was started, in seconds since 1970. Before that, nobody may have listened.
+    *began*: when this agent was started, by the clock of `runs.clock`. Before that, nobody may have listened.
     """
     if time_left(runner, tap) <= 0:
         return
@@ -45,14 +46,14 @@ def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None
         if tap.is_there():
             runner.say(f"cannot listen: {error.strerror}", tap.nic.label, syslog.ERROR)
         return
-    if tap.doubtful or tap.since < began:  # the guest may have arrived meanwhile: it is asked for a frame
+    if tap.doubtful or tap.reached < began:  # the guest may have arrived meanwhile: it is asked for a frame
         with suppress(OSError):  # the tap is down: its guest cannot be here
             ask(tap.nic)
 
 
 def time_left(runner: Runner, tap: TapRecord) -> float:
     """For how many seconds the guest is still waited for: if it has been here, for as long as its tap is there."""
-    return math.inf if tap.left else tap.since + runner.config.agent.arrival_timeout - time.time()
+    return math.inf if tap.left else tap.reached + runner.config.agent.arrival_timeout - clock.uptime()
 
 
 def relies_on(prepared: PreparedArrival, nic: Nic, touched: frozenset[Thing]) -> bool:
@@ -212,7 +213,7 @@ class Arrivals:
         if isinstance(outcome, KvmIfupError):
             self._not_arrived(tap, outcome)
         elif outcome:
-            seconds = time.time() - sent
+            seconds = max(0.0, time.time() - sent)  # the kernel's stamp is of the clock that can be set
             self._runner.metrics.add("kvm_ifup_arrivals_total", frame=frame)
             self._runner.metrics.took("kvm_ifup_arrival_seconds", seconds)
             self._runner.say(f"arrived, first frame {frame}; wired {1000 * seconds:.1f} ms after it", outcome.label)

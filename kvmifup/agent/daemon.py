@@ -22,7 +22,7 @@ from kvmifup.commands import options
 from kvmifup.commands.call import need_privileges
 from kvmifup.commands.streams import standard_output
 from kvmifup.core.errors import BugError, as_ours
-from kvmifup.inputs import config
+from kvmifup.inputs import config, places
 from kvmifup.tell import render, syslog
 
 log = Log(PROGRAM)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR, out: TextIO = sys
         out.write(str(told))
         return
     need_privileges()
-    run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    places.made(run_dir)
     with closing(OnlyOne(run_dir / "agent.lock")) as only:
         config.load(None)  # what is wrong with it is found before there is a socket
         more_descriptors()

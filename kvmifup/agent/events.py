@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.agent.loop import Loop
+from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import LOCAL_TABLE
+from kvmifup.inputs import places
 from kvmifup.node import messages, sockets
 
 RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IFADDR = (1,), (3,), (5, 9)  # linux/rtnetlink.h; addresses: IPv4, IPv6
@@ -256,12 +258,13 @@ class DirectoryEvents:
     def renew(self) -> None:
         """Watch what is at the directory's path now, and its parent: somebody may remove it and make another.
 
-        Raises OSError.
+        Raises OSError, NotReadyError.
         """
         self.close()
-        self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        places.made(self._directory.parent, self._directory.name)
         wanted = fcntl.DN_RENAME | fcntl.DN_DELETE | fcntl.DN_MULTISHOT
-        self._descriptors = (opened(self._directory, wanted),)
+        # DN_ATTRIB: for `Store.mark`.
+        self._descriptors = (opened(self._directory, wanted | fcntl.DN_ATTRIB),)
         self._descriptors += (opened(self._directory.parent, wanted | fcntl.DN_CREATE),)
 
     def close(self) -> None:
@@ -276,7 +279,7 @@ class DirectoryEvents:
 
     def _notified(self) -> None:
         # Only once there is another: it may still be on its way out.
-        with suppress(OSError):
+        with suppress(OSError, NotReadyError):
             if self._descriptors and not self.is_watched():
                 self.renew()
         self._changed()

@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +21,16 @@ from kvmifup.client import ALIVE, DONE, HEARTBEAT, NAMESPACE, PROTOCOL, REFUSED
 from kvmifup.commands import main
 from kvmifup.commands.main import Observer
 from kvmifup.core import signals
+from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Background
 
 MAX_REQUEST = 1 << 20  # bytes
 MAX_EXCHANGES = 512
 TO_ASK = 5.0  # seconds that a script may take to say what it wants
 PAUSE = 0.1  # seconds without new scripts when there are no descriptors left
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+TOO_FEW = "it has no descriptors or no memory left"
+SAID = 60.0  # seconds until that is said again
 CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -41,6 +46,11 @@ class Request:
 
 class Refused(Exception):
     """A request that is not for us."""
+
+
+def exhausted(error: BaseException | None) -> bool:
+    """Whether *error* is that this process has no more of something that a script has by itself."""
+    return error is not None and (getattr(error, "errno", None) in EXHAUSTED or exhausted(error.__cause__))
 
 
 def parse(body: bytes) -> Request:
@@ -77,15 +87,26 @@ class Stream(io.StringIO):
 
 
 class HookServer:
-    """Listens on *listener* and runs what is asked for; for *background* and *observer* see `kvmifup.commands.main`."""
+    """Listens on *listener* and runs what is asked for; for *background* and *observer* see `kvmifup.commands.main`.
+
+    Without descriptors for a script it says so at once, to the script and by *say*; then the script does it by itself.
+    """
 
     def __init__(
-        self, loop: Loop, listener: socket.socket, background: Background, observer: Observer | None = None
+        self,
+        loop: Loop,
+        listener: socket.socket,
+        background: Background,
+        observer: Observer | None = None,
+        say: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self.loop = loop
         self.listener = listener
         self.background = background
         self.observer = observer
+        self.say = say
+        self._said = -SAID
+        self._reserve = spare()  # so that somebody who comes can be told when there are none left
         self.exchanges: set[Exchange] = set()
         self.last = time.monotonic()  # when somebody last wanted something
         self.closed = False
@@ -95,19 +116,38 @@ class HookServer:
         try:
             connection = self.listener.accept()[0]
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # it stays readable: that would be a busy loop
-                self.loop.ignore(self.listener)
-                self.loop.later(PAUSE, self._listen)
+            if error.errno in EXHAUSTED:
+                self._turn_away()
             return
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        _pid, uid, _gid = CREDENTIALS.unpack(credentials)
-        if uid not in (0, os.geteuid()) or len(self.exchanges) >= MAX_EXCHANGES:
+        if not welcome(connection) or len(self.exchanges) >= MAX_EXCHANGES:
             connection.close()
             return
         self.last = time.monotonic()
         exchange = Exchange(self, connection)
         self.exchanges.add(exchange)
         exchange.read()  # the request is there already, nearly always
+
+    def _turn_away(self) -> None:
+        """Tell who waits that there are no descriptors left, with the one that is kept for this."""
+        self.short()
+        if self._reserve is None:
+            self.loop.ignore(self.listener)  # it stays readable: that would be a busy loop
+            self.loop.later(PAUSE, self._listen)
+        else:
+            os.close(self._reserve)
+            with suppress(OSError), self.listener.accept()[0] as connection:
+                if welcome(connection):
+                    connection.setblocking(False)
+                    connection.send(REFUSED + TOO_FEW.encode())
+                    connection.recv(65536)  # what is not read makes it an error for the script
+        self._reserve = spare()
+
+    def short(self) -> None:
+        """There is not enough of something. For any thread."""
+        now = time.monotonic()
+        if now - self._said >= SAID:
+            self._said = now
+            self.say(f"{TOO_FEW}: scripts do their work themselves")
 
     def _listen(self) -> None:
         if not self.closed:
@@ -129,9 +169,27 @@ class HookServer:
         with suppress(KeyError):  # during a pause
             self.loop.ignore(self.listener)
         self.listener.close()
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
         for exchange in list(self.exchanges):
             if not exchange.running:
                 exchange.end()
+
+
+def spare() -> int | None:
+    """A descriptor to give back when one is needed; None if there is none to be had."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def welcome(connection: socket.socket) -> bool:
+    """Whether who calls may have us do something."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    _pid, uid, _gid = CREDENTIALS.unpack(credentials)
+    return uid in (0, os.geteuid())
 
 
 class Exchange:
@@ -181,7 +239,7 @@ class Exchange:
         try:
             request = parse(body)
         except Refused:
-            self._send(REFUSED)
+            self._send(REFUSED + b"another version, or another network namespace")
             self.end()
             return
         # A script that we have kept waiting for too long has done it by itself: then it must not be done again.
@@ -203,6 +261,14 @@ class Exchange:
     def _run(self, request: Request) -> None:
         """In a thread: run the command, and answer."""
         out, err = (Stream(terminal) for terminal in request.terminals)
+        short = False
+
+        def observe(program: str, code: int, seconds: float, failures: Sequence[KvmIfupError]) -> None:
+            nonlocal short
+            short = any(map(exhausted, failures))
+            if self.server.observer:
+                self.server.observer(program, code, seconds, failures)
+
         # Not only what the loop has noticed: after a stop (SIGSTOP) this thread may go on before it.
         with signals.while_wanted(lambda: self.gone or self._hung_up()):
             code = main.main(
@@ -212,12 +278,16 @@ class Exchange:
                 out,
                 err,
                 self.server.background,
-                observer=self.server.observer,
+                observer=observe,
             )
+        answer = DONE + bytes([code]) + out.content + err.content
+        if short:  # whatever had been done is undone, or can be
+            self.server.short()
+            answer = REFUSED + TOO_FEW.encode()
         with self.answering, suppress(OSError):
             # From here, not from the loop, which may be busy; and long output takes the script a while to read.
             self.connection.settimeout(TO_ASK)
-            self.connection.sendall(DONE + bytes([code]) + out.content + err.content)
+            self.connection.sendall(answer)
 
     def _beat(self) -> None:
         if self.answering.acquire(blocking=False):  # never in the middle of an answer

@@ -8,10 +8,10 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
 from kvmifup.agent.systemd import activated
 from kvmifup.core.errors import LockTimeoutError, NotReadyError
+from kvmifup.inputs import places
 
 BACKLOG = 256
 
@@ -22,31 +22,31 @@ class OnlyOne:
     def __init__(self, path: Path) -> None:
         """Raises LockTimeoutError if another agent runs, OSError."""
         self._path = path
-        self._file = locked(path)
+        self._descriptor = locked(path)
 
     def renew(self) -> None:
         """Lock what is at the path now: somebody may have removed it. Raises as `OnlyOne`."""
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+            if os.path.samestat(os.fstat(self._descriptor), self._path.stat()):
                 return
         ours = locked(self._path)
-        self._file.close()
-        self._file = ours
+        os.close(self._descriptor)
+        self._descriptor = ours
 
     def close(self) -> None:
         """Let another one run."""
-        self._file.close()
+        os.close(self._descriptor)
 
 
-def locked(path: Path) -> TextIO:
-    """The file *path*, locked. Raises LockTimeoutError, OSError."""
-    file = path.open("a")
+def locked(path: Path) -> int:
+    """A descriptor of the file *path*, locked. Raises LockTimeoutError, OSError."""
+    descriptor = places.lock_file(str(path))
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(descriptor)
         raise LockTimeoutError("another agent runs on this node", hint="`systemctl stop kvm-ifupd`") from None
-    return file
+    return descriptor
 
 
 class Listener:
@@ -67,7 +67,7 @@ class Listener:
 
     def renew(self) -> None:
         """Make the socket once more: somebody has removed it. Raises LockTimeoutError, NotReadyError, OSError."""
-        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        places.made(self.path.parent)
         self._only.renew()
         self.socket = own_socket(self.path)
         self._made = self.path.stat()

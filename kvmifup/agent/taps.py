@@ -12,10 +12,11 @@ from pathlib import Path
 
 from kvmifup.agent.loop import Loop, OneAtATime, Timers
 from kvmifup.agent.runner import Runner
-from kvmifup.core.errors import BugError, JournalError, NamespaceError
+from kvmifup.core.errors import BugError, KvmIfupError, NamespaceError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import ProxyNeighbour
 from kvmifup.node import sockets
+from kvmifup.runs import clock
 from kvmifup.runs.index import Stamp
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.moves import PreparedArrival
@@ -60,7 +61,8 @@ NEXT: dict[State, set[State]] = {
 class TapRecord:
     """One tap, from its journal.
 
-    *stamp* tells this version of the journal from others. *places* are where this node answers for the guest.
+    *stamp* tells this version of the journal from others. *reached*: when it reached its phase, by the clock of
+    `runs.clock`. *places* are where this node answers for the guest.
     *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
@@ -72,7 +74,7 @@ class TapRecord:
         self.nic = journal.nic
         self.ifindex = journal.ifindex
         self.phase = journal.phase
-        self.since = journal.since
+        self.reached = clock.uptime() - clock.age(journal)
         self.left = journal.left
         self.stamp = stamp
         self.places = frozenset(
@@ -218,10 +220,14 @@ class Taps:
 
     def _find(self, known: dict[str, Stamp]) -> Found:
         """In a thread: see which journals there are, and read those that are not *known*."""
-        now = self._runner.store.stamps()
-        restored = self._restored(known.keys() - now.keys())
-        if restored:
+        try:
             now = self._runner.store.stamps()
+            restored = self._restored(known.keys() - now.keys())
+            if restored:
+                now = self._runner.store.stamps()
+        except OSError as error:  # nothing is known of any: all stay as they are
+            self._runner.complain("cannot look at the journals", error)
+            return set(known), {}
         stamps = {name: stamp for name, stamp in now.items() if self._elsewhere.get(name) != stamp}
         names = set(stamps)
         new = {}
@@ -234,7 +240,7 @@ class Taps:
                 self._elsewhere[name] = stamp
                 names.discard(name)
                 continue
-            except (JournalError, OSError) as error:
+            except (KvmIfupError, OSError) as error:
                 if self._unreadable.get(name) != stamp:
                     self._runner.say(f"{name}: {error}", severity=syslog.ERROR)
                 self._unreadable[name] = stamp

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvmifup.commands import names
 from kvmifup.core.errors import KvmIfupError, NicError, UsageError
 from kvmifup.core.model import Nic, Phase
-from kvmifup.inputs import environment, ganeti, nicfiles, values
+from kvmifup.inputs import devices, environment, ganeti, nicfiles, values
 from kvmifup.runs.store import Store
 
 PHASES = {"kvm-ifup-pre": Phase.PRE, "kvm-ifup-post": Phase.POST, "kvm-ifdown": Phase.DOWN}
@@ -52,7 +52,7 @@ def of_hook(
         tap = tap or environ.get("INTERFACE")
         if tap is None:
             raise UsageError("which tap?", hint="give TAP or --instance NAME, or set INTERFACE")
-        values.device(tap, "tap")
+        tap = devices.own_name(values.device(tap, "tap"))
     owner = instance or (environ.get("INSTANCE") if environ.get("INTERFACE") else None)
     phase = PHASES[program]
     if phase is not Phase.DOWN:
@@ -91,7 +91,11 @@ def nics_of(
             refuse(names.as_guest(instance, program, run_dir))
             hint = names.meant(instance, run_dir) or f"see {run_dir}/nic"
             raise NicError("there are no NIC files for it", hint=hint, where=instance)
-        return tuple(nics)
+        own = [replace(nic, tap=devices.own_name(nic.tap)) for nic in nics]
+        taps = [one.tap for one in own]
+        if twice := [one for one in taps if taps.count(one) > 1]:
+            raise NicError(f"two of its NIC files name {twice[0]}, by different names of it", where=instance)
+        return tuple(own)
     nic = nic_of(tap, run_dir, environ)
     if nic is None:
         refuse(names.as_tap(tap, program, run_dir))
@@ -101,17 +105,18 @@ def nics_of(
 
 
 def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool = True) -> Nic | None:
-    """The NIC on *tap*: from the environment, its NIC file, the journal of an earlier phase, or Ganeti's files.
+    """The NIC on *tap*, the device's own name: from the environment, its NIC file, the journal of an earlier
+    phase, or Ganeti's files.
 
     If the NIC is not *needed*, an environment with the name of the tap and no more describes none.
     None when nothing describes it. Raises NicError, JournalError, NamespaceError.
     """
     if environ.get("INTERFACE") and (needed or environment.describes(environ)):
-        return environment.from_environment(environ)
-    nic = nicfiles.nic_of_tap(tap, run_dir, needed=needed)
-    if nic is not None:
-        return nic
-    return Store(run_dir).nic_of_live(tap) or ganeti.nic_of_tap(tap)
+        nic: Nic | None = environment.from_environment(environ)
+    else:
+        nic = nicfiles.nic_of_tap(tap, run_dir, needed=needed)
+    nic = nic or Store(run_dir).nic_of_live(tap) or ganeti.nic_of_tap(tap)
+    return nic and (nic if nic.tap == tap else replace(nic, tap=tap))  # it may be described by another name of it
 
 
 def names_tap(name: str, run_dir: Path, environ: Mapping[str, str]) -> bool:

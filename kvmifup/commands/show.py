@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from kvmifup.commands.call import Call
@@ -10,6 +9,7 @@ from kvmifup.commands.objects import nic_object
 from kvmifup.core.text import printable
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.state import State, look, state_of
+from kvmifup.runs import clock
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "PHASE", "SINCE", "BY", "WIRED"]
@@ -43,8 +43,7 @@ def is_wrong(state: State) -> bool:
 
 def print_table(call: Call, rows: Sequence[Row]) -> None:
     """Print *rows*; on a terminal as wide as it is, and with colours."""
-    now = time.time()
-    every = [[printable(cell) for cell in row] for row in (HEADINGS, *(cells(*row, now) for row in rows))]
+    every = [[printable(cell) for cell in row] for row in (HEADINGS, *(cells(*row) for row in rows))]
     colour = call.out.isatty() and not call.environ.get("NO_COLOR") and call.environ.get("TERM") != "dumb"
     for number, row in enumerate(render.table(every, call.columns, ELASTIC, DISPENSABLE)):
         line = render.GAP.join(row).rstrip()
@@ -58,7 +57,7 @@ def print_table(call: Call, rows: Sequence[Row]) -> None:
         call.out.write(f"{line}\n")
 
 
-def cells(one: Known, phase: str, state: State, now: float) -> list[str]:
+def cells(one: Known, phase: str, state: State) -> list[str]:
     """One line of the table."""
     nic, journal = one.nic, one.journal
     if nic is None:
@@ -73,7 +72,7 @@ def cells(one: Known, phase: str, state: State, now: float) -> list[str]:
         nic.link or "-",
         f"{first} +{len(more)}" if more else first or "-",
         phase,
-        ago(now - journal.since) if journal and journal.since else "-",
+        ago(clock.age(journal)) if journal and journal.since else "-",
         (journal.by if journal else "") or "-",
         wired_word(state),
     ]

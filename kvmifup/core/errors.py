@@ -8,10 +8,12 @@
     ├── NotReadyError      69  the node cannot take this NIC: nothing was touched, or all was put back
     ├── NamespaceError     69  the tap's journal is of another network namespace: nothing was touched
     ├── BugError           70  our own mistake
-    ├── JournalError       70  a journal that cannot be read
+    ├── JournalError       70  a journal that is broken
+    │   └── ForeignJournalError 70  a journal that is not for us: of another version, or not to be trusted
     ├── RollbackError      70  something failed, and so did putting it back
     ├── KernelError        71  the kernel refused; all was put back
-    │   └── VanishedError  71  the device is not there any more
+    │   ├── VanishedError  71  the device is not there any more
+    │   └── NoSpaceError   71  the run directory is full; what is to be undone can be undone all the same
     ├── ProgramError       71  a program that we run for the node failed; all was put back
     ├── LockTimeoutError   75  another run holds the lock
     ├── InterruptedRun     75  a signal arrived; all was put back
@@ -59,7 +61,7 @@ class NicError(KvmIfupError):
 
 
 class NotReadyError(KvmIfupError):
-    """The node is not ready for this NIC: a bridge, table, uplink or address is not as it must be."""
+    """The node is not ready for this NIC: a bridge, table, uplink, address or directory is not as it must be."""
 
     code = 69
 
@@ -77,9 +79,13 @@ class BugError(KvmIfupError):
 
 
 class JournalError(KvmIfupError):
-    """The journal of a tap cannot be read, so nobody knows what is to be undone."""
+    """The journal of a tap has been read and makes no sense, so nobody knows what is to be undone."""
 
     code = 70
+
+
+class ForeignJournalError(JournalError):
+    """A journal that another version of kvm-ifup understands, or that others could have written: it stays."""
 
 
 class RollbackError(KvmIfupError):
@@ -100,6 +106,10 @@ class KernelError(KvmIfupError):
 
 class VanishedError(KernelError):
     """The device that is to be read or written does not exist (any more)."""
+
+
+class NoSpaceError(KernelError):
+    """Nothing can be written below the run directory: it is full, or read-only. What is there can be undone."""
 
 
 class ProgramError(KvmIfupError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, NicError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.inputs import nicfiles, values
+from kvmifup.runs import clock
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.store import Store
 
@@ -69,7 +71,7 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
         if journal is not None:
             found[tap] = Known(tap, journal.nic, journal)
     unchanged = {path for tap, one in found.items() if one.journal and (path := unchanged_file(run_dir, one.journal))}
-    for path in sorted((run_dir / "nic").glob("*/*.toml")):
+    for path in nicfiles.files(run_dir):
         if path in unchanged:
             continue
         try:
@@ -98,8 +100,9 @@ def unchanged_file(run_dir: Path, journal: Journal) -> Path | None:
     if nic.instance is None or nic.index is None:
         return None
     path = run_dir / "nic" / nic.instance / f"{nic.index}.toml"
+    reached = min(journal.since, time.time() - clock.age(journal))  # by either way that the clock may have been set
     with suppress(OSError):
-        if path.stat().st_mtime < journal.since and leads_to(run_dir / "tap" / nic.tap, path):
+        if path.stat().st_mtime < reached and leads_to(run_dir / "tap" / nic.tap, path):
             return path
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from kvmifup.node.bridges import Bridges
 from kvmifup.node.firewall import Chains, chains
 from kvmifup.node.guests import Qemu, behind_taps
 from kvmifup.node.overview import Overview
-from kvmifup.runs import planning
+from kvmifup.runs import clock, planning
 from kvmifup.runs.apply import Change
 from kvmifup.runs.session import Session, alive, opened
 from kvmifup.runs.store import Store
@@ -67,7 +66,7 @@ class Look:
         if one.journal and one.journal.left:
             return "left"
         if one.phase is Phase.PRE and one.journal and self.agent:
-            waited = time.time() - one.journal.since
+            waited = clock.age(one.journal)
             return "armed" if one.journal.left or waited < self.session.config.agent.arrival_timeout else "pre"
         return one.phase.name.lower()
 

@@ -30,7 +30,7 @@ def load(file: Path | None) -> Config:
     if file is not None:
         return merged(Config(), file, file.parent)
     config = Config()
-    for path in (DIRECTORY / "config.toml", *sorted((DIRECTORY / "conf.d").glob("*.toml"))):
+    for path in (DIRECTORY / "config.toml", *trust.listed(DIRECTORY / "conf.d", ".toml")):
         if path.exists() or path.is_symlink():
             config = merged(config, path, DIRECTORY)
     return config
@@ -49,6 +49,7 @@ def merged(config: Config, path: Path, base: Path) -> Config:
     except PermissionError:
         raise
     except OSError as error:
+        trust.need_answer(error)
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (ConfigError, NicError) as error:
         raise ConfigError(str(error), hint=error.hint, where=str(path)) from None

@@ -20,15 +20,16 @@ DIRECTORY = Path("/var/run/ganeti/kvm-hypervisor")
 
 def nic_of_tap(tap: str) -> Nic | None:
     """The NIC that Ganeti has on *tap*; None if it has none. Raises NicError."""
-    for path in sorted((DIRECTORY / "nic").glob("*/*")):
-        if tap_in(path) == tap:
-            return nic_of_file(path, tap)
+    for guest in trust.listed(DIRECTORY / "nic"):
+        for path in trust.listed(guest):
+            if tap_in(path) == tap:
+                return nic_of_file(path, tap)
     return None
 
 
 def nics_of_instance(instance: str) -> list[Nic]:
     """All NICs that Ganeti has for *instance*, by tap. Raises NicError."""
-    files = sorted((DIRECTORY / "nic" / instance_name(instance)).glob("*"))
+    files = trust.listed(DIRECTORY / "nic" / instance_name(instance))
     # A NIC may have two files, one named by its place and one by its UUID.
     nics = {tap: nic_of_file(path, tap) for path in files if (tap := tap_in(path))}
     return [nics[tap] for tap in sorted(nics)]
@@ -48,6 +49,7 @@ def nic_of_file(path: Path, tap: str) -> Nic:
     except trust.Untrusted as error:
         raise NicError(f"not to be trusted: {error}", where=str(runtime)) from None
     except OSError as error:
+        trust.need_answer(error)
         raise NicError(f"cannot be read: {error.strerror}", where=str(runtime)) from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, StopIteration, RecursionError):
         raise NicError(f"does not describe the NIC of {path}", where=str(runtime)) from None
@@ -73,5 +75,8 @@ def tap_in(path: Path) -> str | None:
     """The text of a NIC file; None if it cannot be read, or others could have written it."""
     try:
         return trust.read(path, DIRECTORY).strip()
-    except (trust.Untrusted, OSError):
+    except trust.Untrusted:
+        return None
+    except OSError as error:
+        trust.need_answer(error)
         return None

@@ -14,7 +14,7 @@ import tomli
 from kvmifup.core.errors import KvmIfupError, NicError
 from kvmifup.core.model import Nic
 from kvmifup.core.text import as_told, shown
-from kvmifup.inputs import trust
+from kvmifup.inputs import devices, places, trust
 from kvmifup.inputs.values import MAX_INDEX, assemble, instance_name, nearest, nic_index
 
 
@@ -39,8 +39,8 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
         hint = f"`kvm-ifup nic rm {other.instance} {other.index}`, if that NIC is no more"
         raise NicError(f"{same} is that of {other.label} already, described in {other.source}", hint=hint)
     shortcut = run_dir / "tap" / nic.tap
-    for directory in (path.parent, shortcut.parent):
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    places.made(run_dir, "nic", path.parent.name)
+    places.made(run_dir, "tap")
     replace(path, partial(create, text))
     forget_links(run_dir, path, keep=nic.tap)
     replace(shortcut, partial(os.symlink, target(path)))
@@ -50,7 +50,7 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
 def of_the_same_tap(nic: Nic, path: Path, run_dir: Path) -> Iterator[Nic]:
     """The NICs of other files than *path*, also other guests', that are on the tap of *nic*."""
     named = nic.tap.encode("utf-8", "surrogateescape")
-    for other in sorted((run_dir / "nic").glob("*/*.toml")):
+    for other in files(run_dir):
         with suppress(OSError, NicError):  # what is wrong describes no NIC
             text = b"" if other == path else other.read_bytes()
             if named in text or b"\\" in text:  # thousands are read as TOML only if they may be about this tap
@@ -74,9 +74,9 @@ def remove(run_dir: Path, instance: str, index: int | None = None) -> list[Path]
     Raises NicError, also for one that another guest's NIC file is a symlink to, and OSError.
     """
     directory = run_dir / "nic" / instance_name(instance)
-    paths = sorted(directory.glob("*.toml")) if index is None else [place(run_dir, instance, index)]
+    paths = trust.listed(directory, ".toml") if index is None else [place(run_dir, instance, index)]
     for path in paths:
-        for other in (run_dir / "nic").glob("*/*.toml"):
+        for other in files(run_dir):
             if other not in paths and other.is_symlink() and os.path.realpath(other) == os.path.realpath(path):
                 hint = f"`kvm-ifup nic rm {other.parent.name} {other.stem}` first"
                 raise NicError(f"{other} leads to it", hint=hint, where=str(path))
@@ -97,8 +97,7 @@ def found(run_dir: Path, instance: str | None = None) -> list[Nic | NicError]:
     Raises NicError for a name that cannot be a guest's.
     """
     nics: list[Nic | NicError] = []
-    top = run_dir / "nic"
-    for path in sorted(top.glob("*/*.toml") if instance is None else (top / instance_name(instance)).glob("*.toml")):
+    for path in files(run_dir, instance):
         try:
             nics.append(read_nic(path, run_dir))
         except NicError as error:
@@ -106,9 +105,16 @@ def found(run_dir: Path, instance: str | None = None) -> list[Nic | NicError]:
     return nics
 
 
+def files(run_dir: Path, instance: str | None = None) -> list[Path]:
+    """All NIC files, or those of *instance*. Raises NicError for a name that cannot be a guest's, OSError."""
+    top = run_dir / "nic"
+    guests = trust.listed(top) if instance is None else [top / instance_name(instance)]
+    return [path for guest in guests for path in trust.listed(guest, ".toml")]
+
+
 def forget_links(run_dir: Path, path: Path, keep: str | None = None) -> None:
     """Remove the symlinks that lead to *path*, except that of the tap *keep*. Raises OSError."""
-    for link in (run_dir / "tap").glob("*"):
+    for link in trust.listed(run_dir / "tap"):
         # Somebody else's may be written otherwise; and a symlink in the place of the file leads further.
         leads_there = link.is_symlink() and target(path) == str(link.readlink())
         if link.name != keep and (leads_there or (link.is_symlink() and os.path.realpath(link) == str(path))):
@@ -124,8 +130,12 @@ def replace(path: Path, make: Callable[[Path], None]) -> None:
     """Replace *path* by what *make* makes; at every moment either the old or the new one is there, whole."""
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
-    make(new)
-    new.rename(path)
+    try:
+        make(new)
+        new.rename(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
@@ -204,6 +214,7 @@ def read_nic(path: Path, run_dir: Path) -> Nic:
     except PermissionError:
         raise
     except OSError as error:
+        trust.need_answer(error)
         raise NicError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
@@ -216,18 +227,18 @@ def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
     link = run_dir / "tap" / tap
     if leads_somewhere(link):
         nic = read_nic(link, run_dir)
-        if nic.tap != tap:
+        if not means(nic, tap):
             raise NicError(f"it leads to a NIC file for {nic.tap}", hint="write it anew", where=str(link))
         return nic
     found: list[Nic] = []
     broken: list[KvmIfupError] = []
-    for path in sorted((run_dir / "nic").glob("*/*.toml")):
+    for path in files(run_dir):
         try:
             nic = read_nic(path, run_dir)
         except NicError as error:
             broken.append(error)
             continue
-        if nic.tap == tap:
+        if means(nic, tap):
             found.append(nic)
     if len(found) > 1:
         raise NicError(
@@ -239,6 +250,11 @@ def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
         # Any of these may have been meant: saying only "nothing describes it" would hide the cause.
         raise broken[0]
     return found[0] if found else None
+
+
+def means(nic: Nic, tap: str) -> bool:
+    """Whether *nic* is on the device *tap*, by whatever name of it."""
+    return nic.tap == tap or devices.own_name(nic.tap) == tap
 
 
 def leads_somewhere(link: Path) -> bool:
@@ -256,8 +272,7 @@ def leads_somewhere(link: Path) -> bool:
 
 def nics_of_instance(instance: str, run_dir: Path) -> list[Nic]:
     """All NICs that *instance* has files for, by tap. Raises NicError for any that is wrong."""
-    files = sorted((run_dir / "nic" / instance_name(instance)).glob("*.toml"))
-    nics = [read_nic(path, run_dir) for path in files]
+    nics = [read_nic(path, run_dir) for path in files(run_dir, instance)]
     taps = Counter(nic.tap for nic in nics)
     addresses = Counter(one for nic in nics if nic.mode == "routed" for one in nic.ip)
     for name, number in (*taps.items(), *addresses.items()):

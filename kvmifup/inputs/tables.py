@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from kvmifup.inputs import trust
+
 # In the order in which iproute2 looks (lib/rt_names.c): the administrator's first.
 BUILT_IN = {"default": 253, "main": 254, "local": 255}  # known without any file, as in lib/rt_names.c
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|0|[1-9][0-9]*", re.ASCII)
@@ -16,10 +18,11 @@ def number(name: str, places: tuple[str, ...] = PLACES) -> int | None:
     if name.isascii() and name.isdigit():
         return int(name)
     for place in places:
-        for file in (Path(place, "rt_tables"), *sorted(Path(place, "rt_tables.d").glob("*.conf"))):
+        for file in (Path(place, "rt_tables"), *trust.listed(Path(place, "rt_tables.d"), ".conf")):
             try:
                 text = file.read_text(encoding="utf-8", errors="replace")
-            except OSError:
+            except OSError as error:
+                trust.need_answer(error)
                 continue
             for line in text.splitlines():
                 fields = line.split("#", 1)[0].split()

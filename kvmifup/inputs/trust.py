@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -9,8 +10,43 @@ from pathlib import Path
 MAX_BYTES = 1 << 20  # a NIC may have thousands of addresses
 
 
+# What an error of reading means when it is not the file's fault: the look has failed, and nobody knows what is there.
+NO_ANSWER = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE}
+
+
 class Untrusted(Exception):
     """Why a file is not to be trusted. The caller makes it an error with the right exit code."""
+
+
+class NotText(Untrusted):
+    """A file that only root could have written, and that is no text."""
+
+
+def flaw(info: os.stat_result) -> str:
+    """Why not only root could have written what *info* is about; "" if only root could."""
+    # In a user namespace the caller is root there, and 0 is the only owner that means anything.
+    if info.st_uid not in (0, os.geteuid()):
+        return f"is owned by uid {info.st_uid}, not by root"
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "can be written to by others"
+    return ""
+
+
+def need_answer(error: OSError) -> None:
+    """Raise *error* if it says nothing about the file: a look that failed is not an answer."""
+    if error.errno in NO_ANSWER:
+        raise error
+
+
+def listed(directory: Path, suffix: str = "") -> list[Path]:
+    """What is in *directory* and ends with *suffix*, sorted; nothing if it is not there. Raises OSError.
+
+    (Not by `Path.glob`: that takes a directory that cannot be read for an empty one.)
+    """
+    try:
+        return [directory / name for name in sorted(os.listdir(directory)) if name.endswith(suffix)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def check(path: Path, base: Path) -> Path:
@@ -26,12 +62,9 @@ def check(path: Path, base: Path) -> Path:
     place = real
     while True:
         info = os.lstat(place)
-        what = "it" if place == real else f"its directory {place}"
-        # In a user namespace the caller is root there, and 0 is the only owner that means anything.
-        if info.st_uid not in (0, os.geteuid()):
-            raise Untrusted(f"{what} is owned by uid {info.st_uid}, not by root")
-        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise Untrusted(f"{what} can be written to by others")
+        why = flaw(info)
+        if why:
+            raise Untrusted(f"it {why}" if place == real else f"its directory {place} {why}")
         if place == real_base:
             return Path(real)
         place = os.path.dirname(place)
@@ -54,4 +87,4 @@ def read(path: Path, base: Path, limit: int = MAX_BYTES) -> str:
         try:
             return file.read(limit).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise Untrusted(f"it is not UTF-8 at byte {error.start}") from None
+            raise NotText(f"it is not UTF-8 at byte {error.start}") from None

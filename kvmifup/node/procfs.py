@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from functools import cache
 
+from kvmifup.inputs import trust
 from kvmifup.node.messages import Link
 
 SYSCTL = "/proc/sys"
@@ -17,7 +19,10 @@ IPV6_ADDR_LINKLOCAL = 0x20  # net/ipv6.h
 
 
 def read_file(path: str) -> str | None:
-    """The text of a file in /proc or /sys, without white space around it; None if it cannot be read."""
+    """The text of a file in /proc or /sys, without white space around it; None if it cannot be read.
+
+    Raises OSError if that says nothing about it: no descriptors, no memory.
+    """
     try:
         # Not with `open`: that takes longer than the kernel does, and a hook reads twenty files.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -25,8 +30,15 @@ def read_file(path: str) -> str | None:
             return os.read(descriptor, 4096).decode().strip()
         finally:
             os.close(descriptor)
-    except OSError:
+    except OSError as error:
+        trust.need_answer(error)
         return None
+
+
+@cache
+def boot() -> str:
+    """Which start of the node this is. Raises OSError."""
+    return read_file(f"{SYSCTL}/kernel/random/boot_id") or ""
 
 
 # --- sysctls ----------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from kvmifup.core.errors import KvmIfupError, ProgramError, RollbackError, VanishedError
+from kvmifup.core.errors import KvmIfupError, NoSpaceError, ProgramError, RollbackError, VanishedError
 from kvmifup.core.ops import Op, Value
 from kvmifup.core.signals import checkpoint, still_wanted
-from kvmifup.runs.journal import Entry, Journal
-from kvmifup.runs.store import Store
+from kvmifup.runs.journal import Entry, Journal, Mark
+from kvmifup.runs.store import Store, save_or_mark
 
 
 class Node(Protocol):
@@ -103,8 +103,7 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
     written: list[Change] = []
     try:
         for job in jobs:
-            if job.pending.pending:
-                store.save(job.pending)
+            note(job, store)
         for job in jobs:
             for change in job.needed:
                 if change.op.after_change:
@@ -135,10 +134,22 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
             ) from error
         for job in jobs:
             if job.known:
-                store.save(job.before)
+                save_or_mark(store, job.before, Mark.SETTLED)
             else:
                 store.delete(job.before.nic.tap)
         raise
+
+
+def note(job: Job, store: Store) -> None:
+    """Make the journal say what is about to be changed."""
+    if not job.pending.pending:
+        return
+    try:
+        store.save(job.pending)
+    except NoSpaceError:
+        # What is only removed, and remembered nowhere, needs no space: to remove it again would finish it.
+        if job.known or job.after is not None:
+            raise
 
 
 def commit(job: Job, store: Store) -> None:

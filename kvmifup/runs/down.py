@@ -45,7 +45,12 @@ def down(tap: str, instance: str | None, describe: Callable[[], Nic | None], ses
         facts = with_claims(session.kernel.facts(nic, session.config), nic, session)
         changes = survey(present(phases.withdrawal(nic, facts), facts), session.kernel)
         if not session.dry:
-            empty = Journal(nic, facts.tap.ifindex if facts.tap else 0, namespace=session.store.namespace)
+            empty = Journal(
+                nic,
+                facts.tap.ifindex if facts.tap else 0,
+                namespace=session.store.namespace,
+                cookie=session.store.cookie,
+            )
             apply([Job(changes, empty, False, None)], session.kernel, session.store)
         return Outcome(nic.label, nic, tap, Phase.DOWN, changes=changes)
 

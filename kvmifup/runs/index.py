@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,10 +48,11 @@ class Files(Protocol):
     """The journal files of one directory: `kvmifup.runs.store.Store`."""
 
     def trusted_stamps(self) -> dict[str, Stamp]:
-        """The stamps of all journals, by tap; none where others could write."""
+        """The stamps of all journals, by tap. Raises KvmIfupError."""
 
     def read(self, tap: str) -> tuple[str, Journal]:
-        """The text of the file of *tap*, and the journal that it is. Raises JournalError, OSError."""
+        """The text of the file of *tap*, and the journal that it is. Raises JournalError, FileNotFoundError, and other
+        errors if that cannot be found out."""
 
 
 class Index:
@@ -97,7 +98,7 @@ class Index:
             self._token = token
 
     def update(self, files: Files) -> None:
-        """Look at every file, and read those that have changed."""
+        """Look at every file, and read those that have changed. Raises what *files* raises: then not all are known."""
         with self._lock:
             self._updated = time.monotonic()
             there = files.trusted_stamps()
@@ -112,9 +113,15 @@ class Index:
             return
         now = time.time_ns()
         text, journal = "", None
-        with suppress(OSError, JournalError):
+        try:
             text, journal = files.read(tap)
-        self._remember(tap, Seen(stamp, now - stamp[0] > TICK, text, journal))
+        except FileNotFoundError:  # its guest has just left
+            self._forget(tap)
+            return
+        except JournalError:
+            pass
+        # abs: the clock may have been set back since.
+        self._remember(tap, Seen(stamp, abs(now - stamp[0]) > TICK, text, journal))
 
     def _forget(self, tap: str) -> None:
         seen = self._seen.pop(tap, None)

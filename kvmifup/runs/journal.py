@@ -2,15 +2,18 @@
 
 One JSON file per tap, `state/<tap>.json` below the run directory::
 
-    {"version": 1, "namespace": 4026531840, "nic": {...}, "ifindex": 7, "phase": "pre",
-     "since": 1790000000.25, "by": "hook", "reason": null, "left": false,
+    {"mark": " ", "version": 2, "namespace": 4026531840, "cookie": 1, "nic": {...}, "ifindex": 7, "phase": "pre",
+     "since": 1790000000.25, "uptime": 3600.5, "boot": "5b6b…", "by": "hook", "reason": null, "left": false,
      "devices": {"eth0": 2},
      "entries": [{"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}, ...],
      "pending": [...]}
 
+`mark` is one letter that is changed in place, which takes no space: see `Mark`.
 `namespace` is the network namespace that the tap is in, by the number that `lsns` shows. Runs in several namespaces
-can share one run directory, and a live tap of one does not exist in another.
-`since` (seconds since 1970) is when the phase was reached or last changed something. `by` says who did that: "hook",
+can share one run directory, and a live tap of one does not exist in another. The number of one that is gone is given to
+another; `cookie` (SO_NETNS_COOKIE) never, as long as the node runs. 0: not known.
+`since` (seconds since 1970) is when the phase was reached or last changed something; `uptime` is the same by a clock
+that nobody can set, in seconds since the start of the node that is called `boot`. `by` says who did that: "hook",
 "person" (at a terminal) or "agent". `reason` says why the agent did it: the guest's first frame, or a sentence.
 `left`: the guest ran here and has gone to another node since, so that the phase is pre again.
 `devices` are those that entries are about, other than the tap, each with its index: an uplink may be renamed.
@@ -21,15 +24,38 @@ what a run is about to do, or was doing when it was killed, with the values from
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
+from kvmifup import phases
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import KINDS, RTPROT_STATIC, Op, Value, field_names
 
-VERSION = 1
+VERSION = 2
+READS = (1, 2)  # what `decode` understands
+NIC_KEYS = set(Nic.__match_args__)
 PLAIN = (str, int, float, tuple, type(None))  # what the fields of an op can be
+HEAD = b'{"mark": "'  # how every journal begins; then comes the mark
+
+
+class Mark(Enum):
+    """What has become of a journal since it was written: one letter in its file, for which there is always room.
+
+    What is undone is undone once more after a crash, which changes nothing.
+    """
+
+    NONE = " "  # as it is written
+    UNDO = "u"  # all of it is to be undone
+    UNDO_ENTRIES = "U"  # the same, once what was pending has been undone
+    LEAVING = "w"  # the guest has left: what draws its traffic here is to be undone
+    LEFT = "l"  # that has been undone
+    SETTLED = "r"  # what was pending has been undone
+
+
+class OtherVersion(ValueError):
+    """A journal that another version of kvm-ifup has written."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,9 @@ class Journal:
     reason: str | None = None
     left: bool = False
     devices: tuple[tuple[str, int], ...] = ()
+    uptime: float = 0.0
+    boot: str = ""
+    cookie: int = 0
     namespace: int = field(kw_only=True)
 
     def prior(self, key: tuple[object, ...]) -> Entry | None:
@@ -79,18 +108,40 @@ class Journal:
         return {entry.op.key: entry for entry in reversed(self.pending)}
 
 
+def marked(journal: Journal, mark: Mark) -> Journal:
+    """What *journal* is once it has the *mark*."""
+    match mark:
+        case Mark.UNDO:
+            return replace(journal, phase=Phase.DOWN, entries=(), pending=(*journal.entries, *journal.pending))
+        case Mark.UNDO_ENTRIES:
+            return replace(journal, phase=Phase.DOWN, entries=(), pending=journal.entries)
+        case Mark.LEAVING | Mark.LEFT:
+            away = tuple(entry for entry in journal.entries if phases.only_here(entry.op))
+            rest = tuple(entry for entry in journal.entries if not phases.only_here(entry.op))
+            pending = away if mark is Mark.LEAVING else ()
+            return replace(journal, phase=Phase.PRE, entries=rest, pending=pending, left=True)
+        case Mark.SETTLED:
+            return replace(journal, pending=())
+        case Mark.NONE:
+            return journal
+
+
 # --- JSON ---------------------------------------------------------------------------------------------
 
 
 def encode(journal: Journal) -> dict[str, Any]:
     """*journal* as JSON's types."""
     return {
+        "mark": Mark.NONE.value,
         "version": VERSION,
         "namespace": journal.namespace,
+        "cookie": journal.cookie,
         "nic": shallow(journal.nic) | {"ip": [str(prefix) for prefix in journal.nic.ip]},
         "ifindex": journal.ifindex,
         "phase": journal.phase.name.lower(),
         "since": journal.since,
+        "uptime": journal.uptime,
+        "boot": journal.boot,
         "by": journal.by,
         "reason": journal.reason,
         "left": journal.left,
@@ -111,28 +162,37 @@ def shallow(data: Nic | Op) -> dict[str, Any]:
 
 
 def decode(data: dict[str, Any]) -> Journal:
-    """The journal that `encode` gave. Raises ValueError, KeyError or TypeError for anything else."""
-    if data["version"] != VERSION:
-        raise ValueError("another version")
+    """The journal that `encode` gave, and has been marked since.
+
+    Raises OtherVersion; ValueError, KeyError or TypeError for anything else.
+    """
+    if data["version"] not in READS:
+        raise OtherVersion if isinstance(data["version"], int) else ValueError
+    if not data["nic"].keys() <= NIC_KEYS:
+        raise OtherVersion
     reason = data["reason"] if "reason" in data else data["frame"]  # what it was called before 0.1.0
     nic = Nic(**data["nic"] | {"ip": tuple(ipaddress.ip_network(prefix) for prefix in data["nic"]["ip"])})
-    return Journal(
+    journal = Journal(
         nic=nic,
         ifindex=int(data["ifindex"]),
         phase=Phase[data["phase"].upper()],
         entries=tuple(decode_entry(entry) for entry in data["entries"]),
         pending=tuple(decode_entry(entry) for entry in data["pending"]),
         since=float(data["since"]),
+        uptime=float(data.get("uptime", 0.0)),  # version 1 had none of these
+        boot=str(data.get("boot", "")),
+        cookie=int(data.get("cookie", 0)),
         by=str(data["by"]),
         reason=None if reason is None else str(reason),
         left=bool(data.get("left", False)),  # not in a journal of 0.1.0~
         devices=tuple((str(dev), int(index)) for dev, index in data.get("devices", {}).items()),
         namespace=int(data["namespace"]),
     )
+    return marked(journal, Mark(data.get("mark", " ")))
 
 
 def decode_entry(data: dict[str, Any]) -> Entry:
-    """The entry that `encode_entry` gave."""
+    """The entry that `encode_entry` gave. Raises OtherVersion for an op, or a part of one, that is not known here."""
     values = {key: value for key, value in data.items() if key not in ("op", "prior")}
     if "environment" in values:
         values["environment"] = tuple((str(key), value) for key, value in values["environment"])
@@ -141,6 +201,9 @@ def decode_entry(data: dict[str, Any]) -> Entry:
         values["protocol"] = made_by.pop("protocol", RTPROT_STATIC)
         if made_by:
             raise ValueError("a rule of somebody else")
+    kind = KINDS.get(data["op"])
+    if kind is None or not values.keys() <= set(kind.__match_args__):
+        raise OtherVersion if isinstance(data["op"], str) else TypeError
     if not all(isinstance(value, PLAIN) for value in (*values.values(), data["prior"])):
         raise TypeError
-    return Entry(KINDS[data["op"]](**values), data["prior"])
+    return Entry(kind(**values), data["prior"])

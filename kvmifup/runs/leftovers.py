@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, PrivilegeError, RollbackError
-from kvmifup.core.model import Phase
+from kvmifup.core.errors import (
+    ForeignJournalError,
+    JournalError,
+    KernelError,
+    KvmIfupError,
+    NamespaceError,
+    PrivilegeError,
+    RollbackError,
+)
+from kvmifup.core.model import Nic, Phase
 from kvmifup.runs.apply import Change, cause, survey_undo, undo
-from kvmifup.runs.journal import Journal
+from kvmifup.runs.journal import Journal, Mark, marked
 from kvmifup.runs.outcome import Outcome, Results
 from kvmifup.runs.session import Session, alive
 from kvmifup.runs.shared import unshared
+from kvmifup.runs.store import save_or_mark
 
 # --- after a crash ----------------------------------------------------------------------------------------
 
 
-def recover(journal: Journal, session: Session) -> tuple[Journal | None, tuple[Change, ...]]:
-    """Undo what a killed run was doing, or all that a dead NIC left; returns the journal that remains."""
-    if not alive(journal, session):
+def recover(journal: Journal, session: Session, nic: Nic | None = None) -> tuple[Journal | None, tuple[Change, ...]]:
+    """Undo what a killed run was doing, or all that a dead NIC left; returns the journal that remains.
+
+    On a tap that outlives its guests, one that is to be *nic*'s by now is like a dead NIC: how far another guest had
+    come says nothing about this one.
+    """
+    if not alive(journal, session) or (nic and is_another(nic, journal.nic)):
         return None, forget(journal, session)
     if not journal.pending:
         return journal, ()
@@ -30,8 +43,17 @@ def recover(journal: Journal, session: Session) -> tuple[Journal | None, tuple[C
             session.store.delete(journal.nic.tap)
         return None, undone
     if not session.dry:
-        session.store.save(rest)
+        save_or_mark(session.store, rest, Mark.SETTLED)
     return rest, undone
+
+
+def is_another(nic: Nic, earlier: Nic) -> bool:
+    """Whether *nic* is not the NIC that *earlier* was: it has another MAC, or is another guest's.
+
+    Its number does not count: managers number a guest's NICs anew when one of them goes. Not every caller names the
+    guest.
+    """
+    return nic.mac != earlier.mac or (None not in (nic.instance, earlier.instance) and nic.instance != earlier.instance)
 
 
 def forget(journal: Journal, session: Session) -> tuple[Change, ...]:
@@ -40,14 +62,13 @@ def forget(journal: Journal, session: Session) -> tuple[Change, ...]:
     First the journal says that all is to be undone, so that after a crash the next run goes on with that.
     Raises PrivilegeError when we may not, RollbackError for what could not be undone.
     """
-    doomed = replace(journal, phase=Phase.DOWN, entries=(), pending=(*journal.entries, *journal.pending))
     if session.dry:
-        return revert(doomed, session)
-    session.store.save(doomed)
+        return revert(marked(journal, Mark.UNDO), session)
+    doomed = session.store.mark(journal, Mark.UNDO)
     try:
         undone = revert(doomed, session)
     except PrivilegeError:
-        session.store.save(journal)
+        session.store.mark(journal, Mark.NONE)
         raise
     session.store.delete(journal.nic.tap)
     return undone
@@ -70,7 +91,8 @@ def revert(journal: Journal, session: Session) -> tuple[Change, ...]:
     if problems:
         failed = {id(entry) for entry, _ in problems}
         left = tuple(entry for entry in mine if id(entry) in failed)
-        session.store.save(replace(journal, pending=left))
+        with suppress(KernelError):  # then all of it is still to be undone
+            session.store.save(replace(journal, pending=left))
         raise RollbackError(
             f"could not put back: {'; '.join(cause(error) for _, error in problems)}", hint="`kvm-ifup gc` tries again"
         ).at(journal.nic.label)
@@ -96,10 +118,14 @@ def collect(session: Session, taps: Sequence[str] | None = None) -> Results:
                     journal = session.load(tap)
                 except NamespaceError:
                     continue
+                except ForeignJournalError:
+                    raise
                 except JournalError as error:
                     where = "" if session.dry else f"; it is now {session.store.set_aside(tap)}"
                     outcomes.append(Outcome(tap, None, tap, Phase.DOWN, remarks=(f"{error}{where}",)))
                     continue
+                if journal is None and not session.dry:
+                    session.store.delete(tap)  # of a network namespace that is gone, with all that was in it
                 if journal is not None and (journal.pending or not alive(journal, session)):
                     session.share(stack, [], [journal])
                     _, undone = recover(journal, session)

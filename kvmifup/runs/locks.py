@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvmifup.core.errors import LockTimeoutError
 from kvmifup.core.signals import checkpoint
+from kvmifup.inputs import places
 
 UPLINK = "uplink"  # no clash with a tap of that name: its lock is "tap.uplink"
 
@@ -29,16 +30,14 @@ def path(run_dir: Path, name: str) -> Path:
 def hold(run_dir: Path, names: Sequence[str], timeout: float) -> Iterator[None]:
     """Hold the locks *names*, taken in sorted order so that two runs cannot wait for each other.
 
-    *timeout* is in seconds, for all of them. Raises LockTimeoutError. The files stay: removing a lock
+    *timeout* is in seconds, for all of them. Raises LockTimeoutError, NotReadyError. The files stay: removing a lock
     file that another run has just opened would give both the lock.
     """
-    directory = run_dir / "lock"
-    if not directory.is_dir():
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    directory = places.made(run_dir, "lock")
     deadline = time.monotonic() + timeout
     with ExitStack() as stack:
         for name in sorted(names):
-            descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = places.lock_file(f"{directory}/{name}")
             stack.callback(os.close, descriptor)
             _wait(descriptor, name, deadline, timeout)
             # Explicitly: a forked announcer may hold a copy of the descriptor for a moment.

@@ -13,11 +13,12 @@ from kvmifup.core.ops import LinkMtu, Sysctl
 from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.apply import Job, survey
 from kvmifup.runs.index import Stamp
-from kvmifup.runs.journal import Journal
+from kvmifup.runs.journal import Journal, Mark, marked
 from kvmifup.runs.leftovers import revert
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
 from kvmifup.runs.session import Session, about, alive
+from kvmifup.runs.store import save_or_mark
 
 MANY = 100  # changes: more of them take so long that the agent has a thread make them
 
@@ -128,12 +129,8 @@ def withdraw(tap: str, session: Session, guest: tuple[int, str] | None = None) -
         away = tuple(entry for entry in journal.entries if phases.only_here(entry.op)) if journal else ()
         if journal is None or not away:
             return None
-        rest = tuple(entry for entry in journal.entries if not phases.only_here(entry.op))
-        waiting = session.dated(replace(journal, phase=Phase.PRE, entries=rest, left=True))
-        doomed = replace(waiting, pending=away)
-        session.store.save(doomed)
-        undone = revert(doomed, session)
-        session.store.save(waiting)
+        undone = revert(session.store.mark(journal, Mark.LEAVING), session)
+        save_or_mark(session.store, session.dated(marked(journal, Mark.LEFT)), Mark.LEFT)
         return Outcome(journal.nic.label, journal.nic, tap, Phase.PRE, undone)
 
 

@@ -72,7 +72,7 @@ def plan(
     everything = phases.plan(Phase.POST, nic, config, known, announce=announce)
     ops = everything if phase is Phase.POST else phases.plan(phase, nic, config, known, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
-    before = journal or Journal(nic, facts.tap.ifindex, namespace=session.store.namespace)
+    before = journal or Journal(nic, facts.tap.ifindex, namespace=session.store.namespace, cookie=session.store.cookie)
     same = set(ops)  # as nearly all entries are; to compare their keys would take longer
     others = [entry for entry in before.entries if entry.op not in same]
     planned = {op.key for op in ops} if others else set()
@@ -121,7 +121,7 @@ def prepare(phase: Phase, nic: Nic, session: Session, *, announce: bool, admitte
     journal = session.load(nic.tap)
     undone: tuple[Change, ...] = ()
     if journal is not None:
-        journal, undone = recover(journal, session)
+        journal, undone = recover(journal, session, nic)
     if session.dry:
         session = replace(session, kernel=Foreseen(session.kernel, undone))
     found = plan(phase, nic, journal, session, announce=announce, admitted=admitted)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Config, Nic
+from kvmifup.node import procfs
 from kvmifup.node.kernel import Kernel
-from kvmifup.runs import locks
+from kvmifup.runs import clock, locks
 from kvmifup.runs.host import Host, Timed
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.store import Store
@@ -62,7 +63,9 @@ class Session:
 
     def dated(self, journal: Journal) -> Journal:
         """*journal* with the time and the caller of this run, which has reached a phase or changed something."""
-        return replace(journal, since=time.time(), by=self.by, reason=self.reason)
+        return replace(
+            journal, since=time.time(), uptime=clock.uptime(), boot=procfs.boot(), by=self.by, reason=self.reason
+        )
 
     @property
     def seconds(self) -> Mapping[tuple[object, ...], float] | None:
@@ -95,6 +98,8 @@ def opened(
 
 def alive(journal: Journal, session: Session) -> bool:
     """Whether the tap is still the one that *journal* is about."""
+    if journal.boot not in ("", procfs.boot()):
+        return False  # indices begin anew with each start of the node
     return session.kernel.ifindex(journal.nic.tap) == journal.ifindex
 
 

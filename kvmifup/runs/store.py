@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvmifup.core.errors import JournalError, KernelError, NamespaceError, PrivilegeError
+from kvmifup.core.errors import (
+    ForeignJournalError,
+    JournalError,
+    KernelError,
+    KvmIfupError,
+    NamespaceError,
+    NoSpaceError,
+    PrivilegeError,
+)
 from kvmifup.core.model import Nic, Phase
-from kvmifup.inputs import trust
+from kvmifup.inputs import devices, places, trust
 from kvmifup.runs.index import Stamp, index_of, stamp_of
-from kvmifup.runs.journal import Journal, decode, encode
+from kvmifup.runs.journal import HEAD, Journal, Mark, OtherVersion, decode, encode, marked
 
 NAMESPACE = "/proc/self/ns/net"
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h
+STATE = "state"
+FOLDER = os.O_RDONLY | os.O_DIRECTORY
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
 
@@ -30,8 +44,9 @@ class Store:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.directory = run_dir / "state"
+        self.directory = run_dir / STATE
         self.namespace = Path(NAMESPACE).stat().st_ino
+        self.cookie = netns_cookie()
         self._index = index_of(self.directory)
         self._local = threading.local()  # fresh: this thread has updated the index since it had to
 
@@ -52,12 +67,17 @@ class Store:
         held the lock since, and no journal need be looked at.
         """
         token = os.urandom(16)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            before = os.pread(descriptor, len(token), 0)
-            os.pwrite(descriptor, token, 0)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                before = os.pread(descriptor, len(token), 0)
+                os.pwrite(descriptor, token, 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            before = token = b""  # nor has anybody else left one: to write over it would have taken no space
         self._local.token = token
         self._local.fresh = self._index.take_over(before, token)
 
@@ -66,64 +86,87 @@ class Store:
         return self.directory / f"{tap}.json"
 
     def load(self, tap: str) -> Journal | None:
-        """The journal of *tap*, None if it has none. Raises JournalError; NamespaceError for another namespace's."""
+        """The journal of *tap*, None if it has none, or that of a network namespace that is gone.
+
+        Raises JournalError; NamespaceError for another namespace's; KernelError and PrivilegeError if it cannot be
+        read, and NotReadyError if others could have put it there.
+        """
         try:
             os.lstat(self.path(tap))  # most hooks find none, and this is quicker than what it takes to trust one
             _, journal = self.read(tap)
         except FileNotFoundError:
             return None
-        except PermissionError:
-            raise
-        except OSError as error:
-            raise self._unreadable(tap, type(error).__name__) from None
+        except NotADirectoryError:
+            places.verify(self.run_dir, STATE)
+            return None
         if journal.namespace != self.namespace:
             raise NamespaceError(
                 f"a tap of this name is wired in network namespace {journal.namespace}, and this is {self.namespace}",
                 hint=f"run it there: `lsns -t net` finds it; if it is gone, remove {self.path(tap)}",
             )
-        return journal
+        return journal if self.is_here(journal) else None
+
+    def is_here(self, journal: Journal) -> bool:
+        """Whether *journal* is of this network namespace: not of another, nor of an earlier one with its number."""
+        return journal.namespace == self.namespace and journal.cookie in (0, self.cookie)
 
     def read(self, tap: str) -> tuple[str, Journal]:
-        """The text of the file of *tap*, and the journal that it is. Raises JournalError, OSError."""
+        """The text of the file of *tap*, and the journal that it is.
+
+        Raises JournalError for what has been read whole and is none, ForeignJournalError for what is not for us,
+        NotReadyError, KernelError and PrivilegeError as `load` does, FileNotFoundError.
+        """
+        path = self.path(tap)
         try:
-            text = trust.read(self.path(tap), self.run_dir, MAX_BYTES)
-            seen = self._index.decoded(tap, text)
-            if seen:
-                return text, seen
+            text = trust.read(path, self.run_dir, MAX_BYTES)
+        except trust.Untrusted as error:
+            if isinstance(error, trust.NotText):
+                raise unreadable(path, str(error)) from None
+            places.verify(self.run_dir, STATE)
+            raise ForeignJournalError(
+                f"the journal {path} is not to be trusted: {error}",
+                hint="root must own it, and nobody else may write to it: look who has changed it, and mend that",
+            ) from None
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise refused(error, f"cannot read the journal {path}") from None
+        seen = self._index.decoded(tap, text)
+        if seen:
+            return text, seen
+        try:
             journal = decode(json.loads(text))
             if journal.nic.tap != tap:
                 raise ValueError
-            return text, journal
-        except trust.Untrusted as error:
-            raise self._unreadable(tap, str(error)) from None
+        except OtherVersion:
+            raise ForeignJournalError(
+                f"the journal {path} is of another version of kvm-ifup",
+                hint=f"only that version can undo what it has done; if the guest has gone, remove {path}",
+            ) from None
+        except MemoryError:
+            raise KernelError(f"cannot read the journal {path}: no memory", errno=errno.ENOMEM) from None
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise self._unreadable(tap, type(error).__name__) from None
-
-    def _unreadable(self, tap: str, why: str) -> JournalError:
-        return JournalError(
-            f"the journal {self.path(tap)} cannot be read: {why}",
-            hint="`kvm-ifup gc` sets it aside; what it would have undone stays",
-        )
+            raise unreadable(path, type(error).__name__) from None
+        return text, journal
 
     def stamp(self, tap: str) -> Stamp | None:
-        """A stamp that changes whenever the journal of *tap* does; None if it has none."""
+        """A stamp that changes whenever the journal of *tap* does; None if it has none. Raises OSError."""
         try:
             info = self.path(tap).stat()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return stamp_of(info)
 
     def save(self, journal: Journal) -> None:
         """Write *journal* so that it is either wholly there or not at all, even after a crash.
 
-        Raises KernelError when the file system refuses, PrivilegeError when we may not.
+        Raises KernelError when the file system refuses, PrivilegeError when we may not, NotReadyError when others may.
         """
         path = self.path(journal.nic.tap)
         temporary = path.with_suffix(".new")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            if not self.directory.is_dir():
-                self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            places.made(self.run_dir, STATE)
             # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
             text = json.dumps(encode(journal))
             with self._index.changing(), open(os.open(temporary, flags, 0o600), "wb") as file:
@@ -131,19 +174,51 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
                 os.rename(temporary, path)
-                self._sync()
+                sync(self.directory)
                 self._index.written(journal.nic.tap, text, journal)
-        except PermissionError as error:
-            raise PrivilegeError(f"cannot write {error.filename or path}", hint="run it as root") from None
         except OSError as error:
-            raise KernelError(f"cannot write {path}: {error.strerror}", errno=error.errno or 0) from None
+            with suppress(OSError):  # what has been written of it takes space
+                temporary.unlink()
+            raise refused(error, f"cannot write {path}") from None
+
+    def mark(self, journal: Journal, mark: Mark) -> Journal:
+        """Say *mark* in the file of *journal*, at once or not at all; returns what the journal is with it.
+
+        It takes no space: one letter is written over another. On a file system that nobody can write to any more
+        nothing is said, because what is to be undone has to be undone all the same.
+        Raises KernelError, PrivilegeError.
+        """
+        path = self.path(journal.nic.tap)
+        after = marked(journal, mark)
+        try:
+            with opened(path, os.O_RDWR | os.O_NOFOLLOW) as file:
+                head = os.pread(file, len(HEAD) + 1, 0)
+                if not head.startswith(HEAD):  # version 1
+                    with suppress(NoSpaceError):
+                        self.save(after)
+                    return after
+                if mark is Mark.UNDO and head[len(HEAD) :].decode() not in (Mark.NONE.value, Mark.UNDO.value):
+                    mark = Mark.UNDO_ENTRIES
+                with self._index.changing():
+                    os.pwrite(file, mark.value.encode(), len(HEAD))
+                    os.utime(file)  # tells who watches the directory
+                    os.fsync(file)
+                    self._index.written(journal.nic.tap, "", after)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise refused(error, f"cannot write {path}") from None
+        return after
 
     def delete(self, tap: str) -> None:
-        """Forget *tap*."""
-        with self._index.changing():
-            self.path(tap).unlink(missing_ok=True)
-            self._sync()
-            self._index.removed(tap)
+        """Forget *tap*. Raises KernelError, PrivilegeError."""
+        try:
+            with self._index.changing():
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    self.path(tap).unlink()
+                sync(self.directory)
+                self._index.removed(tap)
+        except OSError as error:
+            raise refused(error, f"what was to be undone is, but cannot remove {self.path(tap)}") from None
 
     def set_aside(self, tap: str) -> Path:
         """Move an unreadable journal out of the way; returns where it is now."""
@@ -159,18 +234,15 @@ class Store:
         Raises JournalError, NamespaceError.
         """
         journal = self.load(tap)
-        try:
-            return journal.nic if journal and socket.if_nametoindex(tap) == journal.ifindex else None
-        except OSError:
-            return None
+        return journal.nic if journal and devices.index_of(tap) == journal.ifindex else None
 
     def has_here(self, tap: str, addresses: Collection[str]) -> bool:
         """Whether post has been done for *addresses* on *tap*, not been undone, and the tap is still that one."""
         try:
             journal = self.load(tap)
-            if journal is None or journal.phase is not Phase.POST or socket.if_nametoindex(tap) != journal.ifindex:
+            if journal is None or journal.phase is not Phase.POST or devices.index_of(tap) != journal.ifindex:
                 return False
-        except (JournalError, NamespaceError, OSError):
+        except (KvmIfupError, OSError):
             return False
         return {str(prefix.network_address) for prefix in journal.nic.ip}.issuperset(addresses)
 
@@ -181,7 +253,7 @@ class Store:
     def stamps(self) -> dict[str, Stamp]:
         """The stamps of all journals, by tap."""
         found: dict[str, Stamp] = {}
-        with suppress(FileNotFoundError, NotADirectoryError), opened(self.directory) as directory:
+        with suppress(FileNotFoundError, NotADirectoryError), opened(self.directory, FOLDER) as directory:
             with os.scandir(directory) as files:
                 listed = list(files)
             for file in listed:
@@ -192,15 +264,17 @@ class Store:
         return found
 
     def trusted_stamps(self) -> dict[str, Stamp]:
-        """The stamps of all journals, by tap; none where others could write."""
-        with suppress(trust.Untrusted, OSError):
-            trust.check(self.directory, self.run_dir)
+        """The stamps of all journals, by tap. Raises NotReadyError where others could write, KernelError."""
+        try:
+            places.verify(self.run_dir, STATE)
             return self.stamps()
-        return {}
+        except OSError as error:
+            raise refused(error, f"cannot read {self.directory}") from None
 
     def others(self, tap: str, name: Hashable) -> Iterator[Journal]:
         """The readable journals of other taps that name *name*: an instance, an address or prefix of the NIC, or
-        the key of a shared op. An unreadable one is its own tap's trouble.
+        the key of a shared op. One that is broken or not for us is its own tap's trouble; one that cannot be read now
+        is everybody's, because what is in it is not known. Raises KernelError, PrivilegeError, NotReadyError.
 
         They are as they were at `begin`, or else at the first call after `refresh`, with what this process has
         written since.
@@ -211,7 +285,7 @@ class Store:
             if getattr(self._local, "token", b""):
                 self._index.vouch(self._local.token)
         for other, journal in self._index.naming(name):
-            if other != tap and journal.namespace == self.namespace:
+            if other != tap and self.is_here(journal):
                 yield journal
 
     def elsewhere(self) -> Counter[int]:
@@ -219,16 +293,54 @@ class Store:
         self._index.update(self)
         return Counter(one.namespace for one in self._index.all() if one.namespace != self.namespace)
 
-    def _sync(self) -> None:
-        with suppress(FileNotFoundError), opened(self.directory) as descriptor:
-            os.fsync(descriptor)
+
+def save_or_mark(store: Store, journal: Journal, mark: Mark) -> None:
+    """Write *journal*, which is what the one on disk is with this *mark*; without space for it, only the mark.
+
+    Raises KernelError, PrivilegeError.
+    """
+    try:
+        store.save(journal)
+    except NoSpaceError:
+        store.mark(journal, mark)
+
+
+def sync(directory: Path) -> None:
+    """Have what was changed in *directory* survive a power cut. Raises OSError."""
+    with suppress(FileNotFoundError, NotADirectoryError), opened(directory, FOLDER) as descriptor:
+        os.fsync(descriptor)
 
 
 @contextmanager
-def opened(directory: Path) -> Iterator[int]:
-    """A descriptor of *directory*. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor of *path*. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def unreadable(path: Path, why: str) -> JournalError:
+    """The journal at *path* has been read, and makes no sense."""
+    hint = "`kvm-ifup gc` sets it aside; what it would have undone stays"
+    return JournalError(f"the journal {path} cannot be read: {why}", hint=hint)
+
+
+def refused(error: OSError, what: str) -> KvmIfupError:
+    """*error* as ours: *what* could not be done."""
+    if isinstance(error, PermissionError):
+        return PrivilegeError(what, hint="run it as root")
+    kind = NoSpaceError if error.errno in NO_SPACE else KernelError
+    return kind(f"{what}: {error.strerror}", errno=error.errno or 0)
+
+
+def netns_cookie() -> int:
+    """The cookie of this network namespace, which no later one gets; 0 if the kernel has none (before 5.14)."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
+        try:
+            return int.from_bytes(asking.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            return 0

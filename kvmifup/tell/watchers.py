@@ -20,6 +20,7 @@ from typing import Any
 
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.signals import checkpoint
+from kvmifup.inputs import places, trust
 from kvmifup.runs.outcome import Outcome
 from kvmifup.tell import render
 
@@ -35,10 +36,18 @@ _missed: dict[str, int] = {}  # by watcher: events for which it had no room
 
 def watched(run_dir: Path) -> bool:
     """Whether anybody watches, so that each op must be timed."""
+    return bool(listeners(run_dir))
+
+
+def listeners(run_dir: Path) -> list[str]:
+    """The names of the sockets in the directory `watch`; none if others than root could have made one there."""
     try:
-        return bool(os.listdir(run_dir / "watch"))
-    except OSError:
-        return False
+        names = os.listdir(run_dir / "watch")
+        if names:
+            trust.check(run_dir / "watch", run_dir)
+    except (OSError, trust.Untrusted):
+        return []
+    return names
 
 
 def run(
@@ -77,10 +86,7 @@ def run(
 def tell(run_dir: Path, program: str, event: dict[str, Any]) -> None:
     """Send *event* of *program* to every watcher; the socket of one that was killed is removed."""
     directory = run_dir / "watch"
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return
+    names = listeners(run_dir)
     if not names:
         return
     event = {"at": time.time(), "program": program, **event}
@@ -106,8 +112,7 @@ def tell(run_dir: Path, program: str, event: dict[str, Any]) -> None:
 @contextmanager
 def watching(run_dir: Path) -> Iterator[Iterator[dict[str, Any]]]:
     """An endless iterator of the events from now on. Raises OSError; the iterator InterruptedRun, after a signal."""
-    directory = run_dir / "watch"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = places.made(run_dir, "watch", mode=0o700)
     path = directory / f"{os.getpid()}.sock"
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as listener:

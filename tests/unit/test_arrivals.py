@@ -6,7 +6,6 @@ import contextlib
 import errno
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from kvmifup.agent.taps import State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, NotReadyError
 from kvmifup.core.model import AgentConfig, Config, Message, Phase
 from kvmifup.node import announce
+from kvmifup.runs import clock
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.moves import PreparedArrival
 from kvmifup.runs.outcome import Outcome
@@ -145,7 +145,7 @@ def waiting(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setattr(arrivals, name, lambda *_, name=name, results=results: one.next(name, results))
     monkeypatch.setattr(arrivals, "prepare_arrival", one.prepare_arrival)
     monkeypatch.setattr(arrivals, "RECHECK", 0.01)
-    one.tap.since = time.time()
+    one.tap.reached = clock.uptime()
     yield one
     if one.tap.state is not State.OVER:
         one.tap.become(State.OVER)

@@ -264,7 +264,7 @@ def test_a_whole_life_in_silence(argv: Sequence[str], shell: Shell) -> None:
 
 
 def test_later_rounds_go_out_only_while_the_guest_is_here(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmifup.runs.store.socket.if_nametoindex", lambda name: shell.kernel.indexes[name])
+    monkeypatch.setattr("kvmifup.runs.store.devices.index_of", lambda name: shell.kernel.indexes.get(name))
     shell("kvm-ifup-pre", environ=ENVIRONMENT | {"MIGRATION_PHASE": "pre"})
     shell("kvm-ifup-post", "--plan", environ=ENVIRONMENT)
     assert shell.later == []
@@ -318,7 +318,7 @@ def test_the_nic_file_comes_before_the_journal_and_the_environment_first(
     def mode(environ: Mapping[str, str]) -> str:
         return str(json.loads(shell("kvm-ifup-post", "--plan", "--json", "tap0", environ=environ).out)[0]["mode"])
 
-    monkeypatch.setattr("kvmifup.runs.store.socket.if_nametoindex", lambda name: shell.kernel.indexes[name])
+    monkeypatch.setattr("kvmifup.runs.store.devices.index_of", lambda name: shell.kernel.indexes.get(name))
     shell("kvm-ifup-post", environ=ENVIRONMENT)
     assert mode({}) == "routed", "from the journal"
     path = put(shell.run_dir, "web1/0.toml", nic_toml())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -18,8 +19,9 @@ from kvmifup import __version__, client
 from kvmifup.agent import hook_server
 from kvmifup.agent.hook_server import HookServer, Refused, Request, parse
 from kvmifup.agent.loop import Loop
+from kvmifup.commands.main import Observer
 from kvmifup.core import signals
-from kvmifup.core.errors import InterruptedRun
+from kvmifup.core.errors import InterruptedRun, KernelError, KvmIfupError, RollbackError
 
 # What can be in an argument or a variable: any bytes but NUL.
 anything = st.binary(max_size=30).map(lambda data: data.replace(b"\0", b""))
@@ -82,6 +84,7 @@ class Agent:
 
     def __init__(self, place: Path, patch: pytest.MonkeyPatch) -> None:
         self.main: Main = lambda argv, environ, out, err: 0
+        self.failures: list[KvmIfupError] = []
         patch.setattr("kvmifup.commands.main.main", self._run)
         patch.setattr(client, "SOCKET", str(place / "agent.sock"))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -102,10 +105,12 @@ class Agent:
         err: TextIO,
         _later: object,
         *,
-        observer: object,
+        observer: Observer,
     ) -> int:
         self.programs.append(program)
-        return self.main(argv, environ, out, err)
+        code = self.main(argv, environ, out, err)
+        observer(program, code, 0.0, self.failures)
+        return code
 
     def do(self, action: Callable[[], None]) -> None:
         """In the loop, and wait until it is done."""
@@ -231,7 +236,7 @@ def test_nothing_is_left_of_those_who_are_not_served(agent: Agent, said: bytes) 
     for _ in range(50):
         connection = agent.connect(said)
         connection.shutdown(socket.SHUT_WR)
-        assert rest(connection) in (b"", client.REFUSED)
+        assert rest(connection)[:1] in (b"", client.REFUSED)
     assert agent.exchanges() == 0
     assert agent.programs == []
 
@@ -261,8 +266,19 @@ def test_at_its_end_who_waits_is_hung_up_on_and_who_is_served_is_answered(agent:
     assert rest(served).lstrip(client.ALIVE)[:2] == client.DONE + b"\0"
 
 
-def test_without_descriptors_it_waits_until_there_are_some(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = [3]
+@pytest.mark.parametrize("reserve", [True, False])
+def test_without_descriptors_it_says_so_and_recovers(
+    reserve: bool, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the one that it keeps it tells the script, who need not wait; without it, it waits until there are some."""
+    left = [1 if reserve else 3]
+    said: list[str] = []
+    monkeypatch.setattr(agent.server, "say", said.append)
+    if not reserve:
+        assert agent.server._reserve is not None
+        os.close(agent.server._reserve)
+        agent.server._reserve = None
+        monkeypatch.setattr(hook_server, "spare", lambda: None)
     accept = agent.server.listener.accept
 
     class Listener:
@@ -280,8 +296,28 @@ def test_without_descriptors_it_waits_until_there_are_some(agent: Agent, monkeyp
     real = agent.server.listener
     monkeypatch.setattr(hook_server, "PAUSE", 0.001)
     monkeypatch.setattr(agent.server, "listener", Listener())
+    if reserve:
+        with pytest.raises((client.NotUs, OSError)):
+            client.by_agent("kvm-ifup", ["gc"], {})
     assert client.by_agent("kvm-ifup", ["gc"], {}) == 0
     assert left == [0]
+    assert len(said) == 1
+    assert "no descriptors" in said[0]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_run_that_had_too_few_descriptors_is_handed_back(agent: Agent, number: int, inside: bool) -> None:
+    """Also if that is why something could not be put back: the script puts it back first."""
+    error: KvmIfupError = KernelError("too few", errno=number)
+    if inside:
+        cause, error = error, RollbackError("could not put back")
+        error.__cause__ = cause
+
+    agent.main = lambda *_: error.code
+    agent.failures.append(error)
+    with pytest.raises(client.NotUs, match="no descriptors"):
+        client.by_agent("kvm-ifup-post", [], {})
 
 
 # --- an agent that is none ------------------------------------------------------------------------------------

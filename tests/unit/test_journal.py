@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import os
@@ -17,13 +18,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup.core.errors import JournalError, KernelError, NamespaceError, PrivilegeError
+from kvmifup.core.errors import (
+    ForeignJournalError,
+    JournalError,
+    KernelError,
+    NamespaceError,
+    NotReadyError,
+    PrivilegeError,
+)
 from kvmifup.core.model import Phase
 from kvmifup.core.ops import LinkMtu, ProxyNeighbour, Rule
+from kvmifup.inputs import trust
 from kvmifup.runs import index, journal, locks
 from kvmifup.runs import store as stores
 from kvmifup.runs.index import Index
-from kvmifup.runs.journal import Entry, Journal
+from kvmifup.runs.journal import HEAD, Entry, Journal, Mark, marked
 from kvmifup.runs.store import Store
 
 from .samples import DUAL, HERE, ROUTED
@@ -69,12 +78,16 @@ def test_the_format_that_the_docstring_promises(store: Store) -> None:
     store.save(SAMPLE)
     data = json.loads(store.path("tap0").read_text())
     assert data.keys() == {
+        "mark",
         "version",
         "namespace",
+        "cookie",
         "nic",
         "ifindex",
         "phase",
         "since",
+        "uptime",
+        "boot",
         "by",
         "reason",
         "left",
@@ -83,7 +96,7 @@ def test_the_format_that_the_docstring_promises(store: Store) -> None:
         "pending",
     }
     assert data["entries"][0] == {"op": "link-mtu", "dev": "tap0", "want": 9000, "prior": 1500}
-    assert (data["version"], data["namespace"], data["ifindex"], data["phase"]) == (1, HERE, 7, "post")
+    assert (data["version"], data["namespace"], data["ifindex"], data["phase"]) == (2, HERE, 7, "post")
 
 
 def test_a_dotted_tap_has_its_own_files(store: Store) -> None:
@@ -197,13 +210,11 @@ def changed(path: list[str | int], value: object) -> bytes:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["version"], 2),
         (["version"], None),
         (["namespace"], None),
         (["namespace"], "net"),
         (["nic"], None),
         (["nic"], []),
-        (["nic", "extra"], 1),
         (["nic", "ip"], ["nonsense"]),
         (["nic", "ip"], 5),
         (["nic", "tap"], None),
@@ -215,9 +226,7 @@ def changed(path: list[str | int], value: object) -> bytes:
         (["phase"], 1),
         (["entries"], 5),
         (["entries"], [5]),
-        (["entries", 0, "op"], "no-such-op"),
         (["entries", 0, "op"], []),
-        (["entries", 0, "extra"], 1),
         (["entries", 0, "dev"], ["tap0"]),
         (["entries", 1, "selectors"], 5),
         (["entries", 1, "selectors"], [["src", "192.0.2.0"]]),
@@ -226,6 +235,31 @@ def changed(path: list[str | int], value: object) -> bytes:
 )
 def test_a_journal_with_a_wrong_part(path: list[str | int], value: object, store: Store) -> None:
     refuse(store, changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["version"], 3),
+        (["version"], 0),
+        (["nic", "extra"], 1),
+        (["entries", 0, "op"], "no-such-op"),
+        (["entries", 0, "extra"], 1),
+    ],
+)
+def test_a_journal_of_another_version_is_refused_and_kept(path: list[str | int], value: object, store: Store) -> None:
+    """Who wrote it can undo what it is about; to set it aside would leave that for good."""
+    with pytest.raises(ForeignJournalError, match="another version") as caught:
+        load(store, changed(path, value))
+    assert caught.value.code == 70
+    assert "kvm-ifup gc" not in caught.value.hint
+
+
+def test_a_journal_of_version_1_is_read(store: Store) -> None:
+    data = journal.encode(SAMPLE)
+    for name in ("mark", "cookie", "uptime", "boot"):
+        del data[name]
+    assert load(store, json.dumps(data | {"version": 1}).encode()) == SAMPLE
 
 
 @pytest.mark.parametrize("part", ["namespace", "nic", "ifindex", "phase", "entries", "pending"])
@@ -253,18 +287,35 @@ whole_sample = journal.encode(SAMPLE)
 def test_any_json_is_a_journal_or_an_error(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
     store = Store(tmp_path_factory.getbasetemp())
     with suppress(JournalError, NamespaceError):
-        assert isinstance(load(store, json.dumps(whole_sample | changes).encode()), Journal)
+        # None: of an earlier network namespace with the number of this one.
+        assert isinstance(load(store, json.dumps(whole_sample | changes).encode()), Journal | None)
 
 
-@pytest.mark.parametrize("place", ["state/tap0.json", "state", "."])
-def test_a_journal_that_others_can_write(place: str, store: Store) -> None:
+def test_a_journal_that_others_can_write(store: Store) -> None:
     """Or anybody could have root undo what was never done."""
+    store.save(SAMPLE)
+    store.path("tap0").chmod(0o602)
+    with pytest.raises(ForeignJournalError, match="written to by others"):
+        store.load("tap0")
+    assert list(store.others("tap9", "tap0")) == []
+
+
+@pytest.mark.parametrize("place", ["state", "."])
+def test_a_directory_that_others_can_write_is_refused_and_no_journal_is_blamed(place: str, store: Store) -> None:
     store.save(SAMPLE)
     path = store.run_dir / place
     path.chmod(path.stat().st_mode | 0o002)
-    with pytest.raises(JournalError, match="written to by others"):
-        store.load("tap0")
-    assert list(store.others("tap9", "tap0")) == []
+    actions: list[Callable[[], object]] = [
+        lambda: store.load("tap0"),
+        lambda: store.save(SAMPLE),
+        lambda: list(store.others("tap9", "tap0")),
+    ]
+    for action in actions:
+        with pytest.raises(NotReadyError, match="written to by others") as caught:
+            action()
+        assert "kvm-ifup gc" not in caught.value.hint
+        assert "what others have put there" in caught.value.hint
+        store.refresh()
 
 
 def test_set_aside(store: Store) -> None:
@@ -286,6 +337,108 @@ def test_a_journal_of_another_network_namespace(store: Store) -> None:
     store.save(replace(SAMPLE, nic=replace(DUAL, tap="tap1")))
     assert seen(store, "192.0.2.8/32") == seen(store, DUAL.instance) == ["tap1"]
     assert store.elsewhere() == {HERE + 1: 1}
+
+
+# --- what cannot be read now ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES])
+def test_a_look_that_failed_says_nothing_about_a_journal(
+    number: int, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not broken, nor is there none, nor is what it shares free."""
+    store.save(SAMPLE)
+    store = Store(store.run_dir)
+    plain = os.open
+
+    def fail(path: str | Path, *more: Any, **others: Any) -> int:
+        if str(path).endswith(".json"):
+            raise OSError(number, os.strerror(number), str(path))
+        return plain(path, *more, **others)
+
+    actions: list[Callable[[], object]] = [lambda: store.load("tap0"), lambda: seen(store, "192.0.2.8/32")]
+    monkeypatch.setattr(index, "index_of", None)
+    store._index = Index()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        for action in actions:
+            with pytest.raises((KernelError, PrivilegeError), match="cannot read the journal"):
+                action()
+    assert store.load("tap0") == SAMPLE
+    assert seen(store, "192.0.2.8/32") == ["tap0"], "and nobody has remembered that it could not be read"
+
+
+@pytest.mark.parametrize("where", ["listdir", "scandir", "lstat"])
+def test_a_directory_that_cannot_be_read_is_not_empty(
+    where: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(SAMPLE)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "no descriptors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, fail)
+        if where == "listdir":
+            with pytest.raises(OSError, match="descriptors"):
+                trust.listed(store.directory)
+        else:
+            with pytest.raises(KernelError, match="descriptors"):
+                seen(store, "192.0.2.8/32")
+    assert seen(store, "192.0.2.8/32") == ["tap0"]
+
+
+# --- marks ------------------------------------------------------------------------------------------------
+
+PROXIED = Entry(ProxyNeighbour("eth0", "192.0.2.8", True), False)
+WIRED = replace(SAMPLE, entries=(*SAMPLE.entries, PROXIED), pending=())
+
+
+@pytest.mark.parametrize("mark", list(Mark))
+@pytest.mark.parametrize("before", list(Mark))
+def test_what_a_mark_says_is_what_is_read_again(before: Mark, mark: Mark, store: Store) -> None:
+    """Also over another one, and also for a process that has not seen it being made."""
+    store.save(WIRED)
+    first = store.mark(WIRED, before)
+    size = store.path("tap0").stat().st_size
+    after = store.mark(first, mark)
+    fresh = Store(store.run_dir)
+    fresh._index = Index()
+    assert (found := fresh.load("tap0"))
+    assert found == store.load("tap0")
+    if before is Mark.NONE:
+        assert found == after == marked(WIRED, mark)
+    if mark is Mark.UNDO:
+        assert set(after.pending) <= set(found.pending) == set(WIRED.entries)
+        assert found.phase is Phase.DOWN
+    assert store.path("tap0").stat().st_size == size
+    assert [path.name for path in store.directory.iterdir()] == ["tap0.json"]
+
+
+def test_the_marks_of_a_guest_that_leaves(store: Store) -> None:
+    assert marked(WIRED, Mark.LEAVING).pending == (PROXIED,)
+    assert marked(WIRED, Mark.LEFT).pending == ()
+    for mark in (Mark.LEAVING, Mark.LEFT):
+        assert marked(WIRED, mark).entries == SAMPLE.entries
+        assert marked(WIRED, mark).phase is Phase.PRE
+
+
+def test_a_mark_is_written_over_the_old_one_and_nothing_else(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(WIRED)
+    before = store.path("tap0").read_bytes()
+    monkeypatch.setattr(os, "rename", None)
+    monkeypatch.setattr(os, "write", None)
+    store.mark(WIRED, Mark.UNDO)
+    after = store.path("tap0").read_bytes()
+    assert [at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new] == [len(HEAD)]
+
+
+def test_a_mark_on_a_journal_of_version_1_rewrites_it(store: Store) -> None:
+    data = journal.encode(WIRED)
+    del data["mark"]
+    one = load(store, json.dumps(data | {"version": 1}).encode())
+    assert one == WIRED
+    assert store.mark(one, Mark.UNDO) == store.load("tap0") == marked(WIRED, Mark.UNDO)
 
 
 # --- looking through all of them ----------------------------------------------------------------------
@@ -360,7 +513,8 @@ def test_others_are_not_believed_once_somebody_else_could_write_them(store: Stor
     store.path("tap0").chmod(0o600)
     assert seen(store, "192.0.2.8/32") == ["tap0"]
     store.directory.chmod(0o777)
-    assert seen(store, "192.0.2.8/32") == []
+    with pytest.raises(NotReadyError):
+        seen(store, "192.0.2.8/32")
 
 
 def test_a_journal_is_decoded_once_for_the_same_text(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,13 +589,13 @@ def test_a_change_that_failed_half_way_is_looked_at(store: Store, monkeypatch: p
     store.save(SAMPLE)
     assert held(store, HOST) == ["tap0"]
 
-    def refuse(_store: Store) -> None:
+    def refuse(_directory: Path) -> None:
         raise OSError(5, "sick disk")
 
     changes: list[Callable[[], None]] = [lambda: store.delete("tap0"), lambda: store.save(SAMPLE)]
     for change in changes:
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "_sync", refuse)
+            patch.setattr(stores, "sync", refuse)
             with pytest.raises((OSError, KernelError)):
                 change()
         assert held(store, HOST) == [path.stem for path in store.directory.glob("*.json")]

@@ -967,7 +967,7 @@ def test_configured_uplinks_are_used(node: Node) -> None:
 
 
 def test_whether_a_guest_has_its_addresses_here(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmifup.runs.store.socket.if_nametoindex", lambda name: node.kernel.indexes[name])
+    monkeypatch.setattr("kvmifup.runs.store.devices.index_of", lambda name: node.kernel.indexes.get(name))
     store = Store(node.run_dir)
     assert not store.has_here("tap0", {"192.0.2.8"})
     node.pre(ROUTED)

@@ -1,0 +1,87 @@
+"""An agent without descriptors: it says so, hooks do their work themselves, no journal is lost, and it recovers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from harness import agents, manager, nodes, oracle, tools
+from harness.addresses import GUEST_IP4
+from harness.agents import STATE, Agent, phase, through, until
+from harness.guests import incoming, rarp
+from harness.hooks import check, hook
+from harness.nodes import Node
+
+
+@contextlib.contextmanager
+def short(agent: Agent, left: int = 0) -> Iterator[None]:
+    """The agent can open *left* more descriptors than it has."""
+    pid = agent.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = [number for number in range(len(used) + left + 1) if number not in used]
+    limit = free[left] if len(free) > left else len(used) + left
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("left", range(8))
+def test_hooks_do_it_themselves_at_once_and_the_agent_recovers(uplinked: Node, left: int) -> None:
+    """Whether there are none for the connection, or too few for the work."""
+    nodes.add_tap()
+    nodes.add_tap("tap1")
+    manager.write_nic(mode="routed", link="100", ip=[GUEST_IP4])
+    manager.write_nic("tap1", "web2", mode="routed", link="100", ip=["192.0.2.9"], mac="aa:00:00:35:ac:02")
+    with agents.running() as agent:
+        through("kvm-ifup-post", "tap0")
+        time.sleep(1.0)  # its announcements are out
+        with short(agent, left):
+            for program, found in (("kvm-ifup-post", {"192.0.2.9"}), ("kvm-ifdown", set())):
+                begun = time.monotonic()
+                result = hook(program, "tap1", "-v")
+                assert result.code == 0, result.err
+                if "without the agent" in result.err:
+                    assert "descriptors" in result.err
+                assert time.monotonic() - begun < 1.5
+                assert oracle.routes("tap1", "100") == found
+            if left == 0:
+                agent.heard("no descriptors")
+        through("kvm-ifup-post", "tap1")
+        through("kvm-ifdown", "tap1")
+        through("kvm-ifdown", "tap0")
+        assert agent.said().count("no descriptors") <= 1
+    assert oracle.routes("tap0", "100") == oracle.proxies() == set()
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_a_good_journal_is_never_set_aside(uplinked: Node, left: int) -> None:
+    """Its tap goes while nothing can be read; later, everything is cleared up."""
+    nodes.add_tap()
+    manager.write_nic(mode="routed", link="100", ip=[GUEST_IP4])
+    with agents.configured(agent={"idle_exit": 0.3}), agents.running() as agent:
+        through("kvm-ifup-post", "tap0")
+        time.sleep(1.0)
+        with short(agent, left):
+            tools.ip("link del tap0")
+            time.sleep(1.0)
+            assert [path.name for path in STATE.iterdir() if path.suffix != ".json"] == []
+        until(lambda: list(STATE.iterdir()) == [])
+        assert oracle.proxies() == set()
+        assert agent.process.poll() is None
+
+
+def test_a_guest_that_arrives_after_a_shortage_is_wired(uplinked: Node) -> None:
+    with agents.running() as agent:
+        guest = incoming(uplinked, agent)
+        with short(agent):
+            check(hook("kvm-ifup", "gc"), 0)
+        guest.send(rarp())
+        until(lambda: phase() == "post")
