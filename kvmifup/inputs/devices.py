@@ -21,6 +21,12 @@ def index_of(name: str) -> int | None:
         return _index(asking, name)
 
 
+def name_of(index: int) -> str | None:
+    """The own name of the device with *index*, None if there is none. Raises OSError if nobody can be asked."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
+        return _name(asking, index)
+
+
 def own_name(name: str) -> str:
     """The device's own name, if *name* is another one of it (ip-link(8), altname); else *name*.
 
@@ -28,14 +34,16 @@ def own_name(name: str) -> str:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
         index = _index(asking, name)
-        if index is None:
-            return name
-        try:
-            answer = fcntl.ioctl(asking, SIOCGIFNAME, IFREQ.pack(b"", index))
-        except OSError as error:
-            if error.errno == errno.ENODEV:  # it has just gone
-                return name
-            raise
+        return name if index is None else _name(asking, index) or name  # it may have just gone
+
+
+def _name(asking: socket.socket, index: int) -> str | None:
+    try:
+        answer = fcntl.ioctl(asking, SIOCGIFNAME, IFREQ.pack(b"", index))
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
     found: bytes = IFREQ.unpack(answer)[0]
     return found.rstrip(b"\0").decode("utf-8", "surrogateescape")
 

@@ -33,6 +33,7 @@ from kvmifup.core.ops import (
     Value,
 )
 from kvmifup.core.signals import checkpoint
+from kvmifup.inputs import devices
 from kvmifup.node import addresses, announce, messages, ovs, programs
 from kvmifup.node.facts import facts_for
 from kvmifup.node.messages import (
@@ -79,11 +80,8 @@ class Kernel:
         return self._view.ifindex(dev)
 
     def device(self, index: int) -> str | None:
-        """The name that the device with *index* has now, None if there is none."""
-        try:
-            return socket.if_indextoname(index)
-        except OSError:
-            return None
+        """The name that the device with *index* has now, None if there is none. Raises OSError."""
+        return devices.name_of(index)
 
     # --- reading ----------------------------------------------------------------------------------------
 

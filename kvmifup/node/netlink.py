@@ -94,7 +94,9 @@ class Netlink:
             return None
         try:
             return int(IFREQ.unpack(fcntl.ioctl(self.transport.socket, SIOCGIFINDEX, IFREQ.pack(raw, 0)))[1])
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
             return None
 
     def link(self, name: str) -> Link:

@@ -101,7 +101,8 @@ def link_local(dev: str) -> str | None:
     try:
         with open("/proc/net/if_inet6", encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().splitlines()
-    except OSError:
+    except OSError as error:
+        trust.need_answer(error)
         return None
     for line in lines:
         address, _index, _length, scope, flags, name = line.split()

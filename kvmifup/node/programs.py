@@ -72,7 +72,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str], timeout: float) -> Resu
                 start_new_session=True,
             )
         except OSError as error:
-            raise ProgramError(f"{argv[0]} cannot be started: {error.strerror}") from None
+            raise ProgramError(f"{argv[0]} cannot be started: {error.strerror}") from error
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:

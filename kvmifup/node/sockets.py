@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvmifup.inputs import devices
 from kvmifup.node.frames import ETH_P_ARP, ETH_P_IPV6, NEIGHBOUR_ADVERTISEMENT
 from kvmifup.node.messages import mac_bytes
 
@@ -215,9 +216,9 @@ def receive(via: socket.socket) -> tuple[bytes, float]:
 def is_device(name: str, index: int) -> bool:
     """Whether *name* is still the device with *index*; a listener stays with the device that it was bound to."""
     try:
-        return socket.if_nametoindex(name) == index
-    except OSError:
-        return False
+        return devices.index_of(name) == index
+    except OSError:  # nobody can be asked now, so nothing has been heard of its end
+        return True
 
 
 def close(packet_socket: socket.socket) -> None:

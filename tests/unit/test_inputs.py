@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from kvmifup.core.errors import KvmIfupError, NicError, UsageError
 from kvmifup.core.model import Config, ExtConfig, ExtNetwork, Nic
-from kvmifup.inputs import environment, nicfiles, values
+from kvmifup.inputs import config, devices, environment, ganeti, nicfiles, tables, values
+from kvmifup.node import procfs, sockets
 
 from .samples import BRIDGED, EXT, MAC, ROUTED, nets
 
@@ -639,3 +642,61 @@ def test_a_nic_that_does_not_fit_its_ext_network(nic: Nic) -> None:
         values.as_wired(nic, with_network("routed", None))
     assert caught.value.code == 65
     assert caught.value.where == nic.label
+
+
+# --- looks that fail --------------------------------------------------------------------------------------
+
+FAILED = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO]
+
+
+@pytest.mark.parametrize("number", FAILED)
+def test_a_file_that_cannot_be_read_now_is_neither_wrong_nor_missing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NIC file, the configuration, the names of tables, Ganeti's files: none of them says anything now."""
+    file = tmp_path / "nic" / "web1" / "0.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text('tap = "tap0"\n')
+    file.chmod(0o600)
+    (tmp_path / "rt_tables").write_text("100 guests\n")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ganeti, "DIRECTORY", tmp_path)
+    for name in ("os.open", "io.open", "builtins.open"):
+        monkeypatch.setattr(name, fail)
+    looks: list[Callable[[], object]] = [
+        lambda: nicfiles.read_nic(file, tmp_path),
+        lambda: config.merged(Config(), file, tmp_path),
+        lambda: tables.number("guests", (str(tmp_path),)),
+        lambda: ganeti.tap_in(file),
+        lambda: procfs.sysctl("net/ipv4/ip_forward"),
+        lambda: procfs.link_local("eth0"),
+    ]
+    for look in looks:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            look()
+
+
+@pytest.mark.parametrize("number", FAILED)
+def test_a_device_that_nobody_can_be_asked_about_is_not_gone(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("kvmifup.inputs.devices.socket.socket", fail)
+    looks: list[Callable[[], object]] = [
+        lambda: devices.index_of("lo"),
+        lambda: devices.name_of(1),
+        lambda: devices.own_name("lo"),
+    ]
+    for look in looks:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            look()
+    assert sockets.is_device("lo", 1)
+
+
+def test_the_names_of_devices() -> None:
+    assert (devices.index_of("lo"), devices.name_of(1), devices.own_name("lo")) == (1, "lo", "lo")
+    assert (devices.index_of("nosuch"), devices.name_of(1 << 30), devices.own_name("nosuch")) == (None, None, "nosuch")
+    assert devices.index_of("n" * 16) is None
