@@ -61,13 +61,14 @@ def plan(phase: Phase, nic: Nic, config: Config, facts: NodeFacts, *, announce: 
     Raises NotReadyError if anything would keep this node from running the guest, also if only post would fail.
     """
     steps = tuple(wiring(nic, config, facts, announce=announce))
-    return (*stale(facts, steps), *(op for since, op in steps if since <= phase))
+    return (*stale(nic, facts, steps), *(op for since, op in steps if since <= phase))
 
 
-def stale(facts: NodeFacts, steps: tuple[Step, ...]) -> Iterator[Op]:
+def stale(nic: Nic, facts: NodeFacts, steps: tuple[Step, ...]) -> Iterator[Op]:
     """The removal of what a dead NIC or a script has left for this tap, and what no phase wants."""
     planned = {op.key for _, op in steps}
-    yield from (rule.turned(False) for rule in facts.rules if rule.key not in planned)
+    port = [OvsPort(nic.tap, None)] if facts.port else []
+    yield from (op for op in (*port, *(rule.turned(False) for rule in facts.rules)) if op.key not in planned)
 
 
 def wiring(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Iterator[Step]:
@@ -141,12 +142,16 @@ def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
     assert nic.link is not None  # kvmifup.inputs.values has checked it
     if facts.bridge is None or not facts.bridge.is_bridge:
         raise NotReadyError(f"no such Open vSwitch bridge: {nic.link}", hint=f"`ovs-vsctl add-br {nic.link}`")
+    if not facts.bridge.up:
+        raise NotReadyError("ovs-vswitchd does not run", hint="`systemctl start openvswitch-switch`")
+    if facts.bridge.part_of and nic.vlan:
+        raise NotReadyError(f"{nic.link} is itself a VLAN: {facts.bridge.part_of}", hint="give no vlan, or that bridge")
     yield PRE, LinkMaster(nic.tap, None)  # or the guest would be on both networks
     # Before it becomes a port: the switch lowers its own MTU to the lowest among the ports.
     yield PRE, LinkMtu(nic.tap, facts.bridge.mtu)
     yield from ((PRE, op) for op in port_settings(nic, facts.bridge, facts))
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
-    yield PRE, OvsPort(nic.tap, f"{nic.link} {canonical(nic.vlan)}" if nic.vlan else nic.link)
+    yield PRE, OvsPort(nic.tap, f"{nic.link} {canonical(nic.vlan)}" if nic.vlan else facts.bridge.part_of or nic.link)
     yield PRE, LinkUp(nic.tap, True)
 
 
@@ -374,9 +379,8 @@ def withdrawal(nic: Nic, facts: NodeFacts) -> tuple[Op, ...]:
     routes = [Route(str(prefix), nic.tap, table, False) for prefix in nic.ip]
     neighbours = [Neighbour(nic.tap, bare(prefix), None) for prefix in nic.ip if is_host(prefix)]
     rules = [rule.turned(False) for rule in facts.rules]
-    if nic.mode != "routed":
-        return tuple(rules)
-    return (*proxies, *routes, *neighbours, *rules)
+    port = [OvsPort(nic.tap, None)] if facts.port and nic.mode != "ext" else []
+    return (*port, *(proxies + routes + neighbours if nic.mode == "routed" else ()), *rules)
 
 
 def is_host(prefix: Prefix) -> bool:

@@ -157,7 +157,8 @@ class Bridge:
     """The bridge, Linux's or Open vSwitch's, that a NIC's `link` names. *forward_delay* is in seconds, *mtu* in bytes.
 
     *adopts*: the bridge would take over the tap's MAC, because it has neither another port nor a MAC of its own.
-    *is_bridge*: it is a bridge, and not another device of that name.
+    *is_bridge*: it is a bridge, and not another device of that name. *up*: ports of it work.
+    *part_of*: the VLAN of another bridge that it stands for: "ovs0 .300", as `OvsPort` has it.
     """
 
     is_bridge: bool
@@ -167,6 +168,7 @@ class Bridge:
     stp: bool
     forward_delay: float
     adopts: bool
+    part_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ class NodeFacts:
     *table* is the number that `link` stands for, None if no such name is known. *rules* are the policy
     rules that lead what comes from the tap to a table, and say nothing more. *taken* has each address or prefix that
     cannot be the guest's, and why. *program* is the path of the program that wires an ext NIC.
+    *port* is the Open vSwitch port of the tap's name.
     *ipv6*: the kernel has IPv6 at all. *ipv6_mend* lists the sysctl settings that are missing for the tap to have IPv6.
     """
 
@@ -206,5 +209,6 @@ class NodeFacts:
     uplinks: tuple[Uplink, ...] = ()
     taken: tuple[tuple[str, str], ...] = ()
     program: str | None = None
+    port: str | None = None
     ipv6: bool = True
     ipv6_mend: tuple[str, ...] = ()

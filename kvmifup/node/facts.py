@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
 from kvmifup.inputs import tables
-from kvmifup.node import programs
+from kvmifup.node import ovs, programs
 from kvmifup.node.messages import (
     IFF_UP,
     RTN_ANYCAST,
@@ -43,6 +43,7 @@ def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
         bridge=bridge_of(nic, view) if nic.mode in ("bridged", "openvswitch") else None,
         program=programs.find(programs.DIRECTORY, nic.link) if nic.mode == "ext" and nic.link else None,
         rules=tuple(rule for family in (4, 6)[: 1 + ipv6] for rule in view.rules(family, nic.tap)),
+        port=view.switch().ports.get(nic.tap) if ovs.is_there() else None,
         ipv6=ipv6,
     )
     if nic.mode != "routed":
@@ -77,14 +78,16 @@ def bridge_of(nic: Nic, view: View) -> Bridge | None:
     except VanishedError:
         return None
     if nic.mode == "openvswitch":
+        real, vlan = view.switch().bridges.get(name, ("", 0))
         return Bridge(
-            is_bridge=view.is_ovs_bridge(name),
-            up=True,
+            is_bridge=bool(real),
+            up=ovs.is_alive(),
             mac=link.address or "",
             mtu=link.mtu,
             stp=False,
             forward_delay=0.0,
             adopts=False,
+            part_of=f"{real} .{vlan}" if vlan else None,
         )
     is_bridge = link.kind == "bridge"
     return Bridge(

@@ -125,7 +125,7 @@ class Kernel:
             case ProxyNeighbour():
                 return self._view.neighbour(op.dev, op.address, flags=NTF_PROXY) is not None
             case OvsPort():
-                return self._view.ovs_port(op.dev)
+                return self._view.switch().ports.get(op.dev)
             case Program():
                 return "unknown"
             case Route():

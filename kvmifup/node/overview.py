@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvmifup.core.errors import KernelError
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route
-from kvmifup.node import messages, ovs
+from kvmifup.node import messages
 from kvmifup.node.addresses import addresses
 from kvmifup.node.kernel import PORT_STATES, Kernel
 from kvmifup.node.messages import (
@@ -52,7 +52,6 @@ class WholeView(View):
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
         self._addresses: dict[int, list[str]] | None = None
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
-        self._switch: tuple[frozenset[str], dict[str, str]] | None = None
 
     @property
     def links(self) -> Mapping[str, Link]:
@@ -113,18 +112,6 @@ class WholeView(View):
             for (where, address), (state, mac) in self._neighbours[0].items()
             if where == index and mac and not state & (NUD_PERMANENT | NUD_NOARP)
         }
-
-    def is_ovs_bridge(self, name: str) -> bool:
-        """As `View.is_ovs_bridge`."""
-        return name in self._ask_switch()[0]
-
-    def ovs_port(self, name: str) -> str | None:
-        """As `View.ovs_port`."""
-        return self._ask_switch()[1].get(name)
-
-    def _ask_switch(self) -> tuple[frozenset[str], dict[str, str]]:
-        self._switch = self._switch or ovs.everything()
-        return self._switch
 
 
 class Overview(Kernel):

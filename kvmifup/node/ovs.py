@@ -2,49 +2,89 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from kvmifup.core.errors import NotReadyError, ProgramError
 from kvmifup.node import programs
 
 TIMEOUT = 10  # seconds that ovs-vsctl waits for the switch
+TAKEN = 1.0  # seconds until the switch has taken a port that is in its database, or has said why not
 VLANS = "tag,trunks,vlan_mode"  # columns of a port
+DATABASE = "/run/openvswitch/db.sock"  # ovs-vsctl's default
+DAEMON = "/run/openvswitch/ovs-vswitchd.pid"  # which ovs-vswitchd holds locked while it runs
+FLOCK = struct.Struct("@hhqqi")  # struct flock: type, whence, start, length, pid
 
 
-def has_bridge(name: str) -> bool:
-    """Whether the switch has a bridge *name*. Raises NotReadyError when it does not answer."""
-    return answer("br-exists", name, no=2).code == 0
+@dataclass(frozen=True)
+class Switch:
+    """What is in the switch's database at one moment.
 
-
-def port(name: str) -> str | None:
-    """The bridge and the VLANs of the port *name*: "ovs0" or "ovs0 .100:200"; None if there is no such port.
-
-    VLANs are in Ganeti's notation. Raises ProgramError.
+    *bridges*: by name the bridge that it is and its VLAN, which is not 0 for a fake bridge: it stands for that VLAN
+    of another bridge. *ports*: by name "ovs0" or "ovs0 .100:200", the bridge and the VLANs in Ganeti's notation. A port
+    of a fake bridge is one of the other bridge. " (…)" after it says why the switch does not have it.
     """
-    rows = json.loads(done("--format=json", f"--columns={VLANS}", "find", "Port", f'name="{name}"'))["data"]
-    return described(done("port-to-br", name).strip(), rows[0]) if rows else None
+
+    bridges: Mapping[str, tuple[str, int]]
+    ports: Mapping[str, str]
 
 
-def everything() -> tuple[frozenset[str], dict[str, str]]:
-    """The names of all bridges, and by name what `port` says of every port; asked for in one transaction.
+NONE = Switch({}, {})
 
-    A port of a fake bridge (one that stands for a VLAN of another) counts as a port of that other bridge.
-    Raises NotReadyError when the switch does not answer.
-    """
+
+def is_there() -> bool:
+    """Whether this node has a switch: somebody listens at its database. This costs next to nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as database:
+        database.settimeout(TIMEOUT)
+        try:
+            database.connect(DATABASE)
+        except OSError as error:
+            return error.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.EACCES)
+    return True
+
+
+def is_alive() -> bool:
+    """Whether ovs-vswitchd runs: it does what the database says."""
+    try:
+        with open(DAEMON, "rb") as file:
+            lock = fcntl.fcntl(file, fcntl.F_GETLK, FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
+    except OSError:
+        return False
+    kind: int = FLOCK.unpack(lock)[0]
+    return kind != fcntl.F_UNLCK
+
+
+def read() -> Switch:
+    """All bridges and ports, asked for in one transaction. Raises NotReadyError when the database does not answer."""
     found = answer(
-        *("--format=json", "list-br"),
-        *("--", "--columns=name,ports", "list", "Bridge"),
-        *("--", f"--columns=_uuid,name,{VLANS}", "list", "Port"),
+        *("--format=json", "--columns=name,ports", "list", "Bridge"),
+        *("--", f"--columns=_uuid,name,fake_bridge,{VLANS}", "list", "Port"),
+        *("--", "--columns=name,ofport,error", "list", "Interface"),
     )
-    *names, bridges, ports = found.output.split("\n")[:-1]
-    bridge_of = {port[1]: name for name, cell in json.loads(bridges)["data"] for port in members(cell)}
-    where = {name: described(bridge_of[uuid[1]], vlans) for uuid, name, *vlans in json.loads(ports)["data"]}
-    return frozenset(names), where
+    bridges, ports, interfaces = (json.loads(line)["data"] for line in found.output.splitlines())
+    bridge_of = {port[1]: name for name, cell in bridges for port in members(cell)}
+    problems = {name: problem(members(number), members(error)) for name, number, error in interfaces}
+    fakes = {name: (bridge_of[uuid[1]], tag) for uuid, name, fake, tag, *_ in ports if fake and members(tag)}
+    where = {name: described(bridge_of[uuid[1]], vlans) + problems.get(name, "") for uuid, name, _fake, *vlans in ports}
+    return Switch({name: (name, 0) for name, _ in bridges} | fakes, where)
+
+
+def problem(number: list[Any], error: list[Any]) -> str:
+    """Why the switch does not have an interface, as it stands after a port; *number* is its ofport."""
+    if error:
+        return f" ({error[0]})"
+    return "" if number and number[0] > 0 else " (not taken by ovs-vswitchd)"
 
 
 def described(bridge: str, columns: list[Any]) -> str:
-    """What `port` says of a port of *bridge*; *columns* are its tag, trunks and vlan_mode (`VLANS`)."""
+    """What `Switch` says of a port of *bridge*; *columns* are its tag, trunks and vlan_mode (`VLANS`)."""
     tag, trunks, mode = map(members, columns)
     vlan = "".join(f".{one}" for one in tag) + "".join(f":{one}" for one in sorted(trunks))
     # A mode that `put` would not set is part of the value, so that it is noticed, and put back by an undo.
@@ -53,11 +93,33 @@ def described(bridge: str, columns: list[Any]) -> str:
 
 
 def put(name: str, value: str | None) -> None:
-    """Make *name* the port that *value*, as `port` says it, describes; None for no port. Raises ProgramError.
+    """Make *name* the port that *value* describes, as `Switch` has it; None for no port.
 
-    Whatever port of that name there was is replaced.
+    Whatever port of that name there was is replaced. Raises ProgramError, also if the switch does not take the port:
+    the database has it then.
     """
-    done(*transaction(name, value))
+    # A daemon that is dead finds it when it starts.
+    wait = ("--no-wait",) if value is None and not is_alive() else ()
+    try:
+        done(*wait, *transaction(name, value))
+    except ProgramError as error:
+        # It was stopped while it waited for ovs-vswitchd: the database may have been changed.
+        if error.untouched or value is not None or name in read().ports:
+            raise
+    if value is not None and " (" not in value:
+        await_taken(name)
+
+
+def await_taken(name: str) -> None:
+    """Wait until the switch has the port *name*: ovs-vsctl succeeds also if it cannot. Raises ProgramError."""
+    deadline = time.monotonic() + TAKEN
+    while True:
+        _, _, why = read().ports.get(name, " (it is gone").partition(" (")
+        if not why:
+            return
+        if time.monotonic() >= deadline:
+            raise ProgramError(f"Open vSwitch has not taken {name}: {why.removesuffix(')')}")
+        time.sleep(TAKEN / 20)
 
 
 def transaction(name: str, value: str | None) -> tuple[str, ...]:
@@ -65,7 +127,7 @@ def transaction(name: str, value: str | None) -> tuple[str, ...]:
     remove = ("--", "--if-exists", "del-port", name)
     if value is None:
         return remove
-    bridge, vlan, mode, *_ = (*value.split(" "), "", "")
+    bridge, vlan, mode, *_ = (*value.partition(" (")[0].split(" "), "", "")
     access, *trunks = vlan.split(":") if vlan else ("",)
     columns = [f"tag={access[1:]}"] if access else []
     if trunks:
@@ -89,16 +151,13 @@ def members(cell: Any) -> list[Any]:
     return [cell]
 
 
-def answer(*arguments: str, no: int = 0) -> programs.Result:
-    """What ovs-vsctl answers to a question; the exit code *no* also counts as an answer.
-
-    Raises NotReadyError if there is no answer.
-    """
+def answer(*arguments: str) -> programs.Result:
+    """What ovs-vsctl answers to a question. Raises NotReadyError if there is no answer."""
     try:
         result = vsctl(*arguments)
     except ProgramError as error:
         raise NotReadyError(f"Open vSwitch: {error}", hint="install openvswitch-switch") from None
-    if result.code not in (0, no):
+    if result.code:
         raise NotReadyError(f"Open vSwitch: {result.complaint}", hint="`systemctl start openvswitch-switch`")
     return result
 
@@ -107,7 +166,9 @@ def done(*arguments: str) -> str:
     """The output of ovs-vsctl with *arguments*. Raises ProgramError when it fails."""
     result = vsctl(*arguments)
     if result.code:
-        raise ProgramError(f"ovs-vsctl failed: {result.complaint or f'exit code {result.code}'}", untouched=True)
+        # A signal (below 0) ends it when its time is up, and then the database may have been changed.
+        cause = f"ovs-vsctl failed: {result.complaint or f'exit code {result.code}'}"
+        raise ProgramError(cause, untouched=result.code > 0)
     return result.output
 
 

@@ -15,6 +15,7 @@ from kvmifup.node import messages, ovs
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
 from kvmifup.node.netlink import Netlink
+from kvmifup.node.ovs import Switch
 from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
 from kvmifup.node.refusals import refusal, refusals
 
@@ -77,6 +78,7 @@ class View:
             self._default_devices,
         )
         self._uplinks: dict[tuple[str, int], Uplink] = {}
+        self._switch: Switch | None = None
 
     def close(self) -> None:
         """Close the socket."""
@@ -87,6 +89,7 @@ class View:
         self._links.clear()
         self._rules.clear()
         self._uplinks.clear()
+        self._switch = None
         for known in self._of_tables:
             known.clear()
         self.routes_out.clear()
@@ -216,13 +219,11 @@ class View:
 
     # --- Open vSwitch -------------------------------------------------------------------------------------
 
-    def is_ovs_bridge(self, name: str) -> bool:
-        """Whether Open vSwitch has a bridge *name*. Raises NotReadyError."""
-        return ovs.has_bridge(name)
-
-    def ovs_port(self, name: str) -> str | None:
-        """The Open vSwitch port *name*, as `ovs.port` says it. Raises NotReadyError, ProgramError."""
-        return ovs.port(name)
+    def switch(self) -> Switch:
+        """What Open vSwitch has. Raises NotReadyError."""
+        if self._switch is None:
+            self._switch = ovs.read()
+        return self._switch
 
 
 def keeping_routes(devices: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvmifup import phases
 from kvmifup.core.model import Config, Nic, NodeFacts, Phase, Uplink
-from kvmifup.core.ops import Op, Value
+from kvmifup.core.ops import Op, OvsPort, Value
 from kvmifup.runs.apply import Change, Job, survey, survey_undo
 from kvmifup.runs.host import Host, Through
 from kvmifup.runs.journal import Entry, Journal
@@ -61,6 +61,8 @@ def plan(
     config = session.config
     journal = journal and followed(journal, session.kernel)
     facts = with_claims(session.kernel.facts(nic, config), nic, session)
+    if journal and nic.mode == "ext":  # its program has made what there is
+        facts = replace(facts, rules=(), port=None)
     ours = journal and journal.prior(phases.ipv6_off(nic).key)
     if ours and ours.prior == "0" and nic.mode == "routed":  # off since the NIC was bridged; undone below
         facts = replace(facts, ipv6_mend=())
@@ -160,7 +162,7 @@ def remembered(found: Plan, session: Session) -> list[Entry]:
     entries: list[Entry] = []
     for change in found.changes:
         op = change.op
-        if not op.undoable or op.wanted is False:
+        if not op.undoable or op.wanted in op.leaves:
             continue
         earlier = found.before.prior(op.key)
         if earlier is None and op.shared:
@@ -192,4 +194,6 @@ class Foreseen(Through):
     def facts(self, nic: Nic, config: Config) -> NodeFacts:
         """The facts, without the policy rules that will be gone."""
         facts = self._host.facts(nic, config)
+        if OvsPort(nic.tap, None).key in self._values:
+            facts = replace(facts, port=None)
         return replace(facts, rules=tuple(rule for rule in facts.rules if self._values.get(rule.key, True)))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from harness import agents, disturb, hooks, manager, nodes, tools
+from harness import agents, disturb, hooks, manager, namespaces, nodes, tools
 from harness.addresses import TAP_MAC
 from harness.hooks import check, hook
 from harness.nodes import Node
@@ -157,6 +160,190 @@ def test_a_switch_that_does_not_run_is_refused(node: Node) -> None:
     nodes.add_bridge("br0")
     manager.write_nic(mode="openvswitch", link="br0")
     check(hook("kvm-ifup-pre", "tap0"), 69, "Open vSwitch", "db.sock")
+
+
+# --- what the switch really does --------------------------------------------------------------------------------
+
+
+def daemon(name: str) -> int:
+    """The process of a daemon of the switch."""
+    return int((SWITCH / f"{name}.pid").read_text())
+
+
+@contextlib.contextmanager
+def stopped(name: str) -> Iterator[None]:
+    """A daemon of the switch that does not answer."""
+    os.kill(daemon(name), signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(daemon(name), signal.SIGCONT)
+
+
+def kill(name: str) -> None:
+    """A daemon of the switch dies, and leaves its files."""
+    pid = daemon(name)
+    os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def ports() -> set[str]:
+    """All ports in the switch's database."""
+    return {name for bridge in vsctl("list-br").split() for name in vsctl("list-ports", bridge).split()}
+
+
+def test_a_port_that_the_switch_could_not_take_is_71_and_undone(switch: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ovs-vsctl ends with 0 then. Here it is asked for a kind of port that the switch does not know."""
+    manager.write_nic(mode="openvswitch", link="ovs0")
+    make = ovs.transaction
+    wrong = ("--", "set", "Interface", "tap0", "type=nonsense")
+    monkeypatch.setattr(ovs, "transaction", lambda *port: (*make(*port), *(wrong if port[1] else ())))
+    before = snapshot()
+    check(hooks.call("kvm-ifup-post", "tap0"), 71, "Open vSwitch has not taken tap0")
+    assert changes(before, snapshot()) == []
+    assert ports() == set()
+
+
+@pytest.mark.parametrize("break_it", ["type=nonsense", "ofport_request=1 type=nonsense"])
+def test_a_port_that_the_switch_has_lost_is_not_right_and_put_back(switch: Node, break_it: str) -> None:
+    manager.write_nic(mode="openvswitch", link="ovs0")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    vsctl("set", "Interface", "tap0", *break_it.split())
+    assert seen()["tap0"][0] is False
+    assert hooks.call("kvm-ifup", "check").code == 1
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert seen()["tap0"] == (True, [])
+
+
+def test_a_change_that_was_made_though_ovs_vsctl_was_stopped_is_undone(
+    switch: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ovs, "TIMEOUT", 1)
+    manager.write_nic(mode="openvswitch", link="ovs0")
+    before = snapshot()
+    with stopped("ovs-vswitchd"):
+        check(hooks.call("kvm-ifup-post", "tap0"), 71, "ovs-vsctl failed")
+    assert ports() == set()
+    assert changes(before, snapshot()) == []
+
+
+@pytest.mark.parametrize("dead", ["ovs-vswitchd", "ovsdb-server"])
+def test_a_dead_switch_is_neither_ready_nor_right(switch: Node, dead: str) -> None:
+    nodes.add_tap("tap1")
+    manager.write_nic("tap0", "web1", mode="openvswitch", link="ovs0")
+    manager.write_nic("tap1", "web2", mode="openvswitch", link="ovs0", incoming=True)
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    kill(dead)
+    if dead == "ovs-vswitchd":
+        # The bridge is a device of the process; of the kernel's datapath it stays.
+        tools.ip("link show dev ovs0") if "ovs0" in tools.run("ip", "link") else nodes.add_bridge("ovs0")
+    check(hook("kvm-ifup-pre", "tap1"), 69, "systemctl start openvswitch-switch")
+    result = hooks.call("kvm-ifup", "show", "--json")
+    assert not any(one["wired"] for one in json.loads(result.out))
+    assert hooks.call("kvm-ifup", "check").code == 1
+    if dead == "ovs-vswitchd":
+        check(hook("kvm-ifdown", "tap0"), 0)
+        assert "tap0" not in tools.run("ovs-vsctl", "--no-wait", "--timeout=20", "list-ports", "ovs0").split()
+
+
+def test_a_port_that_was_already_there_goes_with_the_guest(switch: Node) -> None:
+    """A crash had left it, and the journal with it."""
+    vsctl("add-port", "ovs0", "tap0")
+    manager.write_nic(mode="openvswitch", link="ovs0")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    check(hook("kvm-ifdown", "tap0"), 0)
+    assert ports() == set()
+
+
+@pytest.mark.parametrize("made", ["before the tap", "after it"])
+@pytest.mark.parametrize("nic", ["bridged", "routed", "ext"])
+def test_a_stale_port_is_removed_in_each_mode_and_put_back_by_a_rollback(switch: Node, nic: str, made: str) -> None:
+    """Or the guest is on both networks."""
+    if made == "before the tap":
+        tools.ip("link del tap0")
+    vsctl("--no-wait", "add-port", "ovs0", "tap0", "tag=7")
+    if made == "before the tap":
+        nodes.add_tap()
+    nodes.add_bridge("br0")
+    with namespaces.private_etc():
+        program = Path("/etc/kvm-ifup/ext/site")
+        program.parent.mkdir(parents=True, mode=0o755, exist_ok=True)
+        # As an administrator may do it: the port is the program's own.
+        program.write_text("#!/bin/sh\n[ $KVM_IFUP_PHASE != pre ] || ovs-vsctl add-port ovs0 tap0 tag=9\n")
+        program.chmod(0o755)
+        more: dict[str, Any] = {"bridged": {"link": "br0"}, "routed": {"ip": ["192.0.2.8"]}, "ext": {"link": "site"}}[
+            nic
+        ]  # type: ignore[assignment]
+        manager.write_nic(mode=nic, **more)
+        if nic != "ext":
+            with disturb.disturbed(after=disturb.refuse(3)):
+                check(hooks.call("kvm-ifup-post", "tap0"), 71, "injected")
+            assert port()[:2] == ("ovs0", "7")
+        for _ in range(2):
+            check(hook("kvm-ifup-post", "tap0"), 0)
+            assert ports() == ({"tap0"} if nic == "ext" else set())
+            if nic == "ext":
+                assert port()[1] == "9", "the program's own stays"
+        if nic != "ext":
+            check(hook("kvm-ifdown", "tap0"), 0)
+            assert ports() == set(), "it is not put back"
+
+
+def test_a_tap_on_a_linux_bridge_leaves_it_when_it_becomes_a_port_of_the_switch(switch: Node) -> None:
+    nodes.add_bridge("br0")
+    tools.ip("link set tap0 master br0")
+    manager.write_nic(mode="openvswitch", link="ovs0")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert link("tap0").get("master") != "br0"
+    check(hook("kvm-ifdown", "tap0"), 0)
+    assert link("tap0")["master"] == "br0"
+
+
+def test_a_nic_that_moves_from_the_switch_to_a_bridge_is_on_one_network(switch: Node) -> None:
+    nodes.add_bridge("br0")
+    manager.write_nic(mode="openvswitch", link="ovs0")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    manager.write_nic(mode="bridged", link="br0")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert ports() == set()
+    assert link("tap0")["master"] == "br0"
+
+
+def test_without_a_switch_no_program_is_started_for_a_bridged_nic(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: str) -> programs.Result:
+        pytest.fail(f"ovs-vsctl {arguments}")
+
+    monkeypatch.setattr(ovs, "vsctl", never)
+    nodes.add_bridge("br0")
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0")
+    check(hooks.call("kvm-ifup-post", "tap0"), 0)
+    check(hooks.call("kvm-ifdown", "tap0"), 0)
+
+
+@pytest.mark.parametrize(("name", "vlan"), [("vlan300", None), ("ovs0", ".300")])
+def test_a_fake_bridge_is_a_vlan_of_another_and_the_second_run_writes_nothing(
+    switch: Node, name: str, vlan: str | None
+) -> None:
+    vsctl("add-br", "vlan300", "ovs0", "300")
+    manager.write_nic(mode="openvswitch", link=name, vlan=vlan)
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert vsctl("port-to-br", "tap0") == "vlan300"
+    assert vsctl("get", "Port", "tap0", "tag") == "300"
+    uuid = vsctl("get", "Port", "tap0", "_uuid")
+    assert hook("kvm-ifup-post", "tap0", "--json").needed == []
+    assert vsctl("get", "Port", "tap0", "_uuid") == uuid
+    assert seen()["tap0"] == (True, [])
+    check(hook("kvm-ifdown", "tap0"), 0)
+    assert "tap0" not in ports()
+
+
+def test_a_vlan_in_a_fake_bridge_is_refused(switch: Node) -> None:
+    vsctl("add-br", "vlan300", "ovs0", "300")
+    manager.write_nic(mode="openvswitch", link="vlan300", vlan=".100")
+    check(hook("kvm-ifup-pre", "tap0"), 69, "vlan300 is itself a VLAN: ovs0 .300")
 
 
 # --- kvm-ifup show and check ----------------------------------------------------------------------------------

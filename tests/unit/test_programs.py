@@ -149,15 +149,27 @@ EMPTY = ["set", []]
     ],
 )
 def test_a_port_is_replaced_in_one_transaction(value: str, columns: tuple[str, ...], switch: Switch) -> None:
-    switch.results = [ok()]
+    switch.results = [ok(), tables([])]
     ovs.put("tap0", value)
-    assert switch.asked == [(*REMOVE, "--", "add-port", "ovs0", "tap0", *columns)]
+    assert switch.asked[0] == (*REMOVE, "--", "add-port", "ovs0", "tap0", *columns)
 
 
-def test_a_port_is_removed(switch: Switch) -> None:
+def tables(row: list[object], ofport: object = 1, error: object = EMPTY) -> programs.Result:
+    """The switch's database: the port tap0 with the columns *row* in the bridge ovs0."""
+    bridges = [["ovs0", ["set", [["uuid", "a"], ["uuid", "f"]]]]]
+    ports = [[["uuid", "a"], "tap0", False, *(row or [EMPTY, EMPTY, EMPTY])]]
+    ports.append([["uuid", "f"], "vlan300", True, 300, EMPTY, EMPTY])
+    return ok("".join(json.dumps({"data": data}) + "\n" for data in (bridges, ports, [["tap0", ofport, error]])))
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_port_is_removed_and_a_dead_daemon_is_not_waited_for(
+    alive: bool, switch: Switch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ovs, "is_alive", lambda: alive)
     switch.results = [ok()]
     ovs.put("tap0", None)
-    assert switch.asked == [REMOVE]
+    assert switch.asked == [REMOVE if alive else ("--no-wait", *REMOVE)]
 
 
 @pytest.mark.parametrize(
@@ -173,8 +185,12 @@ def test_a_port_is_removed(switch: Switch) -> None:
     ],
 )
 def test_what_a_port_is(row: list[object], value: str, switch: Switch) -> None:
-    switch.results = [ok(json.dumps({"data": [row]})), ok("ovs0\n")]
-    assert ovs.port("tap0") == value
+    switch.results = [tables(row), tables(row, -1, "no such device"), tables(row, EMPTY)]
+    found = ovs.read()
+    assert found.ports["tap0"] == value
+    assert found.bridges == {"ovs0": ("ovs0", 0), "vlan300": ("ovs0", 300)}
+    assert ovs.read().ports["tap0"] == f"{value} (no such device)"
+    assert ovs.read().ports["tap0"] == f"{value} (not taken by ovs-vswitchd)"
 
 
 @pytest.mark.parametrize(
@@ -184,30 +200,28 @@ def test_what_a_port_is(row: list[object], value: str, switch: Switch) -> None:
         ([EMPTY, EMPTY, "dot1q-tunnel"], ("vlan_mode=dot1q-tunnel",)),
     ],
 )
+@pytest.mark.parametrize("error", [EMPTY, "no such device"])
 def test_a_port_in_a_mode_that_is_never_ours_can_be_put_back(
-    row: list[object], columns: tuple[str, ...], switch: Switch
+    row: list[object], columns: tuple[str, ...], error: object, switch: Switch
 ) -> None:
     """A failed run leaves every port as it was, whoever made it."""
-    switch.results = [ok(json.dumps({"data": [row]})), ok("ovs0"), ok()]
-    ovs.put("tap0", ovs.port("tap0"))
-    assert switch.asked[-1] == (*REMOVE, "--", "add-port", "ovs0", "tap0", *columns)
+    switch.results = [tables(row, error=error), ok(), tables(row)]
+    ovs.put("tap0", ovs.read().ports["tap0"])
+    assert switch.asked[1] == (*REMOVE, "--", "add-port", "ovs0", "tap0", *columns)
 
 
-def test_no_port(switch: Switch) -> None:
-    switch.results = [ok('{"data": []}')]
-    assert ovs.port("tap0") is None
-
-
-@pytest.mark.parametrize(("code", "there"), [(0, True), (2, False)])
-def test_has_bridge(code: int, there: bool, switch: Switch) -> None:
-    switch.results = [programs.Result(code, "", "")]
-    assert ovs.has_bridge("ovs0") is there
+@pytest.mark.parametrize(("code", "untouched"), [(1, True), (-14, False)])
+def test_a_change_that_its_time_limit_ended_may_have_been_made(code: int, untouched: bool, switch: Switch) -> None:
+    switch.results = [programs.Result(code, "", "no")]
+    with pytest.raises(ProgramError) as caught:
+        ovs.put("tap0", "ovs0")
+    assert caught.value.untouched is untouched
 
 
 def test_a_switch_that_does_not_answer(switch: Switch) -> None:
     switch.results = [programs.Result(1, "", "no socket")] * 2
     with pytest.raises(NotReadyError, match="no socket") as caught:
-        ovs.has_bridge("ovs0")
+        ovs.read()
     assert caught.value.hint
     with pytest.raises(ProgramError, match="no socket") as failed:
         ovs.put("tap0", "ovs0")
@@ -220,5 +234,5 @@ def test_no_ovs_vsctl_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(programs, "run", missing)
     with pytest.raises(NotReadyError, match="ovs-vsctl") as caught:
-        ovs.has_bridge("ovs0")
+        ovs.read()
     assert "install" in caught.value.hint
