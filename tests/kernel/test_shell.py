@@ -192,7 +192,7 @@ def test_show_changes_nothing_and_asks_once(uplinked: Node) -> None:
             return send(self, kind, flags, body)
 
         patch.setattr(Transport, "send", counting)
-        for number in range(1, 4):
+        for number in range(1, 5):
             tap = f"tap{number}"
             nodes.add_tap(tap)
             manager.write_nic(tap, f"web{number}", mode="routed", link="100", ip=[f"192.0.2.{20 + number}"])
@@ -202,7 +202,8 @@ def test_show_changes_nothing_and_asks_once(uplinked: Node) -> None:
             assert [one["wired"] for one in shown()] == [True] * number
             assert snapshots.changes(before, snapshots.snapshot()) == []
             counts.append(list(asked))
-    assert counts[0] == counts[1] == counts[2]
+    # With one NIC the devices fit into one part of a dump; a dump in parts is asked for until two agree.
+    assert counts[1] == counts[2] == counts[3]
 
 
 # --- nic ----------------------------------------------------------------------------------------------------
