@@ -67,21 +67,20 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
     An op that cannot be read counts as done if *before*, the journal, has it.
     """
     changes: list[Change] = []
+    written: set[tuple[str, object]] = set()  # kind and device of what has to be written so far
     for op in ops:
         if op.after_change:
-            due = getattr(op, "force", False) or any(change.needed for change in changes)
-            changes.append(Change(op, None, due))
+            now, needed = None, getattr(op, "force", False) or bool(written)
         else:
             now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
-            if op.lost_with and any(change.needed and takes_away(change.op, op) for change in changes):
+            dev = getattr(op, "dev", None)
+            if any((kind, dev) in written for kind in op.lost_with):  # writing that undoes this
                 now = None
-            changes.append(Change(op, now, now != op.wanted))
+            needed = now != op.wanted
+        if needed:
+            written.add((op.kind, getattr(op, "dev", None)))
+        changes.append(Change(op, now, needed))
     return tuple(changes)
-
-
-def takes_away(one: Op, other: Op) -> bool:
-    """Whether to write *one* undoes *other*, which comes later."""
-    return one.kind in other.lost_with and getattr(one, "dev", None) == getattr(other, "dev", None)
 
 
 def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] = VanishedError) -> tuple[Change, ...]:
