@@ -17,7 +17,9 @@ from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.mender import REASON, Looked, Mender
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
+from kvmifup.runs import clock
 
+RECENT = 5.0  # seconds since an arrival
 PERIOD = 4.0  # seconds between two looks at what the kernel tells nobody about
 SHARE = 2  # each of these looks is at one tap in so many, and at all that is on uplinks
 EVERYTHING = 300.0  # seconds between two looks at everything, whatever has been heard or not
@@ -53,7 +55,8 @@ class Mending:
         if tap.journal.reason != REASON:
             self._suspects.discard(tap.name)
         # In any case after an arrival: `moves.arrive` has read only what others may change at any time.
-        if self._runner.config.agent.mend or tap.journal.by == "agent":
+        arrived = tap.state is State.WIRED and tap.journal.by == "agent" and clock.uptime() - tap.reached < RECENT
+        if self._runner.config.agent.mend or arrived:
             self._due.add(tap.name)
             self._stir()
 

@@ -79,14 +79,16 @@ def plan(
     others = [entry for entry in before.entries if entry.op not in same]
     planned = {op.key for op in ops} if others else set()
     later = {op.key for op in everything} if others else set()
-    unusable = {(uplink.name, uplink.family) for uplink in facts.uplinks if admitted and not phases.usable(uplink)}
+    # One that is down, or was configured and has another name now, says nothing about what is on others.
+    unusable = {uplink.family for uplink in facts.uplinks if admitted and not phases.usable(uplink)}
     kept: list[Entry] = []
     dropped: list[Entry] = []
     for entry in others:
         if entry.op.key in planned:  # with another value now
             continue
         # pre, called once more after post, takes nothing away from a guest that runs here.
-        stays = entry.op.key in later or phases.uplink_of(entry.op) in unusable
+        uplink = phases.uplink_of(entry.op)
+        stays = entry.op.key in later or (uplink is not None and uplink[1] in unusable)
         stays = stays or phases.unseen(entry.op, nic, config, facts)
         (kept if stays else dropped).append(entry)
     return Plan(

@@ -487,6 +487,19 @@ def test_what_is_on_a_renamed_uplink_goes_with_it(node: Node) -> None:
     assert node.kernel.values == {}
 
 
+def test_what_is_on_a_configured_uplink_that_is_renamed_stays(node: Node) -> None:
+    node.config = replace(node.config, routed=RoutedConfig(uplinks=("eth0",)))
+    node.kernel.indexes["eth0"] = 2
+    node.post(DUAL)
+    node.kernel.rename("eth0", "wan0")
+    node.kernel.uplinks = (replace(ETH0_4, present=False, up=False), replace(ETH0_6, present=False, up=False))
+    values = dict(node.kernel.values)
+    mended(node)
+    assert node.kernel.values == values
+    node.down()
+    assert node.kernel.values == {}
+
+
 def test_what_is_on_a_renamed_uplink_is_undone_also_if_nobody_has_noticed(node: Node) -> None:
     node.kernel.indexes["eth0"] = 2
     node.post(DUAL)
