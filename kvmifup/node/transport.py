@@ -40,6 +40,7 @@ class Transport:
     def __init__(self) -> None:
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self._sequence = 0
+        self._warm = False  # whether it has received something
         # The kernel obeys the filters of a dump, and refuses a request that it does not understand.
         self.socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
         # An error does not bring the request back.
@@ -61,6 +62,7 @@ class Transport:
         request = self.send(kind, flags, body)
         while True:
             data = self.socket.recv(RECEIVE)
+            self._warm = True
             length, answer, _flags, sequence, _port = NLMSGHDR.unpack_from(data)
             if sequence != request:  # left over from a request that was interrupted
                 continue
@@ -73,28 +75,38 @@ class Transport:
         """Send a request for a dump; returns those of its messages that contain the bytes *wanted*.
 
         The kernel sends a large dump in parts, and counts where it was. What is removed between two parts moves the
-        rest, and then something is left out that was there all the time. Only for devices the kernel says so
-        (NLM_F_DUMP_INTR). So a dump in parts is asked for again until two agree. If none do, all that was seen counts.
+        rest, and then what comes right after the end of a part is left out, though it was there all the time. Only for
+        devices the kernel says so (NLM_F_DUMP_INTR). So a dump in parts is made twice, with parts that end elsewhere.
         """
-        tries: list[list[bytes]] = []
-        self._sequence += 1
+        every: dict[bytes, bytes] = {}
         for _ in range(TRIES):
+            warm = self._warm
             parts, undisturbed = self._dump_once(kind, body)
-            if undisturbed and (len(parts) <= 1 or (tries and agree(tries[-1], parts))):
-                return [message for part in parts for message in split(part, wanted)]
-            tries.append(parts)
-        every = {identity(one): one for parts in tries for part in parts for one in split(part, wanted)}
+            if undisturbed and len(parts) <= 1 and not every:
+                return [one for part in parts for one in split(part, wanted)]
+            every |= {identity(one): one for part in parts for one in split(part, wanted)}
+            if undisturbed and len(parts) > 1:
+                # The first part that a socket gets is small, until it has received something (netlink_dump).
+                other = Transport() if warm else self
+                try:
+                    parts, undisturbed = other._dump_once(kind, body)
+                finally:
+                    if warm:
+                        other.close()
+                every |= {identity(one): one for part in parts for one in split(part, wanted)}
+            if undisturbed:
+                break
         return list(every.values())
 
     def _dump_once(self, kind: int, body: bytes) -> tuple[list[bytes], bool]:
         """The parts of a dump, each with all of its messages; and False if the kernel says that it was disturbed."""
-        self._sequence -= 1  # the same for each: what has not changed is then the same to the byte
         request = self.send(kind, NLM_F_DUMP, body)
         parts: list[bytes] = []
         seen = 0
         unpack = NLMSGHDR.unpack_from
         while True:
             data = self.socket.recv(RECEIVE)
+            self._warm = True
             offset, end = 0, len(data)
             while offset + BODY <= end:
                 length, answer, flags, sequence, _port = unpack(data, offset)
@@ -120,14 +132,6 @@ def split(part: bytes, wanted: bytes = b"") -> Iterator[bytes]:
             yield part[offset : offset + length]
             hit = part.find(wanted, offset + length)
         offset += length + 3 & ~3
-
-
-def agree(one: list[bytes], other: list[bytes]) -> bool:
-    """Whether two dumps are of the same things."""
-    if one == other:
-        return True
-    first, second = [{identity(message) for part in parts for message in split(part)} for parts in (one, other)]
-    return first == second
 
 
 def identity(message: bytes) -> bytes:
