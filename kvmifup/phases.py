@@ -93,13 +93,14 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     """A forwarding port of a bridge: all of it may be true on two nodes at once."""
     assert nic.link is not None  # kvmifup.inputs.values has checked it
     bridge = ready_bridge(nic, nic.link, config, facts.bridge)
+    name = bridge.name or nic.link
+    if bridge.adopts:
+        yield PRE, BridgeAddress(name, bridge.mac)
     # Before it becomes a port: a bridge takes over the lowest MTU among its ports.
     yield PRE, LinkMtu(nic.tap, bridge.mtu)
     yield from ((PRE, op) for op in port_settings(nic, bridge, facts))
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
-    if bridge.adopts:
-        yield PRE, BridgeAddress(nic.link, bridge.mac)
-    yield PRE, LinkMaster(nic.tap, nic.link)
+    yield PRE, LinkMaster(nic.tap, name)
     yield PRE, LinkUp(nic.tap, True)
     yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
 
@@ -151,7 +152,8 @@ def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
     yield PRE, LinkMtu(nic.tap, facts.bridge.mtu)
     yield from ((PRE, op) for op in port_settings(nic, facts.bridge, facts))
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
-    yield PRE, OvsPort(nic.tap, f"{nic.link} {canonical(nic.vlan)}" if nic.vlan else facts.bridge.part_of or nic.link)
+    name = facts.bridge.name or nic.link
+    yield PRE, OvsPort(nic.tap, f"{name} {canonical(nic.vlan)}" if nic.vlan else facts.bridge.part_of or name)
     yield PRE, LinkUp(nic.tap, True)
 
 

@@ -156,7 +156,8 @@ class Tap:
 class Bridge:
     """The bridge, Linux's or Open vSwitch's, that a NIC's `link` names. *forward_delay* is in seconds, *mtu* in bytes.
 
-    *adopts*: the bridge would take over the tap's MAC, because it has neither another port nor a MAC of its own.
+    *adopts*: the bridge would take over the tap's MAC, because it has no MAC of its own and no port with a lower one.
+    *name* is the device's, if `link` is an alternative one.
     *is_bridge*: it is a bridge, and not another device of that name. *up*: ports of it work.
     *part_of*: the VLAN of another bridge that it stands for: "ovs0 .300", as `OvsPort` has it.
     """
@@ -169,6 +170,7 @@ class Bridge:
     forward_delay: float
     adopts: bool
     part_of: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Op:
     `after_change`: the op is done only if an earlier op of the same run has changed something.
     `readable`: the node can be asked for the value. If not, the journal tells what was done.
     `waits`: writing the value can take long.
+    `moves`: it says where something is: in one place, or nowhere (None). That leaves where it is before anything else
+    is changed, and comes to the new place in its turn; undone, it comes back when all else is as it was.
     `lost_with`: the kinds of ops that take the value away when they change the same device.
     `leaves`: the value when the guest has gone, for what is about this guest alone. It does not matter who made it:
     it may have been another script, or an earlier run whose journal is lost. Empty: the value that we found.
@@ -38,6 +40,7 @@ class Op:
     after_change: ClassVar[bool] = False
     readable: ClassVar[bool] = True
     waits: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
     lost_with: ClassVar[frozenset[str]] = frozenset()
     leaves: ClassVar[tuple[Value, ...]] = ()
 
@@ -170,9 +173,13 @@ class LinkMtu(Op):
 
 @dataclass(frozen=True)
 class LinkMaster(Op):
-    """The bridge that *dev* is a port of, None for none."""
+    """The bridge that *dev* is a port of, None for none.
+
+    It leaves first, or its MTU and MAC, when they are changed, would become those of the bridge that it is still on.
+    """
 
     kind = "link-master"
+    moves = True
     dev: str
     want: str | None
 
@@ -204,6 +211,7 @@ class PortForwarding(Op):
 
     kind = "port-forwarding"
     waits = True
+    lost_with = frozenset({"link-master"})  # a port of another bridge starts anew
     undoable = False
     dev: str
     timeout: float

@@ -72,22 +72,23 @@ def tap_called(nic: Nic, view: View, *, ipv6: bool) -> Tap | None:
 
 def bridge_of(nic: Nic, view: View) -> Bridge | None:
     """The bridge, Linux's or Open vSwitch's, that the link of *nic* names; None if there is no such device."""
-    name = nic.link or ""
     try:
-        link = view.link(name)
+        link = view.link(nic.link or "")
     except VanishedError:
         return None
+    real = None if link.name == nic.link else link.name
     if nic.mode == "openvswitch":
-        real, vlan = view.switch().bridges.get(name, ("", 0))
+        parent, vlan = view.switch().bridges.get(link.name, ("", 0))
         return Bridge(
-            is_bridge=bool(real),
+            is_bridge=bool(parent),
             up=ovs.is_alive(),
             mac=link.address or "",
             mtu=link.mtu,
             stp=False,
             forward_delay=0.0,
             adopts=False,
-            part_of=f"{real} .{vlan}" if vlan else None,
+            part_of=f"{parent} .{vlan}" if vlan else None,
+            name=real,
         )
     is_bridge = link.kind == "bridge"
     return Bridge(
@@ -97,24 +98,35 @@ def bridge_of(nic: Nic, view: View) -> Bridge | None:
         mtu=link.mtu,
         stp=link.stp,
         forward_delay=link.forward_delay,
-        adopts=is_bridge and would_adopt(name, link, nic.tap),
+        adopts=is_bridge and would_adopt(link, nic, view),
+        name=real,
     )
 
 
-def would_adopt(name: str, bridge: Link, tap: str) -> bool:
-    """Whether *bridge* would take over the MAC of *tap*: it has neither a MAC of its own nor another port."""
-    sysfs = sysfs_of(name, bridge)
+def would_adopt(bridge: Link, nic: Nic, view: View) -> bool:
+    """Whether *bridge* would take over the MAC of the tap of *nic*.
+
+    A bridge whose MAC nobody has set has the lowest among its ports (`br_stp_recalculate_bridge_id`). So it would if
+    that is not lower than the one that the tap gets, or if it is the tap's already.
+    """
+    try:
+        own = view.link(nic.tap).address
+    except VanishedError:
+        own = None
+    above = bridge.address is None or bridge.address >= nic.tap_mac or bridge.address == own
+    sysfs = sysfs_of(bridge.name, bridge)
     if sysfs is None:
         # /sys is another network namespace's. A bridge without a carrier has no live port that it could follow.
-        return not bridge.carrier
-    return not address_is_set(sysfs) and not ports_of(sysfs) - {tap}
+        return above or not bridge.carrier
+    return not address_is_set(sysfs) and (above or not ports_of(sysfs) - {nic.tap})
 
 
 def uplinks_of(nic: Nic, table: int, config: Config, view: View) -> Iterator[Uplink]:
     """The uplinks of *nic*: the configured ones, or the devices of the default routes in *table*, or else in main."""
     for family in sorted({prefix.version for prefix in nic.ip}):
         if config.routed.uplinks is not None:
-            yield from (view.uplink(name, family) for name in config.routed.uplinks)
+            # One device may be named twice, by an alternative name.
+            yield from dict.fromkeys(view.uplink(name, family) for name in config.routed.uplinks)
         else:
             yield from by_default(family, table, view) or by_default(family, MAIN_TABLE, view)
 

@@ -40,7 +40,7 @@ IFF_UP, IFF_NOARP = 0x1, 0x80
 ARPHRD_ETHER = 1
 # linux/if_link.h, linux/if_bridge.h
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
-IFLA_AF_SPEC, IFLA_EXT_MASK, IFLA_CARRIER = 26, 29, 33
+IFLA_AF_SPEC, IFLA_EXT_MASK, IFLA_CARRIER, IFLA_PROP_LIST, IFLA_ALT_IFNAME = 26, 29, 33, 52, 53
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BRPORT_STATE, IFLA_INET6_ADDR_GEN_MODE = 1, 5, 1, 8
 # linux/if_addr.h
@@ -144,11 +144,24 @@ def text(data: bytes | None) -> str | None:
 # --- links -----------------------------------------------------------------------------------------------
 
 
+def names_of(message: bytes) -> list[str]:
+    """The name of the device in an RTM_NEWLINK message, and its alternative ones."""
+    found = attributes(message, BODY + IFINFOMSG.size)
+    names, others, offset = [text(found.get(IFLA_IFNAME)) or ""], found.get(IFLA_PROP_LIST, b""), 0
+    while offset + NLATTR.size <= len(others):
+        length, kind = NLATTR.unpack_from(others, offset)
+        if kind & NLA_TYPE_MASK == IFLA_ALT_IFNAME:
+            names.append(text(others[offset + NLATTR.size : offset + length]) or "")
+        offset += max(length + 3 & ~3, NLATTR.size)
+    return names
+
+
 @dataclass(frozen=True)
 class Link:
     """A device, as RTM_GETLINK describes it. What does not apply to it is None; *kind* is None for hardware."""
 
     index: int
+    name: str
     type: int  # ARPHRD_*
     flags: int  # IFF_*
     address: str | None
@@ -180,6 +193,7 @@ def link_of(message: bytes) -> Link:
     address = found.get(IFLA_ADDRESS)
     return Link(
         index=index,
+        name=text(found.get(IFLA_IFNAME)) or "",
         type=hardware,
         flags=flags,
         address=address.hex(":") if address else None,

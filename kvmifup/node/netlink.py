@@ -53,6 +53,7 @@ from kvmifup.node.messages import (
     link_of,
     mac_bytes,
     name_bytes,
+    names_of,
     neighbour_body,
     number,
     packed,
@@ -204,10 +205,10 @@ class Netlink:
     # --- for the whole node -----------------------------------------------------------------------------------
 
     def links(self) -> dict[str, Link]:
-        """Every device, by name."""
+        """Every device, by its name and by its alternative ones."""
         body = IFINFOMSG.pack(0, 0, 0, 0, 0) + number(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
         found = self.transport.dump(RTM_GETLINK, body)
-        return {text(attributes(one, BODY + IFINFOMSG.size).get(IFLA_IFNAME)) or "": link_of(one) for one in found}
+        return {name: link_of(one) for one in found for name in names_of(one)}
 
     def rules_by_iif(self, family: int) -> dict[str, list[bytes]]:
         """The policy rules that name an incoming device, as whole messages, by its name."""

@@ -242,6 +242,7 @@ def read_uplink(view: View, dev: str, family: int) -> Uplink:
         link = view.link(dev)
     except VanishedError:
         return Uplink(dev, family, present=False)
+    dev = link.name  # it may have been an alternative one, which neither /proc nor a proxy neighbour knows
     needed = {f"net/ipv{family}/conf/{dev}/forwarding": "1"}
     if family == 6:
         # IPv6 forwards for all devices or none (ip6_forward), and answers per device (ndisc_recv_ns).

@@ -5,7 +5,7 @@ It knows no mode and no phase. It makes all of the changes that it is given, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -86,7 +86,7 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
 def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] = VanishedError) -> tuple[Change, ...]:
     """The changes that undo *entries*, last first; one that cannot be read because of *past* is left out."""
     changes: list[Change] = []
-    for entry in reversed(entries):
+    for entry in backwards(entries):
         with suppress(past):
             now = node.read(entry.undo)
             changes.append(Change(entry.undo, now, now != entry.prior))
@@ -104,13 +104,11 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
         for job in jobs:
             note(job, store)
         for job in jobs:
-            for change in job.needed:
-                if change.op.after_change:
-                    continue
+            for change, op in steps(job.needed):
                 checkpoint()
                 written.append(change)  # before the attempt: a failed write may have been half done
                 try:
-                    node.write(change.op)
+                    node.write(op)
                 except ProgramError as error:
                     if error.untouched:
                         written.pop()
@@ -151,6 +149,16 @@ def note(job: Job, store: Store) -> None:
             raise
 
 
+def steps(changes: Sequence[Change]) -> Iterator[tuple[Change, Op]]:
+    """The ops to write for *changes*, in order; what is moved leaves first, and what comes afterwards is not done yet."""
+    left = [change for change in changes if change.op.moves and change.now is not None]
+    for change in left:
+        yield change, change.op.turned(None)
+    for change in changes:
+        if not change.op.after_change and (change not in left or change.op.wanted is not None):
+            yield change, change.op
+
+
 def commit(job: Job, store: Store) -> None:
     """Make the journal say what is now true; a run that changed nothing does not write it again."""
     if job.after is None:
@@ -170,7 +178,11 @@ def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, Exception]]:
     What is no longer there needs no undoing.
     """
     problems: list[tuple[Entry, Exception]] = []
-    for entry in reversed(entries):
+    for entry in entries:
+        if entry.op.moves:
+            with suppress(Exception):  # whatever it is, it is met again below
+                leave(entry, node)
+    for entry in backwards(entries):
         if not entry.op.undoable:
             continue
         try:
@@ -181,6 +193,18 @@ def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, Exception]]:
         except Exception as error:  # whatever it is, the remaining ones must be tried
             problems.append((entry, error))
     return problems
+
+
+def backwards(entries: Sequence[Entry]) -> list[Entry]:
+    """*entries* in the order in which they are undone: last first, but what has moved comes back at the end."""
+    last_first = entries[::-1]
+    return [one for one in last_first if not one.op.moves] + [one for one in last_first if one.op.moves]
+
+
+def leave(entry: Entry, node: Node) -> None:
+    """Take what has moved away from where it is, unless it is where it was. Raises what the node raises."""
+    if node.read(entry.undo) not in (None, entry.prior):
+        node.write(entry.op.turned(None))
 
 
 def cause(error: BaseException) -> str:

@@ -148,6 +148,122 @@ def test_a_tap_moves_over_from_another_bridge(node: Node) -> None:
     assert link("tap0")["master"] == "br0"
 
 
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "bridged": {"mode": "bridged", "link": "br1"},
+    "routed": {"mode": "routed", "ip": ["192.0.2.8"]},
+}
+
+
+@pytest.mark.parametrize("there", ["by hand", "bridged", "routed"])
+@pytest.mark.parametrize(("old", "new"), [(1500, 1200), (1200, 1500), (9000, 1300)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_bridge_changes_when_a_running_tap_moves(node: Node, there: str, old: int, new: int, fails: bool) -> None:
+    """Neither its MTU, with which its IPv6 addresses would go, nor its MAC; not even for a moment, or in a failure."""
+    bridges = {"br0": new, "br1": old}
+    for name, mtu in bridges.items():
+        tools.ip(f"link add name {name} type bridge")  # with a MAC of its ports'
+        tools.ip(f"link add name p{name} mtu {mtu} address 02:00:00:00:00:0{name[-1]} type veth peer name q{name}")
+        tools.ip(f"link set p{name} master {name} up")
+        tools.ip(f"link set q{name} up")
+        tools.ip(f"link set {name} up")
+        oracle.settle(name)
+    node.guest()
+    if there in ELSEWHERE:
+        manager.write_nic(**ELSEWHERE[there])
+        check(call("kvm-ifup-post", "tap0"), 0)
+    if there != "routed":
+        tools.ip(f"link set tap0 mtu {old} master br1 up")
+    had = {name: (link(name)["mtu"], link(name)["address"]) for name in bridges}
+    assert [mtu for mtu, _ in had.values()] == [new, old]
+    manager.write_nic(mode="bridged", link="br0")
+    before = snapshots.snapshot()
+
+    def same(_number: int, _op: Any) -> None:
+        assert {name: (link(name)["mtu"], link(name)["address"]) for name in bridges} == had
+
+    with disturb.disturbed(before=refuse_to_forward if fails else disturb.nothing, after=same) as written:
+        check(call("kvm-ifup-post", "tap0"), 71 if fails else 0)
+    assert written
+    if fails:
+        assert snapshots.changes(before, snapshots.snapshot()) == []
+        return
+    with disturb.disturbed(after=same):
+        check(call("kvm-ifdown", "tap0"), 0)
+        same(0, None)
+
+
+def test_a_tap_that_becomes_routed_leaves_its_bridge_before_its_mtu_changes(uplinked: Node) -> None:
+    nodes.add_bridge(mtu=9000)
+    tools.ip("link set br0 mtu 1500")
+    tools.ip("link add name pbr0 mtu 9000 type veth peer name qbr0")
+    tools.ip("link set pbr0 master br0 up")
+    tools.ip("link set br0 mtu 9000")
+    uplinked.guest()
+    manager.write_nic(mode="bridged", link="br0")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert link("tap0")["mtu"] == 9000
+    manager.write_nic(mode="routed", ip=["192.0.2.8", "2001:db8::8"])
+
+    def alone(_number: int, op: Any) -> None:
+        assert link("br0")["mtu"] == 9000
+        assert "master" not in link("tap0")
+
+    with disturb.disturbed(after=alone):
+        check(call("kvm-ifup-post", "tap0"), 0)
+    assert link("tap0")["mtu"] == 1500
+    assert oracle.routes("tap0") == {"192.0.2.8", "2001:db8::8"}
+
+
+@pytest.mark.parametrize("mac", ["fe:ff:ff:00:00:01", "fe:00:00:35:ac:02", "02:00:00:00:00:01"])
+@pytest.mark.parametrize("program", HOOKS)
+def test_a_bridge_never_takes_over_the_taps_mac(node: Node, program: str, mac: str) -> None:
+    """A bridge whose MAC nobody has set has the lowest of its ports'."""
+    tools.ip("link add name br0 type bridge")
+    tools.ip(f"link add name p0 address {mac} type veth peer name q0")
+    tools.ip("link set p0 master br0 up")
+    tools.ip("link set br0 up")
+    assert link("br0")["address"] == mac
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0")
+    with disturb.disturbed(after=lambda _number, _op: _has(mac)):
+        check(call(program, "tap0"), 0)
+        wired = snapshots.snapshot()
+        check(call(program, "tap0"), 0)
+    assert snapshots.changes(wired, snapshots.snapshot()) == []
+    _has(mac)
+
+
+def test_a_bridge_that_already_has_the_taps_mac_keeps_it(node: Node) -> None:
+    """Another script has put the tap there: when its MAC changes, the bridge's would, too."""
+    tools.ip("link add name br0 type bridge")
+    nodes.add_tap()
+    tools.ip("link set tap0 master br0 up")
+    tools.ip("link set br0 up")
+    own = link("br0")["address"]
+    assert own == link("tap0")["address"]
+    manager.write_nic(mode="bridged", link="br0")
+    with disturb.disturbed(after=lambda _number, _op: _has(own)):
+        check(call("kvm-ifup-post", "tap0"), 0)
+    _has(own)
+
+
+def _has(mac: str) -> None:
+    assert link("br0")["address"] == mac
+
+
+def test_a_bridge_can_be_named_by_an_alternative_name(node: Node) -> None:
+    nodes.add_bridge()
+    tools.ip("link property add dev br0 altname guests")
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="guests")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert link("tap0")["master"] == "br0"
+    wired = snapshots.snapshot()
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert snapshots.changes(wired, snapshots.snapshot()) == []
+    assert call("kvm-ifup", "show", "tap0").out.split()[-1] == "yes"
+
+
 def test_ifdown_takes_the_tap_off_its_bridge_even_if_the_former_bridge_is_gone(node: Node) -> None:
     nodes.add_bridge("br0")
     nodes.add_bridge("br1")

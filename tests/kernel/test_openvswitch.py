@@ -439,3 +439,25 @@ def test_the_agent_puts_a_port_back_that_somebody_has_removed(switch: Node) -> N
         check(hook("kvm-ifdown", "tap0"), 0)
         time.sleep(1)
         assert vsctl("list-ports", "ovs0") == ""
+
+
+def test_a_running_tap_moves_to_a_linux_bridge_and_back(switch: Node) -> None:
+    """It is never on both networks, and neither bridge takes over its MTU."""
+    nodes.add_bridge("br0", mtu=1300)
+    tools.ip("link add name p0 mtu 1300 type veth peer name q0")
+    tools.ip("link set p0 master br0 up")
+
+    def apart(_number: int, _op: object) -> None:
+        on_both = "tap0" in vsctl("list-ports", "ovs0").split() and "master" in link("tap0")
+        assert not on_both
+        assert (link("br0")["mtu"], link("ovs0")["mtu"]) == (1300, 1400)
+
+    nics: tuple[dict[str, Any], ...] = ({"mode": "openvswitch", "link": "ovs0"}, {"mode": "bridged", "link": "br0"})
+    for nic in nics * 2:
+        manager.write_nic(**nic)
+        with disturb.disturbed(after=apart):
+            check(hooks.call("kvm-ifup-post", "tap0"), 0)
+        on_bridge = nic["mode"] == "bridged"
+        assert link("tap0").get("master") == ("br0" if on_bridge else None)
+        assert vsctl("list-ports", "ovs0").split() == ([] if on_bridge else ["tap0"])
+        assert link("tap0")["mtu"] == (1300 if on_bridge else 1400)

@@ -184,6 +184,20 @@ def test_uplinks_are_the_default_routes_of_the_nics_table(uplinked: Node) -> Non
     assert oracle.proxies("eth0") == set()
 
 
+def test_an_uplink_can_be_named_by_an_alternative_name(uplinked: Node) -> None:
+    tools.ip("link property add dev eth0 altname enp0s1")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    config = manager.configuration(routed={"uplinks": ["enp0s1", "eth0"]})
+    check(call("kvm-ifup-post", "tap0", config), 0)
+    assert oracle.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
+    assert current(UPLINK_SYSCTLS) == UPLINK_SYSCTLS
+    wired = snapshots.snapshot()
+    check(call("kvm-ifup-post", "tap0", config), 0)
+    assert snapshots.changes(wired, snapshots.snapshot()) == []
+    assert call("kvm-ifup", "show", "tap0", config).out.split()[-1] == "yes"
+
+
 def test_both_devices_of_a_multipath_default_route_are_uplinks(uplinked: Node) -> None:
     tools.ip("link add eth1 type veth peer name far")
     tools.ip("link set eth1 up")
