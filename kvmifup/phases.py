@@ -11,16 +11,19 @@ A phase's plan is the part of that list that the phase allows. So pre goes throu
 will, and a node that could not take the guest refuses it before the migration starts.
 
 Nothing here reads a file, a clock or the kernel.
+
+Large because it is one table: what each mode needs, in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_network
 
 from kvmifup.core.errors import NotReadyError
-from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Phase, Prefix, Tap, Uplink
+from kvmifup.core.model import ASK, MAIN_TABLE, Bridge, Config, Message, Nic, NodeFacts, Phase, Prefix, Tap, Uplink
 from kvmifup.core.ops import (
+    EVERYWHERE,
     RTPROT_STATIC,
     Address,
     AddrGenMode,
@@ -209,6 +212,7 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
 
     for prefix in nic.ip:
         yield POST, Route(str(prefix), nic.tap, facts.table, True)
+    six = next((uplink for uplink in uplinks if uplink.family == 6), None)
     for uplink in uplinks:
         proxied = [bare(host) for host in hosts if host.version == uplink.family]
         if proxied:
@@ -216,26 +220,32 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
             yield POST, Sysctl(uplink.family, "neigh", uplink.name, "proxy_delay", True, "0")
             if uplink.family == 6:
                 yield POST, Sysctl(6, "conf", uplink.name, "proxy_ndp", True, "1")
+                if uplink == six:
+                    # Without it what is asked of the uplink's MAC alone stays unanswered (ip6_forward): every
+                    # neighbour asks like that before it forgets an entry.
+                    yield POST, Sysctl(6, "conf", EVERYWHERE, "proxy_ndp", True, "1")
             for address in proxied:
                 yield POST, ProxyNeighbour(uplink.name, address, True)
-    messages = tuple(
-        (uplink.name, bare(host), uplink.source or bare(host))
-        for uplink in uplinks
-        for host in hosts
-        if host.version == uplink.family
-    )
+    messages = announcement((uplink, bare(host)) for uplink in uplinks for host in hosts)
     if messages:
         yield POST, Announce(messages, announce)
 
 
 def uplink_of(op: Op) -> tuple[str, int] | None:
-    """The uplink that *op* is about, and the address family, 4 or 6; None if it is about none."""
+    """The uplink that *op* is about, EVERYWHERE for all, and the address family, 4 or 6; None if it is about none."""
     match op:
         case ProxyNeighbour():
             return op.dev, family_of(op.address)
         case Sysctl(on_uplink=True):
             return op.dev, op.family
     return None
+
+
+def announcement(pairs: Iterable[tuple[Uplink, str]]) -> tuple[Message, ...]:
+    """What `Announce` takes to announce each address on its uplink, if it is of the uplink's family."""
+    fit = [(uplink, address) for uplink, address in pairs if family_of(address) == uplink.family]
+    told = [(uplink.name, address, uplink.source or address) for uplink, address in fit]
+    return (*told, *((uplink.name, address, ASK + way) for uplink, address in fit for way in uplink.gateways))
 
 
 def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:

@@ -11,7 +11,8 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from kvmifup.core.ops import Rule
 
 Prefix = IPv4Network | IPv6Network
-Message = tuple[str, str, str]  # an announcement: uplink, address, source (as in kvmifup.core.ops.Announce)
+Message = tuple[str, str, str]  # an announcement: uplink, address, and how (as in kvmifup.core.ops.Announce)
+ASK = "?"  # how: a question to the gateway whose address follows
 # Sends an announcement's later rounds: the messages, and a function that says whether they are still true.
 Background = Callable[[Sequence[Message], Callable[[], bool]], None]
 
@@ -181,6 +182,7 @@ class Uplink:
     *is_tap*: it is a tap. Its other end is a guest, or a virtual private network: never an uplink.
     *mend* lists the sysctl settings that are missing for the node to forward what comes in there.
     *source* is the uplink's link-local address, from which an NA is sent; None if it has none, and for IPv4.
+    *gateways* are the addresses, of this family, of the next hops of default routes there.
     """
 
     name: str
@@ -191,6 +193,7 @@ class Uplink:
     is_tap: bool = False
     mend: tuple[str, ...] = ()
     source: str | None = None
+    gateways: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from kvmifup.core.text import listed
 Value = str | int | bool | None
 RTPROT_STATIC = 4  # linux/rtnetlink.h: the protocol of what we make
 
+EVERYWHERE = "all"  # in the place of a device: a sysctl that counts for all of them
+
 
 @dataclass(frozen=True)
 class Op:
@@ -245,6 +247,11 @@ class Sysctl(Op):
         return self.on_uplink
 
     @property
+    def everywhere(self) -> bool:
+        """Whether it is no device's, but counts for all of them."""
+        return self.dev == EVERYWHERE
+
+    @property
     def path(self) -> str:
         """The file below /proc/sys; with slashes, because a device's name may contain dots."""
         return f"net/ipv{self.family}/{self.group}/{self.dev}/{self.name}"
@@ -381,8 +388,9 @@ class Program(Op):
 class Announce(Op):
     """Tell the uplinks' neighbours where addresses are now, by gratuitous ARP and unsolicited NA.
 
-    Each of *messages* is (uplink, address, source). The source is the IPv6 source address of an NA; for ARP it is the
-    address itself. *force*: also if nothing has changed.
+    Each of *messages* is (uplink, address, how). That is the source address of an NA; for ARP it is the address itself.
+    Or it is "?" and a gateway, which is asked for in the guest's name: some routers ignore what they have not asked
+    for, but take the sender's MAC out of a question. *force*: also if nothing has changed.
     """
 
     kind = "announce"
@@ -393,7 +401,7 @@ class Announce(Op):
     want: bool = True
 
     def subject(self) -> str:
-        return "announce " + listed([f"{address} on {dev}" for dev, address, _ in self.messages])
+        return "announce " + listed(list(dict.fromkeys(f"{address} on {dev}" for dev, address, _ in self.messages)))
 
     def describe(self) -> str:
         return self.subject()

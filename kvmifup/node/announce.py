@@ -1,4 +1,4 @@
-"""Tell an uplink's neighbours where an address is now: gratuitous ARP and unsolicited NA."""
+"""Tell an uplink's neighbours where an address is now: gratuitous ARP, unsolicited NA, and questions to gateways."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvmifup.core.model import Message
-from kvmifup.node.frames import gratuitous_arp, unsolicited_na
+from kvmifup.core.model import ASK, Message
+from kvmifup.node.frames import gratuitous_arp, unsolicited_na, who_has
 from kvmifup.node.sockets import GONE, mac_of, sender
 
 
@@ -37,16 +37,21 @@ def send(messages: Sequence[Message]) -> list[NotSent]:
         return [NotSent(dev, address, error.errno or errno.EIO) for dev, address, _ in messages]
     lost: list[NotSent] = []
     macs: dict[str, bytes] = {}
-    for dev, address, source in messages:
+    for dev, address, how in messages:
         try:
             if dev not in macs:
                 macs[dev] = mac_of(via, dev)
-            mac = macs[dev]
-            frame = unsolicited_na(mac, address, source) if ":" in address else gratuitous_arp(mac, address)
-            via.sendto(frame, (dev, 0))
+            via.sendto(frame(macs[dev], address, how), (dev, 0))
         except OSError as error:
             lost.append(NotSent(dev, address, error.errno or errno.EIO))
     return lost
+
+
+def frame(mac: bytes, address: str, how: str) -> bytes:
+    """The frame that says that *address* is at *mac*; *how* as in `Announce`."""
+    if how.startswith(ASK):
+        return who_has(mac, how.removeprefix(ASK), [address])
+    return unsolicited_na(mac, address, how) if ":" in address else gratuitous_arp(mac, address)
 
 
 def say(lost: Sequence[NotSent]) -> str:

@@ -23,7 +23,7 @@ from kvmifup.node.messages import (
     RouteEntry,
 )
 from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysctl, sysfs_of
-from kvmifup.node.view import View
+from kvmifup.node.view import View, default_devices
 
 # Why an address whose route is of this type cannot be a guest's.
 NOT_A_GUESTS = {
@@ -53,7 +53,9 @@ def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
     return replace(
         facts,
         table=table,
-        uplinks=() if table is None else tuple(uplinks_of(nic, table, config, view)),
+        uplinks=()
+        if table is None
+        else tuple(with_gateways(uplink, table, view) for uplink in uplinks_of(nic, table, config, view)),
         taken=() if table is None else tuple(taken(nic, table, view)),
         ipv6_mend=(assignment(disabled, "0"),) if sysctl(disabled) not in (None, "0") else (),
     )
@@ -133,8 +135,19 @@ def uplinks_of(nic: Nic, table: int, config: Config, view: View) -> Iterator[Upl
 
 def by_default(family: int, table: int, view: View) -> list[Uplink]:
     """The devices of the default routes in *table*, without taps: what a guest can lead to itself is no uplink."""
-    found = (view.uplink(name, family) for name in view.default_devices(family, table))
+    found = (view.uplink(name, family) for name in default_devices(view, family, table))
     return [uplink for uplink in found if not uplink.is_tap]
+
+
+def with_gateways(uplink: Uplink, table: int, view: View) -> Uplink:
+    """*uplink*, with the gateways of its family there: those of the default routes in *table*, or else in main."""
+    index = view.ifindex(uplink.name)
+    for one in dict.fromkeys((table, MAIN_TABLE)):
+        found = [hop.gateway for hop in view.default_hops(uplink.family, one) if hop.index == index]
+        gateways = tuple(dict.fromkeys(way for way in found if way and (":" in way) == (uplink.family == 6)))
+        if gateways:
+            return replace(uplink, gateways=gateways)
+    return uplink
 
 
 def of_a_daemon(route: RouteEntry) -> bool:

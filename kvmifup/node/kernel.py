@@ -112,7 +112,8 @@ class Kernel:
             case PortForwarding():
                 return self._port_state(op)
             case Sysctl():
-                self._view.index(op.dev)  # is it still the same device?
+                if not op.everywhere:
+                    self._view.index(op.dev)  # is it still the same device?
                 value = sysctl(op.path)
                 if value is None and op.on_uplink:
                     raise VanishedError(f"no sysctl {op.path}", errno=errno.ENOENT)
@@ -190,7 +191,8 @@ class Kernel:
             case PortForwarding():
                 self._await_forwarding(op)
             case Sysctl():
-                self._view.index(op.dev)  # is it still the same device?
+                if not op.everywhere:
+                    self._view.index(op.dev)  # is it still the same device?
                 # What a tap without IPv6 does not have, needs no setting.
                 if op.want is not None and (op.on_uplink or sysctl(op.path) is not None):
                     write_sysctl(op.path, op.want)

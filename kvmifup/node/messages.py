@@ -32,6 +32,7 @@ RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RTM_F_FIB_MATCH, RTEXT_FILTER_SKIP_STATS = 0x2000, 0x8
 RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 2, 3, 4, 5, 6, 9, 15
+RTA_VIA, RTA_NH_ID = 18, 30
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST = 1, 2, 3, 4, 5
 RTPROT_UNSPEC, RTPROT_BOOT, RTPROT_STATIC, RTPROT_RA, RTPROT_DHCP = 0, 3, 4, 9, 16
 RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
@@ -277,35 +278,6 @@ def by_prefix(routes: list[bytes]) -> dict[tuple[bytes, int], list[bytes]]:
         destination = attributes(message, BODY + RTMSG.size).get(RTA_DST, b"")
         found.setdefault((destination, message[BODY + 1]), []).append(message)
     return found
-
-
-def default_devices(routes: list[bytes]) -> list[int]:
-    """The indices of the devices that the default routes among *routes* lead out of, each once."""
-    found: dict[int, None] = {}
-    for message in routes:
-        if message[BODY + 1] != 0 or message[BODY + 7] != RTN_UNICAST:
-            continue
-        attrs = attributes(message, BODY + RTMSG.size)
-        index = u32(attrs.get(RTA_OIF))
-        if index:
-            found[index] = None
-        hops, offset = attrs.get(RTA_MULTIPATH, b""), 0
-        while offset + RTNEXTHOP.size <= len(hops):
-            length, _flags, _weight, index = RTNEXTHOP.unpack_from(hops, offset)
-            if index:
-                found[index] = None
-            offset += max(length + 3 & ~3, RTNEXTHOP.size)
-    return list(found)
-
-
-def gateway(routes: list[bytes], index: int) -> str | None:
-    """The next hop of the first default route among *routes* that leads out of the device *index*."""
-    for message in routes:
-        if message[BODY + 1] == 0:
-            attrs = attributes(message, BODY + RTMSG.size)
-            if u32(attrs.get(RTA_OIF)) == index and RTA_GATEWAY in attrs:
-                return address_of(attrs[RTA_GATEWAY])
-    return None
 
 
 def default_type(routes: list[bytes]) -> int:

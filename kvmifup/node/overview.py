@@ -132,8 +132,9 @@ class Overview(Kernel):
     def gateway(self, family: int, dev: str) -> str | None:
         """The next hop of a default route of *family*, 4 or 6, out of *dev* in the table main; None without one."""
         if (family, dev) not in self._gateways:
-            routes = self._view.routes(family, MAIN_TABLE)
-            self._gateways[family, dev] = messages.gateway(routes, self._view.index(dev))
+            index = self._view.index(dev)
+            found = (hop.gateway for hop in self._view.default_hops(family, MAIN_TABLE) if hop.index == index)
+            self._gateways[family, dev] = next(filter(None, found), None)
         return self._gateways[family, dev]
 
     def default_type(self, family: int, table: int) -> str | None:

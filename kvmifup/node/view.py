@@ -11,10 +11,11 @@ from typing import Any
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
 from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl
-from kvmifup.node import messages, ovs
+from kvmifup.node import messages, nexthops, ovs
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
 from kvmifup.node.netlink import Netlink
+from kvmifup.node.nexthops import Hop
 from kvmifup.node.ovs import Switch
 from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
 from kvmifup.node.refusals import refusal, refusals
@@ -70,12 +71,12 @@ class View:
         self._searched: dict[tuple[int, int], int] = {}  # how often, since it was read
         self._routes_by_prefix: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
         self.routes_out = RoutesOut()
-        self._default_devices: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._default_hops: dict[tuple[int, int], list[Hop]] = {}
         self._of_tables: tuple[dict[Any, Any], ...] = (
             self._routes,
             self._searched,
             self._routes_by_prefix,
-            self._default_devices,
+            self._default_hops,
         )
         self._uplinks: dict[tuple[str, int], Uplink] = {}
         self._switch: Switch | None = None
@@ -197,12 +198,13 @@ class View:
         with refusals(f"reading table {op.table}"):
             return self.routes_out.to(prefix, op.table, index, self.netlink)
 
-    def default_devices(self, family: int, table: int) -> tuple[str, ...]:
-        """The devices that the default routes of *family*, 4 or 6, in *table* lead out of."""
-        if (family, table) not in self._default_devices:
-            found = messages.default_devices(self.routes(family, table))
-            self._default_devices[family, table] = tuple(map(device_name, found))
-        return self._default_devices[family, table]
+    def default_hops(self, family: int, table: int) -> list[Hop]:
+        """The next hops of the default routes of *family*, 4 or 6, in *table*."""
+        if (family, table) not in self._default_hops:
+            routes = nexthops.defaults(self.routes(family, table))
+            with refusals(f"reading table {table}"):
+                self._default_hops[family, table] = nexthops.hops(routes, self.netlink.transport)
+        return self._default_hops[family, table]
 
     def route_type(self, family: int, address: str) -> int:
         """The type (RTN_*) of the route to *address*; 0 if there is none, or it is unreachable."""
@@ -224,6 +226,11 @@ class View:
         if self._switch is None:
             self._switch = ovs.read()
         return self._switch
+
+
+def default_devices(view: View, family: int, table: int) -> list[str]:
+    """The devices that the default routes of *family*, 4 or 6, in *table* lead out of, each once."""
+    return [device_name(index) for index in dict.fromkeys(hop.index for hop in view.default_hops(family, table))]
 
 
 def keeping_routes(devices: Iterable[str]) -> dict[str, str]:
@@ -249,7 +256,7 @@ def read_uplink(view: View, dev: str, family: int) -> Uplink:
         needed |= {"net/ipv6/conf/all/forwarding": "1", f"net/ipv6/conf/{dev}/disable_ipv6": "0"}
     needed = {path: value for path, value in needed.items() if sysctl(path) != value}
     if family == 6 and any(path.endswith("/forwarding") for path in needed):
-        needed = keeping_routes(view.default_devices(6, MAIN_TABLE)) | needed
+        needed = keeping_routes(default_devices(view, 6, MAIN_TABLE)) | needed
     return Uplink(
         dev,
         family,

@@ -150,7 +150,7 @@ def note(job: Job, store: Store) -> None:
 
 
 def steps(changes: Sequence[Change]) -> Iterator[tuple[Change, Op]]:
-    """The ops to write for *changes*, in order; what is moved leaves first, and what comes afterwards is not done yet."""
+    """The ops to write for *changes*, in order; what is moved leaves first. Announcing is not done here."""
     left = [change for change in changes if change.op.moves and change.now is not None]
     for change in left:
         yield change, change.op.turned(None)

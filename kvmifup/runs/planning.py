@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvmifup import phases
 from kvmifup.core.model import Config, Nic, NodeFacts, Phase, Uplink
-from kvmifup.core.ops import Op, OvsPort, Value
+from kvmifup.core.ops import EVERYWHERE, Op, OvsPort, Value
 from kvmifup.runs.apply import Change, Job, survey, survey_undo
 from kvmifup.runs.host import Host, Through
 from kvmifup.runs.journal import Entry, Journal
@@ -114,7 +114,7 @@ def last_uplinks(nic: Nic, journal: Journal, facts: NodeFacts, session: Session)
     known = {uplink for op in ops if phases.unseen(op, nic, session.config, facts) and (uplink := phases.uplink_of(op))}
     if not known:
         return ()
-    names = tuple(dict.fromkeys(name for name, _ in sorted(known)))
+    names = tuple(dict.fromkeys(name for name, _ in sorted(known) if name != EVERYWHERE))
     named = replace(session.config, routed=replace(session.config.routed, uplinks=names))
     found = session.kernel.facts(nic, named).uplinks
     return tuple(one for one in found if (one.name, one.family) in known and phases.usable(one))

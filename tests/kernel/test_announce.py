@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness import disturb, hooks, manager, nodes, oracle, snapshots, tools, wire
-from harness.addresses import CLIENT_IP4, CLIENT_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC, NODE_MAC, TAP_MAC
+from harness.addresses import CLIENT_IP4, CLIENT_IP6, CLIENT_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC, NODE_MAC, TAP_MAC
 from harness.hooks import call, check, hook
 from harness.nodes import Node
 
@@ -21,8 +22,24 @@ IPS = [GUEST_IP4, GUEST_IP6]
 
 
 def garps(frames: Sequence[bytes], address: str = GUEST_IP4) -> list[wire.Arp]:
-    """The ARP messages that claim *address*."""
-    return [one for one in map(wire.arp, frames) if one and one.sender == address]
+    """The ARP messages that announce *address* to everybody."""
+    return [one for one in map(wire.arp, frames) if one and one.sender == one.target == address]
+
+
+def asked(frames: Sequence[bytes]) -> list[tuple[str, str, str, str]]:
+    """(MAC, sender, target, MAC in the message) of the questions that are asked in a guest's name."""
+    found = [
+        (frame[6:12].hex(":"), one.sender, one.target, one.mac)
+        for frame in frames
+        if (one := wire.arp(frame)) and one.op == 1 and one.sender != one.target and one.sender in IPS
+    ]
+    for frame in frames:
+        if frame[12:14] == b"\x86\xdd" and frame[20] == 58 and frame[54] == 135:
+            source, target = (str(ipaddress.IPv6Address(frame[at : at + 16])) for at in (22, 62))
+            if source in IPS:
+                assert frame[78:80] == b"\x01\x01"  # source link-layer address
+                found.append((frame[6:12].hex(":"), source, target, frame[80:86].hex(":")))
+    return found
 
 
 def nas(frames: Sequence[bytes], address: str = GUEST_IP6) -> list[wire.Advertisement]:
@@ -55,6 +72,67 @@ def test_post_sends_five_rounds_of_gratuitous_arp_and_unsolicited_na(routed: Nod
     assert na.source.startswith("fe80:")
     assert (na.solicited, na.override, na.mac) == (False, True, NODE_MAC)
     assert na.checksum_right
+
+
+def test_each_gateway_is_asked_in_the_guests_name(routed: Node, client: wire.Wire) -> None:
+    """Some routers ignore announcements; every one takes the sender's MAC out of a question."""
+    check(hook("kvm-ifup-pre", "tap0"), 0)
+    assert asked(routed.fence(client)) == []
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    hooks.wait_for_children()
+    heard = asked(routed.fence(client))
+    assert set(heard) == {
+        (NODE_MAC, GUEST_IP4, CLIENT_IP4, NODE_MAC),
+        (NODE_MAC, GUEST_IP6, CLIENT_IP6, NODE_MAC),
+    }
+    assert len(heard) == 2 * ROUNDS
+
+
+@pytest.mark.parametrize("accept", ["arp_accept", "drop_gratuitous_arp"])
+def test_a_router_that_ignores_announcements_learns_where_the_guest_is(routed: Node, accept: str) -> None:
+    with routed.client:
+        if accept == "drop_gratuitous_arp":
+            oracle.sysctl("ipv4/conf/eth0/drop_gratuitous_arp", 1)
+            oracle.sysctl("ipv6/conf/eth0/drop_unsolicited_na", 1)
+        # It does not hear a question about an address that it is still checking.
+        while any("tentative" in info for one in tools.ask("addr show dev eth0") for info in one["addr_info"]):
+            pass
+        for address in IPS:
+            tools.ip(f"neigh replace {address} lladdr 02:00:00:00:00:99 nud stale dev eth0")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    with routed.client:
+        assert {one["dst"]: one["lladdr"] for one in tools.ask("neigh show dev eth0") if one["dst"] in IPS} == {
+            GUEST_IP4: NODE_MAC,
+            GUEST_IP6: NODE_MAC,
+        }
+
+
+@pytest.mark.parametrize("how", ["main", "table", "link-local", "several", "objects", "configured"])
+def test_the_gateways_are_those_of_the_uplinks_default_routes(routed: Node, client: wire.Wire, how: str) -> None:
+    table, config, gateways = None, manager.configuration(), {CLIENT_IP4, CLIENT_IP6}
+    if how == "table":
+        table, gateways = "100", {"192.0.2.2", "2001:db8::2"}
+        tools.ip("route add default via 192.0.2.2 dev eth0 table 100")
+        tools.ip("-6 route add default via 2001:db8::2 dev eth0 table 100")
+    elif how == "link-local":
+        gateways = {CLIENT_IP4, "fe80::99"}
+        tools.ip("-6 route del default")
+        tools.ip("-6 route add default via fe80::99 dev eth0")
+    elif how == "several":
+        gateways = {"192.0.2.2", "192.0.2.3", CLIENT_IP6}
+        tools.ip("route del default")
+        tools.ip("route add default nexthop via 192.0.2.2 dev eth0 nexthop via 192.0.2.3 dev eth0")
+    elif how == "objects":
+        gateways = {"192.0.2.2", CLIENT_IP6}
+        oracle.sysctl("ipv4/nexthop_compat_mode", 0)
+        tools.ip("route del default")
+        tools.ip("nexthop add id 7 via 192.0.2.2 dev eth0")
+        tools.ip("route add default nhid 7")
+    elif how == "configured":
+        config = manager.configuration(routed={"uplinks": ["eth0"]})
+    manager.write_nic(mode="routed", ip=IPS, link=table)
+    check(call("kvm-ifup-post", "tap0", config), 0)
+    assert {target for _, _, target, _ in asked(routed.fence(client))} == gateways
 
 
 def test_on_an_uplink_without_link_local_address_the_na_is_from_the_guests_own(routed: Node) -> None:

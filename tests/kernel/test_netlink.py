@@ -18,7 +18,7 @@ from harness.addresses import NODE_IP4, NODE_IP6
 from harness.nodes import Node
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.ops import RTPROT_STATIC, LinkUp, Rule
-from kvmifup.node import messages, netlink
+from kvmifup.node import messages, netlink, nexthops
 from kvmifup.node.kernel import Kernel
 
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -101,9 +101,9 @@ def test_default_devices_with_several_next_hops(rt: netlink.Netlink) -> None:
     nodes.add_bridge("br0")
     tools.ip("addr add 203.0.113.1/24 dev br0")
     batch("route replace default nexthop via 192.0.2.1 nexthop via 203.0.113.2\nroute add blackhole default table 77\n")
-    devices = messages.default_devices(rt.routes(socket.AF_INET, MAIN))
+    devices = [hop.index for hop in nexthops.hops(nexthops.defaults(rt.routes(socket.AF_INET, MAIN)), rt.transport)]
     assert devices == [rt.index("eth0"), rt.index("br0")]
-    assert messages.default_devices(rt.routes(socket.AF_INET, 77)) == []
+    assert nexthops.defaults(rt.routes(socket.AF_INET, 77)) == []
     assert rt.routes(socket.AF_INET, 4242) == []
     assert rt.routes(socket.AF_INET6, 4242) == []
 

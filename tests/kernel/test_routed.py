@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ UPLINK_SYSCTLS = {
     "ipv4/neigh/eth0/proxy_delay": "0",
     "ipv6/neigh/eth0/proxy_delay": "0",
     "ipv6/conf/eth0/proxy_ndp": "1",
+    "ipv6/conf/all/proxy_ndp": "1",
 }
 
 
@@ -369,6 +372,71 @@ def answers(guest: wire.Tap) -> None:
     found = wire.advertisement(answer)
     assert found
     assert (found.mac, found.solicited) == (TAP_MAC, True)
+
+
+@pytest.mark.parametrize("link", [None, "100"])
+def test_a_neighbour_that_asks_the_uplink_alone_is_answered(uplinked: Node, link: str | None) -> None:
+    """So asks every neighbour before it forgets an entry; until the last NIC has gone."""
+    if link:
+        tools.ip(f"-6 rule add iif eth0 lookup {link} priority 9999")
+    nodes.taps(["tap0", "tap1"])
+    manager.write_nic(mode="routed", link=link, ip=[GUEST_IP6])
+    manager.write_nic("tap1", "web2", mode="routed", ip=["2001:db8::9"], mac="aa:00:00:00:00:09")
+    before = oracle.sysctl("ipv6/conf/all/proxy_ndp")
+    assert before == "0"
+    for tap in ("tap0", "tap1"):
+        check(call("kvm-ifup-post", tap), 0)
+    client = uplinked.listen()
+    with uplinked.client:
+        local = next(iter(link_locals("eth0")))
+    multicast = wire.solicitation(CLIENT_MAC, local, GUEST_IP6)
+    target = ipaddress.IPv6Address(GUEST_IP6).packed
+    body = struct.pack("!BBHI16sBB6s", 135, 0, 0, 0, target, 1, 1, wire.mac_bytes(CLIENT_MAC))
+    for question in (multicast, wire.icmp6(NODE_MAC, CLIENT_MAC, local, GUEST_IP6, body)):
+        client.send(question)
+        client.until(lambda frame: bool((na := wire.advertisement(frame)) and na.solicited and na.target == GUEST_IP6))
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert oracle.sysctl("ipv6/conf/all/proxy_ndp") == "1"
+    check(call("kvm-ifdown", "tap1"), 0)
+    assert oracle.sysctl("ipv6/conf/all/proxy_ndp") == before
+
+
+def test_an_ipv4_guest_leaves_ndp_alone(uplinked: Node) -> None:
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert oracle.sysctl("ipv6/conf/all/proxy_ndp") == "0"
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+@pytest.mark.parametrize("shape", ["one", "group", "blackhole beside"])
+@pytest.mark.parametrize("link", [None, "100"])
+def test_uplinks_are_found_through_nexthop_objects(uplinked: Node, mode: int, shape: str, link: str | None) -> None:
+    """With compatibility mode 0 a route tells only the number of its nexthop object."""
+    oracle.sysctl("ipv4/nexthop_compat_mode", mode)
+    tools.ip("link add eth1 type veth peer name far")
+    for dev in ("far", "eth1"):
+        tools.ip(f"link set {dev} up")
+    oracle.settle("eth1")
+    tools.ip("addr add 203.0.113.2/24 dev eth1")
+    tools.ip("addr add 2001:db8:1::2/64 dev eth1 nodad")
+    for family, first, second in ((4, CLIENT_IP4, "203.0.113.1"), (6, CLIENT_IP6, "2001:db8:1::1")):
+        oracle.sysctl(f"ipv{family}/conf/eth1/forwarding", 1)
+        tools.ip(f"-{family} route del default")
+        tools.ip(f"nexthop add id {family}1 via {first} dev eth0")
+        tools.ip(f"nexthop add id {family}2 via {second} dev eth1")
+        tools.ip(f"nexthop add id {family}3 group {family}1/{family}2")
+        tools.ip(f"-{family} nexthop add id {family}4 blackhole")
+        table = f"table {link or 'main'}"
+        tools.ip(f"-{family} route add default nhid {family}{3 if shape == 'group' else 1} {table}")
+        if shape == "blackhole beside":
+            tools.ip(f"-{family} route add default nhid {family}4 metric 4000 {table}")
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6], link=link)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert oracle.proxies("eth0") == {GUEST_IP4, GUEST_IP6}
+    assert oracle.proxies("eth1") == ({GUEST_IP4, GUEST_IP6} if shape == "group" else set())
+    assert call("kvm-ifup", "show", "tap0").out.split()[-1] == "yes"
 
 
 @pytest.mark.parametrize("accept_dad", [0, 1])

@@ -83,6 +83,17 @@ SCENARIOS = {
     "routed-two-uplinks": Scenario(DUAL, replace(FACTS_ROUTED, uplinks=(ETH0_4, ETH1_4, ETH0_6, ETH1_6))),
     "routed-point-to-point": Scenario(DUAL, replace(FACTS_ROUTED, uplinks=(replace(ETH0_4, arp=False), ETH0_6))),
     "routed-no-uplink": Scenario(DUAL, replace(FACTS_ROUTED, uplinks=())),
+    "routed-gateways": Scenario(
+        DUAL,
+        replace(
+            FACTS_ROUTED,
+            uplinks=(
+                replace(ETH0_4, gateways=("192.0.2.1",)),
+                ETH1_4,
+                replace(ETH0_6, gateways=("fe80::2", "2001:db8::1")),
+            ),
+        ),
+    ),
     "routed-prefix-only": Scenario(replace(ROUTED, ip=nets("198.51.100.0/29")), FACTS_ROUTED),
     "routed-stale-rules": Scenario(replace(ROUTED, link="100"), replace(FACTS_ROUTED, table=100, rules=LEFTOVERS)),
     "routed-settings": Scenario(

@@ -976,7 +976,7 @@ def test_configured_uplinks_are_used(node: Node) -> None:
     node.config = replace(node.config, routed=RoutedConfig(uplinks=("eth1",)))
     node.post(DUAL)
     shared: list[Op] = [op for op in node.kernel.of(Sysctl) if op.shared]
-    assert {getattr(op, "dev", "") for op in shared} == {"eth1"}
+    assert {getattr(op, "dev", "") for op in shared} == {"eth1", "all"}
 
 
 def test_whether_a_guest_has_its_addresses_here(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
