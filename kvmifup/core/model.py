@@ -53,6 +53,20 @@ class Nic:
         return frozenset(self.ip)
 
     @cached_property
+    def networks(self) -> tuple[Prefix, ...]:
+        """Those of *ip* that are more than a single address."""
+        return tuple(prefix for prefix in self.ip if prefix.prefixlen < prefix.max_prefixlen)
+
+    def shares(self, other: Nic) -> Prefix | None:
+        """The first of *ip* that overlaps with one of *other*'s, if both are routed; None if none does."""
+        if self.mode != "routed" or other.mode != "routed":
+            return None
+        wide = ((mine, theirs) for theirs in other.networks for mine in self.ip)
+        narrow = ((mine, theirs) for mine in self.networks for theirs in other.ip)
+        same = next((prefix for prefix in self.ip if prefix in other.prefixes), None)
+        return same or next((mine for mine, theirs in (*wide, *narrow) if overlap(mine, theirs)), None)
+
+    @cached_property
     def destinations(self) -> frozenset[str]:
         """*ip* as text, for the same reason."""
         return frozenset(map(str, self.ip))
@@ -79,6 +93,14 @@ def link_local_of(mac: str) -> str:
     """The link-local address that *mac* gives (RFC 4291, appendix A)."""
     raw = bytes.fromhex(mac.replace(":", ""))
     return str(IPv6Address(b"\xfe\x80" + bytes(6) + bytes([raw[0] ^ 2]) + raw[1:3] + b"\xff\xfe" + raw[3:]))
+
+
+def overlap(one: Prefix, other: Prefix) -> bool:
+    """Whether an address is in both."""
+    if one.version != other.version:
+        return False
+    longer, shorter = sorted((one, other), key=lambda prefix: prefix.prefixlen, reverse=True)
+    return int(longer.network_address) & int(shorter.netmask) == int(shorter.network_address)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from kvmifup.node.messages import (
     RouteEntry,
 )
 from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysctl, sysfs_of
+from kvmifup.node.reserved import why_not
 from kvmifup.node.view import View, default_devices
 
 # Why an address whose route is of this type cannot be a guest's.
@@ -172,5 +173,6 @@ def taken(nic: Nic, table: int, view: View) -> Iterator[tuple[str, str]]:
             if dev != nic.tap:
                 out = "to a next hop" if dev is None else f"out of {dev}"
                 why = why or f"is already routed {out} in table {table}"
+        why = why or why_not(prefix, view)
         if why:
             yield str(prefix), why

@@ -80,6 +80,7 @@ class View:
         )
         self._uplinks: dict[tuple[str, int], Uplink] = {}
         self._switch: Switch | None = None
+        self.reserved: dict[int, Any] = {}  # by family: `kvmifup.node.reserved`
 
     def close(self) -> None:
         """Close the socket."""
@@ -91,6 +92,7 @@ class View:
         self._rules.clear()
         self._uplinks.clear()
         self._switch = None
+        self.reserved.clear()
         for known in self._of_tables:
             known.clear()
         self.routes_out.clear()

@@ -22,6 +22,9 @@ Stamp = tuple[int, ...]  # of a file: what changes when it is replaced or writte
 TRUSTED = 1.0  # seconds after which all files are looked at anyway: a person may have changed one
 TICK = 20_000_000  # ns: changes of a file that are this far apart have different times (a jiffy is 10 ms at most)
 
+# Names of what journals have in common: a routed NIC; one that has more than single addresses.
+ROUTED, NETWORKS = ("routed",), ("networks",)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -41,7 +44,8 @@ class Seen:
         if self.journal is None:
             return set()
         nic, entries = self.journal.nic, (*self.journal.entries, *self.journal.pending)
-        return {nic.instance, *map(str, nic.ip), *(entry.op.key for entry in entries if entry.op.shared)}
+        kinds = [ROUTED] * (nic.mode == "routed") + [NETWORKS] * (nic.mode == "routed" and bool(nic.networks))
+        return {nic.instance, *kinds, *map(str, nic.ip), *(entry.op.key for entry in entries if entry.op.shared)}
 
 
 class Files(Protocol):

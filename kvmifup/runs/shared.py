@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from kvmifup.core.model import Nic, NodeFacts
 from kvmifup.core.ops import Op
+from kvmifup.runs.index import NETWORKS, ROUTED
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.session import Session, alive
 
@@ -33,6 +34,13 @@ def with_claims(facts: NodeFacts, nic: Nic, session: Session) -> NodeFacts:
         for prefix in nic.ip
         for other in session.store.others(nic.tap, str(prefix))
         if other.nic.mode == "routed" and prefix in other.nic.prefixes and alive(other, session)
+    ]
+    # Who has a prefix, has all that is in it. Journals with single addresses matter only to a NIC with a prefix.
+    names = ROUTED if nic.networks else NETWORKS
+    claims += [
+        (str(prefix), f"overlaps with what is on {other.nic.label}")
+        for other in session.store.others(nic.tap, names)
+        if (prefix := nic.shares(other.nic)) and prefix not in other.nic.prefixes and alive(other, session)
     ]
     return replace(facts, taken=(*claims, *facts.taken))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import combinations
 
 from kvmifup import phases
+from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.outcome import Outcome
@@ -20,6 +22,10 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
 
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
     """
+    for one, other in combinations(nics, 2):
+        with about(one.label):
+            if prefix := one.shares(other):
+                raise NotReadyError(f"{prefix} is on {other.label}, too", hint="an address can be on one NIC only")
     with ExitStack() as stack:
         stack.enter_context(about(", ".join(nic.label for nic in nics)))
         session.locked(stack, [nic.tap for nic in nics])
