@@ -33,6 +33,7 @@ class Op:
     `moves`: it says where something is: in one place, or nowhere (None). That leaves where it is before anything else
     is changed, and comes to the new place in its turn; undone, it comes back when all else is as it was.
     `lost_with`: the kinds of ops that take the value away when they change the same device.
+    `gone_with`: the kinds of ops that, when they are undone, undo this one as well.
     `leaves`: the value when the guest has gone, for what is about this guest alone. It does not matter who made it:
     it may have been another script, or an earlier run whose journal is lost. Empty: the value that we found.
     """
@@ -44,6 +45,7 @@ class Op:
     waits: ClassVar[bool] = False
     moves: ClassVar[bool] = False
     lost_with: ClassVar[frozenset[str]] = frozenset()
+    gone_with: ClassVar[frozenset[str]] = frozenset()
     leaves: ClassVar[tuple[Value, ...]] = ()
 
     @property
@@ -153,6 +155,7 @@ class Address(Op):
     """The IPv6 address *address*, with its prefix length, on *dev*."""
 
     kind = "address"
+    gone_with = frozenset({"link-up"})  # addrconf_ifdown in net/ipv6/addrconf.c
     dev: str
     address: str
     want: bool

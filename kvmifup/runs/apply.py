@@ -86,10 +86,15 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
 def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] = VanishedError) -> tuple[Change, ...]:
     """The changes that undo *entries*, last first; one that cannot be read because of *past* is left out."""
     changes: list[Change] = []
+    written: set[tuple[str, object]] = set()
     for entry in backwards(entries):
+        op, dev = entry.undo, getattr(entry.op, "dev", None)
         with suppress(past):
-            now = node.read(entry.undo)
-            changes.append(Change(entry.undo, now, now != entry.prior))
+            now = node.read(op)
+            needed = now != entry.prior and not any((kind, dev) in written for kind in op.gone_with)
+            if needed:
+                written.add((op.kind, dev))
+            changes.append(Change(op, now, needed))
     return tuple(changes)
 
 

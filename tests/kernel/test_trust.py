@@ -60,7 +60,7 @@ def a_directory(file: Path) -> None:
 
 
 def huge(file: Path) -> None:
-    file.write_bytes(file.read_bytes() + b"#" * 70000)
+    file.write_bytes(file.read_bytes() + b"#" * (1 << 20))
 
 
 def sparse_and_huge(file: Path) -> None:
