@@ -164,7 +164,7 @@ def remembered(found: Plan, session: Session) -> list[Entry]:
     entries: list[Entry] = []
     for change in found.changes:
         op = change.op
-        if not op.undoable or op.wanted in op.leaves:
+        if not op.undoable or op.wanted is False or op.wanted in op.leaves:
             continue
         earlier = found.before.prior(op.key)
         if earlier is None and op.shared:
