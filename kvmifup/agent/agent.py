@@ -59,17 +59,18 @@ class Agent:
         self._listener = listener
         self._announcements = Announcements(loop, self._runner)
         self._departures = Departures(loop, self._runner, lambda: self._taps.look())
+        arm = partial(listen, self._runner, self._departures.handed, clock.uptime())
         self._taps = Taps(
             loop,
             self._runner,
-            listen=partial(listen, self._runner, self._departures.handed, clock.uptime()),
+            listen=arm,
             found=self._found,
             looked=self._look_after,
         )
         self._node = NodeEvents(loop, self._node_changed)
         self._settling = Settling(loop, QUIET, self._settled)
         stir = self._settling.stir
-        self._arrivals = Arrivals(loop, self._runner, self._taps, self._announcements, self._node.catch_up, stir)
+        self._arrivals = Arrivals(loop, self._runner, self._taps, self._announcements, arm, self._node.catch_up, stir)
         self._mending = Mending(loop, self._runner, self._taps, self._announcements, stir)
         self._leftovers = Leftovers(loop, self._runner, self._taps)
         self._journals = DirectoryEvents(loop, self._runner.store.directory, self._taps.look_soon)
@@ -101,6 +102,8 @@ class Agent:
         """*tap* has a new journal."""
         if tap.state is State.ARMING:
             self._arrivals.wait_for(tap)
+        if tap.state is State.DISARMED:
+            self._arrivals.listen_later(tap)
         if tap.state is State.UNFINISHED:
             self._leftovers.unfinished(tap)
         elif not tap.is_there():

@@ -9,9 +9,11 @@ from functools import partial
 
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
+from kvmifup.core.errors import KvmIfupError, as_ours
 from kvmifup.core.model import Message
 from kvmifup.core.text import listed
 from kvmifup.node import announce
+from kvmifup.node.sockets import sender
 from kvmifup.runs import announcing
 from kvmifup.runs.announcing import SCHEDULE
 from kvmifup.runs.outcome import Outcome
@@ -39,6 +41,7 @@ class Announcements:
         self._loop = loop
         self._runner = runner
         self.under_way = 0
+        sender.socket()  # it stays open: what is to be sent must not wait for a descriptor
 
     def repeat(self, outcome: Outcome) -> None:
         """Repeat what was announced with *outcome*, if anything was. From any thread."""
@@ -73,9 +76,12 @@ class Announcements:
         try:
             if not one.still_true():
                 return False
-            lost = announce.send(one.messages)
-        except OSError:
-            return False
+        except (KvmIfupError, OSError) as error:  # nobody knows; the next round asks again
+            self._runner.say(
+                f"round {number + 1} of {len(SCHEDULE)} left out: {as_ours(error)}", severity=syslog.WARNING
+            )
+            return True
+        lost = announce.send(one.messages)
         if lost:
             self._runner.say(f"round {number + 1} of {len(SCHEDULE)}: {announce.say(lost)}", severity=syslog.WARNING)
         else:

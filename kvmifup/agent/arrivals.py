@@ -43,7 +43,8 @@ def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None
         handed_over = handed.pop((tap.ifindex, tap.nic.mac), None)
         tap.arm(handed_over or sockets.guest_listener(tap.name, tap.nic.mac))
     except OSError as error:
-        if tap.is_there():
+        if tap.is_there() and tap.complaint != error.strerror:
+            tap.complaint = error.strerror or ""
             runner.say(f"cannot listen: {error.strerror}", tap.nic.label, syslog.ERROR)
         return
     if tap.doubtful or tap.reached < began:  # the guest may have arrived meanwhile: it is asked for a frame
@@ -70,8 +71,8 @@ def relies_on(prepared: PreparedArrival, nic: Nic, touched: frozenset[Thing]) ->
 class Arrivals:
     """Waits for guests on taps that are armed, and wires each that arrives.
 
-    *catch_up* has all changes on the node that were made by now reported to `outdate`. *stir*: call `prepare_anew`
-    once the node is quiet.
+    *listen* is the function of that name. *catch_up* has all changes on the node that were made by now reported to
+    `outdate`. *stir*: call `prepare_anew` once the node is quiet.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Arrivals:
         runner: Runner,
         taps: Taps,
         announcements: Announcements,
+        listen: Callable[[TapRecord], None],
         catch_up: Callable[[], None],
         stir: Callable[[], None],
     ) -> None:
@@ -87,7 +89,7 @@ class Arrivals:
         self._runner = runner
         self._taps = taps
         self._announcements = announcements
-        self._catch_up, self._stir = catch_up, stir
+        self._listen, self._catch_up, self._stir = listen, catch_up, stir
         self._unprepared: dict[str, TapRecord] = {}
         self._preparing = OneAtATime(loop, self._begin_preparing, self._prepared)
         self._meanwhile: set[Thing] = set()  # what has changed while one is prepared
@@ -101,6 +103,21 @@ class Arrivals:
         else:
             tap.timers.set("arrival", time_left(self._runner, tap), partial(self._give_up, tap))
         self._prepare(tap)
+
+    def listen_later(self, tap: TapRecord) -> None:
+        """*tap* could not be listened on, or its time is up: try again as long as it is not."""
+        if time_left(self._runner, tap) > 0:
+            self._loop.later(RECHECK, partial(self._listen_again, tap))
+
+    def _listen_again(self, tap: TapRecord) -> None:
+        if tap.state is not State.DISARMED or not tap.is_there():
+            return
+        tap.doubtful = True
+        self._listen(tap)
+        if tap.listener:
+            self.wait_for(tap)
+        else:
+            self.listen_later(tap)
 
     def _ask(self, tap: TapRecord, pause: float) -> None:
         """Ask a guest that seems to have left again and again, after longer and longer pauses.

@@ -18,7 +18,7 @@ from pathlib import Path
 from kvmifup import __version__
 from kvmifup.agent.loop import Loop, Timer
 from kvmifup.client import ALIVE, DONE, HEARTBEAT, NAMESPACE, PROTOCOL, REFUSED
-from kvmifup.commands import main
+from kvmifup.commands import main, options
 from kvmifup.commands.main import Observer
 from kvmifup.core import signals
 from kvmifup.core.errors import KvmIfupError
@@ -54,12 +54,14 @@ def exhausted(error: BaseException | None) -> bool:
 
 
 def parse(body: bytes) -> Request:
-    """The request in *body*. Raises Refused for one from another version or network namespace."""
+    """The request in *body*. Raises Refused for one that is not of this version, program and namespace."""
     fields = body.split(b"\0")
     try:
         protocol, version, namespace, terminals, program, count = fields[:6]
         rest = [field.decode("utf-8", "surrogateescape") for field in fields[6:]]
         if (protocol, version.decode()) != (PROTOCOL, __version__) or int(namespace) != Path(NAMESPACE).stat().st_ino:
+            raise Refused
+        if program.decode() not in options.DOES:
             raise Refused
         split = int(count)
         environ = dict(one.partition("=")[::2] for one in rest[split:] if one)
@@ -239,7 +241,7 @@ class Exchange:
         try:
             request = parse(body)
         except Refused:
-            self._send(REFUSED + b"another version, or another network namespace")
+            self._send(REFUSED + b"another version or program, or another network namespace")
             self.end()
             return
         # A script that we have kept waiting for too long has done it by itself: then it must not be done again.

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -49,6 +50,8 @@ class Loop:
         # Hooks may all wait for one lock: what else there is to do must not wait with them.
         self._hooks = ThreadPoolExecutor(THREADS, "hook")
         self._threads = ThreadPoolExecutor(THREADS, "worker")
+        for pool in (self._hooks, self._threads):
+            pool.submit(int).result()  # from now on it has a thread, whatever the node may lack later
         self._running = True
         self._broken: BaseException | None = None
         self.working = 0
@@ -106,7 +109,8 @@ class Loop:
                 then(result)
 
         self.working += 1
-        (self._hooks if hook else self._threads).submit(in_thread)
+        with suppress(RuntimeError):  # no memory for one more thread: those that there are do it
+            (self._hooks if hook else self._threads).submit(in_thread)
 
     def stop(self) -> None:
         """Let `run` return."""

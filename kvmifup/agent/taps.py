@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvmifup.agent.loop import Loop, OneAtATime, Timers
 from kvmifup.agent.runner import Runner
-from kvmifup.core.errors import BugError, KvmIfupError, NamespaceError
+from kvmifup.core.errors import BugError, KernelError, KvmIfupError, NamespaceError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import ProxyNeighbour
 from kvmifup.node import sockets
@@ -24,6 +24,7 @@ from kvmifup.tell import syslog
 
 SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
 
+AGAIN = 1.0  # seconds from a look that failed to the next one
 REMOVING = 2.0  # seconds that somebody may take to remove the whole directory
 
 Place = tuple[str, str]  # where this node answers for a guest: uplink, address
@@ -149,7 +150,8 @@ def identity_of(directory: Path) -> tuple[int, int] | None:
     return None
 
 
-Found = tuple[set[str], dict[str, TapRecord]]  # all taps that have a journal; those whose journal is new
+# All taps that have a journal; those whose journal is new; whether all that there is could be read.
+Found = tuple[set[str], dict[str, TapRecord], bool]
 
 
 class Taps:
@@ -174,6 +176,7 @@ class Taps:
         self._look = OneAtATime(loop, self._begin, self._done)
         # Of the thread that looks: journals that it need not read again while they stay as they are.
         self._unreadable: dict[str, Stamp] = {}
+        self._complaint = ""  # why the directory could not be looked at, the last time
         self._elsewhere: dict[str, Stamp] = {}  # of other network namespaces
         self._directory = identity_of(runner.store.directory)  # the one that was looked at last
         self._missing: dict[str, tuple[Journal, float]] = {}  # those that have gone a moment ago, and when
@@ -226,8 +229,11 @@ class Taps:
             if restored:
                 now = self._runner.store.stamps()
         except OSError as error:  # nothing is known of any: all stay as they are
-            self._runner.complain("cannot look at the journals", error)
-            return set(known), {}
+            if self._complaint != str(error):
+                self._complaint = str(error)
+                self._runner.complain("cannot look at the journals", error)
+            return set(known), {}, False
+        self._complaint, sure = "", True
         stamps = {name: stamp for name, stamp in now.items() if self._elsewhere.get(name) != stamp}
         names = set(stamps)
         new = {}
@@ -244,6 +250,7 @@ class Taps:
                 if self._unreadable.get(name) != stamp:
                     self._runner.say(f"{name}: {error}", severity=syslog.ERROR)
                 self._unreadable[name] = stamp
+                sure = sure and not isinstance(error, KernelError | OSError)
                 continue
             if journal is None:
                 continue
@@ -251,7 +258,7 @@ class Taps:
             tap.doubtful = name in restored
             if tap.phase is Phase.PRE and tap.state is State.DISARMED:
                 self._listen(tap)
-        return names, new
+        return names, new, sure
 
     def _restored(self, missing: Collection[str]) -> list[str]:
         """Write journals again that are *missing* because somebody has removed the whole directory; returns the taps.
@@ -272,7 +279,7 @@ class Taps:
         return names
 
     def _done(self, found: Found) -> None:
-        names, new = found
+        names, new, sure = found
         for name in self._taps.keys() - names:
             self._taps.pop(name).become(State.OVER)
         for name, tap in new.items():
@@ -283,3 +290,5 @@ class Taps:
             self._taps[name] = tap
             self._found(tap)
         self._looked()
+        if not sure:  # a guest may have come of which we know nothing
+            self._look.ask_in(AGAIN)

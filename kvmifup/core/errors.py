@@ -25,6 +25,7 @@ The codes are those of sysexits.h.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -175,4 +176,6 @@ def as_ours(error: Exception, hint: str = "please report it") -> KvmIfupError:
         if isinstance(error, PermissionError):
             return PrivilegeError(what, hint="run it as root")
         return KernelError(what, errno=error.errno or 0)
+    if isinstance(error, MemoryError):
+        return KernelError("there is no memory left", errno=errno.ENOMEM)
     return BugError(f"unexpected {type(error).__name__}: {error}", hint=hint)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, NicError
 from kvmifup.core.model import Nic, Phase
-from kvmifup.inputs import nicfiles, values
+from kvmifup.inputs import devices, nicfiles, values
 from kvmifup.runs import clock
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.store import Store
@@ -80,6 +80,8 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
             key = str(path.relative_to(run_dir))
             found[key] = Known(key, None, None, error)
             continue
+        if nic.tap not in found:  # the file may call it by another name of it
+            nic = replace(nic, tap=devices.own_name(nic.tap))
         earlier = found.get(nic.tap)
         described = earlier and earlier.journal is None and not earlier.trouble
         if earlier is None or (described and leads_to(run_dir / "tap" / nic.tap, path)):
@@ -121,6 +123,9 @@ def selected(name: str | None, everything: Sequence[Known]) -> list[Known]:
     Raises NicError if it means none.
     """
     found = [one for one in everything if (not one.elsewhere if name is None else one.is_called(name))]
+    if not found and name is not None:
+        own = devices.own_name(name)
+        found = [one for one in everything if one.tap == own]
     if not found and name is not None:
         known = [word for one in everything for word in (one.tap, one.nic.instance if one.nic else None) if word]
         hint = values.misspelt(name, known) or "`kvm-ifup show` lists all"

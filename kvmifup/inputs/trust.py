@@ -85,6 +85,6 @@ def read(path: Path, base: Path, limit: int = MAX_BYTES) -> str:
         if info.st_size > limit:
             raise Untrusted(f"it is larger than {limit} bytes")
         try:
-            return file.read(limit).decode("utf-8")
+            return file.read(info.st_size + 1).decode("utf-8")
         except UnicodeDecodeError as error:
             raise NotText(f"it is not UTF-8 at byte {error.start}") from None

@@ -14,6 +14,7 @@ import threading
 import time
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from kvmifup.inputs import devices
@@ -227,8 +228,9 @@ def close(packet_socket: socket.socket) -> None:
         _doomed.append(packet_socket)
         if len(_closers) < CLOSERS:
             closer = threading.Thread(target=_close_all, daemon=True)
-            _closers.add(closer)
-            closer.start()
+            with suppress(RuntimeError):  # no memory for a thread: the next one closes this as well
+                closer.start()
+                _closers.add(closer)
 
 
 def _close_all() -> None:

@@ -67,10 +67,14 @@ def repeat_detached(
         start = time.monotonic()
         for moment in SCHEDULE[1:]:
             time.sleep(max(0.0, start + moment - time.monotonic()))
-            if not still_true():
-                break
-            if lost := send(messages):
-                complain(say(lost))
+            try:
+                if not still_true():
+                    break
+            except (KvmIfupError, OSError) as error:  # nobody knows; the next round asks again
+                complain(f"a round left out: {error}")
+            else:
+                if lost := send(messages):
+                    complain(say(lost))
     except OSError:
         pass
     finally:

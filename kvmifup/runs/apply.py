@@ -14,7 +14,7 @@ from kvmifup.core.errors import KvmIfupError, NoSpaceError, ProgramError, Rollba
 from kvmifup.core.ops import Op, Value
 from kvmifup.core.signals import checkpoint, still_wanted
 from kvmifup.runs.journal import Entry, Journal, Mark
-from kvmifup.runs.store import Store, save_or_mark
+from kvmifup.runs.store import Draft, Store, save_or_mark
 
 
 class Node(Protocol):
@@ -119,11 +119,14 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
                         written.pop()
                     raise
         still_wanted()  # the last one may have taken long
-        for job in jobs:
-            commit(job, store)
+        drafts = [draft(job, store) for job in jobs]  # all of them: with no space for one, none is committed
+        for job, after in zip(jobs, drafts, strict=True):
+            commit(job, after, store)
     except BaseException as error:
         if isinstance(error, KvmIfupError):
             error.undone = bool(written)
+        for job in jobs:
+            store.discard(job.before.nic.tap)
         problems = undo([change.entry for change in written], node)
         if problems:
             for job in jobs:
@@ -164,12 +167,19 @@ def steps(changes: Sequence[Change]) -> Iterator[tuple[Change, Op]]:
             yield change, change.op
 
 
-def commit(job: Job, store: Store) -> None:
-    """Make the journal say what is now true; a run that changed nothing does not write it again."""
+def draft(job: Job, store: Store) -> Draft | None:
+    """Write the journal that says what is now true; a run that changed nothing does not write it again."""
+    if job.after and (undoable(job.needed) or not job.known or job.after != job.before):
+        return store.draft(job.after)
+    return None
+
+
+def commit(job: Job, after: Draft | None, store: Store) -> None:
+    """Make the journal say what is now true: *after*, as it was drafted; without one it stays, or goes."""
     if job.after is None:
         store.delete(job.before.nic.tap)
-    elif undoable(job.needed) or not job.known or job.after != job.before:
-        store.save(job.after)
+    elif after:
+        store.publish(after)
 
 
 def undoable(changes: Sequence[Change]) -> tuple[Change, ...]:

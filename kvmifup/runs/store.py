@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.core.errors import (
@@ -35,11 +36,21 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A journal that is written, with its text, but not yet the one that counts."""
+
+    journal: Journal
+    text: str
+
+
 class Store:
     """The journals below *run_dir* of the network namespace in which the store is made.
 
     It neither loads nor finds those of another one. Writing is atomic and survives a power cut. The next write
     replaces the temporary file of a run that was killed.
+
+    Large because all that touches a journal's file is here.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -131,6 +142,8 @@ class Store:
             raise
         except OSError as error:
             raise refused(error, f"cannot read the journal {path}") from None
+        except MemoryError:
+            raise no_memory(path) from None
         seen = self._index.decoded(tap, text)
         if seen:
             return text, seen
@@ -144,7 +157,7 @@ class Store:
                 hint=f"only that version can undo what it has done; if the guest has gone, remove {path}",
             ) from None
         except MemoryError:
-            raise KernelError(f"cannot read the journal {path}: no memory", errno=errno.ENOMEM) from None
+            raise no_memory(path) from None
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise unreadable(path, type(error).__name__) from None
         return text, journal
@@ -158,7 +171,11 @@ class Store:
         return stamp_of(info)
 
     def save(self, journal: Journal) -> None:
-        """Write *journal* so that it is either wholly there or not at all, even after a crash.
+        """Write *journal* so that it is either wholly there or not at all, even after a crash. Raises as `draft`."""
+        self.publish(self.draft(journal))
+
+    def draft(self, journal: Journal) -> Draft:
+        """Write *journal*, but not yet in the place of the one that is there. `publish` then takes no more space.
 
         Raises KernelError when the file system refuses, PrivilegeError when we may not, NotReadyError when others may.
         """
@@ -169,17 +186,32 @@ class Store:
             places.made(self.run_dir, STATE)
             # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
             text = json.dumps(encode(journal))
-            with self._index.changing(), open(os.open(temporary, flags, 0o600), "wb") as file:
+            with open(os.open(temporary, flags, 0o600), "wb") as file:
                 file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
-                os.rename(temporary, path)
-                sync(self.directory)
-                self._index.written(journal.nic.tap, text, journal)
         except OSError as error:
-            with suppress(OSError):  # what has been written of it takes space
-                temporary.unlink()
+            self.discard(journal.nic.tap)
             raise refused(error, f"cannot write {path}") from None
+        return Draft(journal, text)
+
+    def publish(self, draft: Draft) -> None:
+        """Put *draft* in the place of the journal, at once or not at all. Raises KernelError, PrivilegeError."""
+        tap = draft.journal.nic.tap
+        path = self.path(tap)
+        try:
+            with self._index.changing():
+                os.rename(path.with_suffix(".new"), path)
+                sync(self.directory)
+                self._index.written(tap, draft.text, draft.journal)
+        except OSError as error:
+            self.discard(tap)
+            raise refused(error, f"cannot write {path}") from None
+
+    def discard(self, tap: str) -> None:
+        """Let go of a draft of *tap*, if there is one: it takes space."""
+        with suppress(OSError):
+            self.path(tap).with_suffix(".new").unlink()
 
     def mark(self, journal: Journal, mark: Mark) -> Journal:
         """Say *mark* in the file of *journal*, at once or not at all; returns what the journal is with it.
@@ -237,12 +269,17 @@ class Store:
         return journal.nic if journal and devices.index_of(tap) == journal.ifindex else None
 
     def has_here(self, tap: str, addresses: Collection[str]) -> bool:
-        """Whether post has been done for *addresses* on *tap*, not been undone, and the tap is still that one."""
+        """Whether post has been done for *addresses* on *tap*, not been undone, and the tap is still that one.
+
+        Raises KernelError and OSError if nobody knows.
+        """
         try:
             journal = self.load(tap)
-            if journal is None or journal.phase is not Phase.POST or devices.index_of(tap) != journal.ifindex:
-                return False
-        except (KvmIfupError, OSError):
+        except KernelError:
+            raise
+        except KvmIfupError:
+            return False
+        if journal is None or journal.phase is not Phase.POST or devices.index_of(tap) != journal.ifindex:
             return False
         return {str(prefix.network_address) for prefix in journal.nic.ip}.issuperset(addresses)
 
@@ -325,6 +362,11 @@ def unreadable(path: Path, why: str) -> JournalError:
     """The journal at *path* has been read, and makes no sense."""
     hint = "`kvm-ifup gc` sets it aside; what it would have undone stays"
     return JournalError(f"the journal {path} cannot be read: {why}", hint=hint)
+
+
+def no_memory(path: Path) -> KernelError:
+    """There is not enough to know what the journal at *path* is."""
+    return KernelError(f"cannot read the journal {path}: no memory", errno=errno.ENOMEM)
 
 
 def refused(error: OSError, what: str) -> KvmIfupError:

@@ -1,4 +1,4 @@
-"""An agent without descriptors: it says so, hooks do their work themselves, no journal is lost, and it recovers."""
+"""An agent without descriptors or memory: hooks do their work themselves, no journal is lost, and it recovers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from harness import agents, manager, nodes, oracle, tools
 from harness.addresses import GUEST_IP4
 from harness.agents import STATE, Agent, phase, through, until
 from harness.guests import incoming, rarp
-from harness.hooks import check, hook
+from harness.hooks import check, finish, hook, start
 from harness.nodes import Node
 
 
@@ -76,6 +77,49 @@ def test_a_good_journal_is_never_set_aside(uplinked: Node, left: int) -> None:
         until(lambda: list(STATE.iterdir()) == [])
         assert oracle.proxies() == set()
         assert agent.process.poll() is None
+
+
+def test_a_guest_that_is_expected_during_a_shortage_is_armed_when_it_is_over(uplinked: Node) -> None:
+    """Nothing else changes then: the agent itself tries again."""
+    for left in range(4):
+        tap = f"tap{left}"
+        guest = uplinked.guest(tap)
+        manager.write_nic(tap, f"web{left}", mode="routed", ip=[f"192.0.2.{50 + left}"], incoming=True)
+        with agents.running() as agent:
+            with short(agent, left):
+                check(hook("kvm-ifup-pre", tap), 0)
+                time.sleep(0.3)
+            begun = time.monotonic()
+            agent.armed(tap)
+            assert time.monotonic() - begun < 3.0
+            guest.send(rarp())
+            until(lambda tap=tap: phase(tap) == "post")  # type: ignore[misc]
+            assert agent.said().count("cannot listen") <= 1
+            check(hook("kvm-ifdown", tap), 0)
+
+
+def limited(agent: Agent, more: int) -> None:
+    """The agent gets *more* bytes of address space than it has, and no more."""
+    pages = int(Path(f"/proc/{agent.process.pid}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.prlimit(agent.process.pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("more", [2 << 20, 10 << 20, 80 << 20])
+def test_with_no_memory_for_another_thread_it_goes_on(uplinked: Node, more: int) -> None:
+    nodes.add_tap("tap1")
+    manager.write_nic("tap1", "web2", mode="routed", link="100", ip=["192.0.2.9"], mac="aa:00:00:35:ac:02")
+    with agents.running() as agent:
+        guest = incoming(uplinked, agent)
+        limited(agent, more)
+        for program, found in (("kvm-ifup-post", {"192.0.2.9"}), ("kvm-ifdown", set())):
+            for one in [start(program, "tap1") for _ in range(4)]:
+                check(finish(one), 0)
+            assert oracle.routes("tap1", "100") == found
+        assert agent.process.poll() is None
+        guest.send(rarp())
+        until(lambda: phase() == "post")
+        assert "unexpected" not in agent.said()
 
 
 def test_a_guest_that_arrives_after_a_shortage_is_wired(uplinked: Node) -> None:

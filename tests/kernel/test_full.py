@@ -148,6 +148,34 @@ def test_with_room_for_one_of_two_nics_neither_is_begun(small: Node) -> None:
     assert kept() == []
 
 
+def test_with_room_for_one_of_two_nics_to_arrive_both_stay_in_pre(small: Node) -> None:
+    """What is about to be changed could be written; there is no more room for what is done."""
+    for number, mac in enumerate(("aa:00:00:35:ac:01", "aa:00:00:35:ac:02")):
+        nodes.add_tap(f"tap{number}")
+        ips = [f"192.0.2.{8 + number}", *(f"198.51.{number}.{last}" for last in range(40))]
+        manager.write_nic(f"tap{number}", index=number, mode="routed", ip=ips, mac=mac, incoming=True)
+    guest = ("--instance", "web1.example.com")
+    check(hook("kvm-ifup-pre", *guest), 0)
+    before, files = snapshots.snapshot_of_kernel(), kept()
+    failed = 0
+    for room in range(0, 80 << 10, 4 << 10):
+        no_blocks()
+        filler = RUN_DIR / "filler"
+        os.truncate(filler, filler.stat().st_size - room)
+        result = call("kvm-ifup-post", *guest)
+        if result.code == 0:
+            break
+        failed += 1
+        check(result, 71, "No space left")
+        assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
+        assert {agents.phase("tap0"), agents.phase("tap1")} == {"pre"}
+        assert kept() == files
+    assert failed > 4
+    room_again()
+    check(hook("kvm-ifdown", *guest), 0)
+    assert kept() == []
+
+
 @FULL
 def test_a_guest_that_has_left_is_withdrawn_and_comes_back(small: Node, fill: Callable[[], None]) -> None:
     client = small.listen()

@@ -164,6 +164,10 @@ def test_a_tap_by_another_name_of_it_has_one_journal(uplinked: Node, how: str) -
     check(call("kvm-ifup-post", *arguments, environ=environ), 0)
     assert [path.name for path in STATE.iterdir()] == ["tap0.json"]
     assert oracle.routes("tap0") == {GUEST_IP4}
+    for shown in ([], ["guest0"], ["tap0"]):
+        seen = json.loads(call("kvm-ifup", "show", *shown, "--json").out)
+        assert [(one["tap"], one["phase"], one["wired"]) for one in seen] == [("tap0", "post", True)]
+    check(call("kvm-ifup", "check", "guest0", "--json"), 0)
     check(call("kvm-ifup-post", "tap0", environ={}), 0)
     assert [path.name for path in STATE.iterdir()] == ["tap0.json"]
     check(call("kvm-ifdown", *arguments, environ=environ), 0)

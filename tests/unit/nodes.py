@@ -26,8 +26,7 @@ from kvmifup.core.ops import (
     Value,
 )
 from kvmifup.inputs import tables
-from kvmifup.runs.journal import Journal
-from kvmifup.runs.store import Store
+from kvmifup.runs.store import Draft, Store
 
 from .samples import BRIDGE, ETH0_4, ETH0_6
 
@@ -199,8 +198,8 @@ class FailingStore(Store):
         self.before: Callable[[int], None] = lambda _number: None
         self.after: Callable[[int], None] = lambda _number: None
 
-    def save(self, journal: Journal) -> None:
-        self._around(lambda: Store.save(self, journal))
+    def publish(self, draft: Draft) -> None:
+        self._around(lambda: Store.publish(self, draft))
 
     def delete(self, tap: str) -> None:
         self._around(lambda: Store.delete(self, tap))

@@ -68,8 +68,9 @@ class Waiting:
         self.tap = TapRecord(self.loop, Journal(ROUTED, 7, Phase.PRE, namespace=HERE), (1,))
         self.settling = Settling(self.loop, 0.01, lambda _: self.room.prepare_anew())
         announcer = Announcements(self.loop, self.runner)
+        taps, stir = cast(Taps, self), self.settling.stir
         self.room = Arrivals(
-            self.loop, self.runner, cast(Taps, self), announcer, catch_up=lambda: None, stir=self.settling.stir
+            self.loop, self.runner, taps, announcer, listen=lambda _: None, catch_up=lambda: None, stir=stir
         )
 
     def __iter__(self) -> Iterator[TapRecord]:

@@ -58,7 +58,7 @@ def test_a_request_of_ours_is_taken() -> None:
     "wrong",
     [
         {"protocol": b"0"}, {"version": b"0"}, {"version": b"\xff"}, {"namespace": b"1"}, {"namespace": b"x"},
-        {"count": b"x"}, {"count": b""}, {"program": b"\xff"},
+        {"count": b"x"}, {"count": b""}, {"program": b"\xff"}, {"program": b"ls"},
     ],
     ids=str,
 )  # fmt: skip

@@ -91,6 +91,27 @@ def test_hooks_that_all_wait_keep_no_other_work_from_being_done(loop: Loop) -> N
     assert done == [False]
 
 
+@pytest.mark.parametrize("hook", [True, False])
+def test_without_memory_for_another_thread_work_is_done_all_the_same(
+    loop: Loop, hook: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    done: list[int] = []
+
+    def then(number: int) -> None:
+        done.append(number)
+        if len(done) == 5:
+            loop.stop()
+
+    for number in range(5):
+        loop.work(partial(pow, number, 1), then, hook=hook)
+    loop.run()
+    assert (done, loop.working) == ([0, 1, 2, 3, 4], 0)
+
+
 def test_soon_from_many_threads_loses_nothing(loop: Loop) -> None:
     done: list[int] = []
 

@@ -993,6 +993,13 @@ def test_whether_a_guest_has_its_addresses_here(node: Node, monkeypatch: pytest.
     store.path("tap0").write_text("{")
     assert not store.has_here("tap0", {"192.0.2.8"})
 
+    def read(*_: object) -> str:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("kvmifup.runs.store.trust.read", read)
+    with pytest.raises(KernelError):  # nobody knows
+        store.has_here("tap0", {"192.0.2.8"})
+
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_a_tap_that_is_another_guests_by_now_is_left_alone(dry: bool, node: Node) -> None:

@@ -229,7 +229,7 @@ PURE = {
         "ipaddress",
         "kvmifup.core.ops",
     },
-    "core.errors": {"__future__", "collections.abc", "typing"},
+    "core.errors": {"__future__", "collections.abc", "errno", "typing"},
     "core.text": {"__future__", "collections.abc"},
 }
 
