@@ -152,11 +152,11 @@ def advert(mac: str = FOREIGN_MAC, address: str = GUEST_IP6, *, override: bool =
 
 
 def announcements(frames: Sequence[bytes], address: str) -> list[bytes]:
-    """Those of *frames* that claim *address*."""
+    """Those of *frames* that announce *address*; a question to the gateway in the guest's name is none."""
     return [
         frame
         for frame in frames
-        if ((one := wire.arp(frame)) and one.sender == address)
+        if ((one := wire.arp(frame)) and one.sender == one.target == address)
         or ((na := wire.advertisement(frame)) and na.target == address)
     ]
 

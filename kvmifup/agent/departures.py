@@ -133,7 +133,7 @@ class Departures:
                 frame = listener.recv(sockets.WHOLE)
             except OSError:  # nothing more; or ENETDOWN, once: it is down, or gone and another look finds that out
                 return
-            if probe := frames.probe_in(frame):
+            if (probe := frames.probe_in(frame)) and probe[1] not in self._own_macs():
                 self._rivals.probed((uplink, probe[0]), probe[1])
             found = frames.announcement_in(frame)
             if found and (nic := self._guests.get((uplink, found[0]))):

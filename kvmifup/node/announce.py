@@ -56,11 +56,15 @@ def frame(mac: bytes, address: str, how: str) -> bytes:
 
 def say(lost: Sequence[NotSent]) -> str:
     """What could not be sent, and why, in one clause."""
-    reasons: dict[tuple[str, int], list[str]] = {}
+    reasons: dict[tuple[str, int], dict[str, None]] = {}  # an address is told in more than one way
     for one in lost:
-        reasons.setdefault((one.dev, one.errno), []).append(one.address)
+        reasons.setdefault((one.dev, one.errno), {})[one.address] = None
     return "; ".join(
-        f"{addresses[0]}{f' and {len(addresses) - 1} more' if addresses[1:] else ''} not announced on {dev}: "
-        + os.strerror(number)
+        f"{and_more(tuple(addresses))} not announced on {dev}: {os.strerror(number)}"
         for (dev, number), addresses in reasons.items()
     )
+
+
+def and_more(names: Sequence[str]) -> str:
+    """The first of *names*, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

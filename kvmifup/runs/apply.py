@@ -74,9 +74,10 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
         else:
             now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
             dev = getattr(op, "dev", None)
-            if any((kind, dev) in written for kind in op.lost_with):  # writing that undoes this
+            lost = any((kind, dev) in written for kind in op.lost_with)  # writing that undoes this
+            if lost and op.undoable:
                 now = None
-            needed = now != op.wanted
+            needed = lost or now != op.wanted
         if needed:
             written.add((op.kind, getattr(op, "dev", None)))
         changes.append(Change(op, now, needed))

@@ -40,7 +40,7 @@ def test_any_frame_of_the_guests_runs_post_and_nothing_of_post_is_there_before(
     # The journal is last, so that after a crash all is undone that was not committed.
     assert wired() == WIRED
     heard += client.until(guests.rounds_of(*IPS, rounds=4))
-    (claim,) = {arp for frame in heard if (arp := wire.arp(frame)) and arp.sender == GUEST_IP4}
+    (claim,) = {arp for frame in heard if (arp := wire.arp(frame)) and arp.sender == arp.target == GUEST_IP4}
     assert claim == wire.Arp(wire.BROADCAST, 1, NODE_MAC, GUEST_IP4, GUEST_IP4)
     claims = [na for frame in heard if (na := wire.advertisement(frame)) and na.target == GUEST_IP6]
     assert {(na.mac, na.override, na.destination) for na in claims} == {(NODE_MAC, True, "ff02::1")}

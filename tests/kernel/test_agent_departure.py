@@ -130,8 +130,10 @@ def test_our_own_announcements_never_count(uplinked: Node, agent: Agent) -> None
         client.until(guests.rounds_of(*IPS))
     client.send(garp(NODE_MAC))
     client.send(advert(NODE_MAC))
+    client.send(wire.arp_request(NODE_MAC, "0.0.0.0", GUEST_IP4))  # a probe of ours, as `check --probe` sends it
     witness(uplinked, agent)
     assert heard_of(agent) == 0
+    assert agent.said().count("is wanted by") == 0
     assert wired() == WIRED
 
 

@@ -168,7 +168,7 @@ def test_show_and_check_are_about_this_namespace(other: Namespace) -> None:
         tools.ip(f"-{family} rule add iif eth0 lookup 100")  # as the administrator of a table has to
     wire()
     wire_in(other)
-    for command in (("show",), ("check",), ("show", "--json"), ("check", "--json")):
+    for command in (("show",), ("check", "-v"), ("show", "--json"), ("check", "--json")):
         result = call("kvm-ifup", *command)
         check(result, 0)
         assert "tap0" in result.out

@@ -335,7 +335,7 @@ def test_a_tap_that_is_still_a_port_of_a_bridge_is_taken_off_it(uplinked: Node) 
         "169.254.7.7",
         "240.0.0.1",
         "192.0.2.8/31",
-        "2001:db8::/127",
+        "2001:db8::20/127",
     ],
 )
 def test_an_address_is_refused_or_the_second_run_finds_it_there(uplinked: Node, address: str) -> None:
