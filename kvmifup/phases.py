@@ -105,11 +105,12 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     yield PRE, LinkMaster(nic.tap, name)
     yield PRE, LinkUp(nic.tap, True)
-    yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
+    if not slow(bridge, config):
+        yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
 
 
 def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> Bridge:
-    """The bridge, if a port of it will forward in time. Raises NotReadyError."""
+    """The bridge, if it can take the guest: an incoming one only if a port forwards in time. Raises NotReadyError."""
     if bridge is None:
         raise NotReadyError(f"no such bridge: {name}", hint=f"`{bridge_made(name)}`, or mend link")
     if not bridge.is_bridge:
@@ -118,14 +119,22 @@ def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> 
         raise NotReadyError(f"bridge {name} cannot take VLAN {nic.vlan}", hint="VLANs on bridges are not supported yet")
     if not bridge.up:
         raise NotReadyError(f"bridge {name} is down", hint=f"`ip link set {name} up`")
-    # Listening, then learning: each lasts one forward delay (br_stp_timer.c). QEMU's announcements end
-    # 0.8 s after the guest arrives, so a port that takes longer than we can wait would lose them.
-    if bridge.stp and 2 * bridge.forward_delay > config.bridged.forwarding_timeout:
+    # QEMU's announcements end 0.8 s after the guest arrives, so a port that takes longer than we can wait would lose
+    # them. A guest that starts here, or runs here already, is only held up.
+    if nic.incoming and slow(bridge, config):
         raise NotReadyError(
             f"bridge {name} runs STP and a port takes {2 * bridge.forward_delay:g} s to forward",
             hint=faster(name, config),
         )
     return bridge
+
+
+def slow(bridge: Bridge, config: Config) -> bool:
+    """Whether a port of *bridge* takes longer to forward than anybody waits.
+
+    Listening, then learning: each lasts one forward delay (br_stp_timer.c).
+    """
+    return bridge.stp and 2 * bridge.forward_delay > config.bridged.forwarding_timeout
 
 
 def bridge_made(name: str) -> str:
@@ -369,6 +378,8 @@ def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
 
 def remarks(phase: Phase, nic: Nic, config: Config, facts: NodeFacts) -> tuple[str, ...]:
     """What is no error, but worth a line with -v, and a warning in the log."""
+    if phase is not Phase.DOWN and nic.mode == "bridged" and facts.bridge and slow(facts.bridge, config):
+        return (f"bridge {nic.link} runs STP: a new port forwards only after {2 * facts.bridge.forward_delay:g} s",)
     if phase is Phase.DOWN or nic.mode != "routed" or config.routed.uplinks == ():  # the last one is meant
         return ()
     lacking = sorted({prefix.version for prefix in nic.ip} - {uplink.family for uplink in facts.uplinks})

@@ -20,6 +20,14 @@ def on_bridge(one: Known, nic: Nic, missing: Sequence[Change], look: Look) -> It
     yield from without_uplink(nic.link, look)
     if any(isinstance(change.op, LinkMaster | LinkUp | PortForwarding) for change in missing):
         return
+    port = look.overview.ports(nic.link).get(nic.tap)
+    if port and port.up and port.carrier and not port.forwarding:  # no hook waits for it, so it is no drift
+        yield Finding(
+            f"{nic.tap}, a port of {nic.link}, does not forward",
+            "STP has not let it yet, which can take long on this bridge, or has found a loop: no frame passes",
+            f"look at `bridge -d link show dev {nic.tap}`; `kvm-ifup check --node` says how to make it fast",
+        )
+        return
     if unasked(nic.link, [nic.tap], look) and not look.bridges.reported(nic.link, nic.tap):
         yield Finding(
             f"{nic.link} snoops multicast and does not know what the guest on {nic.tap} listens to",

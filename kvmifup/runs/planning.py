@@ -56,7 +56,8 @@ def plan(
     """What is to be done for *nic* to be right for *phase*, if *journal* is that of its tap, with nothing pending.
 
     *announce* forces the announcement. *admitted*: the guest is on this node already, so an uplink that is not ready
-    keeps nothing else from being done. Raises what `phases.plan` and reading the node raise.
+    keeps nothing else from being done, and a bridge that forwards late is better than none.
+    Raises what `phases.plan` and reading the node raise.
     """
     config = session.config
     journal = journal and followed(journal, session.kernel)
@@ -71,8 +72,9 @@ def plan(
     if admitted:
         uplinks = tuple(replace(uplink, mend=()) for uplink in uplinks if phases.usable(uplink))
     known = replace(facts, uplinks=uplinks)
-    everything = phases.plan(Phase.POST, nic, config, known, announce=announce)
-    ops = everything if phase is Phase.POST else phases.plan(phase, nic, config, known, announce=announce)
+    guest = replace(nic, incoming=nic.incoming and not admitted)
+    everything = phases.plan(Phase.POST, guest, config, known, announce=announce)
+    ops = everything if phase is Phase.POST else phases.plan(phase, guest, config, known, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
     before = journal or Journal(nic, facts.tap.ifindex, namespace=session.store.namespace, cookie=session.store.cookie)
     same = set(ops)  # as nearly all entries are; to compare their keys would take longer

@@ -130,6 +130,25 @@ def test_a_bridge_that_is_made_anew_has_its_taps_again(uplinked: Node, agent: Ag
     agent.heard("tap0", "mended", "br0")
 
 
+@pytest.mark.parametrize("phase_reached", ["pre", "post"])
+@pytest.mark.parametrize("incoming", [False, True], ids=["started here", "arrived"])
+def test_a_bridge_made_anew_with_slow_stp_has_its_taps_again(
+    uplinked: Node, agent: Agent, incoming: bool, phase_reached: str
+) -> None:
+    """A port that forwards late is better than none; only a migration is refused because of it."""
+    nodes.add_bridge()
+    uplinked.guest()
+    manager.write_nic("tap0", "web1", **BRIDGED, incoming=incoming)
+    agents.through(f"kvm-ifup-{phase_reached}", "tap0")
+    settled(uplinked, agent)
+    tools.run("sh", "-c", "ip link del br0; " + MAKE.replace("bridge;", "bridge stp_state 1 forward_delay 1500;"))
+    until(lambda: oracle.link("tap0").get("master") == "br0", 5)
+    agent.heard("tap0", "mended", "br0")
+    time.sleep(3)
+    assert agent.said().count("tap0): mended: ") == 1  # nobody mends what only takes its time
+    assert tools.ask("bridge -j link show dev tap0")[0]["state"] in ("listening", "learning")
+
+
 def test_a_bridge_whose_mtu_changes_has_the_taps_follow(uplinked: Node, agent: Agent) -> None:
     nodes.add_bridge(mtu=9000)
     wire(agent, uplinked, **BRIDGED)

@@ -319,6 +319,21 @@ def test_stp_with_a_long_delay_is_refused_and_nothing_changes(node: Node) -> Non
     assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
+@pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post"])
+def test_stp_with_a_long_delay_only_holds_up_a_guest_that_starts(node: Node, program: str) -> None:
+    nodes.add_bridge(options="stp_state 1 forward_delay 1500")
+    node.guest()
+    manager.write_nic(mode="bridged", link="br0")
+    done = call(program, "tap0", "-v")
+    assert done.code == 0, done.err
+    assert "bridge br0 runs STP: a new port forwards only after 30 s" in done.err
+    assert port("tap0")["state"] == "listening"
+    again = snapshots.snapshot()
+    check(call(program, "tap0"), 0)
+    assert snapshots.changes(again, snapshots.snapshot()) == []
+    assert "tap0, a port of br0, does not forward" in call("kvm-ifup", "check", "tap0").out
+
+
 def test_stp_with_a_short_delay_is_waited_for(node: Node) -> None:
     nodes.add_bridge(options="stp_state 1 forward_delay 200")
     node.guest()
