@@ -21,7 +21,9 @@ from kvmifup.node import messages, sockets
 
 RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IFADDR = (1,), (3,), (5, 9)  # linux/rtnetlink.h; addresses: IPv4, IPv6
 RTNLGRP_ROUTE, RTNLGRP_RULE, RTNLGRP_NETCONF = (7, 11), (8, 19), (24, 25)  # IPv4, IPv6
+RTNLGRP_NEXTHOP = (32,)
 RTM_NEWNETCONF = 80
+RTM_NEWNEXTHOP, RTM_DELNEXTHOP = 104, 105
 RTPROT_STATIC, RTN_UNICAST = 4, 1  # linux/rtnetlink.h; routing daemons have the protocols above
 IFF_LOWER_UP = 0x10000  # linux/if.h
 NUD_DYNAMIC = 0x1F  # linux/neighbour.h: INCOMPLETE, REACHABLE, STALE, DELAY, PROBE
@@ -164,7 +166,7 @@ class NodeEvents(Subscription):
                 changed(things)
 
         devices = (*RTNLGRP_LINK, *RTNLGRP_IFADDR, *RTNLGRP_NETCONF)
-        groups = (*devices, *RTNLGRP_NEIGH, *RTNLGRP_ROUTE, *RTNLGRP_RULE)
+        groups = (*devices, *RTNLGRP_NEIGH, *RTNLGRP_ROUTE, *RTNLGRP_RULE, *RTNLGRP_NEXTHOP)
         super().__init__(loop, groups, heard, lambda: changed(frozenset({ANYTHING})))
         sockets.attach(self.socket, NOT_LEARNT)
 
@@ -192,6 +194,8 @@ def touched(found: list[NetlinkMessage]) -> Iterator[Thing]:
                 address = messages.attributes(one.body, messages.NDMSG.size).get(messages.NDA_DST, b"")
                 if len(address) in (4, 16):
                     yield "neighbour", index, messages.address_of(address)
+            case _ if one.kind in (RTM_NEWNEXTHOP, RTM_DELNEXTHOP):  # a default route may lead through it
+                yield from (("route", prefix) for prefix in ("0.0.0.0/0", "::/0"))
             case _ if one.kind == RTM_NEWNETCONF:
                 yield from touched_settings(one.body)
 

@@ -368,6 +368,23 @@ def test_a_default_route_that_moves_takes_the_proxies_with_it(
     assert snapshots.changes(clean, snapshots.snapshot_of_kernel()) == []
 
 
+@pytest.mark.parametrize("compatible", [0, 1])
+def test_a_nexthop_object_that_changes_takes_the_proxies_with_it(uplinked: Node, agent: Agent, compatible: int) -> None:
+    """The routes that lead through it do not change: nothing is said of them."""
+    second_uplink()
+    oracle.sysctl("ipv4/nexthop_compat_mode", compatible)
+    for number, gateway in ((7, CLIENT_IP4), (8, CLIENT_IP6)):
+        tools.ip(f"nexthop add id {number} via {gateway} dev eth0")
+    tools.ip("route replace default nhid 7")
+    tools.ip("-6 route del default")
+    tools.ip("-6 route add default nhid 8")
+    arrived(uplinked, agent)
+    assert oracle.proxies("eth0") == set(IPS)
+    tools.ip("nexthop replace id 7 via 198.51.100.1 dev eth1")
+    tools.ip("nexthop replace id 8 via 2001:db8:1::1 dev eth1")
+    until(lambda: (oracle.proxies("eth0"), oracle.proxies("eth1")) == (set(), set(IPS)))
+
+
 def test_who_is_announced_elsewhere_on_the_new_uplink_is_withdrawn(uplinked: Node, agent: Agent) -> None:
     second_uplink()
     arrived(uplinked, agent)

@@ -220,6 +220,9 @@ def test_an_ifdown_that_cannot_undo_everything_is_70_and_can_be_completed(uplink
             check(call(scene.program, "tap0"), 0)
             with disturbed(before=disturb.refuse(number)) as written:
                 result = call("kvm-ifdown", "tap0")
+            if result and len(written) >= number:  # it could not leave its bridge first, and was moved all the same
+                assert snapshots.changes(before, snapshots.snapshot()) == []
+                continue
             if result:
                 assert number > 4
                 return
