@@ -33,12 +33,16 @@ def script(program: str, note: str = "") -> NoReturn:
     out, err = streams.standard_output()
     if note and {"-v", "-vv", "--verbose"}.intersection(sys.argv[1:]):
         err.write(f"{program}: {note}\n")
-    background = partial(announcing.repeat_detached, complain=partial(syslog.write, program, syslog.WARNING))
-    code = main(program, sys.argv[1:], os.environ, out, err, background, sys.stdin)
+    code = main(program, sys.argv[1:], os.environ, out, err, detached(program), sys.stdin)
     out.flush()
     if out.lost:
         err.write(f"{program}: stdout: {out.lost}\n")
     sys.exit(code)
+
+
+def detached(program: str) -> Background:
+    """Sends the later rounds of announcements from a child process; the log is told what could not be sent."""
+    return partial(announcing.repeat_detached, complain=partial(syslog.write, program, syslog.WARNING))
 
 
 def main(

@@ -71,9 +71,9 @@ def was_ever_known(tap: str, run_dir: Path) -> bool:
 
 def kind_of_device(name: str) -> str | None:
     """What kind of network device *name* is, as people call it; None if there is none."""
-    place = DEVICES / name
-    if "/" in name or name in ("", ".", "..") or not place.is_dir():
+    if "/" in name or name in ("", ".", "..") or name not in entries(DEVICES):
         return None
+    place = DEVICES / name
     if (place / "tun_flags").exists():
         return "a tap"
     return "a bridge" if (place / "bridge").is_dir() else "another network device"

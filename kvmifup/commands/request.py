@@ -121,7 +121,7 @@ def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool 
 
 def names_tap(name: str, run_dir: Path, environ: Mapping[str, str]) -> bool:
     """Whether *name* is the name of a tap, and not of a guest with NIC files, ours or Ganeti's."""
-    if environ.get("INTERFACE") == name or Path("/sys/class/net", name).exists() or name in Store(run_dir).taps():
+    if environ.get("INTERFACE") == name or name in names.entries(names.DEVICES) or name in Store(run_dir).taps():
         return True
     try:
         values.device(name, "tap")
