@@ -209,7 +209,8 @@ class Mender:
 
     def _tell(self, outcome: Outcome, journal: Journal) -> None:
         done = [change for change in outcome.changes if change.needed and not change.op.after_change]
-        done.sort(key=lambda change: not change.op.wanted)  # what is there again comes before what was taken away
+        # What leads traffic here comes first, and what is there again before what was taken away.
+        done.sort(key=lambda change: (not phases.only_here(change.op), not change.op.wanted))
         renamed = renames(journal)
         if not done and not renamed:  # somebody else has put it right, or only the journal was to be written
             self._breakages.mended(outcome.tap, [JOURNAL], time.monotonic())

@@ -163,8 +163,11 @@ def moved_uplinks(one: Known, nic: Nic, kernel: Overview, config: Config) -> tup
     if one.journal is None or nic.mode != "routed":
         return None
     answering = (entry.op for entry in one.journal.entries if isinstance(entry.op, ProxyNeighbour))
-    before = list(dict.fromkeys(op.dev for op in answering))
-    now = list(dict.fromkeys(uplink.name for uplink in uplinks(nic, kernel, config)))
+    found = uplinks(nic, kernel, config)
+    # One family's default route may be gone for a while: what is on its uplink stays.
+    seen = {uplink.family for uplink in found}
+    before = list(dict.fromkeys(op.dev for op in answering if phases.family_of(op.address) in seen))
+    now = list(dict.fromkeys(uplink.name for uplink in found))
     return (before, now) if set(before) - set(now) else None
 
 

@@ -368,6 +368,19 @@ def test_a_default_route_that_moves_takes_the_proxies_with_it(
     assert snapshots.changes(clean, snapshots.snapshot_of_kernel()) == []
 
 
+def test_one_family_may_come_back_elsewhere_before_the_other(uplinked: Node, agent: Agent) -> None:
+    """What was on the other's uplink stays, and nobody calls that wrong. The log names what leads traffic here."""
+    second_uplink()
+    arrived(uplinked, agent)
+    tools.ip("route del default")
+    tools.ip("-6 route del default")
+    time.sleep(1)
+    tools.ip("route add default via 198.51.100.1")
+    until(lambda: (oracle.proxies("eth0"), oracle.proxies("eth1")) == ({IPS[1]}, {IPS[0]}))
+    agent.heard("tap0", "mended: proxy neighbour 192.0.2.8 dev eth1")
+    assert "uplink: " not in hook("kvm-ifup", "check", "tap0").out
+
+
 @pytest.mark.parametrize("compatible", [0, 1])
 def test_a_nexthop_object_that_changes_takes_the_proxies_with_it(uplinked: Node, agent: Agent, compatible: int) -> None:
     """The routes that lead through it do not change: nothing is said of them."""
