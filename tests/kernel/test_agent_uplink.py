@@ -327,6 +327,7 @@ def second_uplink() -> None:
     tools.ip("addr add 2001:db8:1::2/64 dev eth1 nodad")
     for family in (4, 6):
         oracle.sysctl(f"ipv{family}/conf/eth1/forwarding", 1)
+    until(lambda: [oracle.link(dev)["operstate"] for dev in ("eth1", "peer1")] == ["UP", "UP"])
 
 
 def move_at_once() -> None:
