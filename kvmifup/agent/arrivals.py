@@ -10,7 +10,7 @@ from functools import partial
 
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.departures import Handed, ask
-from kvmifup.agent.events import ANYTHING, Thing
+from kvmifup.agent.events import ANYTHING, DEFAULT_ROUTES, Thing
 from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
@@ -24,7 +24,6 @@ from kvmifup.runs.outcome import Outcome
 from kvmifup.tell import syslog
 
 RECHECK = 1.0  # seconds after a failure until it is tried again
-DEFAULTS = frozenset({("route", "0.0.0.0/0"), ("route", "::/0")})  # as in `Thing`
 
 ASK_AGAIN, ASK_LAST = 0.05, 200.0  # seconds from one question for a guest that has left to the next; to the last
 
@@ -63,7 +62,7 @@ def relies_on(prepared: PreparedArrival, nic: Nic, touched: frozenset[Thing]) ->
     The tap does not count: `arrive` looks at it when it is needed.
     """
     devices = {("device", index) for dev, index in prepared.devices if dev != nic.tap}
-    if not touched.isdisjoint({ANYTHING, *devices, *DEFAULTS}):
+    if not touched.isdisjoint({ANYTHING, *devices, *DEFAULT_ROUTES}):
         return True
     return any(thing[0] == "route" and thing[1] in nic.destinations for thing in touched)
 

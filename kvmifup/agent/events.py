@@ -138,6 +138,7 @@ def not_up(found: list[NetlinkMessage]) -> list[int]:
 # ("neighbour", index, address). A default route's prefix is "0.0.0.0/0" or "::/0".
 Thing = tuple[object, ...]
 ANYTHING: Thing = ("anything",)
+DEFAULT_ROUTES: frozenset[Thing] = frozenset({("route", "0.0.0.0/0"), ("route", "::/0")})
 
 # No neighbours that a bridge learns, and none that come and go by themselves: those can be thousands in a second.
 # linux/netlink.h, linux/neighbour.h; a filter reads numbers from the left, and the kernel has written its own way.
@@ -195,7 +196,7 @@ def touched(found: list[NetlinkMessage]) -> Iterator[Thing]:
                 if len(address) in (4, 16):
                     yield "neighbour", index, messages.address_of(address)
             case _ if one.kind in (RTM_NEWNEXTHOP, RTM_DELNEXTHOP):  # a default route may lead through it
-                yield from (("route", prefix) for prefix in ("0.0.0.0/0", "::/0"))
+                yield from DEFAULT_ROUTES
             case _ if one.kind == RTM_NEWNETCONF:
                 yield from touched_settings(one.body)
 

@@ -11,7 +11,7 @@ from functools import partial
 from kvmifup import phases
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.departures import answers
-from kvmifup.agent.events import Thing
+from kvmifup.agent.events import DEFAULT_ROUTES, Thing
 from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.taps import TapRecord
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, VanishedError, as_ours
@@ -274,7 +274,7 @@ def routes_and_neighbours(nic: Nic, ifindex: int, session: Session) -> Iterator[
         yield "route", str(prefix)
         yield "neighbour", ifindex, phases.bare(prefix)
     if session.config.routed.uplinks is None:
-        yield from (("route", "0.0.0.0/0"), ("route", "::/0"))
+        yield from DEFAULT_ROUTES
 
 
 def runs_here(nic: Nic) -> bool | None:

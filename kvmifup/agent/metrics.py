@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import defaultdict
 from pathlib import Path
+
+from kvmifup.inputs import places
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -69,12 +70,7 @@ class Metrics:
 
     def write(self, path: Path) -> None:
         """Put all of it into *path*, which is never there by halves. Raises OSError."""
-        temporary = path.with_suffix(".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(descriptor, 0o644)  # whatever the umask: the exporter is not root
-            file.write(self.text())
-        os.rename(temporary, path)
+        places.write(path, self.text(), 0o644)  # the exporter is not root
 
 
 def escaped(text: str) -> str:

@@ -71,6 +71,19 @@ def _make(place: Path, mode: int) -> None:
             os.close(descriptor)
 
 
+def write(path: Path, text: str, mode: int) -> None:
+    """Put *text* into *path*, in a directory that is `made`; it is never there by halves. Raises OSError.
+
+    Not for what must survive a power cut: it is not synced.
+    """
+    temporary = path.with_suffix(".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        os.fchmod(descriptor, mode)  # whatever the umask
+        file.write(text)
+    os.rename(temporary, path)
+
+
 def lock_file(path: str) -> int:
     """A descriptor of the file *path* to lock, in a directory that is `made`; the file is there from then on.
 

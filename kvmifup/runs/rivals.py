@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvmifup.inputs import trust
+from kvmifup.inputs import places, trust
 from kvmifup.inputs.trust import Untrusted
 
 RECENT = 600.0  # seconds
@@ -33,11 +32,7 @@ class Rival:
 
 def save(run_dir: Path, rivals: Iterable[Rival]) -> None:
     """Write *rivals* down, whole or not at all. Raises OSError."""
-    temporary = path(run_dir).with_suffix(".new")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    with open(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
-        json.dump([asdict(rival) for rival in rivals], file)
-    os.rename(temporary, path(run_dir))
+    places.write(path(run_dir), json.dumps([asdict(rival) for rival in rivals]), 0o600)
 
 
 def recent(run_dir: Path) -> list[Rival]:
