@@ -106,9 +106,8 @@ def test_again_and_again() -> None:
     assert phase() == "post"
 
 
-@pytest.mark.usefixtures("guest")
-def test_a_carrier_that_was_lost_counts_as_well(uplinked: Node) -> None:
-    """Kernels differ in whether they keep proxy neighbours then: here somebody else removes them."""
+def lose_carrier(uplinked: Node) -> None:
+    """For a moment. Kernels differ in whether they keep proxy neighbours then: here somebody else removes them."""
     with uplinked.client:
         tools.ip("link set eth0 down")
     until(lambda: oracle.link("eth0")["operstate"] != "UP")
@@ -116,6 +115,11 @@ def test_a_carrier_that_was_lost_counts_as_well(uplinked: Node) -> None:
         tools.ip(f"neigh del proxy {address} dev eth0")
     with uplinked.client:
         tools.ip("link set eth0 up")
+
+
+@pytest.mark.usefixtures("guest")
+def test_a_carrier_that_was_lost_counts_as_well(uplinked: Node) -> None:
+    lose_carrier(uplinked)
     until(lambda: oracle.proxies("eth0") == set(IPS))
 
 
@@ -171,13 +175,7 @@ def test_a_guest_that_left_meanwhile_is_not_announced_again(uplinked: Node, agen
         up()
         addressed()
     elif way == "no carrier":
-        with uplinked.client:
-            tools.ip("link set eth0 down")
-        until(lambda: oracle.link("eth0")["operstate"] != "UP")
-        for address in oracle.proxies():
-            tools.ip(f"neigh del proxy {address} dev eth0")
-        with uplinked.client:
-            tools.ip("link set eth0 up")
+        lose_carrier(uplinked)
         oracle.settle("eth0")
         client = uplinked.listen()
     else:
