@@ -36,13 +36,13 @@ def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None
 
     *began*: when this agent was started, by the clock of `runs.clock`. Before that, nobody may have listened.
     """
-    if time_left(runner, tap) <= 0:
+    if time_left(runner, tap) <= 0 or not tap.is_there():  # a new tap of that name is another guest's
         return
     try:
         handed_over = handed.pop((tap.ifindex, tap.nic.mac), None)
         tap.arm(handed_over or sockets.guest_listener(tap.name, tap.nic.mac))
     except OSError as error:
-        if tap.is_there() and tap.complaint != error.strerror:
+        if tap.complaint != error.strerror and tap.is_there():
             tap.complaint = error.strerror or ""
             runner.say(f"cannot listen: {error.strerror}", tap.nic.label, syslog.ERROR)
         return

@@ -116,6 +116,13 @@ class TapRecord:
         self.become(State.ARMING)
         self.listener = listener
 
+    def take_over(self, before: TapRecord) -> None:
+        """Go on listening where *before* did, if for the same guest: what it has not read yet does not get lost."""
+        if self.listener and before.listener and self.is_of(before.journal):
+            self._loop.ignore(before.listener)
+            sockets.close(self.listener)
+            self.listener, before.listener = before.listener, None
+
     def ready(self, prepared: PreparedArrival) -> None:
         """post is *prepared*."""
         self.become(State.READY)
@@ -286,6 +293,7 @@ class Taps:
             if before := self._taps.get(name):
                 if tap.state is before.state is State.UNFINISHED:
                     tap.tries = before.tries + 1
+                tap.take_over(before)
                 before.become(State.OVER)
             self._taps[name] = tap
             self._found(tap)

@@ -51,6 +51,36 @@ def record(loop: Loop, state: State) -> tuple[TapRecord, socket.socket | None]:
     return tap, listener
 
 
+def hears(loop: Loop, journal: Journal) -> tuple[TapRecord, socket.socket]:
+    """An armed tap, and the guest's end of what it listens on."""
+    tap = TapRecord(loop, journal, (1,))
+    ours, guest = socket.socketpair()
+    tap.arm(ours)
+    return tap, guest
+
+
+def test_what_the_guest_has_sent_before_the_journal_changed_is_still_heard(loop: Loop) -> None:
+    before, guest = hears(loop, PRE)
+    loop.watch(cast(socket.socket, before.listener), lambda: None)
+    after, _ = hears(loop, replace(PRE, since=2.0))
+    guest.send(b"RARP")
+    after.take_over(before)
+    before.become(State.OVER)
+    assert after.listener is not None
+    assert after.listener.recv(4) == b"RARP"
+
+
+@pytest.mark.parametrize("nic", [replace(ROUTED, mac="aa:00:00:00:00:99"), ROUTED])
+def test_another_guests_frames_are_not_taken_for_this_ones(loop: Loop, nic: Nic) -> None:
+    before, guest = hears(loop, PRE)
+    loop.watch(cast(socket.socket, before.listener), lambda: None)
+    after, _ = hears(loop, replace(PRE, nic=nic, ifindex=7 if nic != ROUTED else 8))
+    guest.send(b"RARP")
+    own = after.listener
+    after.take_over(before)
+    assert after.listener is own
+
+
 # --- the table ------------------------------------------------------------------------------------------
 
 
