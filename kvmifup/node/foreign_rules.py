@@ -25,10 +25,11 @@ def make_again(message: bytes) -> None:
     try:
         # Without groups=0, version 0.9 subscribes to every event on the node and never reads them.
         socket_: Any = pyroute2.IPRoute(groups=0, strict_check=True)
-        socket_.status["nlm_generator"] = True  # nlm_request looks for it there, and nobody sets it
     except TypeError:  # version 0.7 subscribes to nothing, and does not have that argument
         socket_ = pyroute2.IPRoute(strict_check=True)
     try:
+        # Version 0.9's nlm_request looks for it there, and nobody sets it; before, there is no status.
+        getattr(socket_, "status", {})["nlm_generator"] = True
         list(socket_.nlm_request(rule, RTM_NEWRULE, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE))
     except pyroute2.NetlinkError as error:
         raise failure(error.code) from None
