@@ -43,6 +43,7 @@ from kvmifup.core.ops import (
     Rule,
     Sysctl,
 )
+from kvmifup.core.vlans import canonical
 
 Step = tuple[Phase, Op]
 PRE, POST = Phase.PRE, Phase.POST
@@ -167,13 +168,6 @@ def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
     name = facts.bridge.name or nic.link
     yield PRE, OvsPort(nic.tap, f"{name} {canonical(nic.vlan)}" if nic.vlan else facts.bridge.part_of or name)
     yield PRE, LinkUp(nic.tap, True)
-
-
-def canonical(vlan: str) -> str:
-    """VLANs in Ganeti's notation with the trunks in order, so that equal sets compare equal."""
-    access, *trunks = vlan.split(":")
-    access = access and f".{int(access[1:])}"
-    return access + "".join(f":{one}" for one in sorted(int(trunk) for trunk in trunks))
 
 
 def external(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:

@@ -10,14 +10,15 @@ from dataclasses import replace
 from kvmifup.core.errors import NicError
 from kvmifup.core.model import LOCAL_TABLE, MODES, Config, Nic, Prefix
 from kvmifup.core.text import shown
+from kvmifup.core.vlans import MAX_VLAN, parts
 
 MAX_TABLE = 2**32 - 1
-MAX_VLAN = 4094
 MAX_INDEX = 9999
 
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
 _INDEX = re.compile(r"0|[1-9][0-9]{0,3}", re.ASCII)
-_VLAN = re.compile(r"(?P<access>\.[0-9]{1,4})?(?P<trunk>(:[0-9]{1,4})*)", re.ASCII)
+_VLAN = re.compile(r"(\.[0-9]{1,4})?(:[0-9]{1,4}(-[0-9]{1,4})?)*", re.ASCII)
+_VID = re.compile(r"[0-9]{1,4}", re.ASCII)
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _BYTES_SLIP = re.compile(r"b'(.+)'|b\"(.+)\"", re.ASCII)
 
@@ -125,16 +126,21 @@ def prefixes(texts: Sequence[str]) -> tuple[Prefix, ...]:
 
 
 def vlans(text: str) -> str:
-    """*text* if it is Ganeti's notation: ".VID" access, ":VID:VID" trunk, ".VID:VID" hybrid."""
-    match = _VLAN.fullmatch(text)
-    if not text or not match:
-        raise NicError(f"vlan {shown(text)} is not .VID, :VID:VID or .VID:VID")
-    ids = [int(v) for v in re.split(r"[.:]", text)[1:]]
-    if not all(1 <= v <= MAX_VLAN for v in ids):
-        raise NicError(f"vlan {text}: a VLAN id is 1 to {MAX_VLAN}")
-    if len(set(ids)) != len(ids):
-        raise NicError(f"vlan {text} names a VLAN twice")
-    return text
+    """*text* if it is Ganeti's notation, also with ranges: ".VID" access, ":VID:VID-VID" trunk, ".VID:VID" hybrid.
+
+    As for Ganeti, "VID" is ".VID". Raises NicError.
+    """
+    notation = f".{text}" if _VID.fullmatch(text) else text
+    if not notation or not _VLAN.fullmatch(notation):
+        raise NicError(f"vlan {shown(text)} is not .VID, :VID:VID, :VID-VID or .VID:VID")
+    vids: set[int] = set()
+    for _, first, last in parts(notation):
+        if not 1 <= first <= last <= MAX_VLAN:
+            raise NicError(f"vlan {text}: a VLAN id is 1 to {MAX_VLAN}, and a range begins with the lower one")
+        if not vids.isdisjoint(range(first, last + 1)):
+            raise NicError(f"vlan {text} names a VLAN twice")
+        vids.update(range(first, last + 1))
+    return notation
 
 
 def routing_table(text: str) -> str:

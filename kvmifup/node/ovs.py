@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmifup.core.errors import NotReadyError, ProgramError
+from kvmifup.core.vlans import parts, tagged
 from kvmifup.node import programs
 
 TIMEOUT = 10  # seconds that ovs-vsctl waits for the switch
@@ -28,8 +29,8 @@ class Switch:
     """What is in the switch's database at one moment.
 
     *bridges*: by name the bridge that it is and its VLAN, which is not 0 for a fake bridge: it stands for that VLAN
-    of another bridge. *ports*: by name "ovs0" or "ovs0 .100:200", the bridge and the VLANs in Ganeti's notation. A port
-    of a fake bridge is one of the other bridge. " (…)" after it says why the switch does not have it.
+    of another bridge. *ports*: by name "ovs0" or "ovs0 .100:200-299", the bridge and the VLANs as `kvmifup.core.vlans`
+    has them. A port of a fake bridge is one of the other bridge. " (…)" after it says why the switch does not have it.
     """
 
     bridges: Mapping[str, tuple[str, int]]
@@ -86,7 +87,7 @@ def problem(number: list[Any], error: list[Any]) -> str:
 def described(bridge: str, columns: list[Any]) -> str:
     """What `Switch` says of a port of *bridge*; *columns* are its tag, trunks and vlan_mode (`VLANS`)."""
     tag, trunks, mode = map(members, columns)
-    vlan = "".join(f".{one}" for one in tag) + "".join(f":{one}" for one in sorted(trunks))
+    vlan = "".join(f".{one}" for one in tag) + (tagged(trunks) if trunks else "")
     # A mode that `put` would not set is part of the value, so that it is noticed, and put back by an undo.
     other = "" if not mode or mode == [vlan_mode(vlan)] else f" {mode[0]}"
     return f"{bridge} {vlan}{other}".strip() if vlan or other else bridge
@@ -128,10 +129,12 @@ def transaction(name: str, value: str | None) -> tuple[str, ...]:
     if value is None:
         return remove
     bridge, vlan, mode, *_ = (*value.partition(" (")[0].split(" "), "", "")
-    access, *trunks = vlan.split(":") if vlan else ("",)
-    columns = [f"tag={access[1:]}"] if access else []
-    if trunks:
-        columns.append(f"trunks={','.join(trunks)}")
+    columns = []
+    for column, sign in (("tag", "."), ("trunks", ":")):
+        found = [(first, last) for one, first, last in parts(vlan) if one == sign]
+        if found:
+            texts = (f"{first}-{last}" if first < last else str(first) for first, last in found)
+            columns.append(f"{column}={','.join(texts)}")
     if vlan or mode:
         columns.append(f"vlan_mode={mode or vlan_mode(vlan)}")
     return (*remove, "--", "add-port", bridge, name, *columns)

@@ -82,7 +82,11 @@ def port(name: str = "tap0") -> tuple[str, str, str, str]:
         (".100", ("ovs0", "100", "[]", "access")),
         (":300:200", ("ovs0", "[]", "[200, 300]", "trunk")),
         (".100:200:300", ("ovs0", "100", "[200, 300]", "native-untagged")),
+        ("100", ("ovs0", "100", "[]", "access")),
+        (":100-102:7", ("ovs0", "[]", "[7, 100, 101, 102]", "trunk")),
+        (":1-4094", ("ovs0", "[]", f"[{', '.join(map(str, range(1, 4095)))}]", "trunk")),
     ],
+    ids=["none", "access", "trunk", "hybrid", "number", "range", "all"],
 )
 @pytest.mark.parametrize("incoming", [True, False])
 def test_pre_makes_the_tap_a_port_with_its_vlans(
@@ -97,8 +101,9 @@ def test_pre_makes_the_tap_a_port_with_its_vlans(
     assert link("ovs0")["mtu"] == 1400
 
 
-def test_the_second_run_writes_nothing(switch: Node) -> None:
-    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100:300:200")
+@pytest.mark.parametrize("vlan", [".100:300:200", "100", ":200:199:100-150", ":1-4094"])
+def test_the_second_run_writes_nothing(switch: Node, vlan: str) -> None:
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=vlan)
     check(hook("kvm-ifup-post", "tap0"), 0)
     uuid = vsctl("get", "Port", "tap0", "_uuid")
     again = hook("kvm-ifup-post", "tap0", "--json")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from kvmifup.core import vlans
 from kvmifup.core.errors import KvmIfupError, NicError, UsageError
 from kvmifup.core.model import Config, ExtConfig, ExtNetwork, Nic
 from kvmifup.inputs import config, devices, environment, ganeti, nicfiles, tables, values
@@ -193,9 +194,53 @@ def test_the_taps_own_mac() -> None:
     assert ROUTED.tap_mac == "fe:00:00:35:ac:01"
 
 
-@pytest.mark.parametrize("text", [".100", ":200:300", ".100:200:300", ".1", ".4094", ":7", ".0100"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".100",
+        ":200:300",
+        ".100:200:300",
+        ".1",
+        ".4094",
+        ":7",
+        ".0100",
+        ":100-199",
+        ":1-4094",
+        ".1:100",
+        ".100:200:300-399:500-500",
+    ],
+)
 def test_good_vlans(text: str) -> None:
     assert values.vlans(text) == text
+
+
+@pytest.mark.parametrize("text", ["100", "1", "4094", "0100"])
+def test_a_vlan_without_a_sign_is_untagged(text: str) -> None:
+    assert values.vlans(text) == f".{text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "equal"),
+    [
+        (".0100", ".100"),
+        (":300:200", ":200:300"),
+        (":102:100:101", ":100-102"),
+        (":100-101:102-199", ":100-199"),
+        (".5:7-7:9", ".5:7:9"),
+        ("~5!7:9.3", ".3:9~5!7"),
+    ],
+)
+def test_equal_sets_of_vlans_are_written_in_one_way(text: str, equal: str) -> None:
+    assert vlans.canonical(text) == vlans.canonical(equal) == equal
+
+
+@given(
+    st.dictionaries(st.integers(1, 4094), st.sampled_from(sorted(vlans.SIGNS)), max_size=40),
+)
+def test_a_set_of_vlans_comes_back_from_its_text(flags: dict[int, int]) -> None:
+    text = vlans.text_of(flags)
+    assert vlans.flags_of(text) == flags
+    assert vlans.ids(text) == flags.keys()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +253,20 @@ def test_good_vlans(text: str) -> None:
         "",
         ".",
         ":",
-        "100",
+        "0",
+        "4095",
+        "10000",
+        "100:200",
+        "100-199",
+        ".100-199",
+        ":199-100",
+        ":0-5",
+        ":4000-4095",
+        ":1-2-3",
+        ":100-",
+        ":-100",
+        ":100-199:150",
+        ".150:100-199",
         ".0",
         ".4095",
         ".9999",

@@ -146,6 +146,7 @@ EMPTY = ["set", []]
         ("ovs0 .100", ("tag=100", "vlan_mode=access")),
         ("ovs0 :20:300", ("trunks=20,300", "vlan_mode=trunk")),
         ("ovs0 .5:20:300", ("tag=5", "trunks=20,300", "vlan_mode=native-untagged")),
+        ("ovs0 :20:100-199", ("trunks=20,100-199", "vlan_mode=trunk")),
     ],
 )
 def test_a_port_is_replaced_in_one_transaction(value: str, columns: tuple[str, ...], switch: Switch) -> None:
@@ -180,6 +181,7 @@ def test_a_port_is_removed_and_a_dead_daemon_is_not_waited_for(
         ([100, EMPTY, "access"], "ovs0 .100"),
         ([EMPTY, ["set", [300, 20]], "trunk"], "ovs0 :20:300"),
         ([EMPTY, 20, "trunk"], "ovs0 :20"),
+        ([EMPTY, ["set", [22, 20, 21, 300]], "trunk"], "ovs0 :20-22:300"),
         ([5, ["set", [20, 300]], "native-untagged"], "ovs0 .5:20:300"),
         ([5, 20, "native-tagged"], "ovs0 .5:20 native-tagged"),
     ],

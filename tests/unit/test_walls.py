@@ -218,6 +218,7 @@ PURE = {
         "kvmifup.core.errors",
         "kvmifup.core.model",
         "kvmifup.core.ops",
+        "kvmifup.core.vlans",
     },
     "core.ops": {"__future__", "dataclasses", "functools", "typing", "kvmifup.core.text"},
     "core.model": {
@@ -231,6 +232,7 @@ PURE = {
     },
     "core.errors": {"__future__", "collections.abc", "errno", "typing"},
     "core.text": {"__future__", "collections.abc"},
+    "core.vlans": {"__future__", "collections.abc", "re"},
 }
 
 
