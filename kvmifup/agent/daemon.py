@@ -21,6 +21,7 @@ from kvmifup.agent.systemd import notify
 from kvmifup.commands import options
 from kvmifup.commands.call import need_privileges
 from kvmifup.commands.streams import standard_output
+from kvmifup.core import signals
 from kvmifup.core.errors import BugError, as_ours
 from kvmifup.inputs import config, places
 from kvmifup.tell import render, syslog
@@ -32,6 +33,7 @@ SWITCH = 0.0005  # seconds that a thread may keep the others waiting: an arrival
 
 def script() -> NoReturn:
     """What scripts/kvm-ifupd is. Never returns; the exit codes are those of the other commands."""
+    signals.hear_of_children()
     out, _ = standard_output()
     try:
         main(sys.argv[1:], out=out)

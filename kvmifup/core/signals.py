@@ -14,9 +14,22 @@ _callers = threading.local()
 
 
 def catch() -> None:
-    """From now on SIGTERM, SIGINT and SIGHUP are only noted, and `checkpoint` acts on them."""
+    """From now on SIGTERM, SIGINT and SIGHUP are only noted, and `checkpoint` acts on them.
+
+    One that our caller has us ignore stays ignored: nohup(1) does that, and a shell in the background.
+    """
+    hear_of_children()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: _arrived.append(number))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: _arrived.append(number))
+
+
+def hear_of_children() -> None:
+    """From now on it is known how a child has ended.
+
+    A caller that ignores SIGCHLD hands that on. Then the kernel tells nobody, and `subprocess` takes it for success.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextmanager

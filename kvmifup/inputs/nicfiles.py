@@ -49,11 +49,10 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
 
 def of_the_same_tap(nic: Nic, path: Path, run_dir: Path) -> Iterator[Nic]:
     """The NICs of other files than *path*, also other guests', that are on the tap of *nic*."""
-    named = nic.tap.encode("utf-8", "surrogateescape")
     for other in files(run_dir):
-        with suppress(OSError, NicError):  # what is wrong describes no NIC
-            text = b"" if other == path else other.read_bytes()
-            if named in text or b"\\" in text:  # thousands are read as TOML only if they may be about this tap
+        with suppress(OSError, NicError, trust.Untrusted):  # what is wrong describes no NIC
+            text = "" if other == path else trust.read(other, run_dir)
+            if nic.tap in text or "\\" in text:  # thousands are read as TOML only if they may be about this tap
                 there = read_nic(other, run_dir)
                 if there.tap == nic.tap and (there.instance, there.index) != (nic.instance, nic.index):
                     yield there

@@ -32,7 +32,7 @@ NAMESPACE = "/proc/self/ns/net"
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 STATE = "state"
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # the last one is a limit of our caller's
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
 
@@ -216,8 +216,8 @@ class Store:
     def mark(self, journal: Journal, mark: Mark) -> Journal:
         """Say *mark* in the file of *journal*, at once or not at all; returns what the journal is with it.
 
-        It takes no space: one letter is written over another. On a file system that nobody can write to any more
-        nothing is said, because what is to be undone has to be undone all the same.
+        It takes no space: one letter is written over another. Where nobody can write to a file any more, or we must
+        not (RLIMIT_FSIZE), nothing is said, because what is to be undone has to be undone all the same.
         Raises KernelError, PrivilegeError.
         """
         path = self.path(journal.nic.tap)
@@ -237,7 +237,7 @@ class Store:
                     os.fsync(file)
                     self._index.written(journal.nic.tap, "", after)
         except OSError as error:
-            if error.errno != errno.EROFS:
+            if error.errno not in (errno.EROFS, errno.EFBIG):
                 raise refused(error, f"cannot write {path}") from None
         return after
 
