@@ -121,6 +121,7 @@ PARTS = (
     only_all("installed-kernel", "package", pytest(AUTOPKGTEST, "-k", "kernel"), cores=CORES, after=("deb",)),
     only_all("package", "package", pytest(PACKAGE, f"--ignore={AUTOPKGTEST}", f"--ignore={SYSTEMD}"), after=("deb",)),
     only_all("systemd", "package", pytest(SYSTEMD), after=("deb",)),
+    only_all("vm", "vm", pytest("tests/vm")),
     only_all("ganeti", "ganeti", pytest("tests/ganeti", KVM_IFUP_DEBS=DEBS), after=("deb",)),
     only_all("installed-e2e", "package", pytest(AUTOPKGTEST, "-k", "e2e"), after=("deb",)),
     only_all("userns", "unprivileged", as_nobody(KERNEL, "-m", "userns and not sweep")),

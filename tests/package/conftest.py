@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.package import roots
+from harness import roots
 
 SUITES = ("bookworm", "trixie")  # Debian 12 and 13
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.package import roots
+from harness import roots
 
 # Debian 12's Python and pyroute2 run the same tests from the checkout (./dev kernel, ./dev e2e).
 SUITES = ("trixie",)

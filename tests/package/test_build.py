@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.package import roots
+from harness import roots
 
 LINTIAN = ("lintian", "--allow-root", "--fail-on=error,warning")
 # All that debian/control names has to be there; not the compiler that every source package may take for granted.

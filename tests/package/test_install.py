@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from harness.roots import CHECKOUT, Root, deb, field, versionless
 from tests.package import wiring
-from tests.package.roots import CHECKOUT, Root, deb, field, versionless
 
 COMMANDS = ("kvm-ifdown", "kvm-ifup", "kvm-ifup-post", "kvm-ifup-pre")
 OURS = ("kvm-ifup", "kvmifup", "kvm-ifdown")

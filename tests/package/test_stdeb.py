@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.package import roots
+from harness import roots
 
 TOOLS = ("build-essential", "debhelper", "dh-python", "fakeroot", "python3-all", "python3-setuptools", "python3-stdeb")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.package import machine, roots, wiring
-from tests.package.machine import Machine
+from harness import machine, roots
+from harness.machine import Machine
+from tests.package import wiring
 
 # The tests are in this order: what a boot leaves comes first, the purge last. In between each leaves the
 # network as it was.

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.package.roots import CLEAN, Root, run
+from harness.roots import CLEAN, Root, run
 
 GUEST_IP = "192.0.2.8"
 GUEST_MAC = "aa:00:00:35:ac:01"

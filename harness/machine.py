@@ -1,8 +1,11 @@
-"""A whole Debian system in QEMU, with its own kernel and systemd, that runs shell scripts for a test.
+"""A whole Debian system in QEMU, with its own kernel, that runs shell scripts for a test.
 
-    with machine.boot(root) as node:
+    with machine.boot(root) as node:         a Debian with systemd: `root` and what has been installed in it
         node.shell("systemctl is-active cron")
         node.json("ip -j route")
+
+    with machine.bare(packages, tree) as node:         a kernel, some programs, and the files of `tree`; no systemd
+        for line in node.follow("ls -R /"): ...
 
 What boots is what is in a `roots.Root`: installed first, at full speed, then copied to a disk. /dev/kvm is not
 used, so that it runs everywhere; a program that computes takes some 25 times longer in there than here.
@@ -15,7 +18,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +26,12 @@ from typing import Any
 
 import pytest
 
-from tests.package.roots import CLEAN, Root, run
+from harness import roots
+from harness.roots import CLEAN, Root, run
 
 # What a system needs to be booted: what has to be installed, and what only has to be in apt's cache.
-INSTALLED = ("kmod", "procps", "python3-minimal", "systemd-sysv", "udev")
+BARE = ("kmod", "procps", "python3-minimal")
+INSTALLED = (*BARE, "systemd-sysv", "udev")
 FETCHED = ("linux-image-cloud-amd64",)  # unpacked, and not installed: that would make an initramfs for an hour
 TOOLS = {
     "busybox": "busybox-static",
@@ -35,6 +40,7 @@ TOOLS = {
     "qemu-system-x86_64": "qemu-system-x86",
 }
 
+SUITE = "bookworm"  # of a bare system
 SIZE = "2G"  # of the disk; its file takes what is in it
 MEMORY = "1G"
 # Generous: these only turn a hang into a failure.
@@ -53,22 +59,50 @@ set -e
 while read -r module; do /bin/busybox insmod "/modules/$module"; done </modules/order
 /bin/busybox mount -t ext4 /dev/vda /root
 /bin/busybox umount /proc /sys /dev
-exec /bin/busybox switch_root /root /sbin/init
+exec /bin/busybox switch_root /root "${first:-/sbin/init}"
 """
 
-# The other end of `Machine.run`: one line of JSON for each script, and one for its result.
+# The first process of a bare system, in the place of systemd: no service, no udev. The second disk has a tar file.
+_BARE = f"""#!/bin/sh
+set -e
+export PATH={CLEAN["PATH"]}
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir /dev/pts /dev/shm /dev/virtio-ports
+mount -t devpts devpts /dev/pts
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mount -t tmpfs -o mode=755 tmpfs /run
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -o remount,rw /
+modprobe -a virtio_console tun
+tar --extract --file=/dev/vdb --directory=/
+ip link set lo up
+for port in /sys/class/virtio-ports/*; do
+    ln -s "../${{port##*/}}" "/dev/virtio-ports/$(cat "$port/name")"
+done
+python3 -I /usr/local/sbin/run-scripts
+"""
+
+# The other end of `Machine.follow`. One line of JSON for each script, for each line that it writes, and for its end.
 _PORT = "/dev/virtio-ports/scripts"
 _RUNNER = f"""
-import json, os, subprocess
+import json, os, subprocess, tempfile
 port = os.open("{_PORT}", os.O_RDWR)
-for line in os.fdopen(port, "rb", closefd=False):
-    script, environ = json.loads(line)
-    done = subprocess.run(["sh", "-eu", "-c", script], env=environ, cwd="/", stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    texts = [text.decode(errors="replace") for text in (done.stdout, done.stderr)]
-    answer = json.dumps([done.returncode, *texts]).encode() + b"\\n"
+def tell(what):
+    answer = json.dumps(what).encode() + b"\\n"
     while answer:
         answer = answer[os.write(port, answer):]
+for line in os.fdopen(port, "rb", closefd=False):
+    script, environ = json.loads(line)
+    with tempfile.TemporaryFile() as said:
+        running = subprocess.Popen(["sh", "-eu", "-c", script], env=environ, cwd="/", stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=said)
+        for text in running.stdout:
+            tell(text.decode(errors="replace"))
+        running.wait()
+        said.seek(0)
+        tell([running.returncode, said.read().decode(errors="replace")])
 """
 _UNIT = r"""
 [Unit]
@@ -88,7 +122,7 @@ WantedBy=multi-user.target
 _COPY = """
 echo 0123456789abcdef0123456789abcdef > /etc/machine-id  # not a first boot, which would enable every unit
 echo node > /etc/hostname
-systemctl -q enable run-scripts.service
+! command -v systemctl >/dev/null || systemctl -q enable run-scripts.service
 mkdir -p /unpacked
 dpkg -x /var/cache/apt/archives/linux-image-[0-9]*.deb /unpacked
 cp -r /unpacked/lib/modules /unpacked/boot /usr/lib
@@ -118,20 +152,37 @@ class Machine:
 
     def run(self, script: str, *, check: bool = True, timeout: float = SCRIPT) -> Done:
         """Run a shell script (`sh -eu`); it has to succeed unless *check* is False."""
-        done = self._exchange(script, timeout)
+        out = []
+        following = self.follow(script, timeout)
+        while True:
+            try:
+                out.append(next(following))
+            except StopIteration as end:
+                code, err = end.value
+                break
+        done = Done(code, "".join(out), err)
         said = f"{script}\nexit {done.code}\n{done.out[-6000:]}\n{done.err[-6000:]}"
         assert not check or done.code == 0, said
         return done
 
-    def _exchange(self, script: str, timeout: float) -> Done:
-        self._channel.settimeout(timeout)
+    def follow(self, script: str, patience: float) -> Generator[str, None, tuple[int, str]]:
+        """The lines that a shell script writes, as they come; returns its exit code and what it wrote to stderr.
+
+        It fails the test if for *patience* seconds nothing comes.
+        """
+        self._channel.settimeout(patience)
         try:
             self._channel.sendall(json.dumps([script, dict(CLEAN)]).encode() + b"\n")
-            answer = self._answers.readline()
+            while True:
+                answer = self._answers.readline()
+                assert answer, f"{script}\nthe system has gone\n{self.console()}"
+                found = json.loads(answer)
+                if not isinstance(found, str):
+                    code, err = found
+                    return code, err
+                yield found
         except OSError as error:
             pytest.fail(f"{script}\n{error}\n{self.console()}")
-        assert answer, f"{script}\nthe system has gone\n{self.console()}"
-        return Done(*json.loads(answer))
 
     def shell(self, script: str) -> str:
         """What a shell script that succeeds writes to its standard output."""
@@ -170,29 +221,64 @@ def boot(root: Root) -> Iterator[Machine]:
     with tempfile.TemporaryDirectory(prefix="kvm-ifup-machine-") as scratch:
         directory = Path(scratch)
         _prepare(root, directory)
-        ours, theirs = socket.socketpair()
-        console = directory / "console"
-        with ours:
-            with theirs:
-                qemu = subprocess.Popen(_command(directory, theirs.fileno()), stdin=subprocess.DEVNULL,
-                                        env=dict(CLEAN), pass_fds=[theirs.fileno()])  # fmt: skip
-            try:
-                node = Machine(ours, console)
-                # It answers as soon as somebody over there reads, and says when all has been started.
-                node.run("systemctl is-system-running --wait", timeout=BOOT, check=False)
-                yield node
-            finally:
-                qemu.kill()
-                qemu.wait()
+        with _started(directory, directory / "console") as node:
+            # It answers as soon as somebody over there reads, and says when all has been started.
+            node.run("systemctl is-system-running --wait", timeout=BOOT, check=False)
+            yield node
 
 
-def _command(directory: Path, channel: int) -> list[str]:
+@contextmanager
+def bare(installed: Sequence[str], files: Path) -> Iterator[Machine]:
+    """A machine with the packages *installed*, and what is in the tar file *files*, until the end of the block.
+
+    It runs nothing but the scripts. Its disk is made once, and kept; what is written to it is not.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvm-ifup-machine-") as scratch:
+        more = ("-drive", f"file={files},format=raw,if=virtio,readonly=on")
+        with _started(image(installed), Path(scratch) / "console", *more, first="/usr/local/sbin/bare") as node:
+            node.run("true", timeout=BOOT)
+            yield node
+
+
+def image(installed: Sequence[str]) -> Path:
+    """The directory with kernel, initramfs and disk of a bare system; made anew when anything that is in it changes."""
+    packages = sorted({*BARE, *installed})
+
+    def make(made: Path) -> None:
+        made.mkdir()
+        with roots.root(roots.archive(SUITE, packages, FETCHED)) as root:
+            _prepare(root, made)
+
+    ours = (_INIT, _BARE, _RUNNER, _COPY, _MODULES, SIZE)
+    return roots.kept(f"machine-{SUITE}", ".image", [packages, FETCHED, ours], make)
+
+
+@contextmanager
+def _started(directory: Path, console: Path, *more: str, first: str = "") -> Iterator[Machine]:
+    """A machine that boots what is in *directory*; what the block raises ends it, too."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            command = [*_command(directory, console, theirs.fileno(), first), *more]
+            qemu = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, env=dict(CLEAN), pass_fds=[theirs.fileno()]
+            )  # fmt: skip
+        try:
+            yield Machine(ours, console)
+        finally:
+            qemu.kill()
+            qemu.wait()
+
+
+def _command(directory: Path, console: Path, channel: int, first: str) -> list[str]:
+    # What the kernel does not know goes into the environment of the first process.
+    parameters = "console=ttyS0 quiet panic=-1 tsc=reliable net.ifnames=0 systemd.mask=getty.target"
     return [
         *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", MEMORY),
-        *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{directory / 'console'}"),
+        *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{console}"),
         *("-kernel", str(directory / "vmlinuz"), "-initrd", str(directory / "initrd")),
-        *("-append", "console=ttyS0 quiet panic=-1 tsc=reliable net.ifnames=0 systemd.mask=getty.target"),
-        *("-drive", f"file={directory / 'disk'},format=raw,if=virtio,cache=unsafe"),
+        *("-append", f"{parameters} first={first}" if first else parameters),
+        *("-drive", f"file={directory / 'disk'},format=raw,if=virtio,cache=unsafe,snapshot=on"),
         *("-device", "virtio-serial-pci", "-chardev", f"socket,id=scripts,fd={channel}"),
         *("-device", "virtserialport,chardev=scripts,name=scripts"),
     ]
@@ -201,7 +287,11 @@ def _command(directory: Path, channel: int) -> list[str]:
 def _prepare(root: Root, directory: Path) -> None:
     """Kernel, initramfs and disk in *directory*."""
     (root.path / "usr/local/sbin/run-scripts").write_text(_RUNNER)
-    (root.path / "etc/systemd/system/run-scripts.service").write_text(_UNIT)
+    (root.path / "usr/local/sbin/bare").write_text(_BARE)
+    (root.path / "usr/local/sbin/bare").chmod(0o755)
+    units = root.path / "etc/systemd/system"
+    units.mkdir(parents=True, exist_ok=True)
+    (units / "run-scripts.service").write_text(_UNIT)
     root.run("sh", "-eu", "-c", _COPY, "sh", *_MODULES)
 
     initrd = directory / "root"

@@ -15,14 +15,14 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[1]
 CACHE = Path.home() / ".cache/kvm-ifup-roots"
 DAY = 24 * 60 * 60
 # Debian's lists in a kept system name files that its mirror drops at a point release.
@@ -113,18 +113,8 @@ def archive(suite: str, installed: Sequence[str], fetched: Sequence[str] = ()) -
 
     It keeps apt's lists, so that what is installed later needs the network only for what is not there.
     """
-    recipe = json.dumps([suite, sorted(installed), sorted(fetched)])
-    kept = CACHE / f"{suite}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.tar"
-    CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
-    # Two runs must not both spend a minute on the same system; different ones are made at the same time.
-    with kept.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for old in (*CACHE.glob("*.tar"), *CACHE.glob("*.making")):  # the latter of a run that was killed
-            if time.time() - old.stat().st_mtime > KEPT:
-                old.unlink(missing_ok=True)
-        if kept.exists():
-            return kept
-        made = kept.with_suffix(".making")
+
+    def make(made: Path) -> None:
         command = ["mmdebstrap", "--variant=apt", f"--include={','.join(installed)}", "--skip=cleanup/apt"]
         if fetched:
             command.append(f'--customize-hook=chroot "$1" apt-get -qq --download-only install {" ".join(fetched)}')
@@ -132,8 +122,39 @@ def archive(suite: str, installed: Sequence[str], fetched: Sequence[str] = ()) -
         with tempfile.TemporaryDirectory(prefix="kvm-ifup-root-") as scratch:
             own = ["unshare", "--mount", "--propagation=private", "sh", "-eu", "-c", _IN_MEMORY, scratch]
             run([*command, "--format=tar", suite, made, mirror()], env=PROXIES, prefix=own)
-        made.replace(kept)  # only now: nobody takes half a system for a whole one
-    return kept
+
+    return kept(suite, ".tar", [suite, sorted(installed), sorted(fetched)], make)
+
+
+def kept(name: str, suffix: str, recipe: object, make: Callable[[Path], None]) -> Path:
+    """The file or directory that *make* makes of *recipe*, from the cache if it is there and not too old.
+
+    The name in the cache says what *recipe* was: another one makes another file.
+    """
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    done = CACHE / f"{name}-{digest}{suffix}"
+    CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
+    # Two runs must not both spend a minute on the same system; different ones are made at the same time.
+    with done.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for old in (*CACHE.glob(f"*{suffix}"), *CACHE.glob("*.making")):  # the latter of a run that was killed
+            if time.time() - old.stat().st_mtime > KEPT:
+                _remove(old)
+        if done.exists():
+            return done
+        made = done.with_suffix(".making")
+        _remove(made)
+        make(made)
+        made.replace(done)  # only now: nobody takes half a system for a whole one
+    return done
+
+
+def _remove(old: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
 
 
 _MOUNTS = """
