@@ -15,6 +15,9 @@ from harness import roots
 
 # Debian 12's Python and pyroute2 run the same tests from the checkout (./dev kernel, ./dev e2e).
 SUITES = ("trixie",)
+# What another Python, pyroute2 or place of the files can change: pyproject.toml says which tests these are. The kernel
+# is the same, and has answered all of them on Debian 12.
+SELECTED = {"kernel": "-m 'not sweep and (userns or pyroute2)'"}
 
 _STANZAS = [
     dict(Parser().parsestr(stanza).items())
@@ -58,7 +61,7 @@ def test_against_the_installed_package(suite: str, test: str, built: Path, tmp_p
         done = fresh.run(
             *["sh", "-eu", "-c", f"cd /tmp/source && {TESTS[test]['Test-Command']}"],
             network="needs-internet" in TESTS[test]["Restrictions"],
-            env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/tmp/wheels"},
+            env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/tmp/wheels", "PYTEST_ADDOPTS": SELECTED.get(test, "")},
             check=False,
             timeout=2 * 60 * 60,  # whole suites, on a machine that may be busy
         )
