@@ -11,6 +11,7 @@ from kvmifup.commands import names
 from kvmifup.core.errors import KvmIfupError, NicError, UsageError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.inputs import devices, environment, ganeti, nicfiles, values
+from kvmifup.runs import managed
 from kvmifup.runs.store import Store
 
 PHASES = {"kvm-ifup-pre": Phase.PRE, "kvm-ifup-post": Phase.POST, "kvm-ifdown": Phase.DOWN}
@@ -86,7 +87,7 @@ def nics_of(
     """
     if tap is None:
         assert instance is not None  # `of_hook` sees to it
-        nics = nicfiles.nics_of_instance(instance, run_dir) or ganeti.nics_of_instance(instance)
+        nics = nicfiles.nics_of_instance(instance, run_dir) or managed.nics_of_instance(instance)
         if not nics:
             refuse(names.as_guest(instance, program, run_dir))
             hint = names.meant(instance, run_dir) or f"see {run_dir}/nic"
@@ -115,7 +116,7 @@ def nic_of(tap: str, run_dir: Path, environ: Mapping[str, str], *, needed: bool 
         nic: Nic | None = environment.from_environment(environ)
     else:
         nic = nicfiles.nic_of_tap(tap, run_dir, needed=needed)
-    nic = nic or Store(run_dir).nic_of_live(tap) or ganeti.nic_of_tap(tap)
+    nic = nic or Store(run_dir).nic_of_live(tap) or managed.nic_of_tap(tap)
     return nic and (nic if nic.tap == tap else replace(nic, tap=tap))  # it may be described by another name of it
 
 

@@ -18,7 +18,7 @@ from kvmifup.diagnosis.findings import Finding, of_error
 from kvmifup.diagnosis.firewall import filtered
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.routed import traffic, uplinks
-from kvmifup.diagnosis.state import Look, State, compared, intended, state_of, stopped
+from kvmifup.diagnosis.state import Look, State, by_ganeti, compared, intended, state_of, stopped
 from kvmifup.node import probe
 from kvmifup.node.overview import Overview
 from kvmifup.runs import rivals
@@ -58,6 +58,8 @@ def diagnose(one: Known, look: Look, *, ask: bool) -> Diagnosis:
         found = [of_error(state.problem)] if state.problem else []
     elif one.nic is None or one.journal is None or one.phase is Phase.DOWN:
         why = "no hook was called for it, or it failed and put everything back"
+        if by_ganeti(one):
+            why = "its guest was started before kvm-ifup was installed, or Ganeti calls another script"
         found = [of_error(state.problem, why)] if state.problem else []
     else:
         one = replace(one, journal=followed(one.journal, look.overview))  # an uplink may have been renamed

@@ -1,4 +1,4 @@
-"""Which NICs this node knows, and how they are: every journal and every NIC file, read once."""
+"""Which NICs this node knows, and how they are: every journal and every NIC file, ours and Ganeti's, read once."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pathlib import Path
 from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, NicError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.inputs import devices, nicfiles, values
-from kvmifup.runs import clock
+from kvmifup.runs import clock, managed
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.store import Store
 
 
 @dataclass(frozen=True)
 class Known:
-    """A tap that a journal or a NIC file is about. *nic* is as it is to be wired: the NIC file counts, if there is one.
+    """A tap that a journal, a NIC file or Ganeti is about.
 
-    *trouble* is what is wrong with its NIC file or journal; then *nic* can be missing.
+    *nic* is as it is to be wired: the NIC file counts, if there is one. *trouble* is what is wrong with its NIC file or
+    journal; then *nic* can be missing.
     """
 
     tap: str
@@ -56,7 +57,7 @@ class Known:
 
 
 def all_nics(run_dir: Path, store: Store) -> list[Known]:
-    """Every NIC that a journal or a NIC file tells of, by guest and number.
+    """Every NIC that a journal, a NIC file or Ganeti tells of, by guest and number.
 
     Raises PermissionError if they are not ours to read.
     """
@@ -88,6 +89,9 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
             found[nic.tap] = Known(nic.tap, nic)
         elif earlier.trouble or (earlier.journal and owner(nic) == owner(earlier.journal.nic)):
             found[nic.tap] = replace(earlier, nic=nic)
+    for tap, one in managed.all_nics():
+        if tap not in found:
+            found[tap] = Known(tap, one) if isinstance(one, Nic) else Known(tap, None, None, one)
     return sorted(found.values(), key=lambda one: one.order)
 
 

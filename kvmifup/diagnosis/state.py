@@ -179,9 +179,18 @@ def not_wired(one: Known, look: Look) -> KvmIfupError | None:
     """What to say of a NIC that was never wired. That is right until its tap is there."""
     if look.overview.ifindex(one.tap) is None:
         return None
+    if by_ganeti(one):
+        return NotReadyError(
+            f"kvm-ifup has not wired {one.tap}", hint=f"`kvm-ifup-post {one.tap}` takes it over", where=one.label
+        )
     return NotReadyError(
         f"{one.tap} is there, but nothing has wired it", hint=f"`kvm-ifup-pre {one.tap}`", where=one.label
     )
+
+
+def by_ganeti(one: Known) -> bool:
+    """Whether only Ganeti's own files tell of *one*: its guest was started before Ganeti called kvm-ifup."""
+    return one.journal is None and one.nic is not None and one.nic.source.endswith(".runtime")
 
 
 def who_is_behind(one: Known, look: Look) -> NotReadyError | None:

@@ -1,12 +1,17 @@
-"""What Ganeti itself has written about a tap, for a person at a shell.
+"""What Ganeti itself has written about a guest that runs.
 
-`nic/<instance>/<n>` holds the bare name of a tap; `conf/<instance>.runtime` is JSON, a list whose second
-item lists the NICs (Ganeti 3.0, lib/hypervisor/hv_kvm). Both are written when the guest runs.
+`conf/<instance>.runtime` is JSON, a list whose second item lists the NICs, in the order in which they were plugged in
+(lib/hypervisor/hv_kvm). `nic/<instance>/<n>` holds the bare name of a tap, for the NIC that was the n-th one in the
+configuration then. So the two numbers need not be the same. `pid/<instance>` has the process, `ctrl` its sockets.
+
+These directories belong to root and its group, and the group may write to them (RUN_DIRS_MODE, 0775). Nowhere else is
+that good enough, and never for a file.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +21,105 @@ from kvmifup.inputs import trust
 from kvmifup.inputs.values import assemble, instance_name
 
 DIRECTORY = Path("/var/run/ganeti/kvm-hypervisor")
+Described = dict[str, Any]  # a NIC, as the runtime file has it
 
 
-def nic_of_tap(tap: str) -> Nic | None:
-    """The NIC that Ganeti has on *tap*; None if it has none. Raises NicError."""
-    for guest in trust.listed(DIRECTORY / "nic"):
-        for path in trust.listed(guest):
-            if tap_in(path) == tap:
-                return nic_of_file(path, tap)
-    return None
+# --- the files ------------------------------------------------------------------------------------------
 
 
-def nics_of_instance(instance: str) -> list[Nic]:
-    """All NICs that Ganeti has for *instance*, by tap. Raises NicError."""
+def guests() -> list[str]:
+    """The guests with NIC files, sorted. Raises OSError."""
+    return [path.name for path in trust.listed(DIRECTORY / "nic")]
+
+
+def taps_of(instance: str) -> dict[str, str]:
+    """The tap in each NIC file of *instance*, by the file's name; without what others could have written."""
     files = trust.listed(DIRECTORY / "nic" / instance_name(instance))
-    # A NIC may have two files, one named by its place and one by its UUID.
-    nics = {tap: nic_of_file(path, tap) for path in files if (tap := tap_in(path))}
-    return [nics[tap] for tap in sorted(nics)]
+    return {path.name: tap for path in files if (tap := word_in(path))}
 
 
-def nic_of_file(path: Path, tap: str) -> Nic:
-    """The NIC whose tap the file *path* names. Raises NicError."""
-    runtime = DIRECTORY / "conf" / f"{path.parent.name}.runtime"
+def process_of(instance: str) -> int | None:
+    """The process that runs *instance*; None if its pid file does not say."""
+    word = word_in(DIRECTORY / "pid" / instance_name(instance)) or ""
+    return int(word) if word.isascii() and word.isdigit() and len(word) < 10 else None
+
+
+def word_in(path: Path) -> str | None:
+    """The text of a small file; None if it cannot be read, or others could have written it."""
     try:
-        described = json.loads(trust.read(runtime, DIRECTORY))[1]
-        index = next(i for i, nic in enumerate(described) if path.name in (str(i), nic.get("uuid")))
-        nic: dict[str, Any] = described[index]
-        mode, link, vlan = (nic["nicparams"].get(key) for key in ("mode", "link", "vlan"))
-        mac, ip = nic["mac"], nic.get("ip")
-        if not all(isinstance(value, str) for value in (mac, mode, link or "", ip or "", vlan or "")):
+        return trust.read(path, DIRECTORY, roots_group=True).strip()
+    except trust.Untrusted:
+        return None
+    except OSError as error:
+        trust.need_answer(error)
+        return None
+
+
+def socket_of(instance: str) -> Path:
+    """The QMP socket of *instance* that is Ganeti's kvmd's, and free without that. Raises Untrusted and OSError."""
+    return trust.check(DIRECTORY / "ctrl" / f"{instance_name(instance)}.kvmd", DIRECTORY, roots_group=True)
+
+
+def runtime_of(instance: str) -> Path:
+    """The file that describes the NICs of *instance*."""
+    return DIRECTORY / "conf" / f"{instance_name(instance)}.runtime"
+
+
+def described(instance: str) -> list[Described]:
+    """The NICs of *instance*, as the runtime file has them. Raises NicError."""
+    runtime = runtime_of(instance)
+    try:
+        nics = json.loads(trust.read(runtime, DIRECTORY, roots_group=True))[1]
+        if not isinstance(nics, list) or not all(isinstance(nic, dict) for nic in nics):
             raise TypeError
     except trust.Untrusted as error:
         raise NicError(f"not to be trusted: {error}", where=str(runtime)) from None
     except OSError as error:
         trust.need_answer(error)
         raise NicError(f"cannot be read: {error.strerror}", where=str(runtime)) from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, StopIteration, RecursionError):
-        raise NicError(f"does not describe the NIC of {path}", where=str(runtime)) from None
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        raise NicError("does not describe the guest's NICs", where=str(runtime)) from None
+    return nics
+
+
+# --- which NIC is on which tap ----------------------------------------------------------------------------
+
+
+def matched(
+    nics: Sequence[Described], files: Mapping[str, str], macs: Mapping[str, str | None]
+) -> dict[str, Described]:
+    """Which of *nics* is on which tap, as far as that is certain; *macs* has all taps of the guest's QEMU.
+
+    By the MAC that QEMU gives to the guest on that tap, if it is known, else by the UUID that is the name of a NIC
+    file. If one tap and one NIC are left in the end, they belong together. The number of a NIC file tells nothing.
+    """
+    found: dict[str, Described] = {}
+    for tap, mac in macs.items():
+        same = [nic for nic in nics if mac is not None and str(nic.get("mac")).lower() == mac]
+        if len(same) == 1:
+            found[tap] = same[0]
+    uuids = {nic["uuid"]: nic for nic in nics if isinstance(nic.get("uuid"), str)}
+    unknown = [tap for tap, mac in macs.items() if mac is None]
+    for name, tap in files.items():
+        if tap in unknown and name in uuids and uuids[name] not in found.values():
+            found[tap] = uuids[name]
+    taps = [tap for tap in unknown if tap not in found]
+    left = [nic for nic in nics if nic not in found.values()]
+    if len(taps) == len(left) == 1:
+        found[taps[0]] = left[0]
+    return found
+
+
+def nic_of(instance: str, nic: Described, tap: str, number: int) -> Nic:
+    """The NIC that *nic* describes, on *tap*; *number* is what Ganeti calls it. Raises NicError."""
+    runtime = str(runtime_of(instance))
+    try:
+        mode, link, vlan = (nic["nicparams"].get(key) for key in ("mode", "link", "vlan"))
+        mac, ip = nic["mac"], nic.get("ip")
+        if not all(isinstance(value, str) for value in (mac, mode, link or "", ip or "", vlan or "")):
+            raise TypeError
+    except (TypeError, KeyError, AttributeError):
+        raise NicError(f"does not describe the NIC on {tap}", where=runtime) from None
     try:
         return assemble(
             tap=tap,
@@ -62,21 +129,10 @@ def nic_of_file(path: Path, tap: str) -> Nic:
             ip=[ip] if ip else [],
             vlan=vlan or None,
             incoming=False,
-            instance=path.parent.name,
-            index=index,
-            source=str(runtime),
+            instance=instance,
+            index=number,
+            source=runtime,
         )
     except NicError as error:
-        error.at(str(runtime))
+        error.at(runtime)
         raise
-
-
-def tap_in(path: Path) -> str | None:
-    """The text of a NIC file; None if it cannot be read, or others could have written it."""
-    try:
-        return trust.read(path, DIRECTORY).strip()
-    except trust.Untrusted:
-        return None
-    except OSError as error:
-        trust.need_answer(error)
-        return None

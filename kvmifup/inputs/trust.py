@@ -22,12 +22,18 @@ class NotText(Untrusted):
     """A file that only root could have written, and that is no text."""
 
 
-def flaw(info: os.stat_result) -> str:
-    """Why not only root could have written what *info* is about; "" if only root could."""
+def flaw(info: os.stat_result, *, roots_group: bool = False) -> str:
+    """Why not only root could have written what *info* is about; "" if only root could.
+
+    *roots_group*: root's group may write to a directory.
+    """
     # In a user namespace the caller is root there, and 0 is the only owner that means anything.
     if info.st_uid not in (0, os.geteuid()):
         return f"is owned by uid {info.st_uid}, not by root"
-    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    others = (
+        stat.S_IWOTH if roots_group and info.st_gid == 0 and stat.S_ISDIR(info.st_mode) else stat.S_IWGRP | stat.S_IWOTH
+    )
+    if info.st_mode & others:
         return "can be written to by others"
     return ""
 
@@ -49,8 +55,10 @@ def listed(directory: Path, suffix: str = "") -> list[Path]:
         return []
 
 
-def check(path: Path, base: Path) -> Path:
+def check(path: Path, base: Path, *, roots_group: bool = False) -> Path:
     """The real path of *path*, if it and every directory up to *base* is root's alone.
+
+    *roots_group*: root's group may write to these directories, but not to a file.
 
     Raises Untrusted; FileNotFoundError and other OSErrors pass through.
     """
@@ -62,7 +70,7 @@ def check(path: Path, base: Path) -> Path:
     place = real
     while True:
         info = os.lstat(place)
-        why = flaw(info)
+        why = flaw(info, roots_group=roots_group)
         if why:
             raise Untrusted(f"it {why}" if place == real else f"its directory {place} {why}")
         if place == real_base:
@@ -70,12 +78,12 @@ def check(path: Path, base: Path) -> Path:
         place = os.path.dirname(place)
 
 
-def read(path: Path, base: Path, limit: int = MAX_BYTES) -> str:
+def read(path: Path, base: Path, limit: int = MAX_BYTES, *, roots_group: bool = False) -> str:
     """The text of *path*, a regular file of at most *limit* bytes that `check` accepts.
 
     Raises Untrusted, also for text that is not UTF-8, and OSError.
     """
-    real = check(path, base)
+    real = check(path, base, roots_group=roots_group)
     descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode):

@@ -728,7 +728,7 @@ def test_a_file_that_cannot_be_read_now_is_neither_wrong_nor_missing(
         lambda: nicfiles.read_nic(file, tmp_path),
         lambda: config.merged(Config(), file, tmp_path),
         lambda: tables.number("guests", (str(tmp_path),)),
-        lambda: ganeti.tap_in(file),
+        lambda: ganeti.word_in(file),
         lambda: procfs.sysctl("net/ipv4/ip_forward"),
         lambda: procfs.link_local("eth0"),
     ]

@@ -1,0 +1,97 @@
+"""The NICs of guests that Ganeti runs here: what its files say, for the taps that their QEMUs hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from kvmifup.core.errors import KvmIfupError, NicError, NotReadyError
+from kvmifup.core.model import Nic
+from kvmifup.inputs import ganeti, trust
+from kvmifup.inputs.environment import GANETI_OWN
+from kvmifup.node import guests, qmp
+
+def nic_of_tap(tap: str) -> Nic | None:
+    """The NIC of Ganeti's on *tap*; None if it has none. Raises NicError."""
+    names = [] if tap.startswith(GANETI_OWN) else ganeti.guests()
+    if not names:
+        return None
+    qemus = guests.behind_taps()
+    instance = owner(tap, qemus, names)
+    return None if instance is None else nic_on(tap, instance, qemus)
+
+
+def nics_of_instance(instance: str) -> list[Nic]:
+    """All NICs that Ganeti has for *instance*, by tap. Raises NicError."""
+    names = ganeti.guests()
+    qemus = guests.behind_taps() if instance in names else {}
+    return [nic_on(tap, instance, qemus) for tap in sorted(qemus) if owner(tap, qemus, names) == instance]
+
+
+def all_nics() -> Iterator[tuple[str, Nic | KvmIfupError]]:
+    """Each tap of a guest of Ganeti's, and the NIC on it, or why it is not known. Raises OSError.
+
+    A guest that still waits for a migration is left out: Ganeti describes it when it has come.
+    """
+    names = ganeti.guests()
+    qemus = guests.behind_taps() if names else {}
+    for tap in sorted(qemus):
+        instance = owner(tap, qemus, names)
+        if instance is not None and ganeti.runtime_of(instance).exists():
+            try:
+                yield tap, nic_on(tap, instance, qemus)
+            except NicError as error:
+                yield tap, error
+
+
+def owner(tap: str, qemus: Mapping[str, guests.Qemu], names: list[str]) -> str | None:
+    """Which of the guests *names* has *tap*; None if none has, or if it is not for guests to use.
+
+    Pid files say it. If they say nothing, NIC files do; these may be left over from a guest that is gone.
+    """
+    qemu = qemus.get(tap)
+    if qemu is None or tap.startswith(GANETI_OWN):
+        return None
+    processes = {name: ganeti.process_of(name) for name in names}
+    found = [name for name, process in processes.items() if process == qemu.pid]
+    found = found or [name for name in names if processes[name] is None and tap in ganeti.taps_of(name).values()]
+    return found[0] if len(found) == 1 else None
+
+
+def nic_on(tap: str, instance: str, qemus: Mapping[str, guests.Qemu]) -> Nic:
+    """The NIC of *instance* on *tap*. Raises NicError."""
+    nics, files = ganeti.described(instance), ganeti.taps_of(instance)
+    macs = {one: qemu.mac for one, qemu in qemus.items() if qemu.pid == qemus[tap].pid}
+    found = ganeti.matched(nics, files, macs)
+    if tap not in found and macs[tap] is None:  # it was plugged in later
+        found = ganeti.matched(nics, files, {**macs, **plugged(instance, qemus[tap].pid)})
+    if tap not in found:
+        raise NicError(
+            f"does not describe the NIC on {tap}",
+            hint=f"its MAC there is {macs[tap]}" if macs[tap] else "QEMU does not say which one it is",
+            where=str(ganeti.runtime_of(instance)),
+        )
+    numbers = sorted(int(name) for name, one in files.items() if one == tap and name.isascii() and name.isdigit())
+    return ganeti.nic_of(instance, found[tap], tap, numbers[0] if numbers else nics.index(found[tap]))
+
+
+def plugged(instance: str, pid: int) -> dict[str, str]:
+    """The MAC of the guest's NIC on each tap of its QEMU, as that says; nothing if it does not answer."""
+    try:
+        said = qmp.ask(ganeti.socket_of(instance), "human-monitor-command", **{"command-line": "info network"})
+    except (NotReadyError, trust.Untrusted, FileNotFoundError):
+        return {}
+    numbers = dict(guests.taps_of(str(pid)))
+    return {numbers[fd]: mac for mac, fd in pairs(str(said)) if fd in numbers}
+
+
+def pairs(text: str) -> Iterator[tuple[str, str]]:
+    r"""The MAC of each NIC and the descriptor of its tap, as `info network` tells them: one line each, "\" before the
+    second.
+    """
+    mac = None
+    for line in text.splitlines():
+        if found := re.search(r"macaddr=([0-9a-f:]{17})", line, re.IGNORECASE):
+            mac = found[1].lower()
+        elif (found := re.search(r"type=tap,.*\bfd=(\d+)", line)) and line.lstrip().startswith("\\") and mac:
+            yield mac, found[1]
