@@ -11,6 +11,7 @@ from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.text import printable
 from kvmifup.inputs import values
+from kvmifup.runs import managed
 from kvmifup.runs.down import down, taps_of_instance
 from kvmifup.runs.outcome import Outcome, Results
 from kvmifup.runs.session import Session
@@ -46,6 +47,10 @@ def take_down(call: Call, request: Request, session: Session) -> Results:
             if not names.was_ever_known(tap, call.run_dir) and described(tap) is None:
                 note(call, tap)
                 outcomes.append(Outcome(tap, None, tap, Phase.DOWN))
+                continue
+            why = managed.still_here(tap, request.owner) if call.environ.get("ACTION") == "down" else None
+            if why is not None:
+                outcomes.append(Outcome(f"{request.owner} ({tap})", None, tap, Phase.DOWN, remarks=(why,)))
                 continue
             outcomes.append(down(tap, request.owner, partial(described, tap), session))
         except KvmIfupError as error:

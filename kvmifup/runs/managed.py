@@ -11,6 +11,30 @@ from kvmifup.inputs import ganeti, trust
 from kvmifup.inputs.environment import GANETI_OWN
 from kvmifup.node import guests, qmp
 
+# What QEMU says (`query-status`) of a guest that is not here: it runs elsewhere, has ended, or has never begun.
+NOT_HERE = {"postmigrate", "finish-migrate", "inmigrate", "prelaunch", "shutdown"}
+
+
+def still_here(tap: str, instance: str | None) -> str | None:
+    """Why *tap* stays wired when Ganeti takes the NICs of *instance* down; None if it does not.
+
+    Ganeti 3.2 does that right after it has pressed the guest's power button. Then the guest runs on until it has shut
+    down, and with its QEMU goes the tap. A QEMU that does not answer may still run its guest: kvmd has the socket for
+    as long as the guest runs, if Ganeti is told to watch for guests that shut down by themselves.
+    """
+    names = ganeti.guests()
+    if instance not in names:
+        return None
+    qemus = guests.behind_taps()
+    if owner(tap, qemus, names) != instance:
+        return None
+    try:
+        status = qmp.ask(ganeti.socket_of(instance), "query-status")["status"]
+    except (NotReadyError, trust.Untrusted, OSError, TypeError, KeyError) as error:
+        return f"its QEMU is there, and does not say that the guest has gone ({error}): wired until the tap goes"
+    return None if status in NOT_HERE else f"its guest still runs (QEMU says {status!r}): wired until the tap goes"
+
+
 def nic_of_tap(tap: str) -> Nic | None:
     """The NIC of Ganeti's on *tap*; None if it has none. Raises NicError."""
     names = [] if tap.startswith(GANETI_OWN) else ganeti.guests()

@@ -61,6 +61,10 @@ def stop(kvm: Any, instance: Any) -> None:
     kvm.CleanupInstance(instance.name)
 
 
+def shut_down(kvm: Any, instance: Any) -> None:
+    kvm.StopInstance(instance, force=False)
+
+
 def reboot(kvm: Any, instance: Any) -> None:
     kvm.RebootInstance(instance)
 
@@ -139,6 +143,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     for one in (
         start,
         stop,
+        shut_down,
         reboot,
         hot_add,
         hot_remove,

@@ -6,10 +6,13 @@ The taps are held open by processes of the tests', as by a QEMU.
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 
-from tests.ganeti.cluster import FIRST, INSTANCE, SECOND, Cluster, Nic, Node
+from harness.addresses import GUEST_IP4
+from lab import guest
+from tests.ganeti.cluster import FIRST, INSTANCE, SECOND, Cluster, Instance, Nic, Node
 
 # A guest's end of a tap: carrier for as long as the process lives.
 HOLD = """
@@ -82,6 +85,24 @@ def test_down_when_the_tap_is_another_guests_by_now(two_nodes: Cluster) -> None:
     node.must_be_wired(others)
     assert call(node, "down", mine, "tap0") == ""
     node.must_be_wired(others)
+
+
+def test_a_guest_that_shuts_down_is_reached_until_its_end(two_nodes: Cluster, image: guest.Image) -> None:
+    """3.2 calls down right after the power button; this guest takes its time, as it takes no notice."""
+    node, nic = two_nodes.a, FIRST[two_nodes.mode]
+    node.run("sh", "-c", "setsid kvm-ifupd </dev/null >/dev/null 2>&1 &")
+    instance = Instance((nic,), image)
+    node.ganeti("start", instance)  # 3.0's code, whose files are the same
+    two_nodes.must_reach_guest()
+    node.ganeti("shut_down", instance)
+    for _ in range(2):
+        assert call(node, "down", nic, "tap0") == ""
+        assert two_nodes.client.try_run("ping", "-n", "-c", "3", "-i", "0.2", "-W", "1", GUEST_IP4).returncode == 0
+    node.must_be_wired(nic)
+    node.ganeti("stop", instance)
+    time.sleep(1)
+    assert call(node, "down", nic, "tap0") == ""
+    node.must_be_as_before()
 
 
 @pytest.mark.parametrize("mode", ["bridged"])
