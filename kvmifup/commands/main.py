@@ -124,6 +124,8 @@ def runner(verb: str) -> Callable[[Call], int]:
             from kvmifup.commands.gc import run
         case "watch":
             from kvmifup.commands.watch import run
+        case "expect":
+            from kvmifup.commands.expect import run
         case _:
             from kvmifup.commands.nic import run
     return run

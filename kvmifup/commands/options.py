@@ -187,6 +187,7 @@ def add_subcommands(made: Parser) -> None:
     one.add_argument("--node", action="store_true", help="instead: is the node ready for guests that arrive?")
     one = add(subcommands, "gc", "clear up after dead NICs and killed runs")
     one.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    add(subcommands, "expect", "for Ganeti's hooks: a guest is to move here; fail if this node cannot take it")
     add(subcommands, "watch", "print what hooks and the agent do, as they do it, until interrupted")
     one = add(subcommands, "nic", "write, list and remove NIC files")
     verbs = one.add_subparsers(dest="verb", required=True, metavar="VERB")

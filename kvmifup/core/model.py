@@ -21,6 +21,11 @@ MAIN_TABLE = 254  # RT_TABLE_MAIN, linux/rtnetlink.h
 LOCAL_TABLE = 255  # RT_TABLE_LOCAL
 
 
+# The tap of a NIC that has none yet. No device can have this name, because the kernel keeps under it the settings that
+# a new device gets (`sysctl_dev_name_is_allowed` in net/ipv4/devinet.c).
+NOT_YET = "default"
+
+
 class Phase(IntEnum):
     """How far a guest has come on this node, in order; POST includes PRE."""
 
@@ -76,7 +81,8 @@ class Nic:
         """How messages name the NIC: "web1.example.com/0 (tap0)"."""
         if self.instance is None:
             return self.tap
-        return f"{self.instance}{'' if self.index is None else f'/{self.index}'} ({self.tap})"
+        tap = "" if self.tap == NOT_YET else f" ({self.tap})"
+        return f"{self.instance}{'' if self.index is None else f'/{self.index}'}{tap}"
 
     @property
     def tap_mac(self) -> str:

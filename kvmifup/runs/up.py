@@ -22,10 +22,7 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
 
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
     """
-    for one, other in combinations(nics, 2):
-        with about(one.label):
-            if prefix := one.shares(other):
-                raise NotReadyError(f"{prefix} is on {other.label}, too", hint="an address can be on one NIC only")
+    need_own_addresses(nics)
     with ExitStack() as stack:
         stack.enter_context(about(", ".join(nic.label for nic in nics)))
         session.locked(stack, [nic.tap for nic in nics])
@@ -38,3 +35,11 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
         if not session.dry:
             return carry_out(prepared, session.kernel, session.store)
     return [outcome for outcome, _ in prepared]
+
+
+def need_own_addresses(nics: Sequence[Nic]) -> None:
+    """Raise NotReadyError if two of *nics* have the same address."""
+    for one, other in combinations(nics, 2):
+        with about(one.label):
+            if prefix := one.shares(other):
+                raise NotReadyError(f"{prefix} is on {other.label}, too", hint="an address can be on one NIC only")

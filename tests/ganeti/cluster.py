@@ -204,6 +204,9 @@ rm -f /var/lib/man-db/auto-update
 ln -s /usr/lib/ganeti/3.0 /etc/ganeti/lib
 ln -s /usr/share/ganeti/3.0 /etc/ganeti/share
 mkdir -p /var/lib/ganeti /var/log/ganeti/kvm /run/ganeti
+# Ganeti asks for its node's whole name, and there is no name server.
+echo "$2" >/proc/sys/kernel/hostname
+echo "127.0.1.1 $2" >>/etc/hosts
 echo ready
 sleep infinity &
 wait
@@ -232,7 +235,7 @@ class Node:
         """Run a command here to its end; returns what it said. LabError when it fails."""
         inside = ["setpriv", "--pdeathsig", "KILL", "nsenter", "--target", str(self.init)]
         done = subprocess.run(
-            [*inside, "--net", "--mount", "--pid", "--", *argv],
+            [*inside, "--net", "--mount", "--pid", "--uts", "--", *argv],
             env={**CLEAN, **env},
             input=stdin,
             capture_output=True,
@@ -261,6 +264,15 @@ class Node:
     def hooks(self, operation: str, instance: Instance) -> None:
         """Ganeti runs its post hooks of *operation* here: ours must be among them, and be content."""
         found = self.ganeti("hooks", instance, after=operation)
+        assert [one[1:] for one in found if "50-kvm-ifup" in one[0]] == [["success", ""]], found
+
+    def before_move(self, operation: str, instance: Instance, **more: str) -> None:
+        """Ganeti runs its pre hooks of *operation* on this node, the target: ours must be among them.
+
+        Raises GanetiError with its words.
+        """
+        to = {"OLD_PRIMARY": "other.example.com", "NEW_PRIMARY": f"{self.name}.example.com", **more}
+        found = self.ganeti("pre_hooks", instance, before=operation, more=to)
         assert [one[1:] for one in found if "50-kvm-ifup" in one[0]] == [["success", ""]], found
 
     def install(self, packages: Sequence[Path]) -> None:
@@ -355,8 +367,8 @@ class Node:
 
 @contextlib.contextmanager
 def _node(lab: Namespace) -> Iterator[Node]:
-    setup = ["sh", "-c", SETUP, "sh", str(debian.ganeti())]
-    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
+    setup = ["sh", "-c", SETUP, "sh", str(debian.ganeti()), f"{lab.name}.example.com"]
+    unshare = ["unshare", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
     holder = lab.popen([*unshare, *setup], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stderr is not None

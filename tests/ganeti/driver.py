@@ -107,16 +107,26 @@ def running(kvm: Any, instance: Any) -> bool:
 
 def hooks(kvm: Any, instance: Any, after: str) -> list[list[str]]:
     """Run the post hooks of an operation here; returns path, result and output of each, and what Ganeti would log."""
+    return run_hooks(instance, after, "post", {})
+
+
+def pre_hooks(kvm: Any, instance: Any, before: str, more: dict[str, str]) -> list[list[str]]:
+    """The same for the hooks before it, which get *more*. Raises what Ganeti raises when one fails."""
+    return run_hooks(instance, before, "pre", more)
+
+
+def run_hooks(instance: Any, operation: str, phase: str, more: dict[str, str]) -> list[list[str]]:
+    """Run the hooks of *phase*, as the master asks for it."""
     constants = module("constants")
     nics = [
         (None, nic.uuid, nic.ip, nic.mac, nic.nicparams["mode"], nic.nicparams["link"], "", None, None)
         for nic in instance.nics
     ]
     environment = module("cmdlib.instance_utils").BuildInstanceHookEnv(
-        *(instance.name, "a.example.com", ["b.example.com"], "debian", "down", 128, 128, 1, nics),
+        *(instance.name, "a.example.com", ["b.example.com"], "debian", "up", 128, 128, 1, nics),
         *(constants.DT_DISKLESS, [], instance.beparams, instance.hvparams, constants.HT_KVM, []),
     )
-    environment = {key: value for key, value in environment.items() if not key.startswith("INSTANCE_HV_")}
+    environment = {key: value for key, value in environment.items() if not key.startswith("INSTANCE_HV_")} | more
     runner = module("backend").HooksRunner()
     words = {constants.HKR_SUCCESS: "success", constants.HKR_FAIL: "failure", constants.HKR_SKIP: "skipped"}
     results: list[list[str]] = []
@@ -129,12 +139,13 @@ def hooks(kvm: Any, instance: Any, after: str) -> list[list[str]]:
     def log(text: str, *arguments: object) -> None:
         results.append(["log", text % arguments if arguments else text])
 
-    code = f"OP_{after.upper().replace('-', '_')}"
+    code = f"OP_{operation.upper().replace('-', '_')}"
+    here = ["a.example.com"]
     master = module("hooksmaster").HooksMaster(
-        *(code, after, ([], ["a.example.com"]), run, None, lambda: environment, None, log),
+        *(code, operation, (here, here), run, None, lambda: environment, None, log),
         *(constants.HTYPE_INSTANCE, "cluster.example.com", "a.example.com"),
     )
-    master.RunPhase(constants.HOOKS_PHASE_POST)
+    master.RunPhase(constants.HOOKS_PHASE_PRE if phase == "pre" else constants.HOOKS_PHASE_POST)
     return results
 
 
@@ -155,6 +166,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         finalize_target,
         running,
         hooks,
+        pre_hooks,
     )
 }
 

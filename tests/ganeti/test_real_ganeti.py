@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,25 @@ def test_a_routed_nic_with_a_table(packages: list[Path]) -> None:
         assert [tap for tap, _ in found.a.rules()] == ["tap0", "tap0"]  # they outlive the tap
         found.a.hooks("instance-stop", instance)
         found.a.must_be_as_before()
+
+
+@pytest.mark.parametrize(("mode", "operation"), [("bridged", "instance-failover"), ("routed", "instance-migrate")])
+def test_a_target_that_cannot_take_the_guest_refuses_before_it_moves(two_nodes: Cluster, operation: str) -> None:
+    mode, b = two_nodes.mode, two_nodes.b
+    instance = Instance((FIRST[mode], SECOND[mode]))
+    b.before_move(operation, instance)
+    spoil, why = {
+        "bridged": (("ip", "link", "del", "br0"), "no such bridge: br0"),
+        "routed": (("sysctl", "-qw", "net.ipv4.conf.eth0.forwarding=0"), "IPv4 forwarding is off on uplink eth0"),
+    }[mode]
+    b.run(*spoil)
+    with pytest.raises(GanetiError, match=rf"50-kvm-ifup.*kvm-ifup: {re.escape(instance.name)}/0: {why}"):
+        b.before_move(operation, instance)
+    # Nobody else is asked: the hook also runs on the source and on the master.
+    b.before_move(operation, instance, NEW_PRIMARY="a.example.com")
+    # Nothing moves.
+    b.before_move(operation, instance, MIGRATE_CLEANUP="True")
+    b.before_move(operation, instance, FAILOVER_CLEANUP="True")
+    # An administrator's own script wires the NICs.
+    b.run("sh", "-c", "rm /etc/ganeti/kvm-vif-bridge; echo exit 0 >/etc/ganeti/kvm-vif-bridge")
+    b.before_move(operation, instance)

@@ -14,10 +14,12 @@ from tests.ganeti.cluster import package
 SHIMS = "/usr/lib/kvm-ifup/ganeti"
 MODES = ("bridged", "routed", "openvswitch", "ext")
 OPERATIONS = ("stop", "reboot", "migrate", "failover", "modify", "remove")
+MOVES = ("migrate", "failover", "move")
 LINKS = {
     "etc/ganeti/kvm-vif-bridge": f"{SHIMS}/kvm-vif-bridge",
     **{f"etc/ganeti/network/{mode}/{action}": f"{SHIMS}/{action}" for mode in MODES for action in ("up", "down")},
     **{f"etc/ganeti/hooks/instance-{name}-post.d/50-kvm-ifup": f"{SHIMS}/hook" for name in OPERATIONS},
+    **{f"etc/ganeti/hooks/instance-{name}-pre.d/50-kvm-ifup": f"{SHIMS}/hook-pre" for name in MOVES},
 }
 
 

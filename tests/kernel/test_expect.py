@@ -1,0 +1,99 @@
+"""`kvm-ifup expect`: what keeps a guest from coming to this node is said before it leaves the other one."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness import agents, manager, nodes, tools
+from harness.addresses import GUEST_IP4, GUEST_MAC
+from harness.hooks import Result, call, check, hook
+from harness.moving import FIRST, INSTANCE, environment
+from harness.nodes import Node
+from harness.snapshots import changes, snapshot
+
+SECOND = {"MODE": "routed", "MAC": "aa:00:00:35:ac:02", "IP": "192.0.2.9"}
+DMZ: dict[str, object] = {"mode": "routed"}
+BRIDGED = {"MODE": "bridged", "MAC": GUEST_MAC, "LINK": "br0"}
+
+
+def expect(*nics: dict[str, str], operation: str = "migrate") -> Result:
+    """As the hook runs it."""
+    return call("kvm-ifup", "expect", environ=environment(*nics, operation=operation))
+
+
+@pytest.mark.userns
+def test_a_node_that_can_take_the_guest_says_nothing_and_changes_nothing(uplinked: Node) -> None:
+    nodes.add_bridge()
+    before = snapshot()
+    check(hook("kvm-ifup", "expect", environ=environment(FIRST, {**BRIDGED, "MAC": SECOND["MAC"]})), 0)
+    assert not changes(before, snapshot())
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "nic", "code", "sentence"),
+    [
+        ("", BRIDGED, 69, "no such bridge: br0"),
+        ("link set eth0 down", FIRST, 69, "uplink eth0 is down"),
+        ("", {**FIRST, "LINK": "nowhere"}, 69, "no such routing table: nowhere"),
+        ("addr add 192.0.2.8/32 dev eth0", FIRST, 69, "is this node's own address"),
+        ("", {**FIRST, "MODE": "openvswitch", "LINK": "ovs9"}, 69, "no such Open vSwitch bridge: ovs9"),
+        ("", {**FIRST, "MODE": "ext", "LINK": "red"}, 69, "red"),
+        ("", {**FIRST, "MAC": "aa:00"}, 65, "is not six pairs"),
+    ],
+)
+def test_what_pre_would_refuse_is_refused_in_the_same_words(
+    uplinked: Node, spoilt: str, nic: dict[str, str], code: int, sentence: str
+) -> None:
+    if spoilt:
+        with agents.configured(routed={"uplinks": ["eth0"]}):
+            tools.ip(spoilt)
+            check(expect(nic), code, f"kvm-ifup: {INSTANCE}/0: ", sentence)
+    else:
+        check(expect(nic), code, f"kvm-ifup: {INSTANCE}/0: ", sentence)
+
+
+def test_each_nic_that_cannot_be_taken_is_named(uplinked: Node) -> None:
+    done = expect({**BRIDGED, "LINK": "br7"}, {**SECOND, "LINK": "nowhere"})
+    assert done.code == 69
+    assert [line.split(": ")[1] for line in done.err.splitlines()] == [f"{INSTANCE}/0", f"{INSTANCE}/1"]
+
+
+def test_two_nics_with_one_address_are_refused(uplinked: Node) -> None:
+    check(expect(FIRST, {**SECOND, "IP": GUEST_IP4}), 69, f"{GUEST_IP4}/32 is on {INSTANCE}/1, too")
+
+
+def test_an_address_of_another_guest_here_is_refused(uplinked: Node) -> None:
+    uplinked.guest("tap0")
+    environ = manager.ganeti("tap0", MODE="routed", IP=GUEST_IP4, INSTANCE="web2", MAC=SECOND["MAC"])
+    check(call("kvm-ifup-post", environ=environ), 0)
+    check(expect(FIRST), 69, f"{GUEST_IP4}/32 is already on web2/0 (tap0)")
+    check(expect(SECOND), 0)
+
+
+def test_a_slow_bridge_refuses_who_arrives_and_only_warns_who_starts(node: Node) -> None:
+    nodes.add_bridge(options="stp_state 1 forward_delay 1500")
+    check(expect(BRIDGED), 69, "bridge br0 runs STP and a port takes 30 s to forward")
+    for operation in ("failover", "move"):
+        check(expect(BRIDGED, operation=operation), 0)
+
+
+def test_what_a_new_tap_will_lack_is_known(uplinked: Node) -> None:
+    tools.run("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+    check(expect({**FIRST, "IP": "2001:db8::8"}), 69, "IPv6 is off")
+    check(expect(FIRST), 0)
+
+
+def test_ganetis_own_communication_is_its_own_business(uplinked: Node) -> None:
+    check(expect(FIRST, {"NAME": "ganeti:communication:web1", "MODE": "routed", "MAC": "52:54:00:00:00:01"}), 0)
+
+
+def test_an_ext_nic_is_looked_at_as_what_it_will_be(uplinked: Node) -> None:
+    ext = {**FIRST, "MODE": "ext", "LINK": "dmz"}
+    with agents.configured(**{"ext.dmz": DMZ}):
+        check(expect(ext), 0)
+        tools.run("sysctl", "-qw", "net.ipv4.conf.eth0.forwarding=0")
+        check(expect(ext), 69, "IPv4 forwarding is off on uplink eth0")
+
+
+def test_a_shell_is_told_that_it_is_for_ganeti() -> None:
+    check(call("kvm-ifup", "expect"), 64, "describes no guest")
