@@ -78,6 +78,7 @@ class Departures:
         self._guests: Mapping[Place, Nic] = {}
         self._routed: dict[str, Nic] = {}  # by prefix
         self._listeners: dict[Which, tuple[socket.socket, int]] = {}  # with the uplink's index
+        self._about: dict[Which, set[str]] = {}  # the addresses that each is to hear of
         self._suspects: dict[str, Suspect] = {}  # by tap
         self._waiting: deque[Suspect] = deque()  # for a slot
         self._asking = 0  # how many have one
@@ -103,18 +104,29 @@ class Departures:
 
     def renew(self) -> None:
         """Leave devices that have gone, or are another one now, and listen on what is there in their place."""
-        wanted = {(uplink, phases.family_of(address)) for uplink, address in self._guests}
+        wanted: dict[Which, set[str]] = {}
+        for uplink, address in self._guests:
+            wanted.setdefault((uplink, phases.family_of(address)), set()).add(address)
         for which, (listener, index) in list(self._listeners.items()):
             if which not in wanted or not sockets.is_device(which[0], index):
-                del self._listeners[which]
+                del self._listeners[which], self._about[which]
                 self._loop.ignore(listener)
                 sockets.close(listener)
-        for which in wanted - self._listeners.keys():
-            with suppress(OSError):
-                index = socket.if_nametoindex(which[0])
-                listener = sockets.uplink_listener(*which)
-                self._listeners[which] = listener, index
-                self._loop.watch(listener, partial(self._heard, which))
+        for which, addresses in wanted.items():
+            if self._about.get(which) != addresses:
+                with suppress(OSError):
+                    self._listen(which, addresses)
+                    self._about[which] = addresses
+
+    def _listen(self, which: Which, addresses: set[str]) -> None:
+        """Hear what *which* is told about *addresses*. Raises OSError."""
+        if which in self._listeners:
+            sockets.listen_about(*self._listeners[which], which[1], addresses)
+            return
+        index = socket.if_nametoindex(which[0])
+        listener = sockets.uplink_listener(*which, addresses)
+        self._listeners[which] = listener, index
+        self._loop.watch(listener, partial(self._heard, which))
 
     def close(self) -> None:
         """Let go of everything."""

@@ -20,8 +20,13 @@ NAMES = {0x0800: "IPv4", ETH_P_ARP: "ARP", 0x8035: "RARP", ETH_P_IPV6: "IPv6"}
 MIN_FRAME = 60  # bytes, without the checksum: IEEE 802.3
 BROADCAST = b"\xff" * 6
 ARP_REQUEST, ARP_REPLY = 1, 2  # RFC 826
-ARP_FOR_IPV4 = struct.pack("!HHHBB", ETH_P_ARP, 1, 0x0800, 6, 4)  # the ethertype, and what is in front of the operation
+# What is in front of the operation: Ethernet, or IEEE 802, which the kernel takes for the same.
+ARP_FOR_IPV4 = frozenset(struct.pack("!HHHBB", ETH_P_ARP, hardware, 0x0800, 6, 4) for hardware in (1, 6))
+ROUTER_SOLICITATION = 133  # RFC 4861, section 4.1
 NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 135, 136  # RFC 4861, sections 4.3 and 4.4
+# And how long they are, at least.
+DISCOVERY = {ROUTER_SOLICITATION: 8, NEIGHBOUR_SOLICITATION: 24, NEIGHBOUR_ADVERTISEMENT: 24}
+HOP_OPTIONS, OPTIONS = socket.IPPROTO_HOPOPTS, socket.IPPROTO_DSTOPTS  # headers that may be in front of a message
 ECHO_REQUEST = 128  # RFC 4443, section 4.1
 QUESTIONS = 64  # for one guest at a time
 SOLICITED, OVERRIDE = 0x40000000, 0x20000000  # flags of an advertisement: RFC 4861, section 4.4
@@ -29,6 +34,7 @@ SOURCE_MAC, TARGET_MAC = 1, 2  # options: RFC 4861, section 4.6.1
 MULTICAST = 0xFF  # the first byte of such an address
 ALL_NODES = packed("ff02::1")
 SOLICITED_NODE = packed("ff02::1:ff00:0")[:13]  # of the group; the address's last three bytes follow
+SITE_ROUTERS, LOOPBACK = packed("ff05::2"), packed("::1")
 
 
 # --- what we send -----------------------------------------------------------------------------------------
@@ -145,23 +151,26 @@ def answer_in(frame: bytes) -> tuple[str, str] | None:
     """The address that *frame* answers for, and the MAC that it gives, as text; None for any other frame."""
     if arp := arp_in(frame):
         return (arp.sender, arp.mac.hex(":")) if arp.kind == ARP_REPLY else None
-    if advertisement := advertisement_in(frame):
+    found = discovery_in(frame)
+    if found and found.kind == NEIGHBOUR_ADVERTISEMENT:
         # To who asked the guest alone, it may do without the option: the frame itself comes from there then.
-        return advertisement.target, (advertisement.mac or frame[6:12]).hex(":")
+        return found.address, (found.mac or frame[6:12]).hex(":")
     return None
 
 
 def announcement_in(frame: bytes) -> tuple[str, str] | None:
     """The address that *frame* announces, and the MAC that it gives, as text; None if it announces nothing.
 
-    It announces something if the neighbours' kernels change their caches for it. So an advertisement has to override,
-    and to say a MAC. That an ARP message comes from another MAC than the one it tells does not matter to them.
+    It announces something if a neighbour's kernel that gets it, and knows the address, has the address at that MAC from
+    then on. So an advertisement has to override, but who asks for something else announces its own address as well: an
+    ARP message is believed by all, a solicitation by who is asked. It does not matter to a kernel that an ARP message
+    comes from another MAC than the one that it tells, nor whether that can be a machine's.
     """
     if arp := arp_in(frame):
-        return (arp.sender, arp.mac.hex(":")) if arp.sender == arp.target and is_station(arp.mac) else None
-    found = advertisement_in(frame)
-    if found and found.mac and found.override and found.destination == ALL_NODES and is_station(found.mac):
-        return found.target, found.mac.hex(":")
+        return (arp.sender, arp.mac.hex(":")) if any(packed(arp.sender)) else None
+    found = discovery_in(frame)
+    if found and found.mac and (found.override or found.kind != NEIGHBOUR_ADVERTISEMENT):
+        return found.address, found.mac.hex(":")
     return None
 
 
@@ -188,59 +197,83 @@ class Arp:
 
 def arp_in(frame: bytes) -> Arp | None:
     """The ARP message in *frame*, if the kernel would look at it (`arp_rcv`, `arp_process` in net/ipv4/arp.c)."""
-    if len(frame) < 42 or frame[12:20] != ARP_FOR_IPV4:
+    if len(frame) < 42 or frame[12:20] not in ARP_FOR_IPV4:
         return None
     kind, mac, sender, target = struct.unpack_from("!H6s4s6x4s", frame, 20)
-    if kind not in (ARP_REQUEST, ARP_REPLY):
+    if kind not in (ARP_REQUEST, ARP_REPLY) or 224 <= target[0] < 240 or target[0] == 127:
         return None
     return Arp(kind, mac, socket.inet_ntoa(sender), socket.inet_ntoa(target))
 
 
 @dataclass(frozen=True)
-class Advertisement:
-    """A neighbour advertisement: *mac* is what its option says, None without one."""
+class Discovery:
+    """A message of neighbour discovery: *kind* is its type; *mac* is what its option says of *address*, None without
+    one.
 
-    destination: bytes
+    An advertisement is about its target, a solicitation about who sends it.
+    """
+
+    kind: int
     override: bool
-    target: str
+    address: str
     mac: bytes | None
 
 
-def advertisement_in(frame: bytes) -> Advertisement | None:
-    """The neighbour advertisement in *frame*, if the kernel would look at it.
+def discovery_in(frame: bytes) -> Discovery | None:
+    """The advertisement or solicitation in *frame*, if a kernel would look at it.
 
-    These are the checks of `ip6_rcv_core`, `icmpv6_rcv`, `ndisc_rcv` and `ndisc_recv_na`, and of RFC 4861, section
-    7.1.2. Hop limit 255 says that it comes from this segment. A fragment has another next header, and so have
-    extension headers: nobody sends advertisements that way.
+    These are the checks of `ip6_rcv_core`, `icmpv6_rcv` and `ndisc_rcv`, and of RFC 4861, sections 6.1.1, 7.1.1 and
+    7.1.2. Hop limit 255 says that it comes from this segment. A fragment has another next header. Options in front of
+    the message are allowed, whatever they say. It may go to one machine, or to a group that somebody can be in.
     """
-    if len(frame) < 78 or frame[12:14] != struct.pack("!H", ETH_P_IPV6) or frame[14] >> 4 != 6:
+    if len(frame) < 62 or frame[12:14] != struct.pack("!H", ETH_P_IPV6) or frame[14] >> 4 != 6:
         return None
     length, next_header, hop_limit, source, destination = struct.unpack_from("!HBB16s16s", frame, 18)
-    body = frame[54 : 54 + length]
-    if (next_header, hop_limit, body[:2]) != (socket.IPPROTO_ICMPV6, 255, bytes([NEIGHBOUR_ADVERTISEMENT, 0])):
+    message, skipped = frame[54 : 54 + length], False
+    if hop_limit != 255 or len(message) != length or LOOPBACK in (source, destination) or source[0] == MULTICAST:
         return None
-    pseudo = source + destination + struct.pack("!I3xB", length, socket.IPPROTO_ICMPV6)
-    if not 24 <= length == len(body) or internet_checksum(pseudo + body) != 0:
+    while next_header == OPTIONS or (next_header == HOP_OPTIONS and not skipped):
+        size = 8 * (message[1] + 1) if len(message) > 1 else 0
+        if not 0 < size <= len(message):
+            return None
+        next_header, message, skipped = message[0], message[size:], True
+    pseudo = source + destination + struct.pack("!I3xB", len(message), socket.IPPROTO_ICMPV6)
+    kind, code = message[:2] if len(message) > 1 else (0, 0)
+    if next_header != socket.IPPROTO_ICMPV6 or code or not DISCOVERY.get(kind, 1 << 16) <= len(message):
         return None
-    flags, target = struct.unpack_from("!I16s", body, 4)
     to_many = destination[0] == MULTICAST
-    if source[0] == MULTICAST or target[0] == MULTICAST or (to_many and flags & SOLICITED):
+    if (to_many and destination[1] & 0xF != 2 and destination != SITE_ROUTERS) or internet_checksum(pseudo + message):
         return None
+    flags = int.from_bytes(message[4:8], "big")
     try:
-        mac = target_mac_in(body[24:])
+        return _about(kind, flags, source, message, to_many)
     except ValueError:
         return None
-    return Advertisement(destination, bool(flags & OVERRIDE), str(ipaddress.IPv6Address(target)), mac)
 
 
-def target_mac_in(options: bytes) -> bytes | None:
-    """The target's MAC among the *options* of an advertisement. Raises ValueError if they are malformed."""
+def _about(kind: int, flags: int, source: bytes, message: bytes, to_many: bool) -> Discovery:
+    """What a *message* of discovery says. Raises ValueError if a kernel would not look at it."""
+    mac = mac_in(message[DISCOVERY[kind] :], TARGET_MAC if kind == NEIGHBOUR_ADVERTISEMENT else SOURCE_MAC)
+    target = b"" if kind == ROUTER_SOLICITATION else message[8:24]
+    if target[:1] == bytes([MULTICAST]):
+        raise ValueError("it is about a group")
+    if kind == NEIGHBOUR_ADVERTISEMENT:
+        if to_many and flags & SOLICITED:
+            raise ValueError("it answers a group")
+        return Discovery(kind, bool(flags & OVERRIDE), str(ipaddress.IPv6Address(target)), mac)
+    if source == target or not any(source):
+        raise ValueError("nobody asks for what is its own, and nobody is no sender")
+    return Discovery(kind, False, str(ipaddress.IPv6Address(source)), mac)
+
+
+def mac_in(options: bytes, wanted: int) -> bytes | None:
+    """The MAC in the first of *options* that is of the *wanted* kind. Raises ValueError if they are malformed."""
     mac = None
     while options:
         size = 8 * options[1] if len(options) > 1 else 0
         if not 0 < size <= len(options):
             raise ValueError("an option without an end")
-        if options[0] == TARGET_MAC and mac is None:
+        if options[0] == wanted and mac is None:
             if size != 8:
                 raise ValueError("not the size of a MAC")
             mac = options[2:8]

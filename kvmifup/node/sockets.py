@@ -13,13 +13,21 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from kvmifup.inputs import devices
-from kvmifup.node.frames import ETH_P_ARP, ETH_P_IPV6, NEIGHBOUR_ADVERTISEMENT
-from kvmifup.node.messages import mac_bytes
+from kvmifup.node.frames import (
+    ETH_P_ARP,
+    ETH_P_IPV6,
+    HOP_OPTIONS,
+    NEIGHBOUR_ADVERTISEMENT,
+    NEIGHBOUR_SOLICITATION,
+    OPTIONS,
+    ROUTER_SOLICITATION,
+)
+from kvmifup.node.messages import mac_bytes, packed
 
 SIOCGIFHWADDR = 0x8927  # linux/sockios.h
 ETH_P_ALL = 3  # linux/if_ether.h
@@ -28,7 +36,7 @@ CLOSERS = 8  # threads
 NAMESPACE = Path("/proc/thread-self/ns/net")
 GONE = frozenset({errno.ENODEV, errno.ENXIO})  # the device is not there; all else says nothing about that
 SNAP = 128  # bytes of a guest's frame that we look at, at most
-WHOLE = 2048  # bytes of a neighbour's: a checksum is over all of it
+WHOLE = 1 << 16  # bytes of a neighbour's: a checksum is over all of it
 
 
 _closing = threading.Lock()
@@ -96,22 +104,12 @@ def send(dev: str, frames: Sequence[bytes]) -> bool:
 # --- filters ----------------------------------------------------------------------------------------------
 
 Instruction = tuple[int, int, int, int]  # struct sock_filter: code, instructions to skip if true and if false, operand
-LOAD_WORD, LOAD_HALF, LOAD_BYTE, TO_X = 0x20, 0x28, 0x30, 0x07
-IF_EQUAL, IF_EQUAL_X, IF_GREATER, IF_ANY, RETURN = 0x15, 0x1D, 0x25, 0x45, 0x06
+LOAD_WORD, LOAD_HALF, LOAD_BYTE, LOAD_BYTE_FROM_X, TO_X, SHIFT_LEFT = 0x20, 0x28, 0x30, 0x50, 0x07, 0x64
+IF_EQUAL, IF_GREATER, IF_AT_LEAST, IF_ANY, JUMP, RETURN = 0x15, 0x25, 0x35, 0x45, 0x05, 0x06
 PACKET_TYPE, INTERFACE = 0xFFFFF004, 0xFFFFF008  # SKF_AD_OFF + SKF_AD_PKTTYPE, + SKF_AD_IFINDEX
 PACKET_MULTICAST, PACKET_OUTGOING = 2, 4  # linux/if_packet.h; what is below them is for this node as well
+RANGES = 64  # of addresses in one filter: a jump goes over 255 instructions at most
 
-# What another node sends when a guest has arrived there: ARP whose sender is its target, and advertisements.
-# And what somebody asks who wants an address for itself: ARP without a sender (RFC 5227, section 2.1.1).
-GRATUITOUS_ARP: list[Instruction] = [
-    (LOAD_WORD, 0, 0, 28),
-    (IF_EQUAL, 3, 0, 0),
-    (TO_X, 0, 0, 0),
-    (LOAD_WORD, 0, 0, 38),
-    (IF_EQUAL_X, 0, 1, 0),
-    (RETURN, 0, 0, WHOLE),
-    (RETURN, 0, 0, 0),
-]
 ADVERTISEMENTS: list[Instruction] = [
     (LOAD_BYTE, 0, 0, 20),
     (IF_EQUAL, 0, 3, socket.IPPROTO_ICMPV6),
@@ -121,6 +119,77 @@ ADVERTISEMENTS: list[Instruction] = [
     (RETURN, 0, 0, 0),
 ]
 EVERYTHING: list[Instruction] = [(RETURN, 0, 0, WHOLE)]
+
+
+def about(family: int, addresses: Collection[str]) -> list[Instruction]:
+    """What tells a segment where *addresses* are, all of *family*, 4 or 6, or that somebody wants one of them."""
+    return arp_about(addresses) if family == 4 else discovery_about(addresses)
+
+
+def arp_about(addresses: Collection[str]) -> list[Instruction]:
+    """ARP messages whose sender is one of *addresses*; or that have no sender, and ask for one of them.
+
+    The first tell where it is, the second are what somebody asks who wants it for itself (RFC 5227, section 2.1.1).
+    """
+    return [
+        (LOAD_WORD, 0, 0, 28),
+        (IF_EQUAL, 0, 1, 0),
+        (LOAD_WORD, 0, 0, 38),
+        *one_of(addresses),
+    ]
+
+
+def discovery_about(addresses: Collection[str]) -> list[Instruction]:
+    """Advertisements about *addresses*, and solicitations of theirs; by their last four bytes.
+
+    Behind options all of these messages pass: nobody sends them that way who means well, so they are few.
+    """
+    return [
+        (LOAD_BYTE, 0, 0, 20),
+        (IF_EQUAL, 14, 0, socket.IPPROTO_ICMPV6),
+        (IF_EQUAL, 1, 0, HOP_OPTIONS),
+        (IF_EQUAL, 0, 10, OPTIONS),
+        (LOAD_BYTE, 0, 0, 55),  # how long they are
+        (SHIFT_LEFT, 0, 0, 3),
+        (TO_X, 0, 0, 0),
+        (LOAD_BYTE, 0, 0, 54),
+        (IF_EQUAL, 6, 0, OPTIONS),
+        (IF_EQUAL, 0, 4, socket.IPPROTO_ICMPV6),
+        (LOAD_BYTE_FROM_X, 0, 0, 62),
+        (IF_EQUAL, 3, 0, ROUTER_SOLICITATION),
+        (IF_EQUAL, 2, 0, NEIGHBOUR_SOLICITATION),
+        (IF_EQUAL, 1, 0, NEIGHBOUR_ADVERTISEMENT),
+        (RETURN, 0, 0, 0),
+        (RETURN, 0, 0, WHOLE),
+        (LOAD_BYTE, 0, 0, 54),
+        (IF_EQUAL, 3, 0, NEIGHBOUR_ADVERTISEMENT),
+        (IF_EQUAL, 4, 0, NEIGHBOUR_SOLICITATION),
+        (IF_EQUAL, 3, 0, ROUTER_SOLICITATION),
+        (RETURN, 0, 0, 0),
+        (LOAD_WORD, 0, 0, 74),  # the target's end
+        (JUMP, 0, 0, 1),
+        (LOAD_WORD, 0, 0, 34),  # the sender's
+        *one_of(addresses),
+    ]
+
+
+def one_of(addresses: Collection[str]) -> list[Instruction]:
+    """Let pass what was loaded if it is how one of *addresses* ends, or near to that where there are many."""
+    ranges = ranges_of(int.from_bytes(packed(address)[-4:], "big") for address in addresses)
+    rest = 2 * len(ranges)
+    checks: list[Instruction] = []
+    for low, high in ranges:
+        rest -= 2
+        checks += [(IF_AT_LEAST, 0, 1, low), (IF_GREATER, 0, rest + 1, high)]
+    return [*checks, (RETURN, 0, 0, 0), (RETURN, 0, 0, WHOLE)]
+
+
+def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """At most `RANGES` ranges in which all *numbers* are, and as few others as can be: what is nearest is joined."""
+    found = sorted(set(numbers))
+    widest = sorted(range(1, len(found)), key=lambda at: found[at] - found[at - 1])[1 - RANGES :]
+    begins = [0, *sorted(widest)] if found else []
+    return [(found[at], found[end - 1]) for at, end in zip(begins, [*begins[1:], len(found)], strict=True)]
 
 
 def for_this_node(index: int, program: list[Instruction]) -> list[Instruction]:
@@ -172,13 +241,18 @@ def guest_listener(tap: str, mac: str) -> socket.socket:
     return made
 
 
-def uplink_listener(uplink: str, family: int) -> socket.socket:
-    """A non-blocking socket for announcements of *family*, 4 or 6, that come in on *uplink*. Raises OSError.
+def uplink_listener(uplink: str, family: int, addresses: Collection[str]) -> socket.socket:
+    """A non-blocking socket for what tells *uplink* where *addresses* are, all of *family*, 4 or 6. Raises OSError.
 
     It takes one ethertype. So the uplink's other traffic does not pass the filter at all, and what this node sends
     is never heard.
     """
-    return neighbour_listener(uplink, *((ETH_P_ARP, GRATUITOUS_ARP) if family == 4 else (ETH_P_IPV6, ADVERTISEMENTS)))
+    return neighbour_listener(uplink, ETH_P_ARP if family == 4 else ETH_P_IPV6, about(family, addresses))
+
+
+def listen_about(to: socket.socket, index: int, family: int, addresses: Collection[str]) -> None:
+    """From now on *to*, an `uplink_listener` on the device with *index*, is for these *addresses*. Raises OSError."""
+    attach(to, for_this_node(index, about(family, addresses)))
 
 
 def neighbour_listener(dev: str, ethertype: int, program: list[Instruction]) -> socket.socket:

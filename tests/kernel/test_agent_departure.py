@@ -139,9 +139,7 @@ def test_our_own_announcements_never_count(uplinked: Node, agent: Agent) -> None
 
 NO_ANNOUNCEMENTS = {
     "a question for it": wire.arp_request(FOREIGN_MAC, CLIENT_IP4, GUEST_IP4),
-    "a question of its own": wire.arp_request(FOREIGN_MAC, GUEST_IP4, CLIENT_IP4),
     "a solicitation": wire.solicitation(FOREIGN_MAC, CLIENT_IP6, GUEST_IP6),
-    "an advertisement to the node alone": advert(to=NODE_IP6),
     "RARP": rarp(),
     "another address": garp(address="192.0.2.200"),
     "another IPv6 address": advert(address="2001:db8::200"),
@@ -182,6 +180,29 @@ def test_what_announces_nothing_or_nobody_here_does_not_matter(uplinked: Node, a
     witness(uplinked, agent)
     assert heard_of(agent) == 0
     assert wired() == WIRED
+
+
+# What tells the neighbours where it is all the same (test_belief.py has all that does).
+BY_THE_WAY = {
+    "a question of its own": wire.arp_request(FOREIGN_MAC, GUEST_IP4, CLIENT_IP4),
+    "an answer of its own": wire.arp_request(FOREIGN_MAC, GUEST_IP4, CLIENT_IP4)[:20] + b"\0\2"
+    + wire.arp_request(FOREIGN_MAC, GUEST_IP4, CLIENT_IP4)[22:],
+    "a solicitation of its own": wire.solicitation(FOREIGN_MAC, GUEST_IP6, CLIENT_IP6),
+    "an advertisement to the node alone": advert(to=NODE_IP6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("frame", BY_THE_WAY.values(), ids=BY_THE_WAY)
+def test_who_speaks_in_a_guests_name_counts_as_who_announces_it(uplinked: Node, agent: Agent, frame: bytes) -> None:
+    guest = arrived(uplinked, agent)
+    client = uplinked.listen()
+    with answering(guest):
+        client.send(frame)
+        agent.heard(f"announced by {FOREIGN_MAC} on eth0", "the guest runs here")
+    assert wired() == WIRED
+    time.sleep(0.3)  # it is asked at times only
+    client.send(frame)
+    until(lambda: phase() == "pre")
 
 
 def test_the_kernel_ignores_the_same(uplinked: Node) -> None:
