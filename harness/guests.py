@@ -84,13 +84,15 @@ def answering(
     mac: str = GUEST_MAC,
     *,
     delay: float = 0.0,
+    late: float = 0.0,
     deaf: float = 0.0,
     only: Collection[str] | None = None,
     times: int | None = None,
 ) -> Iterator[None]:
     """A guest that answers whoever asks for its MAC: a process of its own, and as soon as it can.
 
-    Or only *delay* seconds later, or not to what it is asked in the first *deaf* seconds, or only for *only* these
+    Or only *delay* seconds later, and the machine takes nothing meanwhile; or *late* seconds later, though the machine
+    takes everything at once; or not to what it is asked in the first *deaf* seconds, or only for *only* these
     addresses, or only so many *times*.
     """
     ready, tell = os.pipe()
@@ -101,7 +103,10 @@ def answering(
         try:
             os.write(tell, b"!")
             begun: float | None = None
+            waiting: list[tuple[float, bytes]] = []
             while times is None or times > 0:
+                while waiting and not wire.readable(guest.descriptor, max(0.0, waiting[0][0] - time.monotonic())):
+                    guest.send(waiting.pop(0)[1])
                 frame = os.read(guest.descriptor, 65536)
                 question = wire.arp(frame)
                 if question and question.op == 1:
@@ -114,6 +119,9 @@ def answering(
                     continue
                 begun = begun or time.monotonic()
                 if time.monotonic() - begun >= deaf and (only is None or address in only):
+                    if late:
+                        waiting.append((time.monotonic() + late, answer))
+                        continue
                     time.sleep(delay)
                     guest.send(answer)
                     times = times and times - 1

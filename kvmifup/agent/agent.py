@@ -58,8 +58,11 @@ class Agent:
         self._runner = Runner(run_dir, say)
         self._listener = listener
         self._announcements = Announcements(loop, self._runner)
-        self._departures = Departures(loop, self._runner, lambda: self._taps.look())
-        arm = partial(listen, self._runner, self._departures.handed, clock.uptime())
+        self._departures = Departures(
+            loop, self._runner, lambda: self._taps.look(), lambda tap: self._mending.answered(tap)
+        )
+        suspects = self._departures.suspects
+        arm = partial(listen, self._runner, suspects.handed, clock.uptime())
         self._taps = Taps(
             loop,
             self._runner,
@@ -70,8 +73,11 @@ class Agent:
         self._node = NodeEvents(loop, self._node_changed)
         self._settling = Settling(loop, QUIET, self._settled)
         stir = self._settling.stir
-        self._arrivals = Arrivals(loop, self._runner, self._taps, self._announcements, arm, self._node.catch_up, stir)
-        self._mending = Mending(loop, self._runner, self._taps, self._announcements, stir)
+        self._arrivals = Arrivals(
+            loop, self._runner, self._taps, self._announcements, arm, suspects.came_back, self._node.catch_up, stir
+        )
+        ask = self._departures.asked_for
+        self._mending = Mending(loop, self._runner, self._taps, self._announcements, ask, stir)
         self._leftovers = Leftovers(loop, self._runner, self._taps)
         self._journals = DirectoryEvents(loop, self._runner.store.directory, self._taps.look_soon)
         LinkEvents(loop, self._devices_gone, self._mending.went_down, self._events_lost)

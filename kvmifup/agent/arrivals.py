@@ -9,10 +9,10 @@ from contextlib import suppress
 from functools import partial
 
 from kvmifup.agent.announcements import Announcements
-from kvmifup.agent.departures import Handed, ask
 from kvmifup.agent.events import ANYTHING, DEFAULT_ROUTES, Thing
 from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.runner import BUSY, Runner
+from kvmifup.agent.suspects import Handed, Key, ask
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, as_ours
 from kvmifup.core.model import Nic
@@ -70,8 +70,9 @@ def relies_on(prepared: PreparedArrival, nic: Nic, touched: frozenset[Thing]) ->
 class Arrivals:
     """Waits for guests on taps that are armed, and wires each that arrives.
 
-    *listen* is the function of that name. *catch_up* has all changes on the node that were made by now reported to
-    `outdate`. *stir*: call `prepare_anew` once the node is quiet.
+    *listen* is the function of that name. *came_back* is called with each that only seems to have left. *catch_up*
+    has all changes on the node that were made by now reported to `outdate`. *stir*: call `prepare_anew` when it is
+    quiet.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Arrivals:
         taps: Taps,
         announcements: Announcements,
         listen: Callable[[TapRecord], None],
+        came_back: Callable[[Key], None],
         catch_up: Callable[[], None],
         stir: Callable[[], None],
     ) -> None:
@@ -89,6 +91,7 @@ class Arrivals:
         self._taps = taps
         self._announcements = announcements
         self._listen, self._catch_up, self._stir = listen, catch_up, stir
+        self._came_back = came_back
         self._unprepared: dict[str, TapRecord] = {}
         self._preparing = OneAtATime(loop, self._begin_preparing, self._prepared)
         self._meanwhile: set[Thing] = set()  # what has changed while one is prepared
@@ -205,6 +208,8 @@ class Arrivals:
         except OSError:  # ENETDOWN, once: the device is down, and may come up again; or it is gone, and so will be this
             return
         frame = frames.name_of(data)
+        if tap.left and frame != frames.RARP:
+            self._came_back((tap.ifindex, tap.nic.mac))
         self._catch_up()
         prepared = tap.prepared
         if prepared and not prepared.waits:

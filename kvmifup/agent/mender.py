@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from kvmifup import phases
 from kvmifup.agent.announcements import Announcements
-from kvmifup.agent.departures import answers
 from kvmifup.agent.events import DEFAULT_ROUTES, Thing
 from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.taps import TapRecord
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, VanishedError, as_ours
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.ops import LinkMtu, Op
+from kvmifup.core.ops import LinkMtu, LinkUp, Op
 from kvmifup.node.overview import Overview
 from kvmifup.node.procfs import device_name
 from kvmifup.node.unheard import is_unheard, untrue
 from kvmifup.runs import planning
 from kvmifup.runs.apply import Change
 from kvmifup.runs.journal import Journal
-from kvmifup.runs.moves import mend, withdraw
+from kvmifup.runs.moves import mend
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session, opened
 from kvmifup.tell import render
 
 AGAIN = 1.0  # seconds until a failure is tried again, then twice as long, and so on
 LONGEST = 60.0
-ANSWER, QUESTIONS = 0.2, 2  # seconds that a guest has to answer; and how often it is asked
-ASKING = 32  # guests at a time
+ASKED = 6.0  # seconds until a guest that was to be asked is looked at again, if nothing comes of it
 SHOWN = 4  # changes in one line of the log
 REASON = "mended"
 
@@ -77,7 +74,7 @@ class Looked:
     those of them that are on uplinks.
 
     *mtu*: the one to give back to the tap, before anything else. *again*: in how many seconds to look once more, None
-    if all is well. *answered*: the guest was asked, and runs here.
+    if all is well. *suspect*: nothing was done, because the guest has to be asked first whether it runs here.
     """
 
     tap: TapRecord
@@ -86,7 +83,7 @@ class Looked:
     outliving: tuple[Op, ...] = ()
     mtu: int | None = None
     again: float | None = None
-    answered: bool = False
+    suspect: bool = False
 
 
 class Mender:
@@ -128,21 +125,10 @@ class Mender:
                         broken.append((looked, plan))
         except Exception as error:
             self._runner.complain("not looked at", error)
-        here = self._asked([(looked, plan) for looked, plan in broken if looked.tap.name in suspects])
         # Those that drag a bridge's MTU down come first: the other taps would have to follow it.
         for looked, plan in sorted(broken, key=lambda one: one[0].mtu is None):
-            found.append(self._put_right(looked, plan, here))
+            found.append(self._put_right(looked, plan, suspects))
         return found
-
-    def _asked(self, suspects: Sequence[tuple[Looked, planning.Plan | KvmIfupError]]) -> dict[str, bool | None]:
-        """Ask the guests of *suspects* whether they run here, where that matters; None for who cannot be asked."""
-        if not self._runner.config.agent.withdraw:
-            return {}
-        nics = [looked.tap.nic for looked, plan in suspects if isinstance(plan, planning.Plan) and draws(plan.due)]
-        if not nics:
-            return {}
-        with ThreadPoolExecutor(ASKING) as pool:  # who does not answer keeps nobody waiting
-            return dict(zip((nic.tap for nic in nics), pool.map(runs_here, nics), strict=True))
 
     def _compare(self, tap: TapRecord, session: Session) -> tuple[Looked, planning.Plan | KvmIfupError | None]:
         """What *tap* relies on; and what is to be done for it, None for nothing, or why that cannot be said."""
@@ -172,24 +158,19 @@ class Mender:
                 self._mtus.pop(plan.nic.tap, None)  # the bridge's has changed: the tap follows
         return None
 
-    def _put_right(self, looked: Looked, plan: planning.Plan | KvmIfupError, here: Mapping[str, bool | None]) -> Looked:
+    def _put_right(self, looked: Looked, plan: planning.Plan | KvmIfupError, suspects: Collection[str]) -> Looked:
         tap = looked.tap
-
-        def once_more(seconds: float | None, *, answered: bool = False) -> Looked:
-            return replace(looked, again=seconds, answered=answered)
-
         if isinstance(plan, KvmIfupError):
-            return once_more(self._cannot(tap, plan))
+            return replace(looked, again=self._cannot(tap, plan))
         broken = keys(plan.due) or [LinkMtu(tap.name, looked.mtu).key if looked.mtu else JOURNAL]
         wait = self._breakages.wait(tap.name, broken, time.monotonic())
         if wait > 0:
-            return once_more(wait)
-        asked = tap.name in here
-        if asked and here[tap.name] is None:  # the tap is down, or gone
-            return once_more(self._mended(looked, Phase.PRE) or AGAIN)
-        if asked and not here[tap.name]:
-            return once_more(self._has_left(tap))
-        return once_more(self._mended(looked, Phase.POST), answered=asked)
+            return replace(looked, again=wait)
+        if tap.name in suspects and self._runner.config.agent.withdraw and draws(plan.due):
+            if any(isinstance(change.op, LinkUp) for change in plan.due):  # or it could not be asked
+                self._mended(looked, Phase.PRE)
+            return replace(looked, again=ASKED, suspect=True)
+        return replace(looked, again=self._mended(looked, Phase.POST))
 
     def _mended(self, looked: Looked, most: Phase) -> float | None:
         """Do it; returns in how many seconds to look once more."""
@@ -233,19 +214,6 @@ class Mender:
         self._failed[tap.name] = str(error), tries + 1
         return float(min(AGAIN * 2**tries, LONGEST))
 
-    def _has_left(self, tap: TapRecord) -> float | None:
-        """Nobody has answered: withdraw what is left of it here. Returns in how many seconds to look once more."""
-        why = "its uplink was down, and the guest does not answer here any more"
-        outcome = self._runner.attempt(partial(withdraw, tap.name), why, BUSY)
-        if isinstance(outcome, LockTimeoutError):
-            return AGAIN
-        if isinstance(outcome, KvmIfupError):
-            return self._cannot(tap, outcome)
-        if outcome:
-            self._runner.metrics.add("kvm_ifup_withdrawals_total")
-            self._runner.say(f"{why}: not put back, route and proxy entries withdrawn", tap.nic.label)
-        return None
-
 
 def relied_on(tap: TapRecord, plan: planning.Plan | None, session: Session) -> Iterator[Thing]:
     """What *tap* relies on, as events name it."""
@@ -275,14 +243,6 @@ def routes_and_neighbours(nic: Nic, ifindex: int, session: Session) -> Iterator[
         yield "neighbour", ifindex, phases.bare(prefix)
     if session.config.routed.uplinks is None:
         yield from DEFAULT_ROUTES
-
-
-def runs_here(nic: Nic) -> bool | None:
-    """Whether the guest of *nic* answers on its tap; None if it cannot be asked, because the tap is down or gone."""
-    try:
-        return any(answers(nic, ANSWER) for _ in range(QUESTIONS))
-    except OSError:
-        return None
 
 
 def keys(changes: Sequence[Change]) -> list[Key]:

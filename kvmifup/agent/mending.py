@@ -17,6 +17,7 @@ from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.mender import REASON, Looked, Mender
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
+from kvmifup.core.model import Nic
 from kvmifup.runs import clock
 
 RECENT = 5.0  # seconds since an arrival
@@ -28,15 +29,25 @@ KEPT = {State.WIRED, State.DISARMED, *LISTENING}
 
 
 class Mending:
-    """Says when to look at which NIC; a `Mender` does so in a thread."""
+    """Says when to look at which NIC; a `Mender` does so in a thread.
+
+    *ask* whether a guest is here that may have left unheard, before it is answered for again: it is withdrawn, or
+    `answered` is called.
+    """
 
     def __init__(
-        self, loop: Loop, runner: Runner, taps: Taps, announcements: Announcements, stir: Callable[[], None]
+        self,
+        loop: Loop,
+        runner: Runner,
+        taps: Taps,
+        announcements: Announcements,
+        ask: Callable[[Nic], None],
+        stir: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._runner = runner
         self._taps = taps
-        self._stir = stir
+        self._ask, self._stir = ask, stir
         self._mender = Mender(runner, announcements)
         self._due: set[str] = set()
         self._known: dict[str, Looked] = {}
@@ -85,6 +96,11 @@ class Mending:
         self._suspects |= {tap.name for tap in self._taps}
         self.look_at_all()
 
+    def answered(self, name: str) -> None:
+        """The guest on the tap *name* runs here."""
+        self._suspects.discard(name)
+        self._soon([name])
+
     def look_at_all(self) -> None:
         """Anything may have changed."""
         self._soon([tap.name for tap in self._taps])
@@ -112,10 +128,10 @@ class Mending:
     def _looked(self, found: list[Looked]) -> None:
         for one in found:
             name = one.tap.name
-            if one.answered:
-                self._suspects.discard(name)
             if one.tap.state is State.OVER:
                 continue  # whoever has its journal now is looked at for itself
+            if one.suspect:
+                self._ask(one.tap.nic)
             self._forget(name)
             self._known[name] = one
             for thing in one.things:

@@ -33,7 +33,8 @@ WRITTEN = 500  # rivals, at most
 class Heard:
     """What speaks for a guest's having left: *what*, an address or a prefix, is announced or routed elsewhere.
 
-    *uplink* and *mac* are those of an announcement. *times*: how often it was heard.
+    *uplink* and *mac* are those of an announcement. *times*: how often it was heard. *patience*: how many seconds the
+    guest has to answer, at least, if that is not what others have.
     """
 
     what: str
@@ -41,6 +42,7 @@ class Heard:
     uplink: str = ""
     mac: str = ""
     times: int = 1
+    patience: float | None = None
 
     @property
     def sentence(self) -> str:

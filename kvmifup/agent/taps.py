@@ -67,7 +67,7 @@ class TapRecord:
     *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
-    *doubtful*: its guest may have arrived while there was no journal.
+    *doubtful*: its guest may be here, and have nothing more to say, so it is asked.
     """
 
     def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:
@@ -187,6 +187,7 @@ class Taps:
         self._elsewhere: dict[str, Stamp] = {}  # of other network namespaces
         self._directory = identity_of(runner.store.directory)  # the one that was looked at last
         self._missing: dict[str, tuple[Journal, float]] = {}  # those that have gone a moment ago, and when
+        self._doubtful: set[str] = set()  # those whose guest has sent a frame that has led to nothing
 
     def __iter__(self) -> Iterator[TapRecord]:
         return iter(self._taps.values())
@@ -214,9 +215,10 @@ class Taps:
         self._look.ask_in(SETTLE)
 
     def look_again_at(self, tap: TapRecord) -> None:
-        """Read its journal again, though it is the same, and begin anew with it."""
+        """Read its journal again, though it is the same, and begin anew with it: its arrival has failed."""
         tap.become(State.OVER)
         del self._taps[tap.name]
+        self._doubtful.add(tap.name)
         self.look()
 
     def close(self) -> None:
@@ -226,9 +228,9 @@ class Taps:
                 tap.listener.close()
 
     def _begin(self) -> Callable[[], Found]:
-        return partial(self._find, {name: tap.stamp for name, tap in self._taps.items()})
+        return partial(self._find, {name: tap.stamp for name, tap in self._taps.items()}, frozenset(self._doubtful))
 
-    def _find(self, known: dict[str, Stamp]) -> Found:
+    def _find(self, known: dict[str, Stamp], doubtful: frozenset[str]) -> Found:
         """In a thread: see which journals there are, and read those that are not *known*."""
         try:
             now = self._runner.store.stamps()
@@ -262,7 +264,7 @@ class Taps:
             if journal is None:
                 continue
             new[name] = tap = TapRecord(self._loop, journal, stamp)
-            tap.doubtful = name in restored
+            tap.doubtful = name in restored or name in doubtful
             if tap.phase is Phase.PRE and tap.state is State.DISARMED:
                 self._listen(tap)
         return names, new, sure
@@ -289,6 +291,9 @@ class Taps:
         names, new, sure = found
         for name in self._taps.keys() - names:
             self._taps.pop(name).become(State.OVER)
+        self._doubtful -= new.keys()
+        if sure:
+            self._doubtful &= names
         for name, tap in new.items():
             if before := self._taps.get(name):
                 if tap.state is before.state is State.UNFINISHED:

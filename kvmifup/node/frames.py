@@ -16,7 +16,8 @@ from kvmifup.core.model import Nic, link_local_of
 from kvmifup.node.messages import mac_bytes, packed
 
 ETH_P_ARP, ETH_P_IPV6 = 0x0806, 0x86DD  # linux/if_ether.h
-NAMES = {0x0800: "IPv4", ETH_P_ARP: "ARP", 0x8035: "RARP", ETH_P_IPV6: "IPv6"}
+RARP = "RARP"  # what QEMU sends when a guest has come from another node; nobody else does
+NAMES = {0x0800: "IPv4", ETH_P_ARP: "ARP", 0x8035: RARP, ETH_P_IPV6: "IPv6"}
 MIN_FRAME = 60  # bytes, without the checksum: IEEE 802.3
 BROADCAST = b"\xff" * 6
 ARP_REQUEST, ARP_REPLY = 1, 2  # RFC 826

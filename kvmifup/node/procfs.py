@@ -86,6 +86,18 @@ def sysfs_of(name: str, link: Link) -> str | None:
     return directory if same else None
 
 
+def frames_into(tap: str, index: int) -> int | None:
+    """How many frames the machine behind *tap* has taken out of it; None if /sys shows another network namespace.
+
+    A tap counts a frame as sent when somebody reads it (`tun_put_user` in drivers/net/tun.c). Raises OSError.
+    """
+    directory = f"{SYS_NET}/{tap}"
+    if read_file(f"{directory}/ifindex") != str(index):
+        return None
+    count = read_file(f"{directory}/statistics/tx_packets")
+    return int(count) if count else None
+
+
 def address_is_set(sysfs: str) -> bool:
     """Whether somebody has set the MAC of the device whose directory in /sys is *sysfs*."""
     return read_file(f"{sysfs}/addr_assign_type") == NET_ADDR_SET

@@ -115,7 +115,7 @@ def run(phase: Phase, journal: Journal, session: Session, *, admitted: bool) -> 
     return carry_out([prepared], session.kernel, session.store)[0]
 
 
-def withdraw(tap: str, session: Session, guest: tuple[int, str] | None = None) -> Outcome | None:
+def withdraw(tap: str, session: Session, guest: tuple[int, str]) -> Outcome | None:
     """Undo what draws the traffic of the guest on *tap* here: it has left. The rest stays, as it was after pre.
 
     *guest*: only for this one, with the tap's index and its MAC; by now the tap may be another's.
@@ -123,7 +123,7 @@ def withdraw(tap: str, session: Session, guest: tuple[int, str] | None = None) -
     """
 
     def wanted(journal: Journal) -> bool:
-        return answered_for(journal) and guest in (None, (journal.ifindex, journal.nic.mac))
+        return answered_for(journal) and guest == (journal.ifindex, journal.nic.mac)
 
     with holding(tap, session, wanted) as journal:
         away = tuple(entry for entry in journal.entries if phases.only_here(entry.op)) if journal else ()

@@ -340,13 +340,19 @@ def test_a_guest_that_answers_too_late_is_put_back_then(
     client.until(guests.rounds_of(*IPS))
 
 
-def test_a_guest_that_can_answer_only_after_a_while_is_asked_again(uplinked: Node, agent: Agent) -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["the guest", "its machine"])
+def test_who_can_answer_only_after_a_while_is_asked_again(uplinked: Node, agent: Agent, stopped: bool) -> None:
     guest = arrived(uplinked, agent)
-    with answering(guest, deaf=1.0, times=1):
-        uplinked.listen().send(garp())
+    uplinked.listen().send(garp())
+    if stopped:
         agent.heard("withdrawn")
+        time.sleep(0.5)
+        while wire.readable(guest.descriptor, 0):
+            os.read(guest.descriptor, 65536)
+    with answering(guest, deaf=0.0 if stopped else 1.0, times=1):
+        until(lambda: agent.said().count("arrived,") == 2 if stopped else "the guest runs here" in agent.said())
         until(lambda: phase() == "post", 4.0)
-    assert wired() == WIRED
+    assert (wired(), agent.said().count("withdrawn")) == (WIRED, int(stopped))
 
 
 @pytest.mark.parametrize("timeout", [0, 0.5])

@@ -14,7 +14,7 @@ import pytest
 from harness import agents, manager, nodes, oracle, tools
 from harness.addresses import GUEST_IP4
 from harness.agents import STATE, Agent, phase, through, until
-from harness.guests import incoming, rarp
+from harness.guests import answering, arrived, garp, incoming, rarp
 from harness.hooks import check, finish, hook, start
 from harness.nodes import Node
 
@@ -129,3 +129,34 @@ def test_a_guest_that_arrives_after_a_shortage_is_wired(uplinked: Node) -> None:
             check(hook("kvm-ifup", "gc"), 0)
         guest.send(rarp())
         until(lambda: phase() == "post")
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_a_guest_that_arrives_during_a_shortage_is_wired_when_it_is_over(uplinked: Node, left: int) -> None:
+    """Also if it has nothing more to say: it is asked."""
+    with agents.running() as agent:
+        guest = incoming(uplinked, agent)
+        with short(agent, left), answering(guest):
+            guest.send(rarp())
+            time.sleep(0.5)
+        if phase() != "post":
+            agent.heard("not arrived")
+        with answering(guest):
+            until(lambda: phase() == "post", 5.0)
+
+
+@pytest.mark.parametrize("left", range(3))
+def test_a_guest_that_leaves_during_a_shortage_is_withdrawn_when_it_is_over(uplinked: Node, left: int) -> None:
+    """And one that is here stays, though it could not be asked."""
+    with agents.running() as agent:
+        arrived(uplinked, agent)
+        here = arrived(uplinked, agent, "tap1", ip=["192.0.2.77"], mac="aa:00:00:00:00:77")
+        client = uplinked.listen()
+        with answering(here, "aa:00:00:00:00:77"):
+            with short(agent, left):
+                client.send(garp())
+                client.send(garp(address="192.0.2.77"))
+                time.sleep(0.5)
+            until(lambda: phase() == "pre", 5.0)
+            agent.heard("192.0.2.77", "the guest runs here")
+        assert phase("tap1") == "post"

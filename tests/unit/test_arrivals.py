@@ -70,7 +70,14 @@ class Waiting:
         announcer = Announcements(self.loop, self.runner)
         taps, stir = cast(Taps, self), self.settling.stir
         self.room = Arrivals(
-            self.loop, self.runner, taps, announcer, listen=lambda _: None, catch_up=lambda: None, stir=stir
+            self.loop,
+            self.runner,
+            taps,
+            announcer,
+            listen=lambda _: None,
+            came_back=lambda _: None,
+            catch_up=lambda: None,
+            stir=stir,
         )
 
     def __iter__(self) -> Iterator[TapRecord]:

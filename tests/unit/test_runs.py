@@ -456,7 +456,7 @@ def test_only_the_phase_that_was_reached_is_made_true_again(node: Node) -> None:
     assert rule in node.kernel.of(Rule)
     assert not node.kernel.of(Route) + node.kernel.of(ProxyNeighbour)
     node.post(TABLED)
-    withdraw("tap0", node.session())
+    withdraw("tap0", node.session(), (node.journal().ifindex, TABLED.mac))
     mended(node)
     assert not node.kernel.of(Route) + node.kernel.of(ProxyNeighbour)
     node.post(TABLED)
