@@ -179,9 +179,10 @@ def rivalled(one: Known, nic: Nic, run_dir: Path) -> Iterator[Finding]:
     now = time.monotonic()
     for rival in rivals.recent(run_dir):
         if rival.address in hosts:
+            often = f"{rival.times} times in {rival.last - rival.first:.0f} s" if rival.times > 1 else "once"
             yield Finding(
-                f"{rival.mac} on {rival.uplink} announces {rival.address}, too: {rival.times} times in "
-                f"{rival.last - rival.first:.0f} s, {now - rival.last:.0f} s ago for the last time",
+                f"{rival.mac} on {rival.uplink} announces {rival.address}, too: {often}, the last time "
+                f"{now - rival.last:.0f} s ago",
                 "the guest runs here, so another machine uses its address, or somebody forges: traffic goes astray",
                 f"find {rival.mac} in the segment of {rival.uplink}, and give it another address",
             )
