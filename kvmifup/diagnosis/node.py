@@ -114,7 +114,7 @@ def uplinks(nics: Sequence[tuple[Nic, Phase]], config: Config, kernel: Overview)
             found[key] = uplink, phase is Phase.POST or (key in found and found[key][1])
     for uplink, answering in found.values():
         yield from uplink_findings(uplink, kernel, answering=answering)
-    yield from surroundings([nic for nic, _ in routed], [uplink for uplink, _ in found.values()], kernel)
+    yield from surroundings([nic for nic, _ in routed], [uplink for uplink, _ in found.values()], kernel, config)
     for family in sorted(lacking):
         yield Finding(
             f"no IPv{family} uplink",

@@ -31,7 +31,7 @@ def traffic(one: Known, nic: Nic, missing: Sequence[Change], kernel: Overview, c
     """Whether the packets from and for a routed guest would pass, as the kernel says; some only once it runs here."""
     found = uplinks(nic, kernel, config)
     yield from reverse_path(nic, missing, kernel, config)
-    yield from surroundings([nic], found, kernel)
+    yield from surroundings([nic], found, kernel, config)
     if one.phase is not Phase.POST or any(isinstance(c.op, Route | LinkUp | Rule) for c in missing):
         return
     for prefix in filter(phases.is_host, nic.ip):
@@ -98,14 +98,14 @@ def reverse_path(nic: Nic, missing: Sequence[Change], kernel: Overview, config: 
 # --- what holds for every guest of these uplinks ------------------------------------------------------------
 
 
-def surroundings(nics: Sequence[Nic], found: Sequence[Uplink], kernel: Overview) -> Iterator[Finding]:
+def surroundings(nics: Sequence[Nic], found: Sequence[Uplink], kernel: Overview, config: Config) -> Iterator[Finding]:
     """What is wrong around *nics*, wired or not; *found* are their uplinks. Each thing is said once."""
     for uplink in dict.fromkeys(found):
         if uplink.family == 4 and uplink.present and uplink.up:
             yield from reverse_path_on(uplink, kernel)
     said: set[Finding] = set()
     for nic in nics:
-        for finding in (*defaults(nic, kernel), *asked_for(nic, found, kernel)):
+        for finding in (*defaults(nic, kernel), *asked_for(nic, found, kernel), *overtaken(nic, kernel, config)):
             if finding not in said:
                 said.add(finding)
                 yield finding
@@ -184,6 +184,22 @@ def defaults(nic: Nic, kernel: Overview) -> Iterator[Finding]:
             "what the guest sends to other networks is dropped",
             f"`ip{dash(family)} route del {kind} default table {table}`",
         )
+
+
+def overtaken(nic: Nic, kernel: Overview, config: Config) -> Iterator[Finding]:
+    """Rules that come after ours, so that what the NIC's table knows is not looked up by them.
+
+    Ganeti's own script makes its rule the last one before main's.
+    """
+    ours = config.routed.rule_priority
+    for family in (4, 6) if nic.link else ():
+        for number in kernel.later_rules(family, nic.tap, ours):
+            yield Finding(
+                f"IPv{family} policy rule {number} comes after those of guests with a table, which are at {ours}",
+                "it does not count for where such a guest's table has a route to",
+                f"if it has to: [routed] rule_priority above {number}, or a priority below {ours} for it",
+                wrong=False,
+            )
 
 
 def asked_for(nic: Nic, found: Sequence[Uplink], kernel: Overview) -> Iterator[Finding]:

@@ -50,7 +50,7 @@ IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD = 1, 2, 0x02
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_NOARP, NUD_PERMANENT, NTF_PROXY = 0x40, 0x80, 0x08
 # linux/fib_rules.h
-FRA_IIFNAME, FRA_PRIORITY, FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_PROTOCOL = 3, 6, 14, 15, 21
+FRA_IIFNAME, FRA_PRIORITY, FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_OIFNAME, FRA_PROTOCOL = 3, 6, 14, 15, 17, 21
 FR_ACT_TO_TBL, FIB_RULE_INVERT = 1, 0x2
 NO_PREFIX_LENGTH = 0xFFFFFFFF  # an unset FRA_SUPPRESS_PREFIXLEN
 
@@ -347,6 +347,12 @@ def plain_rule(message: bytes) -> tuple[int, int, int] | None:
     if protocol not in (RTPROT_UNSPEC, RTPROT_BOOT, RTPROT_STATIC) or FRA_TABLE not in attrs:
         return None
     return u32(attrs[FRA_TABLE]) or 0, u32(attrs.get(FRA_PRIORITY)) or 0, protocol
+
+
+def rule_priority(message: bytes) -> int | None:
+    """The priority of a policy rule that concerns packets which are forwarded; None for one that does not."""
+    attrs = attributes(message, BODY + FIB_RULE_HDR.size)
+    return None if FRA_OIFNAME in attrs else u32(attrs.get(FRA_PRIORITY)) or 0
 
 
 def deleted_with(message: bytes, table: int, priority: int, protocol: int) -> bool:

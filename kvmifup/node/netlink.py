@@ -211,12 +211,11 @@ class Netlink:
         return {name: link_of(one) for one in found for name in names_of(one)}
 
     def rules_by_iif(self, family: int) -> dict[str, list[bytes]]:
-        """The policy rules that name an incoming device, as whole messages, by its name."""
+        """The policy rules, as whole messages, by the name of the incoming device that they are for, "" for any."""
         found: dict[str, list[bytes]] = {}
         for message in self.transport.dump(RTM_GETRULE, FIB_RULE_HDR.pack(family, 0, 0, 0, 0, 0, 0)):
             iif = text(attributes(message, BODY + FIB_RULE_HDR.size).get(FRA_IIFNAME))
-            if iif is not None:
-                found.setdefault(iif, []).append(message)
+            found.setdefault(iif or "", []).append(message)
         return found
 
     def neighbours(self, flags: int) -> dict[tuple[int, str], tuple[int, str | None]]:

@@ -29,6 +29,7 @@ from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.view import View
 
 # linux/rtnetlink.h
+MAIN_PRIORITY = 32766  # of the rule that looks up main (net/ipv4/fib_rules.c)
 LEADING_NOWHERE = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}
 
 
@@ -143,6 +144,12 @@ class Overview(Kernel):
             found = messages.default_type(self._view.routes(family, table))
             self._default_types[family, table] = LEADING_NOWHERE.get(found)
         return self._default_types[family, table]
+
+    def later_rules(self, family: int, iif: str, priority: int) -> list[int]:
+        """The priorities of rules of others that come after *priority* and before main's, for what comes from *iif*."""
+        rules = [message for name in ("", iif) for message in self._view.rule_messages(family, name)]
+        found = {number for rule in rules if (number := messages.rule_priority(rule)) is not None}
+        return sorted(number for number in found if priority < number < MAIN_PRIORITY)
 
     def connected(self, family: int, dev: str) -> list[Prefix]:
         """The networks whose addresses are neighbours on *dev*, as the table main has them."""

@@ -400,3 +400,33 @@ def test_a_probe_of_a_process_with_many_descriptors(node: Node, descriptors: int
         for one in opened:
             os.close(one)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+# --- rules of others --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [
+        ("", "from 192.0.2.0/24 priority 20000"),
+        ("", "fwmark 1 priority 32764"),
+        ("-6 ", "iif tap0 tos 8 priority 10001"),
+    ],
+)
+def test_a_rule_that_comes_after_ours_is_told(node: Node, family: str, rule: str) -> None:
+    wired(node, TABLE)
+    tools.ip(f"{family}rule add {rule} lookup 200")
+    number = rule.split()[-1]
+    assert found()[0] == 0
+    for _, findings in (found(), found_on_node()):
+        assert f"policy rule {number} comes after those of guests with a table, which are at 10000" in text(findings)
+    config = manager.configuration(routed={"rule_priority": int(number) + 1})
+    check(call("kvm-ifup-post", "tap0", config), 0)
+    assert found(config) == (0, [])
+
+
+@pytest.mark.parametrize("rule", ["iif eth0 priority 20000", "oif eth0 priority 20000", "from 192.0.2.0/24 priority 9"])
+def test_a_rule_that_we_do_not_overtake_is_not(node: Node, rule: str) -> None:
+    wired(node, TABLE)
+    tools.ip(f"rule add {rule} lookup 200")
+    assert found() == (0, [])
