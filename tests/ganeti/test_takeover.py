@@ -13,7 +13,7 @@ from tests.ganeti.cluster import package
 
 SHIMS = "/usr/lib/kvm-ifup/ganeti"
 MODES = ("bridged", "routed", "openvswitch", "ext")
-OPERATIONS = ("stop", "reboot", "migrate", "failover", "modify", "remove")
+OPERATIONS = ("stop", "reboot", "migrate", "failover", "move", "modify", "remove")
 MOVES = ("migrate", "failover", "move")
 LINKS = {
     "etc/ganeti/kvm-vif-bridge": f"{SHIMS}/kvm-vif-bridge",
