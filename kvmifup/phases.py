@@ -183,7 +183,7 @@ def external(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
         "INSTANCE": nic.instance,
         "INTERFACE_INDEX": None if nic.index is None else str(nic.index),
     }
-    environment = tuple((name, value) for name, value in given.items() if value)
+    environment = (*((name, value) for name, value in given.items() if value), *nic.given)
     for since, phase in ((PRE, "pre"), (POST, "post")):
         yield since, Program(facts.program, phase, environment, config.ext.timeout, True)
 
@@ -374,6 +374,8 @@ def remarks(phase: Phase, nic: Nic, config: Config, facts: NodeFacts) -> tuple[s
     """What is no error, but worth a line with -v, and a warning in the log."""
     if phase is not Phase.DOWN and nic.mode == "bridged" and facts.bridge and slow(facts.bridge, config):
         return (f"bridge {nic.link} runs STP: a new port forwards only after {2 * facts.bridge.forward_delay:g} s",)
+    if phase is not Phase.DOWN and nic.mode == "routed" and not nic.ip:
+        return ("it has no address: nothing is routed to the guest",)
     if phase is Phase.DOWN or nic.mode != "routed" or config.routed.uplinks == ():  # the last one is meant
         return ()
     lacking = sorted({prefix.version for prefix in nic.ip} - {uplink.family for uplink in facts.uplinks})

@@ -18,6 +18,7 @@ Background = Callable[[Sequence[Message], Callable[[], bool]], None]
 
 MODES = ("bridged", "routed", "openvswitch", "ext")
 MAIN_TABLE = 254  # RT_TABLE_MAIN, linux/rtnetlink.h
+ENVIRONMENT, RUNTIME = "the environment", ".runtime"  # where Ganeti's NICs are described: there, or in such a file
 LOCAL_TABLE = 255  # RT_TABLE_LOCAL
 
 
@@ -39,6 +40,7 @@ class Nic:
     """One NIC of one guest, as its process manager described it, and validated.
 
     *mac* is the guest's. *ip* has host addresses as /32 and /128. *source* says where the NIC was read from.
+    *given* is what else Ganeti says of an ext NIC, for the administrator's program: its names, and values.
     """
 
     tap: str
@@ -51,6 +53,12 @@ class Nic:
     instance: str | None = None
     index: int | None = None
     source: str = ""
+    given: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def by_ganeti(self) -> bool:
+        """Whether Ganeti describes it: such a NIC inherits what its mode has no use for, and may lack addresses."""
+        return self.source == ENVIRONMENT or self.source.endswith(RUNTIME)
 
     @cached_property
     def prefixes(self) -> frozenset[Prefix]:
@@ -96,9 +104,14 @@ class Nic:
 
 
 def link_local_of(mac: str) -> str:
-    """The link-local address that *mac* gives (RFC 4291, appendix A)."""
+    """The link-local address that *mac* gives."""
+    return eui64(b"\xfe\x80" + bytes(6), mac)
+
+
+def eui64(prefix: bytes, mac: str) -> str:
+    """The address that *mac* gives below the eight bytes of *prefix* (RFC 4291, appendix A)."""
     raw = bytes.fromhex(mac.replace(":", ""))
-    return str(IPv6Address(b"\xfe\x80" + bytes(6) + bytes([raw[0] ^ 2]) + raw[1:3] + b"\xff\xfe" + raw[3:]))
+    return str(IPv6Address(prefix + bytes([raw[0] ^ 2]) + raw[1:3] + b"\xff\xfe" + raw[3:]))
 
 
 def overlap(one: Prefix, other: Prefix) -> bool:

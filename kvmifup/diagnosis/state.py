@@ -190,7 +190,7 @@ def not_wired(one: Known, look: Look) -> KvmIfupError | None:
 
 def by_ganeti(one: Known) -> bool:
     """Whether only Ganeti's own files tell of *one*: its guest was started before Ganeti called kvm-ifup."""
-    return one.journal is None and one.nic is not None and one.nic.source.endswith(".runtime")
+    return one.journal is None and one.nic is not None and one.nic.by_ganeti
 
 
 def who_is_behind(one: Known, look: Look) -> NotReadyError | None:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 
 from kvmifup.core.errors import NicError, UsageError
-from kvmifup.core.model import Nic
+from kvmifup.core.model import ENVIRONMENT, Nic
 from kvmifup.core.text import shown
-from kvmifup.inputs.values import assemble, nic_index
+from kvmifup.inputs.values import assemble, autoconfigured, nic_index
 
 # The taps of Ganeti's own communication network begin with this; Ganeti wires them itself.
 GANETI_OWN = "gnt.com."
@@ -30,15 +30,46 @@ def from_environment(environ: Mapping[str, str]) -> Nic:
             mac=environ["MAC"],
             mode=mode,
             link=environ.get("LINK") or (environ.get("BRIDGE") if mode == "bridged" else None) or None,
-            ip=[part for part in re.split(r"[,\s]+", environ.get("IP", "")) if part],
-            vlan=environ.get("VLAN") or None,
+            ip=addresses(mode, environ["MAC"], environ.get("IP", ""), environ.get("NETWORK_SUBNET6")),
+            vlan=vlan(mode, environ.get("VLAN")),
             incoming=environ.get("MIGRATION_PHASE") == "pre",
             instance=environ.get("INSTANCE") or None,
             index=nic_index(index, "INTERFACE_INDEX") if index else None,
-            source="the environment",
+            source=ENVIRONMENT,
+            given=given(mode, environ),
         )
     except NicError as error:
         raise error.at(f"environment of {shown(environ['INTERFACE'])}") from None
+
+
+# --- what Ganeti means ----------------------------------------------------------------------------------
+
+# What scripts for a NIC get besides the NIC itself; some of it only if it is set.
+FURTHER = ("INTERFACE_UUID", "INTERFACE_NAME", "TAGS")
+NETWORK = "NETWORK_"
+
+
+def addresses(mode: str, mac: str, ip: str, subnet6: str | None) -> list[str]:
+    """The addresses of a NIC. Raises NicError.
+
+    A routed one without any in a network with IPv6 has the one that it gives itself there.
+    """
+    found = [part for part in re.split(r"[,\s]+", ip) if part]
+    return autoconfigured(subnet6, mac) if mode == "routed" and not found else found
+
+
+def vlan(mode: str, text: str | None) -> str | None:
+    """The VLANs of a NIC: the first one is untagged if nothing is before it. A routed NIC only inherits some."""
+    if not text or mode == "routed":
+        return None
+    return f".{text}" if text[0].isdigit() else text
+
+
+def given(mode: str, values: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """What else *values* say of an ext NIC, for the administrator's program."""
+    if mode != "ext":
+        return ()
+    return tuple((name, values[name]) for name in sorted(values) if name in FURTHER or name.startswith(NETWORK))
 
 
 def describes(environ: Mapping[str, str]) -> bool:

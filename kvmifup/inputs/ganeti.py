@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from kvmifup.core.errors import NicError
-from kvmifup.core.model import Nic
-from kvmifup.inputs import trust
+from kvmifup.core.model import RUNTIME, Nic
+from kvmifup.inputs import environment, trust
 from kvmifup.inputs.values import assemble, instance_name
 
 DIRECTORY = Path("/var/run/ganeti/kvm-hypervisor")
+# A network in the runtime file (Network.HooksDict, lib/objects.py), and its names in the environment.
+NETWORK = {
+    **{key: key.upper() for key in ("name", "uuid", "gateway", "gateway6", "mac_prefix")},
+    **{"network": "SUBNET", "network6": "SUBNET6"},
+}
 Described = dict[str, Any]  # a NIC, as the runtime file has it
 
 
@@ -62,7 +67,7 @@ def socket_of(instance: str) -> Path:
 
 def runtime_of(instance: str) -> Path:
     """The file that describes the NICs of *instance*."""
-    return DIRECTORY / "conf" / f"{instance_name(instance)}.runtime"
+    return DIRECTORY / "conf" / f"{instance_name(instance)}{RUNTIME}"
 
 
 def described(instance: str) -> list[Described]:
@@ -116,7 +121,10 @@ def nic_of(instance: str, nic: Described, tap: str, number: int) -> Nic:
     try:
         mode, link, vlan = (nic["nicparams"].get(key) for key in ("mode", "link", "vlan"))
         mac, ip = nic["mac"], nic.get("ip")
-        if not all(isinstance(value, str) for value in (mac, mode, link or "", ip or "", vlan or "")):
+        further = further_of(nic)
+        if not all(
+            isinstance(value, str) for value in (mac, mode, link or "", ip or "", vlan or "", *further.values())
+        ):
             raise TypeError
     except (TypeError, KeyError, AttributeError):
         raise NicError(f"does not describe the NIC on {tap}", where=runtime) from None
@@ -126,13 +134,26 @@ def nic_of(instance: str, nic: Described, tap: str, number: int) -> Nic:
             mac=mac,
             mode=mode,
             link=link or None,
-            ip=[ip] if ip else [],
-            vlan=vlan or None,
+            ip=environment.addresses(mode, mac, ip or "", further.get("NETWORK_SUBNET6")),
+            vlan=environment.vlan(mode, vlan),
             incoming=False,
             instance=instance,
             index=number,
             source=runtime,
+            given=environment.given(mode, further),
         )
     except NicError as error:
         error.at(runtime)
         raise
+
+
+def further_of(nic: Described) -> dict[str, Any]:
+    """What else *nic* says, by the names that Ganeti has for it in the environment of scripts."""
+    network = nic.get("netinfo") if nic.get("network") else None
+    names = {"uuid": "INTERFACE_UUID", "name": "INTERFACE_NAME"}
+    found = {name: nic.get(key) for key, name in names.items()}
+    for key, name in NETWORK.items():
+        found[f"NETWORK_{name}"] = network.get(key) if network else None
+    if network:
+        found["NETWORK_TAGS"] = " ".join(sorted(network.get("tags") or ()))
+    return {name: value for name, value in found.items() if value}

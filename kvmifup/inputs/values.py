@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from kvmifup.core.errors import NicError
-from kvmifup.core.model import LOCAL_TABLE, MODES, Config, Nic, Prefix
+from kvmifup.core.model import LOCAL_TABLE, MODES, Config, Nic, Prefix, eui64
 from kvmifup.core.text import shown
 from kvmifup.core.vlans import MAX_VLAN, parts
 
@@ -125,6 +125,17 @@ def prefixes(texts: Sequence[str]) -> tuple[Prefix, ...]:
     return tuple(found)
 
 
+def autoconfigured(subnet: str | None, mac: str) -> list[str]:
+    """The address that a guest with this *mac* gives itself in *subnet* (RFC 4862), if it can: in an IPv6 /64.
+
+    Raises NicError.
+    """
+    found = prefix(subnet) if subnet else None
+    if found is None or (found.version, found.prefixlen) != (6, 64):
+        return []
+    return [eui64(found.network_address.packed[:8], guest_mac(mac))]
+
+
 def vlans(text: str) -> str:
     """*text* if it is Ganeti's notation, also with ranges: ".VID" access, ":VID:VID-VID" trunk, ".VID:VID" hybrid.
 
@@ -181,6 +192,7 @@ def assemble(
     instance: str | None,
     index: int | None,
     source: str,
+    given: tuple[tuple[str, str], ...] = (),
 ) -> Nic:
     """The Nic, once every value has been checked on its own and against the others. Raises NicError."""
     if mode not in MODES:
@@ -200,6 +212,7 @@ def assemble(
         instance=None if instance is None else instance_name(instance),
         index=index,
         source=source,
+        given=given,
     )
     return consistent(nic)
 
@@ -207,7 +220,7 @@ def assemble(
 def consistent(nic: Nic) -> Nic:
     """*nic*, if its values go together. Raises NicError."""
     if nic.mode == "routed":
-        if not nic.ip:
+        if not nic.ip and not nic.by_ganeti:
             raise NicError("ip is missing: a routed NIC needs an address", hint='ip = ["192.0.2.8"]')
         if nic.vlan is not None:
             raise NicError("vlan means nothing on a routed NIC", hint="remove it")
@@ -220,7 +233,11 @@ def as_wired(nic: Nic, config: Config) -> Nic:
     if network is None:
         return nic
     try:
-        return consistent(replace(nic, mode=network.mode, link=network.link))
+        nic = replace(nic, mode=network.mode, link=network.link)
+        if nic.mode == "routed" and nic.by_ganeti:
+            own = autoconfigured(dict(nic.given).get("NETWORK_SUBNET6"), nic.mac)
+            nic = replace(nic, vlan=None, ip=nic.ip or prefixes(own))
+        return consistent(nic)
     except NicError as error:
         error.at(nic.label)
         raise

@@ -171,7 +171,9 @@ def decode(data: dict[str, Any]) -> Journal:
     if not data["nic"].keys() <= NIC_KEYS:
         raise OtherVersion
     reason = data["reason"] if "reason" in data else data["frame"]  # what it was called before 0.1.0
-    nic = Nic(**data["nic"] | {"ip": tuple(ipaddress.ip_network(prefix) for prefix in data["nic"]["ip"])})
+    ip = tuple(ipaddress.ip_network(prefix) for prefix in data["nic"]["ip"])
+    given = tuple((name, value) for name, value in data["nic"].get("given", ()))
+    nic = Nic(**data["nic"] | {"ip": ip, "given": given})
     journal = Journal(
         nic=nic,
         ifindex=int(data["ifindex"]),

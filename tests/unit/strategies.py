@@ -70,7 +70,9 @@ ovs_nics = bridged_nics.flatmap(
         replace, st.just(nic), mode=st.just("openvswitch"), vlan=st.sampled_from([None, ".100", ":300:20", ".5:7"])
     )
 )
-ext_nics = routed_nics.map(lambda nic: replace(nic, mode="ext", link="site"))
+ext_nics = routed_nics.map(
+    lambda nic: replace(nic, mode="ext", link="site", given=(("TAGS", "a b"),) if nic.incoming else ())
+)
 good_nics = st.one_of(routed_nics, routed_nics, bridged_nics, ovs_nics, ext_nics)
 nics = st.one_of(
     good_nics,

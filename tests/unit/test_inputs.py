@@ -449,6 +449,58 @@ def test_several_addresses(text: str) -> None:
     assert environment.from_environment(ENVIRONMENT | {"IP": text}).ip == nets("192.0.2.8", "192.0.2.9")
 
 
+@pytest.mark.parametrize(
+    ("mode", "given", "understood"),
+    [
+        ("bridged", "100", ".100"),
+        ("bridged", "100:200", ".100:200"),
+        ("openvswitch", ".100", ".100"),
+        ("openvswitch", ":100:200", ":100:200"),
+        ("openvswitch", "", None),
+        ("routed", "100", None),
+        ("routed", "anything", None),
+    ],
+)
+def test_vlans_as_ganeti_writes_them(mode: str, given: str, understood: str | None) -> None:
+    """A routed NIC has what its group or cluster gives to all NICs, and Ganeti's own script does not look at it."""
+    nic = environment.from_environment(ENVIRONMENT | {"MODE": mode, "LINK": "100", "VLAN": given})
+    assert nic.vlan == understood
+
+
+@pytest.mark.parametrize(
+    ("subnet", "ips"),
+    [
+        ("2001:db8:1::/64", ["2001:db8:1:0:a800:ff:fe35:ac01"]),
+        ("2001:db8:1::/56", []),
+        ("2001:db8:1::/96", []),
+        (None, []),
+    ],
+)
+@pytest.mark.parametrize("mode", ["routed", "ext", "ext as routed"])
+def test_a_routed_nic_without_an_address(mode: str, subnet: str | None, ips: list[str]) -> None:
+    network = {"NETWORK_SUBNET6": subnet} if subnet else {}
+    nic = environment.from_environment(
+        ENVIRONMENT | {"MODE": mode.split()[0], "LINK": "dmz", "IP": "", "VLAN": "100", **network}
+    )
+    if mode == "ext as routed":
+        networks = ExtConfig(networks=(("dmz", ExtNetwork("routed", None)),))
+        nic = values.as_wired(replace(nic, mode="ext"), Config(ext=networks))
+        assert nic.vlan is None
+    assert nic.ip == (() if mode == "ext" else nets(*ips))
+
+
+def test_an_address_is_not_added_to_one_that_is_given() -> None:
+    nic = environment.from_environment(ENVIRONMENT | {"IP": "192.0.2.8", "NETWORK_SUBNET6": "2001:db8::/64"})
+    assert nic.ip == nets("192.0.2.8")
+
+
+def test_what_else_ganeti_says_is_for_programs() -> None:
+    further = {"TAGS": "a b", "INTERFACE_NAME": "uplink", "INTERFACE_UUID": "u", "NETWORK_NAME": "n", "PATH": "/bin"}
+    ext = environment.from_environment(ENVIRONMENT | {"MODE": "ext", "LINK": "site", **further})
+    assert dict(ext.given) == {name: value for name, value in further.items() if name != "PATH"}
+    assert environment.from_environment(ENVIRONMENT | further).given == ()
+
+
 @pytest.mark.parametrize(("phase", "incoming"), [("pre", True), ("post", False), ("", False)])
 def test_incoming(phase: str, incoming: bool) -> None:
     assert environment.from_environment(ENVIRONMENT | {"MIGRATION_PHASE": phase}).incoming is incoming
@@ -469,9 +521,9 @@ def test_where_the_link_comes_from() -> None:
         ({"MAC": ""}, "MAC"),
         ({"MAC": "", "MODE": ""}, "MODE and MAC"),
         ({"MAC": "FE:00:00:35:ac:01"}, "the tap's own"),
-        ({"IP": ""}, "ip is missing"),
         ({"IP": "192.0.2.8 192.0.2.8"}, "twice"),
-        ({"VLAN": ".100"}, "vlan"),
+        ({"VLAN": "5000", "MODE": "bridged", "LINK": "br0"}, "vlan"),
+        ({"IP": "", "NETWORK_SUBNET6": "2001:db8::1/64"}, "host bits"),
         ({"MODE": "bridged", "LINK": ""}, "link is missing"),
         ({"INTERFACE_INDEX": "-1"}, "INTERFACE_INDEX"),
         ({"INTERFACE_INDEX": "12345"}, "INTERFACE_INDEX"),
