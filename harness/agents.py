@@ -9,7 +9,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ _numbers = itertools.count()
 
 
 class Agent:
-    """A running kvm-ifupd; *more* goes to Popen."""
+    """A running kvm-ifupd, with *within* before it (such as `setpriv …`); *more* goes to Popen."""
 
-    def __init__(self, *argv: str, environ: Mapping[str, str] | None = None, **more: Any) -> None:
+    def __init__(
+        self, *argv: str, environ: Mapping[str, str] | None = None, within: Sequence[str] = (), **more: Any
+    ) -> None:
         self.log = Path(f"/run/agent.{next(_numbers)}.log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                hooks.command("kvm-ifupd", *argv),
+                [*within, *hooks.command("kvm-ifupd", *argv)],
                 env={**tools.CLEAN, **(environ or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -61,6 +63,12 @@ class Agent:
     def armed(self, tap: str = "tap0", times: int = 1) -> None:
         """Wait until it has said so."""
         until(lambda: self.armings(tap) >= times)
+
+    @contextlib.contextmanager
+    def when_armed(self, tap: str = "tap0") -> Iterator[None]:
+        """A block that begins once it has said so."""
+        self.armed(tap)
+        yield
 
     def holds(self, path: Path) -> bool:
         """Whether it has *path* open, such as a lock that it waits for."""

@@ -52,7 +52,9 @@ class Qemu:
             pass_fds=[guest.descriptor for guest, _ in nics],
             stdin=subprocess.PIPE,
         )
-        PIDS.mkdir(parents=True, exist_ok=True)
+        for directory in (PIDS.parent.parent, PIDS.parent, PIDS):  # as Ganeti makes them
+            directory.mkdir(exist_ok=True)
+            directory.chmod(0o775)
         (PIDS / instance).write_text(f"{self.process.pid}\n")
 
     def end(self) -> None:

@@ -4,6 +4,8 @@ What is to be watched is in the journals, so an agent that starts anew, or that 
 the same:
 
 =====================  ===================================================================================
+a guest that is        its QEMU says which taps it has; for those pre is run, which leaves a journal
+expected               (`expectations`)
 a journal in pre       armed: its guest has yet to arrive here, or may come back. The first frame out of the
                        tap that the guest has sent says that it runs here (`arrivals`)
 a journal in post      an announcement of its addresses by another node says that it may have left
@@ -28,6 +30,7 @@ from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.arrivals import Arrivals, listen
 from kvmifup.agent.departures import Departures
 from kvmifup.agent.events import DirectoryEvents, LinkEvents, NodeEvents, Thing
+from kvmifup.agent.expectations import Expectations
 from kvmifup.agent.hook_server import HookServer
 from kvmifup.agent.leftovers import Leftovers
 from kvmifup.agent.listening import Listener
@@ -37,8 +40,8 @@ from kvmifup.agent.runner import Runner, Say
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
-from kvmifup.inputs import config
-from kvmifup.runs import clock
+from kvmifup.inputs import config, ganeti
+from kvmifup.runs import clock, expected
 from kvmifup.tell import syslog
 
 SOCKET = "agent.sock"
@@ -79,7 +82,9 @@ class Agent:
         ask = self._departures.asked_for
         self._mending = Mending(loop, self._runner, self._taps, self._announcements, ask, stir)
         self._leftovers = Leftovers(loop, self._runner, self._taps)
-        self._journals = DirectoryEvents(loop, self._runner.store.directory, self._taps.look_soon)
+        self._expectations = Expectations(loop, self._runner, lambda: self._journals.complete())
+        also = (run_dir / expected.DIRECTORY, ganeti.pids())
+        self._journals = DirectoryEvents(loop, self._runner.store.directory, self._files_changed, also)
         LinkEvents(loop, self._devices_gone, self._mending.went_down, self._events_lost)
         self._hooks = HookServer(
             loop, listener.socket, self._announcements.begin, self._runner.hook_done, self._runner.say
@@ -89,6 +94,7 @@ class Agent:
         loop.on_signal(signal.SIGHUP, self._reload)
         self._leftovers.collect_all()
         self._taps.look()
+        self._expectations.look()
         loop.later(min(RESYNC, self._runner.config.agent.idle_exit or RESYNC), self._periodically)
         self._write_metrics()
         self._sign_of_life()
@@ -137,6 +143,10 @@ class Agent:
         except (KvmIfupError, OSError) as error:  # tried again at the next look
             self._runner.complain("not made again", error)
 
+    def _files_changed(self) -> None:
+        self._taps.look_soon()
+        self._expectations.look()
+
     def _node_changed(self, things: frozenset[Thing]) -> None:
         """*things* have changed: NICs may rely on them, and what is prepared for arrivals."""
         self._arrivals.outdate(things)
@@ -171,7 +181,7 @@ class Agent:
 
     def _periodically(self) -> None:
         idle = self._runner.config.agent.idle_exit
-        busy = self._taps or self._at_work()
+        busy = self._taps or self._expectations.waiting or self._at_work()
         if self._listener.given and idle and not busy and time.monotonic() - self._hooks.last > idle:
             self._runner.say(f"nothing to look after for {idle:g} s: good-bye")
             self._stop()
@@ -185,6 +195,7 @@ class Agent:
         self._leftovers.collect_dead()
         self._leftovers.collect_killed()
         self._taps.look()
+        self._expectations.look()
 
     def _write_metrics(self) -> None:
         """Write down what has been counted, for the node exporter."""

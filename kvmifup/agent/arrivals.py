@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 
@@ -26,6 +26,8 @@ from kvmifup.tell import syslog
 RECHECK = 1.0  # seconds after a failure until it is tried again
 
 ASK_AGAIN, ASK_LAST = 0.05, 200.0  # seconds from one question for a guest that has left to the next; to the last
+ASK_SOON = 0.01  # the same for one that is here, and is asked for its addresses
+ENOUGH = 0.1  # seconds from its first answer until those that it has given are all
 
 Result = Outcome | KvmIfupError | None  # of post
 Preparation = tuple[TapRecord, PreparedArrival | KvmIfupError | None]
@@ -46,7 +48,9 @@ def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None
             tap.complaint = error.strerror or ""
             runner.say(f"cannot listen: {error.strerror}", tap.nic.label, syslog.ERROR)
         return
-    if tap.doubtful or tap.reached < began:  # the guest may have arrived meanwhile: it is asked for a frame
+    # The guest may have arrived meanwhile: it is asked for a frame. And who is to be asked for its addresses finds the
+    # question in its tap when it arrives.
+    if tap.doubtful or tap.reached < began or tap.nic.to_ask:
         with suppress(OSError):  # the tap is down: its guest cannot be here
             ask(tap.nic)
 
@@ -207,11 +211,30 @@ class Arrivals:
             return
         except OSError:  # ENETDOWN, once: the device is down, and may come up again; or it is gone, and so will be this
             return
-        frame = frames.name_of(data)
+        if not tap.nic.to_ask:
+            self._arrive(tap, frames.name_of(data), sent)
+            return
+        began = tap.answers.first is None
+        tap.answers.take(data, sent)
+        if tap.answers.complete:
+            self._has_answered(tap)
+            return
+        if began:
+            self._ask(tap, ASK_SOON)
+        if tap.answers.given:
+            tap.timers.set_once("enough", ENOUGH, partial(self._has_answered, tap))
+
+    def _has_answered(self, tap: TapRecord) -> None:
+        """The guest has said which of its addresses it has. Any other is left to who knows better, and calls post."""
+        assert tap.answers.first
+        self._arrive(tap, *tap.answers.first, None if tap.answers.whole else frozenset(tap.answers.given))
+
+    def _arrive(self, tap: TapRecord, frame: str, sent: float, only: Collection[str] | None = None) -> None:
+        """Have post done, for *only* these addresses if that is said. *frame* was its first, and *sent* when."""
         if tap.left and frame != frames.RARP:
             self._came_back((tap.ifindex, tap.nic.mac))
         self._catch_up()
-        prepared = tap.prepared
+        prepared = None if only is not None else tap.prepared
         if prepared and not prepared.waits:
             outcome = self._runner.attempt(partial(arrive, prepared), frame)
             if outcome:
@@ -220,15 +243,20 @@ class Arrivals:
                 return
             prepared = None
         tap.become(State.ARRIVING)
-        post = partial(self._post, tap.name, tap.is_of, frame, prepared)
+        post = partial(self._post, tap.name, tap.is_of, frame, prepared, only)
         self._loop.work(post, partial(self._arrived, tap, frame, sent))
 
     def _post(
-        self, name: str, wanted: Callable[[Journal], bool], reason: str | None, prepared: PreparedArrival | None = None
+        self,
+        name: str,
+        wanted: Callable[[Journal], bool],
+        reason: str | None,
+        prepared: PreparedArrival | None,
+        only: Collection[str] | None,
     ) -> Result:
-        """In a thread: post, as it was *prepared*, or else from the beginning."""
+        """In a thread: post, as it was *prepared*, or else from the beginning, for *only* these addresses."""
         done = prepared and self._runner.attempt(partial(arrive, prepared), reason)
-        return done or self._runner.attempt(partial(run_post, name, wanted), reason)
+        return done or self._runner.attempt(partial(run_post, name, wanted, only=only), reason)
 
     def _arrived(self, tap: TapRecord, frame: str, sent: float, outcome: Result) -> None:
         if isinstance(outcome, KvmIfupError):

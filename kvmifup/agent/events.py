@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,11 +251,16 @@ class RouteEvents(Subscription):
 
 
 class DirectoryEvents:
-    """Calls *changed* after files in *directory* have come, gone or been replaced (fcntl(2), F_NOTIFY)."""
+    """Calls *changed* after files in *directory* have come, gone or been replaced (fcntl(2), F_NOTIFY).
 
-    def __init__(self, loop: Loop, directory: Path, changed: Callable[[], None]) -> None:
+    *also* are directories that others make, once they are there: there it counts, too, what is written into files.
+    """
+
+    def __init__(self, loop: Loop, directory: Path, changed: Callable[[], None], also: Sequence[Path] = ()) -> None:
         self._directory = directory
         self._changed = changed
+        self._also = also
+        self._missing: tuple[Path, ...] = ()
         self._descriptors: tuple[int, ...] = ()
         loop.on_signal(signal.SIGIO, self._notified)
         self.renew()
@@ -271,6 +276,19 @@ class DirectoryEvents:
         # DN_ATTRIB: for `Store.mark`.
         self._descriptors = (opened(self._directory, wanted | fcntl.DN_ATTRIB),)
         self._descriptors += (opened(self._directory.parent, wanted | fcntl.DN_CREATE),)
+        missing = []
+        for directory in self._also:
+            try:
+                self._descriptors += (opened(directory, wanted | fcntl.DN_CREATE | fcntl.DN_MODIFY),)
+            except OSError:
+                missing.append(directory)
+        self._missing = tuple(missing)
+
+    def complete(self) -> None:
+        """Watch also what was not there before."""
+        if any(map(Path.is_dir, self._missing)):
+            with suppress(OSError, NotReadyError):
+                self.renew()
 
     def close(self) -> None:
         """Watch it no longer."""

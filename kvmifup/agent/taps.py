@@ -10,6 +10,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 
+from kvmifup.agent.answers import Answers
 from kvmifup.agent.loop import Loop, OneAtATime, Timers
 from kvmifup.agent.runner import Runner
 from kvmifup.core.errors import BugError, KernelError, KvmIfupError, NamespaceError
@@ -67,7 +68,8 @@ class TapRecord:
     *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
-    *doubtful*: its guest may be here, and have nothing more to say, so it is asked.
+    *doubtful*: its guest may be here, and have nothing more to say, so it is asked. *answers*: what it says of its
+    addresses.
     """
 
     def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:
@@ -90,6 +92,7 @@ class TapRecord:
         self.tries = 0
         self.complaint = ""
         self.doubtful = False
+        self.answers = Answers(journal.nic)
         self._loop = loop
 
     @property

@@ -109,6 +109,8 @@ def writes(options: argparse.Namespace) -> bool:
     match verb(options):
         case "hook" | "gc":
             return not options.plan
+        case "expect":
+            return True
         case "check":
             return bool(options.repair)
         case found:

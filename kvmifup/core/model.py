@@ -41,6 +41,7 @@ class Nic:
 
     *mac* is the guest's. *ip* has host addresses as /32 and /128. *source* says where the NIC was read from.
     *given* is what else Ganeti says of an ext NIC, for the administrator's program: its names, and values.
+    *to_ask*: *ip* may be newer or older than the guest, so it is asked what it has before anything is announced.
     """
 
     tap: str
@@ -54,6 +55,7 @@ class Nic:
     index: int | None = None
     source: str = ""
     given: tuple[tuple[str, str], ...] = ()
+    to_ask: bool = False
 
     @property
     def by_ganeti(self) -> bool:

@@ -31,7 +31,7 @@ from kvmifup.runs.session import Session
 from kvmifup.tell import render
 
 RP_FILTER_NAMES = {"0": "off", "1": "strict", "2": "loose"}
-NOT_COMPARED = ("source", "incoming")  # of a NIC: what does not change how it is wired
+NOT_COMPARED = ("source", "incoming", "to_ask")  # of a NIC: what does not change how it is wired
 
 
 def described_otherwise(nic: Nic, before: Nic) -> list[str]:

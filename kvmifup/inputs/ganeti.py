@@ -43,9 +43,14 @@ def taps_of(instance: str) -> dict[str, str]:
     return {path.name: tap for path in files if (tap := word_in(path))}
 
 
+def pids() -> Path:
+    """Where the pid files of guests are."""
+    return DIRECTORY / "pid"
+
+
 def process_of(instance: str) -> int | None:
     """The process that runs *instance*; None if its pid file does not say."""
-    word = word_in(DIRECTORY / "pid" / instance_name(instance)) or ""
+    word = word_in(pids() / instance_name(instance)) or ""
     return int(word) if word.isascii() and word.isdigit() and len(word) < 10 else None
 
 

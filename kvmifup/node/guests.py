@@ -33,16 +33,20 @@ def behind_taps() -> dict[str, Qemu]:
     found: dict[str, Qemu] = {}
     ours = namespace("self")
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        argv = command_line(pid)
-        if not argv or not is_qemu(argv[0]) or namespace(pid) != ours:
-            continue
-        held: dict[str, set[str]] = {}
-        for number, tap in taps_of(pid):
-            held.setdefault(tap, set()).add(number)
-        for tap, numbers in held.items():
-            incoming = any(word.lstrip("-") == "incoming" and word.startswith("-") for word in argv)
-            found[tap] = Qemu(int(pid), incoming, mac_in(argv, tap, numbers))
+        found |= behind_taps_of(pid, ours)
     return found
+
+
+def behind_taps_of(pid: str, ours: str | None = None) -> dict[str, Qemu]:
+    """The process *pid* behind each of its taps; none if it is no QEMU of *ours*, this network namespace."""
+    argv = command_line(pid)
+    if not argv or not is_qemu(argv[0]) or namespace(pid) != (ours or namespace("self")):
+        return {}
+    held: dict[str, set[str]] = {}
+    for number, tap in taps_of(pid):
+        held.setdefault(tap, set()).add(number)
+    incoming = any(word.lstrip("-") == "incoming" and word.startswith("-") for word in argv)
+    return {tap: Qemu(int(pid), incoming, mac_in(argv, tap, numbers)) for tap, numbers in held.items()}
 
 
 def is_qemu(program: str) -> bool:

@@ -136,7 +136,7 @@ def encode(journal: Journal) -> dict[str, Any]:
         "version": VERSION,
         "namespace": journal.namespace,
         "cookie": journal.cookie,
-        "nic": shallow(journal.nic) | {"ip": [str(prefix) for prefix in journal.nic.ip]},
+        "nic": encode_nic(journal.nic),
         "ifindex": journal.ifindex,
         "phase": journal.phase.name.lower(),
         "since": journal.since,
@@ -149,6 +149,19 @@ def encode(journal: Journal) -> dict[str, Any]:
         "entries": [encode_entry(entry) for entry in journal.entries],
         "pending": [encode_entry(entry) for entry in journal.pending],
     }
+
+
+def encode_nic(nic: Nic) -> dict[str, Any]:
+    """*nic* as JSON's types."""
+    return shallow(nic) | {"ip": [str(prefix) for prefix in nic.ip]}
+
+
+def decode_nic(data: dict[str, Any]) -> Nic:
+    """The NIC that `encode_nic` gave. Raises OtherVersion; ValueError or TypeError for anything else."""
+    if not data.keys() <= NIC_KEYS:
+        raise OtherVersion
+    ip = tuple(ipaddress.ip_network(prefix) for prefix in data["ip"])
+    return Nic(**data | {"ip": ip, "given": tuple((name, value) for name, value in data.get("given", ()))})
 
 
 def encode_entry(entry: Entry) -> dict[str, Any]:
@@ -168,12 +181,8 @@ def decode(data: dict[str, Any]) -> Journal:
     """
     if data["version"] not in READS:
         raise OtherVersion if isinstance(data["version"], int) else ValueError
-    if not data["nic"].keys() <= NIC_KEYS:
-        raise OtherVersion
+    nic = decode_nic(data["nic"])
     reason = data["reason"] if "reason" in data else data["frame"]  # what it was called before 0.1.0
-    ip = tuple(ipaddress.ip_network(prefix) for prefix in data["nic"]["ip"])
-    given = tuple((name, value) for name, value in data["nic"].get("given", ()))
-    nic = Nic(**data["nic"] | {"ip": ip, "given": given})
     journal = Journal(
         nic=nic,
         ifindex=int(data["ifindex"]),

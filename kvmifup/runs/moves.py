@@ -1,14 +1,14 @@
-"""What the agent runs: a guest arrives, a guest leaves, what was lost is put back."""
+"""What the agent runs: a guest is to come, arrives or leaves; what was lost is put back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from kvmifup import phases
 from kvmifup.core.errors import LockTimeoutError
-from kvmifup.core.model import Phase
+from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu, Sysctl
 from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.apply import Job, survey
@@ -84,13 +84,38 @@ def arrive(prepared: PreparedArrival, session: Session) -> Outcome | None:
         return carry_out([(prepared.outcome, job)], session.kernel, session.store)[0]
 
 
-def run_post(tap: str, wanted: Callable[[Journal], bool], session: Session) -> Outcome | None:
-    """post for the NIC whose journal *tap* has, whoever wired it; None if it is not the *wanted* one (any more).
+def begin(nic: Nic, session: Session) -> Outcome | None:
+    """pre for *nic*, whose guest is to come; None if its tap has been wired for it by now.
 
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
     """
+    with ExitStack() as stack:
+        stack.enter_context(about(nic.label))
+        session.locked(stack, [nic.tap])
+        journal = session.load(nic.tap)
+        if journal and alive(journal, session) and journal.nic.mac == nic.mac:
+            return None
+        session.share(stack, [nic], [journal] if journal else [])
+        prepared = prepare(Phase.PRE, nic, session, announce=False)
+        return carry_out([prepared], session.kernel, session.store)[0]
+
+
+def run_post(
+    tap: str, wanted: Callable[[Journal], bool], session: Session, only: Collection[str] | None = None
+) -> Outcome | None:
+    """post for the NIC whose journal *tap* has, whoever wired it; None if it is not the *wanted* one (any more).
+
+    *only*: for these of its addresses, and no others.
+    Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
+    """
     with holding(tap, session, lambda journal: journal.phase is not Phase.DOWN and wanted(journal)) as journal:
-        return run(Phase.POST, journal, session, admitted=False) if journal else None
+        if journal is None:
+            return None
+        nic = journal.nic
+        if only is not None:
+            ip = tuple(prefix for prefix in nic.ip if phases.is_host(prefix) and phases.bare(prefix) in only)
+            nic = replace(nic, ip=ip, to_ask=False)
+        return run(Phase.POST, nic, session, admitted=False)
 
 
 def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Outcome | None:
@@ -105,13 +130,13 @@ def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Out
         first = survey([LinkMtu(tap, mtu)], session.kernel) if mtu else ()
         for change in first:
             session.kernel.write(change.op)
-        outcome = run(min(journal.phase, most), journal, session, admitted=True)
+        outcome = run(min(journal.phase, most), journal.nic, session, admitted=True)
         return replace(outcome, changes=(*first, *outcome.changes))
 
 
-def run(phase: Phase, journal: Journal, session: Session, *, admitted: bool) -> Outcome:
-    """Do *phase* for the NIC of *journal*, whose locks are held. Raises what `mend` raises."""
-    prepared = prepare(phase, journal.nic, session, announce=False, admitted=admitted)
+def run(phase: Phase, nic: Nic, session: Session, *, admitted: bool) -> Outcome:
+    """Do *phase* for *nic*, whose locks are held. Raises what `mend` raises."""
+    prepared = prepare(phase, nic, session, announce=False, admitted=admitted)
     return carry_out([prepared], session.kernel, session.store)[0]
 
 

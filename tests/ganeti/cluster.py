@@ -275,6 +275,10 @@ class Node:
         found = self.ganeti("pre_hooks", instance, before=operation, more=to)
         assert [one[1:] for one in found if "50-kvm-ifup" in one[0]] == [["success", ""]], found
 
+    def start_agent(self) -> None:
+        """The agent, as systemd would run it."""
+        self.run("sh", "-c", "kvm-ifupd </dev/null >/run/agent.log 2>&1 & until grep ready /run/agent.log; do :; done")
+
     def install(self, packages: Sequence[Path]) -> None:
         """Install packages with dpkg, on this node only."""
         self.run("dpkg", "-i", *map(str, packages), env={"DEBIAN_FRONTEND": "noninteractive"})

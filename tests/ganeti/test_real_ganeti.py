@@ -183,3 +183,34 @@ def test_a_target_that_cannot_take_the_guest_refuses_before_it_moves(two_nodes: 
     # An administrator's own script wires the NICs.
     b.run("sh", "-c", "rm /etc/ganeti/kvm-vif-bridge; echo exit 0 >/etc/ganeti/kvm-vif-bridge")
     b.before_move(operation, instance)
+
+
+@pytest.mark.parametrize("mode", ["routed"])
+def test_with_agents_a_routed_guest_does_not_wait_for_ganeti(two_nodes: Cluster, image: guest.Image) -> None:
+    """Its second NIC is not up in the guest, which so does not answer for the address: that is left to Ganeti."""
+    first, second = FIRST["routed"], SECOND["routed"]
+    a, b = two_nodes.nodes
+    instance = Instance((first, second), image)
+    for node in (a, b):
+        node.start_agent()
+    a.ganeti("start", instance)
+    two_nodes.must_reach_guest()
+
+    b.before_move("instance-migrate", dataclasses.replace(instance, nics=(second, first)))
+    info = a.ganeti("migration_info", instance)
+    b.ganeti("accept", instance, info=info, target=b.address)
+    b.must_not_announce_or_route()
+    two_nodes.migrate(instance, a, b, info)
+    tap0, tap1 = b.taps()
+    two_nodes.must_reach_guest()
+    assert b.routes() == {first.ip: tap0}
+    assert b.proxies() == {(first.ip, "eth0")}
+    assert first.ip not in a.routes()  # withdrawn, because b has announced it
+    assert "armed" in b.run("kvm-ifup", "show", tap1)
+
+    a.ganeti("finalize_source", instance, success=True)
+    b.ganeti("finalize_target", instance, info=info, success=True)
+    b.must_be_wired(first, second)
+    for node in (a, b):
+        node.hooks("instance-migrate", instance)
+    a.must_be_as_before()

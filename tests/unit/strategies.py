@@ -61,6 +61,7 @@ routed_nics = st.builds(
     incoming=st.booleans(),
     instance=st.sampled_from([None, "web1.example.com"]),
     index=st.sampled_from([None, 0, 3]),
+    to_ask=st.booleans(),
 )
 bridged_nics = st.builds(
     Nic, tap=taps, mac=macs, mode=st.just("bridged"), link=bridge_names, ip=st.just(()), incoming=st.booleans()

@@ -150,7 +150,7 @@ def waiting(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(runner, "attempt", lambda what, *_: attempted(what))
     one = Waiting(loop, runner, said)
     for name, results in (("arrive", one.arrivals), ("run_post", one.posts)):
-        monkeypatch.setattr(arrivals, name, lambda *_, name=name, results=results: one.next(name, results))
+        monkeypatch.setattr(arrivals, name, lambda *_, name=name, results=results, **__: one.next(name, results))
     monkeypatch.setattr(arrivals, "prepare_arrival", one.prepare_arrival)
     monkeypatch.setattr(arrivals, "RECHECK", 0.01)
     one.tap.reached = clock.uptime()
