@@ -232,11 +232,11 @@ class Root:
         return [one for one in found if one]  # `ip` prints {} for what its filter left out
 
     def install(self, *packages: Path) -> str:
-        """`apt install ./FILE...` of packages that lie somewhere else; returns what it printed."""
+        """`apt install ./FILE...` of packages that lie somewhere else, also older ones; returns what it printed."""
         inside = self.path / "tmp/packages"
         inside.mkdir(exist_ok=True)
         names = [f"./{Path(shutil.copy(package, inside)).name}" for package in packages]
-        command = f"cd /tmp/packages && apt-get install -y --no-install-recommends {' '.join(names)}"
+        command = f"cd /tmp/packages && apt-get install -y --no-install-recommends --allow-downgrades {' '.join(names)}"
         done = self.run("sh", "-c", command, network=True)
         shutil.rmtree(inside)
         return done.stdout + done.stderr

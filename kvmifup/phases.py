@@ -110,12 +110,16 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
         yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
 
 
+OF_BRIDGED = 'link of a bridged NIC is a Linux bridge; for one of Open vSwitch write mode = "openvswitch"'
+
+
 def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> Bridge:
     """The bridge, if it can take the guest: an incoming one only if a port forwards in time. Raises NotReadyError."""
     if bridge is None:
-        raise NotReadyError(f"no such bridge: {name}", hint=f"`{bridge_made(name)}`, or mend link")
+        hint = OF_BRIDGED if name.isdigit() else f"`{bridge_made(name)}`, or mend link"
+        raise NotReadyError(f"no such bridge: {name}", hint=hint)
     if not bridge.is_bridge:
-        raise NotReadyError(f"{name} is not a bridge", hint="link of a bridged NIC names a Linux bridge")
+        raise NotReadyError(f"{name} is not a bridge", hint=OF_BRIDGED)
     if nic.vlan is not None:
         raise NotReadyError(f"bridge {name} cannot take VLAN {nic.vlan}", hint="VLANs on bridges are not supported yet")
     if not bridge.up:
@@ -155,7 +159,9 @@ def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
     """A port of an Open vSwitch bridge, its VLANs set in the same transaction that adds it."""
     assert nic.link is not None  # kvmifup.inputs.values has checked it
     if facts.bridge is None or not facts.bridge.is_bridge:
-        raise NotReadyError(f"no such Open vSwitch bridge: {nic.link}", hint=f"`ovs-vsctl add-br {nic.link}`")
+        raise NotReadyError(
+            f"no such Open vSwitch bridge: {nic.link}", hint=f"`ovs-vsctl add-br {nic.link}`, or mend link or mode"
+        )
     if not facts.bridge.up:
         raise NotReadyError("ovs-vswitchd does not run", hint="`systemctl start openvswitch-switch`")
     if facts.bridge.part_of and nic.vlan:
@@ -193,7 +199,7 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
     if facts.table is None:
         raise NotReadyError(
             f"no such routing table: {nic.link}",
-            hint="add its name to /etc/iproute2/rt_tables, or give its number",
+            hint="link of a routed NIC is a routing table's number, its name in /etc/iproute2/rt_tables, or left out",
         )
     assert facts.tap is not None  # wiring has checked it
     for address, why in facts.taken:

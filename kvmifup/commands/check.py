@@ -23,6 +23,7 @@ from kvmifup.runs.up import up
 from kvmifup.tell import render
 
 WRONG = 1  # the exit code of a check that has found something
+WIRED = {"right": True, "wrong": False, "not wired": None}  # each verdict, as JSON says it
 
 
 def wrong(findings: Sequence[Finding]) -> bool:
@@ -48,7 +49,7 @@ def run(call: Call) -> int:
                 "failed": [render.error_object(error) for error in failures],
                 "nics": [
                     {
-                        **nic_object(one.one, one.phase, replace(one.state, wired=not one.wrong)),
+                        **nic_object(one.one, one.phase, replace(one.state, wired=WIRED[one.verdict])),
                         "findings": [finding_object(finding) for finding in one.findings],
                     }
                     for one in found
@@ -93,37 +94,54 @@ def repaired_lines(outcome: Outcome) -> Iterable[str]:
 
 
 def told(call: Call, found: Sequence[Diagnosis], repaired: Collection[str]) -> Iterable[str]:
-    """What is wrong first; then who is right, if that is news, something is to be said, or it is asked for; the sum."""
+    """What is wrong first; then the others, if that is news, something is to be said, or it is asked for; the sum."""
     wrong_ones = [one for one in found if one.wrong]
-    right = [one for one in found if not one.wrong]
+    others = [one for one in found if not one.wrong]
     asked = call.options.name or call.options.verbose
-    for one in (*wrong_ones, *(one for one in right if asked or one.findings or one.one.label in repaired)):
+    for one in wrong_ones:
         yield from check_lines(one)
+    alike: dict[object, list[Diagnosis]] = {}  # what is to be said of many is said once
+    for number, one in enumerate(others):
+        if asked or one.one.label in repaired:
+            alike[number] = [one]
+        elif one.findings:
+            alike.setdefault(one.findings, []).append(one)
+    for first, *more in alike.values():
+        yield from check_lines(first, len(more))
     if not found:
         yield f"nothing to check: there is no journal and no NIC file in {call.run_dir}"
     elif wrong_ones or not asked or len(found) > 1:
-        yield f"{len(right)} right, {len(wrong_ones)} wrong{remedy(call, wrong_ones)}"
+        counts = {verdict: sum(one.verdict == verdict for one in found) for verdict in WIRED}
+        numbers = [f"{count} {verdict}" for verdict, count in counts.items() if count or verdict != "not wired"]
+        yield f"{', '.join(numbers)}{remedy(call, wrong_ones)}"
 
 
 def remedy(call: Call, wrong_ones: Sequence[Diagnosis]) -> str:
     """What to do about *wrong_ones*: what the hooks would mend, --repair does."""
-    drifted = sum(any(finding.drift and finding.wrong for finding in one.findings) for one in wrong_ones)
+    drifted = [one for one in wrong_ones if one.drifted]
+    mended = sum(not one.blocked for one in drifted)
     if not drifted or call.options.repair:
         return ""
-    name = f" {call.options.name}" if call.options.name else ""
-    which = "repeats the hook" if drifted == len(wrong_ones) else f"repeats the hook for {drifted} of them"
-    return f"; `kvm-ifup check{name} --repair` {which}"
+    command = f"`kvm-ifup check{' ' + call.options.name if call.options.name else ''} --repair`"
+    if not mended:
+        return f'; do what "mend" says, then {command}'
+    return f"; {command} repeats the hook{'' if mended == len(wrong_ones) else f' for {mended} of them'}"
 
 
-def check_lines(diagnosis: Diagnosis) -> Iterable[str]:
-    """One NIC: how it is described, its phase, and what is wrong with it."""
+def check_lines(diagnosis: Diagnosis, more: int = 0) -> Iterable[str]:
+    """One NIC: how it is described, its phase, and what is to be said; with *more*, of that many others, too."""
     one = diagnosis.one
     mode = f"{one.nic.mode}, " if one.nic else ""
-    since = ""
+    how = f"{mode}{diagnosis.phase}"
     if one.journal and one.journal.since:
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.journal.since))
-        since = f" since {moment} ({one.journal.by})"
-    yield f"{one.label}: {mode}{diagnosis.phase}{since}: {'wrong' if diagnosis.wrong else 'right'}"
+        how = f"{how} since {moment} ({one.journal.by})"
+    if more:
+        yield f"{one.label} and {more} more: {diagnosis.verdict}"
+    elif diagnosis.verdict == "not wired":
+        yield f"{one.label}: {mode}{diagnosis.verdict}"
+    else:
+        yield f"{one.label}: {how}: {diagnosis.verdict}"
     for finding in diagnosis.findings:
         yield from finding_lines(finding)
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from kvmifup.commands import names, running
 from kvmifup.commands.call import Call
-from kvmifup.commands.request import Request, nic_of
+from kvmifup.commands.request import PHASES, Request, nic_of
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.text import printable
@@ -45,7 +45,7 @@ def take_down(call: Call, request: Request, session: Session) -> Results:
     for tap in taps_of(call, request, session):
         try:
             if not names.was_ever_known(tap, call.run_dir) and described(tap) is None:
-                note(call, tap)
+                note(call, tap, tap=True)
                 outcomes.append(Outcome(tap, None, tap, Phase.DOWN))
                 continue
             why = managed.still_here(tap, request.owner) if call.environ.get("ACTION") == "down" else None
@@ -67,15 +67,16 @@ def taps_of(call: Call, request: Request, session: Session) -> list[str]:
     if not taps:
         if error := names.as_guest(request.instance, call.program, call.run_dir):
             raise error
-        note(call, request.instance)
+        note(call, request.instance, tap=False)
     return taps
 
 
-def note(call: Call, name: str) -> None:
-    """Say to a person, and to who asks for more (-v), that nobody knows *name*: perhaps it is misspelt.
+def note(call: Call, name: str, *, tap: bool) -> None:
+    """Say to a person, and to who asks what would be done or for more (-v), that nobody knows *name*: a misspelt one?
 
     It is no error: managers call kvm-ifdown once more, and after all has been cleared up.
     """
-    if call.options.verbose or call.err.isatty():
-        why = names.meant(name, call.run_dir) or "no journal and no NIC file is about it"
+    if getattr(call.options, "plan", True) or call.options.verbose or call.err.isatty():
+        wanted = tap if call.program in PHASES else None
+        why = names.meant(name, call.program, call.run_dir, tap=wanted) or "no journal and no NIC file is about it"
         call.add([f"{call.program}: {printable(name)}: nothing to undo, nobody knows it ({why})"])

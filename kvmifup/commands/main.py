@@ -7,6 +7,7 @@ and wrong input must not wait for it.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,7 +107,12 @@ def requested(call: Call) -> request.Request | None:
         return request.of_hook(call.program, asked.tap, asked.instance, call.run_dir, call.environ)
     is_tap = request.names_tap(asked.name, call.run_dir, call.environ)
     tap, instance = (asked.name, None) if is_tap else (None, asked.name)
-    return request.of_hook(options.HOOKS[asked.phase], tap, instance, call.run_dir, call.environ)
+    hook = options.HOOKS[asked.phase]
+    try:
+        return request.of_hook(hook, tap, instance, call.run_dir, call.environ)
+    except KvmIfupError as error:  # who asks for a plan is not told to do it
+        error.hint = re.sub(f"`{hook} (--instance )?", f"`kvm-ifup plan {asked.phase} ", error.hint)
+        raise
 
 
 def runner(verb: str) -> Callable[[Call], int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TextIO
 
+from kvmifup.commands import names
 from kvmifup.commands.call import Call
 from kvmifup.core.errors import NicError, UsageError, raise_all
 from kvmifup.core.model import Nic
-from kvmifup.core.text import shown
+from kvmifup.core.text import printable, shown
 from kvmifup.inputs import nicfiles, trust
 from kvmifup.tell import render
 
@@ -28,6 +29,10 @@ def put(call: Call) -> None:
     nicfiles.place(call.run_dir, options.instance, options.index)
     text = text_of(options.file, call.stdin)
     try:
+        nic = nicfiles.parse_nic(text, instance=options.instance, index=options.index, source=options.file)
+        kind = names.kind_of_device(nic.tap)
+        if kind not in (None, "a tap"):
+            raise NicError(f"tap {nic.tap} is {kind}", hint="a tap is made by QEMU, for its ifname=")
         nic = nicfiles.put(call.run_dir, options.instance, options.index, text)
     except NicError as error:
         raise error.at("standard input" if options.file == "-" else options.file) from None
@@ -80,6 +85,12 @@ def cells(nic: Nic) -> list[str]:
 
 def remove(call: Call) -> None:
     """`kvm-ifup nic rm`."""
-    removed = nicfiles.remove(call.run_dir, call.options.instance, call.options.index)
+    instance, index = call.options.instance, call.options.index
+    removed = nicfiles.remove(call.run_dir, instance, index)
     if call.options.verbose:
         call.add(f"removed {path}" for path in removed)
+    if not removed and (call.options.verbose or call.err.isatty()):  # perhaps it is misspelt
+        which = instance if index is None else f"{instance} {index}"
+        there = ", ".join(path.stem for path in nicfiles.files(call.run_dir, instance))
+        why = f"it has {there}" if there else names.unknown_guest(instance, call.run_dir)
+        call.add([f"{call.program}: {printable(which)}: nothing to remove ({why})"])

@@ -48,7 +48,7 @@ def of_hook(
         return None
     environment.refuse_contradiction(program, tap, environ)
     if instance is not None:
-        values.instance_name(instance)
+        guest_named(instance, program, run_dir)
     else:
         tap = tap or environ.get("INTERFACE")
         if tap is None:
@@ -72,6 +72,16 @@ def tap_named(argument: str, program: str, run_dir: Path) -> str:
         raise
 
 
+def guest_named(instance: str, program: str, run_dir: Path) -> None:
+    """Raise UsageError for something else of which we know what it is, NicError for what cannot be a guest's name."""
+    try:
+        values.instance_name(instance)
+    except NicError:
+        if "/" in instance:
+            refuse(names.as_guest(instance, program, run_dir))
+        raise
+
+
 def refuse(error: KvmIfupError | None) -> None:
     """Raise *error*, if there is one."""
     if error:
@@ -90,7 +100,8 @@ def nics_of(
         nics = nicfiles.nics_of_instance(instance, run_dir) or managed.nics_of_instance(instance)
         if not nics:
             refuse(names.as_guest(instance, program, run_dir))
-            hint = names.meant(instance, run_dir) or f"see {run_dir}/nic"
+            hint = names.meant(instance, program, run_dir, tap=False) or names.misplaced(instance, run_dir)
+            hint = hint or f"see {run_dir}/nic"
             raise NicError("there are no NIC files for it", hint=hint, where=instance)
         own = [replace(nic, tap=devices.own_name(nic.tap)) for nic in nics]
         taps = [one.tap for one in own]
@@ -100,8 +111,9 @@ def nics_of(
     nic = nic_of(tap, run_dir, environ)
     if nic is None:
         refuse(names.as_tap(tap, program, run_dir))
+        hint = names.meant(tap, program, run_dir, tap=True) or names.misplaced(tap, run_dir)
         describe = f"write {run_dir}/nic/INSTANCE/0.toml, or set INTERFACE, MODE, MAC and LINK"
-        raise NicError("nothing describes this tap", hint=names.meant(tap, run_dir) or describe, where=tap)
+        raise NicError("nothing describes this tap", hint=hint or describe, where=tap)
     return (nic,)
 
 

@@ -29,5 +29,7 @@ def run(call: Call, work: Callable[[Session], Results]) -> int:
     if options.verbose:
         seconds = call.seconds if options.verbose > 1 else None
         call.add(render.remark_lines(outcomes) if options.plan else render.verbose_lines(outcomes, seconds))
+        if not (outcomes or failures or options.plan):
+            call.add(["nothing to do"])
     raise_all(failures)
     return 0

@@ -32,13 +32,24 @@ def run(call: Call) -> int:
         call.say([f"nothing is wrong with {len(every)} NIC{'s' * (len(every) != 1)}"])
     else:
         print_table(call, rows)
-        call.say(render.error_line(one.label, state.problem) for one, _, state in rows if state.problem)
+        call.say(line for one, _, state in rows if (line := what_is_wrong(one, state)))
     return 0
 
 
 def is_wrong(state: State) -> bool:
     """Whether a NIC is not wired as it is to be, or cannot work so."""
     return state.wired is False or (state.problem is not None and not state.tolerable)
+
+
+def what_is_wrong(one: Known, state: State) -> str:
+    """One line about a NIC with which something is wrong; empty for the others."""
+    if state.problem:
+        return render.sentence(state.problem.at(one.label))
+    if not state.missing:
+        return ""
+    first, *more = [render.transition(change) for change in state.missing]
+    rest = f", and {len(more)} more" if more else ""
+    return printable(f"{one.label}: {first}{rest} (`kvm-ifup check {one.tap}` says why)")
 
 
 def print_table(call: Call, rows: Sequence[Row]) -> None:

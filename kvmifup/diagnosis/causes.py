@@ -69,6 +69,8 @@ def cause(change: Change, missing: Collection[type[Op]], journal: Journal, befor
     if before is not None and change.op not in before:
         return "because the NIC is described otherwise"
     entry = journal.prior(change.op.key)
+    if entry is None and journal.earlier and not isinstance(change.op, LinkMaster | PortForwarding):
+        return "an earlier version of kvm-ifup has wired it, and may not have done this"
     if entry and change.now == entry.op.wanted:  # it is as the last run has made it: what is wanted has changed
         if isinstance(change.op, LinkMtu):
             return "the bridge's has changed since, so that it is the smaller one of the two that counts"
@@ -131,7 +133,7 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
         case LinkAddress():
             return "somebody has changed it: the guest's neighbours know the tap by the other"
         case Address(want=True):
-            return "something has deleted it: the guest has lost its IPv6 gateway"
+            return went if down else "something has deleted it: the guest has lost its IPv6 gateway"
         case Address():
             return "somebody has given it one: the node has an address of its own among the guests"
         case AddrGenMode(want=0):

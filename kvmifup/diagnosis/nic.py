@@ -11,7 +11,7 @@ from pathlib import Path
 from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError, NicError
 from kvmifup.core.model import Config, Nic, NodeFacts, Phase
-from kvmifup.core.ops import ProxyNeighbour, Sysctl
+from kvmifup.core.ops import PortForwarding, ProxyNeighbour, Sysctl
 from kvmifup.diagnosis.bridged import on_bridge
 from kvmifup.diagnosis.causes import cause, described_otherwise, wanted_before
 from kvmifup.diagnosis.findings import Finding, of_error
@@ -25,6 +25,7 @@ from kvmifup.runs import rivals
 from kvmifup.runs.apply import Change
 from kvmifup.runs.host import Through
 from kvmifup.runs.session import followed
+from kvmifup.runs.store import set_aside
 from kvmifup.tell import render
 
 
@@ -43,6 +44,18 @@ class Diagnosis:
         return any(finding.wrong for finding in self.findings)
 
     @property
+    def verdict(self) -> str:
+        """In a word or two: "right", "wrong", or "not wired", which is neither before the first hook."""
+        if self.wrong:
+            return "wrong"
+        return "not wired" if self.state.wired is None else "right"
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something else has to be done before its hook can mend anything."""
+        return self.state.problem is not None and self.state.wired is False and not self.state.missing
+
+    @property
     def drifted(self) -> bool:
         """Whether anything is wrong that the NIC's hook would mend."""
         return any(finding.wrong and finding.drift for finding in self.findings)
@@ -57,10 +70,7 @@ def diagnose(one: Known, look: Look, *, ask: bool) -> Diagnosis:
     if one.trouble or stopped(one, look.session):
         found = [of_error(state.problem)] if state.problem else []
     elif one.nic is None or one.journal is None or one.phase is Phase.DOWN:
-        why = "no hook was called for it, or it failed and put everything back"
-        if by_ganeti(one):
-            why = "its guest was started before kvm-ifup was installed, or Ganeti calls another script"
-        found = [of_error(state.problem, why)] if state.problem else []
+        found = [of_error(state.problem, why_not_wired(one, look))] if state.problem else []
     else:
         one = replace(one, journal=followed(one.journal, look.overview))  # an uplink may have been renamed
         found = list(wired_findings(one, state, look, ask=ask))
@@ -99,6 +109,19 @@ def wired_findings(one: Known, state: State, look: Look, *, ask: bool) -> Iterat
     elif nic.mode == "bridged":
         yield from on_bridge(one, nic, missing, look)
     yield from filtered(nic, look)
+
+
+def why_not_wired(one: Known, look: Look) -> str:
+    """Why a tap that is there has no journal."""
+    wired = any(other.tap == one.tap and other.journal for other in look.everything)
+    if wired or not look.overview.is_tap(one.tap):
+        return ""  # the problem says it
+    if by_ganeti(one):
+        return "its guest was started before kvm-ifup was installed, or Ganeti calls another script"
+    aside = set_aside(look.session.store.path(one.tap))
+    if aside.exists():
+        return f"nobody knows what was done for it: its journal could not be read, and is now {aside}"
+    return "no hook was called for it, or it failed and put everything back, or kvm-ifdown was called"
 
 
 def why_not_ready(error: KvmIfupError) -> str:
@@ -145,6 +168,8 @@ def drift(one: Known, nic: Nic, missing: Sequence[Change], look: Look, *, change
     for change in missing:
         if not (isinstance(change.op, ProxyNeighbour | Sysctl) and change.op.dev in consequences):
             because = cause(change, kinds, one.journal, wanted)
+            if isinstance(change.op, PortForwarding) and nic.link and not look.overview.is_up(nic.link):
+                because = f"because {nic.link} is down"
             yield Finding(render.transition(change), because, drift=True)
 
 

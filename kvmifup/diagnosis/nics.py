@@ -13,6 +13,7 @@ from kvmifup.core.model import Nic, Phase
 from kvmifup.inputs import devices, nicfiles, values
 from kvmifup.runs import clock, managed
 from kvmifup.runs.journal import Journal
+from kvmifup.runs.leftovers import is_another
 from kvmifup.runs.store import Store
 
 
@@ -42,8 +43,10 @@ class Known:
         return self.nic.instance or "", self.nic.index or 0, self.tap
 
     def is_called(self, name: str) -> bool:
-        """Whether a person who says *name* means this one: its tap, or its guest."""
-        return name == self.tap or (self.nic is not None and name == self.nic.instance)
+        """Whether a person who says *name* means this one: its tap, its guest, or what messages call it."""
+        if self.nic is None:
+            return name == self.tap
+        return name in (self.tap, self.nic.instance, self.label, self.label.removesuffix(f" ({self.tap})"))
 
     @property
     def elsewhere(self) -> bool:
@@ -71,7 +74,8 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
             continue
         if journal is not None:
             found[tap] = Known(tap, journal.nic, journal)
-    unchanged = {path for tap, one in found.items() if one.journal and (path := unchanged_file(run_dir, one.journal))}
+    unchanged = {path: tap for tap, one in found.items() if one.journal and (path := as_before(run_dir, one.journal))}
+    described: dict[str, list[Nic]] = {}
     for path in nicfiles.files(run_dir):
         if path in unchanged:
             continue
@@ -83,24 +87,41 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
             continue
         if nic.tap not in found:  # the file may call it by another name of it
             nic = replace(nic, tap=devices.own_name(nic.tap))
-        earlier = found.get(nic.tap)
-        described = earlier and earlier.journal is None and not earlier.trouble
-        if earlier is None or (described and leads_to(run_dir / "tap" / nic.tap, path)):
-            found[nic.tap] = Known(nic.tap, nic)
-        elif earlier.trouble or (earlier.journal and owner(nic) == owner(earlier.journal.nic)):
-            found[nic.tap] = replace(earlier, nic=nic)
+        described.setdefault(nic.tap, []).append(nic)
+    for path, tap in unchanged.items():
+        if tap in described and (own := found[tap].nic):  # by another file, too
+            described[tap].append(replace(own, source=str(path)))
+    for tap, nics in described.items():
+        found |= of_tap(found.get(tap, Known(tap, None)), nics, run_dir)
     for tap, one in managed.all_nics():
         if tap not in found:
             found[tap] = Known(tap, one) if isinstance(one, Nic) else Known(tap, None, None, one)
     return sorted(found.values(), key=lambda one: one.order)
 
 
-def owner(nic: Nic) -> tuple[str | None, int | None]:
-    """Which NIC of which guest it is."""
-    return nic.instance, nic.index
+def of_tap(known: Known, nics: Sequence[Nic], run_dir: Path) -> dict[str, Known]:
+    """What is known of a tap, of which *known* is what its journal tells, and which the files of *nics* describe."""
+    tap, journal = known.tap, known.journal
+    leading = [nic for nic in nics if leads_to(run_dir / "tap" / tap, Path(nic.source))]
+    wired = [nic for nic in nics if journal and is_same(nic, journal.nic)]
+    if not journal:
+        wired = leading or (list(nics) if len(nics) == 1 else [])
+    found = {tap: replace(known, nic=wired[0])} if wired else {tap: known} if journal or known.trouble else {}
+    for nic in nics:
+        others = [other for other in nics if other is not nic]
+        if nic in wired[:1]:
+            continue
+        trouble = nicfiles.taken(nic, others[0]) if others and nic not in leading else None
+        found[str(Path(nic.source).relative_to(run_dir))] = Known(tap, nic, None, trouble)
+    return found
 
 
-def unchanged_file(run_dir: Path, journal: Journal) -> Path | None:
+def is_same(nic: Nic, wired: Nic) -> bool:
+    """Whether *nic* describes the NIC that was *wired*, perhaps otherwise by now."""
+    return (nic.instance, nic.index) == (wired.instance, wired.index) or not is_another(nic, wired)
+
+
+def as_before(run_dir: Path, journal: Journal) -> Path | None:
     """The NIC file that *journal* was made from, if it has not been written since: reading it would tell nothing."""
     nic = journal.nic
     if nic.instance is None or nic.index is None:

@@ -174,7 +174,7 @@ def permissions(directory: Path, what: str) -> Iterator[Finding]:
             yield Finding(
                 f"{path} is not to be trusted: {error}",
                 f"{what} there are refused: code 65, 70 or 78",
-                f"`chown root {path}; chmod go-w {path}`",
+                error.mend,
             )
         except OSError:
             continue  # a symlink that leads nowhere, or gone by now

@@ -42,7 +42,8 @@ def traffic(one: Known, nic: Nic, missing: Sequence[Change], kernel: Overview, c
             if neighbour and not uplink.mend:
                 with suppress(KernelError):  # no route there at all is said below
                     yield from passage(nic, address, neighbour, uplink, kernel)
-        if ours and refusing_default(nic, prefix.version, kernel) is None:
+        forwards = not any(is_forwarding(change, prefix.version) for change in missing)  # else said already
+        if ours and forwards and refusing_default(nic, prefix.version, kernel) is None:
             try:
                 kernel.way(address, FAR[prefix.version], nic.tap)
             except KernelError as error:
@@ -52,6 +53,11 @@ def traffic(one: Known, nic: Nic, missing: Sequence[Change], kernel: Overview, c
                     f"a policy rule or route for {nic.tap} says so, or there is no default route for it",
                     f"look at `ip{dash(prefix.version)} route get {FAR[prefix.version]} from {address} iif {nic.tap}`",
                 )
+
+
+def is_forwarding(change: Change, family: int) -> bool:
+    """Whether *change* turns on forwarding on the tap: without it the kernel finds no way for anything."""
+    return isinstance(change.op, Sysctl) and (change.op.name, change.op.family) == ("forwarding", family)
 
 
 def dash(family: int) -> str:

@@ -179,6 +179,13 @@ def not_wired(one: Known, look: Look) -> KvmIfupError | None:
     """What to say of a NIC that was never wired. That is right until its tap is there."""
     if look.overview.ifindex(one.tap) is None:
         return None
+    if not look.overview.is_tap(one.tap):
+        return NotReadyError(f"{one.tap} is there, but is not a tap", hint="mend tap in its NIC file", where=one.label)
+    for other in look.everything:
+        if other.tap == one.tap and other.journal and alive(other.journal, look.session):
+            text = f"{one.tap} is wired for another NIC{'' if other.label == one.tap else f', {other.label}'}"
+            hint = f"`kvm-ifdown {one.tap}` when that NIC is no more, then `kvm-ifup-pre {one.tap}`; or mend tap"
+            return NotReadyError(text, hint=hint, where=one.label)
     if by_ganeti(one):
         return NotReadyError(
             f"kvm-ifup has not wired {one.tap}", hint=f"`kvm-ifup-post {one.tap}` takes it over", where=one.label

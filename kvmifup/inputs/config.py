@@ -41,9 +41,7 @@ def merged(config: Config, path: Path, base: Path) -> Config:
     try:
         return parsed(config, trust.read(path, base))
     except trust.Untrusted as error:
-        raise ConfigError(
-            f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
-        ) from None
+        raise ConfigError(f"not to be trusted: {error}", hint=error.mend, where=str(path)) from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise ConfigError(f"not TOML: {as_told(error)}", where=str(path)) from None
     except PermissionError:

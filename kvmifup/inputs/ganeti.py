@@ -83,7 +83,7 @@ def described(instance: str) -> list[Described]:
         if not isinstance(nics, list) or not all(isinstance(nic, dict) for nic in nics):
             raise TypeError
     except trust.Untrusted as error:
-        raise NicError(f"not to be trusted: {error}", where=str(runtime)) from None
+        raise NicError(f"not to be trusted: {error}", hint=error.mend, where=str(runtime)) from None
     except OSError as error:
         trust.need_answer(error)
         raise NicError(f"cannot be read: {error.strerror}", where=str(runtime)) from None

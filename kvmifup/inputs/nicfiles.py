@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,13 +32,15 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
     Raises NicError, OSError.
     """
     path = place(run_dir, instance, index)
-    if len(text.encode("utf-8", "surrogateescape")) > trust.MAX_BYTES:
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise NicError("it is not UTF-8", hint="save it as UTF-8") from None
+    if size > trust.MAX_BYTES:
         raise NicError(f"it is larger than {trust.MAX_BYTES} bytes")
     nic = parse_nic(text, instance=instance, index=index, source=str(path))
     for other in (*of_the_same_tap(nic, path, run_dir), *of_the_same_address(nic, run_dir)):
-        same = nic.tap if other.tap == nic.tap else "one of its addresses"
-        hint = f"`kvm-ifup nic rm {other.instance} {other.index}`, if that NIC is no more"
-        raise NicError(f"{same} is that of {other.label} already, described in {other.source}", hint=hint)
+        raise taken(nic, other)
     shortcut = run_dir / "tap" / nic.tap
     places.made(run_dir, "nic", path.parent.name)
     places.made(run_dir, "tap")
@@ -45,6 +48,13 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
     forget_links(run_dir, path, keep=nic.tap)
     replace(shortcut, partial(os.symlink, target(path)))
     return nic
+
+
+def taken(nic: Nic, other: Nic) -> NicError:
+    """The error that *nic* has what is *other*'s: its tap, or an address."""
+    same = nic.tap if other.tap == nic.tap else "one of its addresses"
+    hint = f"`kvm-ifup nic rm {other.instance} {other.index}`, if that NIC is no more"
+    return NicError(f"{same} is that of {other.label} already, described in {other.source}", hint=hint)
 
 
 def of_the_same_tap(nic: Nic, path: Path, run_dir: Path) -> Iterator[Nic]:
@@ -162,7 +172,7 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
     try:
         data = tomli.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise NicError(f"not TOML: {as_told(error)}") from None
+        raise NicError(f"not TOML: {as_told(error)}", hint=written_right(text)) from None
     for key in data:
         if key not in KEYS:
             raise NicError(f"unknown key {shown(key)}", hint=nearest(key, KEYS))
@@ -177,7 +187,7 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
         raise NicError("ip must be a list of strings", hint='like ip = ["192.0.2.8"]')
     incoming = data.get("incoming", False)
     if not isinstance(incoming, bool):
-        raise NicError("incoming must be true or false")
+        raise NicError("incoming must be true or false", hint="like incoming = true")
     return assemble(
         tap=data["tap"],
         mac=data["mac"],
@@ -190,6 +200,19 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
         index=index,
         source=source,
     )
+
+
+UNQUOTED = re.compile(r"""\s*(\w+)\s*=\s*([^\s"'\[{#][^"'#]*)$""")  # a key, and what is no string
+
+
+def written_right(text: str) -> str:
+    """A hint that writes the first line of *text* that lacks quotes as it has to be; empty if there is none."""
+    for key, value in (found.groups() for line in text.splitlines() if (found := UNQUOTED.fullmatch(line.rstrip()))):
+        if key in EXAMPLES:
+            return f'write {key} = "{value.strip("“”„‘’ ")}"'
+        if key == "incoming" and value not in ("true", "false"):
+            return "write incoming = true, or incoming = false"
+    return 'write ip = ["192.0.2.8"]' if re.search(r"^\s*ip\s*=\s*(\[\s*)?[^\s\[\"']", text, re.MULTILINE) else ""
 
 
 EXAMPLES = {"tap": "tap0", "mac": "aa:00:00:35:ac:01", "mode": "routed", "link": "100", "vlan": ".100"}
@@ -207,9 +230,7 @@ def read_nic(path: Path, run_dir: Path) -> Nic:
     except NicError as error:
         raise error.at(str(path)) from None
     except trust.Untrusted as error:
-        raise NicError(
-            f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
-        ) from None
+        raise NicError(f"not to be trusted: {error}", hint=error.mend, where=str(path)) from None
     except PermissionError:
         raise
     except OSError as error:
@@ -270,11 +291,20 @@ def leads_somewhere(link: Path) -> bool:
 
 
 def nics_of_instance(instance: str, run_dir: Path) -> list[Nic]:
-    """All NICs that *instance* has files for, by tap. Raises NicError for any that is wrong."""
+    """All NICs that *instance* has files for, by tap.
+
+    Raises NicError for any that is wrong, also one whose tap another guest's file describes: unless the tap's symlink
+    says whose it is.
+    """
     nics = [read_nic(path, run_dir) for path in files(run_dir, instance)]
     taps = Counter(nic.tap for nic in nics)
     addresses = Counter(one for nic in nics if nic.mode == "routed" for one in nic.ip)
     for name, number in (*taps.items(), *addresses.items()):
         if number > 1:
             raise NicError(f"two of its NIC files name {name}", where=instance)
+    for nic in nics:
+        link = run_dir / "tap" / nic.tap
+        if os.path.realpath(link) != os.path.realpath(nic.source):
+            for other in of_the_same_tap(nic, Path(nic.source), run_dir):
+                raise taken(nic, other).at(nic.label)
     return sorted(nics, key=lambda nic: nic.tap)

@@ -54,9 +54,7 @@ def _verify(place: str, info: os.stat_result) -> None:
         raise NotReadyError(f"{place} is not a directory", hint="look who has made it, and remove it")
     flaw = trust.flaw(info)
     if flaw:
-        raise NotReadyError(
-            f"{place} {flaw}", hint=f"see what others have put there, then `chown root {place}; chmod go-w {place}`"
-        )
+        raise NotReadyError(f"{place} {flaw}", hint=trust.taken_back(place))
 
 
 def _make(place: Path, mode: int) -> None:

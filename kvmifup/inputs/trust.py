@@ -15,7 +15,11 @@ NO_ANSWER = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EINTR, e
 
 
 class Untrusted(Exception):
-    """Why a file is not to be trusted. The caller makes it an error with the right exit code."""
+    """Why a file is not to be trusted, and how to *mend* that. The caller makes it an error with the exit code."""
+
+    def __init__(self, why: str, mend: str) -> None:
+        super().__init__(why)
+        self.mend = mend
 
 
 class NotText(Untrusted):
@@ -36,6 +40,11 @@ def flaw(info: os.stat_result, *, roots_group: bool = False) -> str:
     if info.st_mode & others:
         return "can be written to by others"
     return ""
+
+
+def taken_back(place: str) -> str:
+    """How *place*, which has a flaw, becomes root's alone: not before somebody has looked at it."""
+    return f"see what others have put there, then `chown root {place}; chmod go-w {place}`"
 
 
 def need_answer(error: OSError) -> None:
@@ -66,13 +75,13 @@ def check(path: Path, base: Path, *, roots_group: bool = False) -> Path:
     if real != str(path) or not real.startswith(f"{real_base}/"):  # else there is no symlink, not even in the base
         real_base = os.path.realpath(base)
     if real != real_base and not real.startswith(f"{real_base}/".replace("//", "/")):
-        raise Untrusted(f"it leads out of {base}")
+        raise Untrusted(f"it leads out of {base}", "put the file itself there, and no symlink to it")
     place = real
     while True:
         info = os.lstat(place)
         why = flaw(info, roots_group=roots_group)
         if why:
-            raise Untrusted(f"it {why}" if place == real else f"its directory {place} {why}")
+            raise Untrusted(f"it {why}" if place == real else f"its directory {place} {why}", taken_back(place))
         if place == real_base:
             return Path(real)
         place = os.path.dirname(place)
@@ -88,11 +97,11 @@ def read(path: Path, base: Path, limit: int = MAX_BYTES, *, roots_group: bool = 
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode):
         os.close(descriptor)
-        raise Untrusted("it is not a regular file")
+        raise Untrusted("it is not a regular file", "put one there")
     with open(descriptor, "rb") as file:
         if info.st_size > limit:
-            raise Untrusted(f"it is larger than {limit} bytes")
+            raise Untrusted(f"it is larger than {limit} bytes", "make it smaller")
         try:
             return file.read(info.st_size + 1).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise NotText(f"it is not UTF-8 at byte {error.start}") from None
+            raise NotText(f"it is not UTF-8 at byte {error.start}", "save it as UTF-8") from None

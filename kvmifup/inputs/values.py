@@ -33,6 +33,8 @@ def device(name: str, what: str) -> str:
         raise NicError(f"{what} {shown(name)} is not 1 to 15 bytes long")
     if name in (".", "..") or any(c in "/:" or c.isspace() or not c.isprintable() for c in name):
         raise NicError(f"{what} {shown(name)} is no name for a network device")
+    if "%" in name:  # a pattern; the kernel puts a number into it (`dev_alloc_name`)
+        raise NicError(f"{what} {shown(name)} is a pattern, not a name", hint="give the name itself, like tap0")
     return name
 
 
@@ -252,12 +254,17 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def misspelt(name: str, known: Iterable[str]) -> str:
-    """A hint that names that one of the names *known* which *name* most likely is; empty if there is none.
+    """A hint that names that one of the names *known* which *name* most likely is; empty if there is none."""
+    guess = most_like(name, known)
+    return f"did you mean {guess}?" if guess else ""
+
+
+def most_like(name: str, known: Iterable[str]) -> str:
+    """That one of the names *known* which *name* most likely is; empty if there is none.
 
     tap7 is no misspelt tap1: the numbers must be the same.
     """
     from difflib import get_close_matches  # only needed to report a mistake
 
     alike = sorted(one for one in known if one != name and re.sub(r"\D", "", one) == re.sub(r"\D", "", name))
-    close = get_close_matches(name, alike, n=1)
-    return f"did you mean {close[0]}?" if close else ""
+    return next(iter(get_close_matches(name, alike, n=1)), "")

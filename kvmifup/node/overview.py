@@ -209,6 +209,10 @@ class Overview(Kernel):
         """Whether the device *dev* is set up. Raises VanishedError."""
         return bool(self._view.link(dev).flags & IFF_UP)
 
+    def is_tap(self, dev: str) -> bool:
+        """Whether the device *dev* is a tap. Raises VanishedError."""
+        return self._view.link(dev).is_tap
+
     def mac(self, dev: str) -> str | None:
         """The MAC of the device *dev*. Raises VanishedError."""
         return self._view.link(dev).address

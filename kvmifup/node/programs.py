@@ -38,9 +38,7 @@ def find(directory: Path, name: str) -> str:
     except FileNotFoundError:
         raise NotReadyError(f"no such program: {path}", hint=f"put one there, or set [ext.{name}]") from None
     except trust.Untrusted as error:
-        raise ConfigError(
-            f"not to be trusted: {error}", hint="root must own it, and nobody else may write to it", where=str(path)
-        ) from None
+        raise ConfigError(f"not to be trusted: {error}", hint=error.mend, where=str(path)) from None
     if not stat.S_ISREG(info.st_mode) or not info.st_mode & stat.S_IXUSR:
         raise NotReadyError(f"{path} is not an executable file", hint=f"`chmod 755 {path}`")
     return str(path)

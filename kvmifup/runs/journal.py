@@ -90,6 +90,11 @@ class Journal:
     cookie: int = 0
     namespace: int = field(kw_only=True)
 
+    @property
+    def earlier(self) -> bool:
+        """Whether a version of kvm-ifup has written it that may do less for a NIC than this one."""
+        return not self.boot
+
     def prior(self, key: tuple[object, ...]) -> Entry | None:
         """The committed entry about *key*."""
         return self._committed.get(key)

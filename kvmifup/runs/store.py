@@ -134,10 +134,7 @@ class Store:
             if isinstance(error, trust.NotText):
                 raise unreadable(path, str(error)) from None
             places.verify(self.run_dir, STATE)
-            raise ForeignJournalError(
-                f"the journal {path} is not to be trusted: {error}",
-                hint="root must own it, and nobody else may write to it: look who has changed it, and mend that",
-            ) from None
+            raise ForeignJournalError(f"the journal {path} is not to be trusted: {error}", hint=error.mend) from None
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -254,7 +251,7 @@ class Store:
 
     def set_aside(self, tap: str) -> Path:
         """Move an unreadable journal out of the way; returns where it is now."""
-        aside = self.path(tap).with_suffix(".unreadable")
+        aside = set_aside(self.path(tap))
         with self._index.changing():
             os.rename(self.path(tap), aside)
             self._index.removed(tap)
@@ -356,6 +353,11 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def set_aside(journal: Path) -> Path:
+    """Where *journal* is, if it could not be read and was moved out of the way."""
+    return journal.with_suffix(".unreadable")
 
 
 def unreadable(path: Path, why: str) -> JournalError:

@@ -14,6 +14,7 @@ from kvmifup.runs.apply import Change
 from kvmifup.runs.outcome import Outcome
 
 GAP = "  "  # between two columns
+HEAD = 4  # characters that stay of a name that is cut where it differs from others
 
 
 def plan_lines(outcomes: Sequence[Outcome], command: Callable[[Op], str | None] | None = None) -> Iterator[str]:
@@ -108,13 +109,23 @@ def table(
     """*rows*, the first being the headings, with every cell padded, to fit into *width*; None cuts nothing.
 
     First the *elastic* columns give way, the widest first, each down to the width given here. Then the *dispensable*
-    ones are left out, in this order. At last the elastic ones give way as far as their headings.
+    ones are left out, in this order. At last the elastic ones give way as far as their headings. What room is left
+    then is for the elastic ones again, the first one first.
     """
-    headings = list(rows[0])
-    columns = {heading: [row[number] for row in rows] for number, heading in enumerate(headings)}
+    columns = {heading: [row[number] for row in rows] for number, heading in enumerate(rows[0])}
     sizes = {heading: max(map(len, column)) for heading, column in columns.items()}
-    spare = list(dispensable)
-    while width is not None and sum(sizes.values()) + len(GAP) * (len(sizes) - 1) > width:
+    if width is not None:
+        fit(sizes, width, elastic, list(dispensable))
+    cut = [clipped(columns[heading], size) for heading, size in sizes.items()]
+    return [
+        [cell.ljust(size) for cell, size in zip(row, sizes.values(), strict=True)] for row in zip(*cut, strict=True)
+    ]
+
+
+def fit(sizes: dict[str, int], width: int, elastic: Mapping[str, int], spare: list[str]) -> None:
+    """Make the *sizes* of columns fit into *width*, as `table` says."""
+    full = dict(sizes)
+    while (room := width - sum(sizes.values()) - len(GAP) * (len(sizes) - 1)) < 0:
         least = elastic if spare else {heading: len(heading) for heading in elastic}
         wide = [heading for heading in least if heading in sizes and sizes[heading] > least[heading]]
         if wide:
@@ -122,11 +133,11 @@ def table(
         elif spare:
             sizes.pop(spare.pop(0), None)
         else:
-            break
-    return [
-        [clip(columns[heading][number], size).ljust(size) for heading, size in sizes.items()]
-        for number in range(len(rows))
-    ]
+            return
+    for heading in filter(sizes.__contains__, elastic):
+        more = min(room, full[heading] - sizes[heading])
+        sizes[heading] += more
+        room -= more
 
 
 def short(prefix: Prefix) -> str:
@@ -135,9 +146,34 @@ def short(prefix: Prefix) -> str:
     return text.rpartition("/")[0] if prefix.prefixlen == prefix.max_prefixlen else text
 
 
-def clip(text: str, size: int) -> str:
-    """*text*, or as much of it as fits into *size* characters."""
-    return text if len(text) <= size else f"{text[: size - 2]}.."
+def clipped(column: Sequence[str], size: int) -> list[str]:
+    """The cells of *column*, cut to *size* characters so that as many as possible can still be told apart."""
+    kept = min(HEAD, size - 2)
+    alike: dict[str, list[str]] = {}
+    for cell in column:
+        if len(cell) > size:
+            alike.setdefault(cell[:kept], []).append(cell)
+    differ = {head: agreement(min(cells), max(cells)) for head, cells in alike.items()}
+
+    def beginning(cell: str) -> str:
+        return cell if len(cell) <= size else f"{cell[: size - 2]}.."
+
+    def both_ends(cell: str) -> str:
+        end = (size - 2) // 2
+        return beginning(cell) if " " in cell else f"{cell[: size - 2 - end]}..{cell[len(cell) - end :]}"
+
+    def where_they_differ(cell: str) -> str:
+        start = min(differ[cell[:kept]], len(cell) - (size - kept - 2))
+        return beginning(f"{cell[:kept]}..{cell[start:]}" if start > kept + 2 else cell)
+
+    ways = (beginning, both_ends, where_they_differ)
+    cut = ([way(cell) if len(cell) > size else cell for cell in column] for way in ways)
+    return max(cut, key=lambda cells: len(set(cells)))
+
+
+def agreement(one: str, other: str) -> int:
+    """How many characters *one* and *other* begin with that are the same."""
+    return next((number for number, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
 
 
 def error_line(program: str, error: KvmIfupError) -> str:

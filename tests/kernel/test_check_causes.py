@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from harness import manager, nodes, tools
 from harness.addresses import FOREIGN_MAC, GUEST_IP4, GUEST_IP6
 from harness.hooks import call, check
+from harness.manager import RUN_DIR
 from harness.nodes import Node
 from tests.kernel.checking import BRIDGED, ROUTED, TABLE, found, text
 from tests.kernel.checking import wire as wired
@@ -110,3 +112,54 @@ def test_the_hint_against_stp_is_a_shorter_delay_first(node: Node) -> None:
     refused = call("kvm-ifup-pre", "tap1", impatient)
     assert refused.code == 69
     assert "forward_delay" not in refused.err
+
+
+# --- one thing leads to another ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nic", "command", "what", "why"),
+    [
+        (BRIDGED, "ip link set br0 down", "tap0 port state", "because br0 is down"),
+        (ROUTED, "ip link set tap0 down", "tap0 address fe80::", "it went when the tap went down"),
+        (ROUTED, "sysctl -qw net.ipv4.conf.tap0.forwarding=0", "", ""),
+        (ROUTED, "sysctl -qw net.ipv4.ip_forward=0", "", ""),
+        (ROUTED, "sysctl -qw net.ipv6.conf.tap0.forwarding=0", "", ""),
+    ],
+)
+def test_what_follows_from_something_else_is_not_given_another_cause(
+    node: Node, nic: str, command: str, what: str, why: str
+) -> None:
+    wired(node, nic)
+    tools.run(*command.split())
+    code, findings = found()
+    assert code == 1
+    assert what == "" or [one["why"] for one in findings if one["what"].startswith(what)] == [why]
+    assert "STP has found a loop" not in text(findings)
+    assert "is refused" not in text(findings)  # without forwarding there is no way for anything
+
+
+def test_what_an_earlier_version_did_not_do_is_not_blamed_on_anybody(node: Node) -> None:
+    wired(node, BRIDGED)
+    journal = RUN_DIR / "state/tap0.json"
+    earlier = json.loads(journal.read_text())
+    new = ("accept_redirects", "arp_ignore")
+    earlier["entries"] = [one for one in earlier["entries"] if one.get("name") not in new]
+    journal.write_text(json.dumps({**earlier, "boot": ""}))
+    for name in new:
+        tools.run("sysctl", "-qw", f"net/ipv4/conf/tap0/{name}=1")
+    tools.ip("link set tap0 nomaster")
+    whys = {one["what"].split(": ")[0]: one["why"] for one in found()[1]}
+    for name in new:
+        assert whys[f"sysctl net/ipv4/conf/tap0/{name}"].startswith("an earlier version of kvm-ifup has wired it")
+    assert whys["tap0 bridge"].startswith("something took it off its bridge")  # each version does that
+
+
+def test_a_journal_that_was_set_aside_is_why_a_tap_has_none(node: Node) -> None:
+    wired(node, BRIDGED)
+    assert call("kvm-ifdown", "tap0").code == 0
+    assert "kvm-ifdown was called" in text(found()[1])
+    (RUN_DIR / "state/tap0.json").write_text("{")
+    assert call("kvm-ifup", "gc").code == 0
+    (one,) = found()[1]
+    assert one["why"].endswith(f"its journal could not be read, and is now {RUN_DIR}/state/tap0.unreadable")

@@ -60,8 +60,9 @@ def crowded(uplinked: Node) -> Node:
 
 def test_a_pipe_gets_every_name_whole(crowded: Node) -> None:
     headings, *rows = call("kvm-ifup", "show").out.splitlines()
+    rows, below = rows[:NUMBER], rows[NUMBER:]
     assert headings.split() == HEADINGS
-    assert len(rows) == NUMBER
+    assert len(below) == 2  # what is wrong
     for number, row in enumerate(sorted(rows, key=lambda row: int(row.split()[1]))):
         assert row.split()[:5] == [
             LONG.format(number),
@@ -78,7 +79,7 @@ def test_a_pipe_gets_every_name_whole(crowded: Node) -> None:
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 100, 120, 200])
 def test_a_terminal_gets_what_fits_and_always_who_and_whether(crowded: Node, columns: int) -> None:
-    headings, *rows = printed("show", columns=columns).splitlines()
+    headings, *rows = printed("show", columns=columns).splitlines()[: 1 + NUMBER]
     assert max(map(len, (headings, *rows))) <= columns
     named = headings.split()
     assert {"INSTANCE", "TAP", "PHASE", "WIRED"} <= set(named)
@@ -86,6 +87,7 @@ def test_a_terminal_gets_what_fits_and_always_who_and_whether(crowded: Node, col
     assert named == HEADINGS or columns < 120
     assert [row.split()[-1] for row in rows].count("NO") == 2
     assert all(row.split()[named.index("TAP")].startswith("tap-of-bytes-") for row in rows)
+    assert len({row.split()[0] for row in rows}) == NUMBER or columns < 80  # each guest can be told from the others
 
 
 @pytest.mark.parametrize("columns", [80, 100])
@@ -126,7 +128,7 @@ def test_what_is_wrong_is_red_as_a_whole_and_in_capitals(crowded: Node) -> None:
 
 
 def test_only_those_that_are_wrong(crowded: Node) -> None:
-    _, *rows = call("kvm-ifup", "show", "--wrong").out.splitlines()
+    rows = call("kvm-ifup", "show", "--wrong").out.splitlines()[1:3]
     assert [row.split()[0] for row in rows] == [LONG.format(11), LONG.format(7)]
     as_json = json.loads(call("kvm-ifup", "show", "--wrong", "--json").out)
     assert [one["wired"] for one in as_json] == [False, False]
@@ -145,6 +147,18 @@ def test_what_is_wrong_in_other_ways_counts_too(crowded: Node) -> None:
     assert {row[0] for row in rows} == {
         f"nic/{LONG.format(1)}/0.toml", LONG.format(2), LONG.format(7), LONG.format(11), "nobody",
     }  # fmt: skip
+
+
+def test_a_line_below_the_table_for_each_that_is_wrong_names_it_once(crowded: Node) -> None:
+    tools.ip("link del tap-of-bytes-02")
+    (RUN_DIR / "nic" / LONG.format(1) / "0.toml").write_text("tap = 1")
+    below = call("kvm-ifup", "show").out.splitlines()[1 + NUMBER + 1 :]
+    named = [f"{LONG.format(number)}/{1000 + number}" for number in (11, 2, 7)]
+    (file, *others) = sorted(below, key=lambda line: not line.startswith("/"))
+    assert file.startswith(f"{RUN_DIR}/nic/{LONG.format(1)}/")
+    assert [line.count(name) for line, name in zip(others, named, strict=True)] == [1, 1, 1]
+    assert others[0].endswith("absent -> present (`kvm-ifup check tap-of-bytes-11` says why)")
+    assert "its tap is gone" in others[1]
 
 
 # --- check ---------------------------------------------------------------------------------------------------
@@ -185,6 +199,45 @@ def test_what_no_hook_mends_is_not_promised(crowded: Node) -> None:
     last = call("kvm-ifup", "check").out.splitlines()[-1]
     assert last == f"{NUMBER - 3} right, 3 wrong; `kvm-ifup check --repair` repeats the hook for 2 of them"
     assert call("kvm-ifup", "check", LONG.format(2)).out.splitlines()[-1] == "0 right, 1 wrong"
+
+
+def test_what_has_to_be_done_before_a_repair_is_not_called_a_repair(uplinked: Node) -> None:
+    nodes.add_bridge()
+    nodes.add_tap("tap0")
+    manager.write_nic("tap0", "web1", mode="bridged", link="br0")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    manager.write_nic("tap0", "web1", mode="bridged", link="br9")
+    last = call("kvm-ifup", "check").out.splitlines()[-1]
+    assert last == '0 right, 1 wrong; do what "mend" says, then `kvm-ifup check --repair`'
+    assert call("kvm-ifup", "check", "--repair").code == 1  # so it is
+    nodes.add_bridge("br9")
+    assert call("kvm-ifup", "check").out.splitlines()[-1].endswith("`kvm-ifup check --repair` repeats the hook")
+    assert call("kvm-ifup", "check", "--repair").code == 0
+
+
+def test_what_is_not_wired_yet_is_neither_right_nor_wrong(crowded: Node) -> None:
+    for number in (77, 78):
+        manager.write_nic(f"tap{number}", f"web{number}", mode="routed", ip=[f"198.18.7.{number}"])
+    assert call("kvm-ifup", "check").out.splitlines()[-1].startswith(f"{NUMBER - 2} right, 2 wrong, 2 not wired; ")
+    result = call("kvm-ifup", "check", "web77")
+    assert (result.code, result.out) == (0, "web77/0 (tap77): routed, not wired\n")
+    assert json.loads(call("kvm-ifup", "check", "--json", "web77").out)["nics"][0]["wired"] is None
+
+
+def test_what_is_to_be_said_of_many_is_said_once(uplinked: Node) -> None:
+    nodes.add_bridge()
+    nodes.add_bridge("br1")
+    for number in range(6):
+        nodes.add_tap(f"tap{number}")
+        mac = f"aa:00:00:35:ac:0{number}"
+        manager.write_nic(f"tap{number}", f"web{number}", mac=mac, mode="bridged", link=f"br{number % 2}")
+        check(call("kvm-ifup-post", f"tap{number}"), 0)
+    out = call("kvm-ifup", "check").out
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == [
+        "web0/0 (tap0) and 2 more: right", "web1/0 (tap1) and 2 more: right", "6 right, 0 wrong",
+    ]  # fmt: skip
+    assert out.count("has no port but guests' taps") == 2
+    assert call("kvm-ifup", "check", "-v").out.count("has no port but guests' taps") == 6
 
 
 def test_check_of_nothing_says_so(node: Node) -> None:

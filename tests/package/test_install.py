@@ -87,6 +87,13 @@ def test_a_guest_lives_through_upgrade_removal_and_purge(node: Root, built: Path
         node.run("kvm-ifdown", "tap1")
         assert not wiring.difference(bridged, wiring.network(node))
 
+        # Downgrade: what an older version may not be able to do is said, and what it has set aside is not lost.
+        said = node.install(*(deb(previous, package) for package in both))
+        assert "tap0 stays wired; if 0.1.0~previous cannot read its journal" in said
+        assert "tap1 stays" not in said
+        assert not wiring.difference(bridged, wiring.network(node))
+        node.shell("mv /run/kvm-ifup/state/tap0.json /run/kvm-ifup/state/tap0.unreadable")
+
         # Removal: the guest stays plugged in, and the administrator is told how to undo it.
         said = node.run("apt-get", "remove", "-y", "kvm-ifup").stdout
         assert "tap0 stays wired" in said

@@ -130,6 +130,45 @@ def test_the_error_object() -> None:
     }
 
 
+# --- tables that are too wide ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "web-production-cluster-north.eu{:02}",
+        "guest-of-the-team-{:02}.department.example.com",
+        "{:02}-guest-of-the-team-x",
+    ],
+)
+@pytest.mark.parametrize("size", [10, 16, 20])
+def test_long_names_are_cut_so_that_they_can_be_told_apart(form: str, size: int) -> None:
+    names = [form.format(number) for number in range(20)]
+    cells = render.clipped(["INSTANCE", "db1", *names], size)
+    assert cells[:2] == ["INSTANCE", "db1"]
+    assert len(set(cells)) == len(cells)
+    assert max(map(len, cells)) <= size
+    assert all(".." in cell and cell[:2] == name[:2] for cell, name in zip(cells[2:], names, strict=True))
+
+
+def test_what_can_be_told_apart_by_its_beginning_keeps_that() -> None:
+    assert render.clipped(["averylongbridge", "br0"], 10) == ["averylon..", "br0"]
+    assert render.clipped(["192.0.2.8 2001:db8::8", "192.0.2.9"], 12) == ["192.0.2.8 ..", "192.0.2.9"]
+
+
+@given(st.lists(st.text("ab.", min_size=1, max_size=30), min_size=1, max_size=6), st.integers(2, 12))
+def test_a_cell_is_never_longer_than_its_column(column: list[str], size: int) -> None:
+    assert all(len(cell) <= size for cell in render.clipped(column, size))
+
+
+@pytest.mark.parametrize("width", range(10, 60))
+def test_what_is_left_out_leaves_its_room_to_names(width: int) -> None:
+    rows = [["NAME", "NUMBER", "STATE"], ["a" * 30, "7" * 10, "yes"]]
+    table = render.table(rows, width, {"NAME": 8}, ("NUMBER",))
+    lines = [render.GAP.join(row) for row in table]
+    assert {len(line) for line in lines} == {min(max(width, 11), 49)}  # 11: the headings of what cannot be left out
+
+
 any_text = st.text(st.characters()) | st.text("\n\r\t\x1b\x85\u2028\u202e\udcffé", max_size=10)
 
 
