@@ -49,6 +49,12 @@ def behind_taps_of(pid: str, ours: str | None = None) -> dict[str, Qemu]:
     return {tap: Qemu(int(pid), incoming, mac_in(argv, tap, numbers)) for tap, numbers in held.items()}
 
 
+def runs_qemu(pid: str) -> bool:
+    """Whether the process *pid* is a QEMU, in whatever network namespace."""
+    argv = command_line(pid)
+    return bool(argv) and is_qemu(argv[0])
+
+
 def is_qemu(program: str) -> bool:
     """Whether a process that calls itself *program* is QEMU: qemu-system-x86_64, qemu-kvm, or Debian's kvm."""
     name = Path(program).name

@@ -26,13 +26,20 @@ def still_here(tap: str, instance: str | None) -> str | None:
     if instance not in names:
         return None
     qemus = guests.behind_taps()
-    if owner(tap, qemus, names) != instance:
+    if owner(tap, qemus, names) != instance and not is_hidden(tap, instance, qemus):
         return None
     try:
         status = qmp.ask(ganeti.socket_of(instance), "query-status")["status"]
     except (NotReadyError, trust.Untrusted, OSError, TypeError, KeyError) as error:
         return f"its QEMU is there, and does not say that the guest has gone ({error}): wired until the tap goes"
     return None if status in NOT_HERE else f"its guest still runs (QEMU says {status!r}): wired until the tap goes"
+
+
+def is_hidden(tap: str, instance: str, qemus: Mapping[str, guests.Qemu]) -> bool:
+    """Whether *instance* has a QEMU that may have *tap*, and whose taps we may not see."""
+    pid = ganeti.process_of(instance)
+    seen = {qemu.pid for qemu in qemus.values()}
+    return pid is not None and tap not in qemus and pid not in seen and guests.runs_qemu(str(pid))
 
 
 def nic_of_tap(tap: str) -> Nic | None:

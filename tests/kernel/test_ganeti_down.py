@@ -12,7 +12,7 @@ import pytest
 
 from harness import agents, manager, nodes, oracle, tools
 from harness.addresses import FOREIGN_MAC, GUEST_IP4, TAP_MAC
-from harness.hooks import call, check
+from harness.hooks import call, check, hook
 from harness.nodes import Node
 from kvmifup.node import qmp
 from tests.kernel.checking import netdev
@@ -120,6 +120,19 @@ def test_a_qemu_that_cannot_be_asked_may_still_run_its_guest(
         assert any("does not say that the guest has gone" in line for line in logged(lines))
     check(call("kvm-ifup", "gc"), 0)
     assert not is_wired()
+
+
+def test_a_qemu_whose_taps_cannot_be_seen_is_asked_all_the_same(uplinked: Node) -> None:
+    """Without CAP_SYS_PTRACE nobody sees which descriptors another process has."""
+    within = ["setpriv", "--bounding-set=-sys_ptrace"]
+    with running(uplinked) as path:
+        check(hook("kvm-ifdown", environ=ganeti("down"), within=within), 0)
+        assert is_wired()
+        with talk(path) as ask:
+            ask("migrate", {"uri": "exec:cat >/dev/null"})
+            agents.until(lambda: ask("query-status")["status"] == "postmigrate")
+        check(hook("kvm-ifdown", environ=ganeti("down"), within=within), 0)
+        assert not is_wired()
 
 
 def test_a_paused_guest_may_go_on(uplinked: Node) -> None:
