@@ -18,10 +18,24 @@ Large because it is one table: what each mode needs, in order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from ipaddress import ip_network
 
 from kvmifup.core.errors import NotReadyError
-from kvmifup.core.model import ASK, MAIN_TABLE, Bridge, Config, Message, Nic, NodeFacts, Phase, Prefix, Tap, Uplink
+from kvmifup.core.model import (
+    ASK,
+    MAIN_TABLE,
+    Bridge,
+    Config,
+    Message,
+    Nic,
+    NodeFacts,
+    Phase,
+    Prefix,
+    Tap,
+    Trunk,
+    Uplink,
+)
 from kvmifup.core.ops import (
     EVERYWHERE,
     RTPROT_STATIC,
@@ -42,8 +56,9 @@ from kvmifup.core.ops import (
     Route,
     Rule,
     Sysctl,
+    UplinkVlans,
 )
-from kvmifup.core.vlans import canonical
+from kvmifup.core.vlans import canonical, ids, tagged
 
 Step = tuple[Phase, Op]
 PRE, POST = Phase.PRE, Phase.POST
@@ -104,7 +119,11 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     yield PRE, LinkMtu(nic.tap, bridge.mtu)
     yield from ((PRE, op) for op in port_settings(nic, bridge, facts))
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
-    yield PRE, LinkMaster(nic.tap, name)
+    vlans = canonical(nic.vlan) if nic.vlan else bridge.new_port if bridge.keeps and bridge.filters else ""
+    yield PRE, LinkMaster(nic.tap, f"{name} {vlans}" if vlans else name)
+    if nic.vlan:
+        text = tagged(ids(nic.vlan))
+        yield from ((PRE, UplinkVlans(name, trunk.name, text, text)) for trunk in ready_trunks(nic, name, bridge))
     yield PRE, LinkUp(nic.tap, True)
     if not slow(bridge, config):
         yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
@@ -120,8 +139,10 @@ def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> 
         raise NotReadyError(f"no such bridge: {name}", hint=hint)
     if not bridge.is_bridge:
         raise NotReadyError(f"{name} is not a bridge", hint=OF_BRIDGED)
-    if nic.vlan is not None:
-        raise NotReadyError(f"bridge {name} cannot take VLAN {nic.vlan}", hint="VLANs on bridges are not supported yet")
+    if nic.vlan is not None and not bridge.filters:
+        raise NotReadyError(
+            f"bridge {name} cannot take VLAN {nic.vlan}: it does not filter VLANs", hint=f"`{filtering(name)}`"
+        )
     if not bridge.up:
         raise NotReadyError(f"bridge {name} is down", hint=f"`ip link set {name} up`")
     # QEMU's announcements end 0.8 s after the guest arrives, so a port that takes longer than we can wait would lose
@@ -132,6 +153,32 @@ def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> 
             hint=faster(name, config),
         )
     return bridge
+
+
+def filtering(bridge: str) -> str:
+    """The command that makes *bridge* keep VLANs apart."""
+    return f"ip link set {bridge} type bridge vlan_filtering 1"
+
+
+def ready_trunks(nic: Nic, name: str, bridge: Bridge) -> tuple[Trunk, ...]:
+    """The ports of the bridge *name* on which the VLANs of *nic* leave the node. Raises NotReadyError."""
+    for trunk in bridge.trunks:
+        if trunk.is_tap:
+            raise NotReadyError(
+                f"uplink {trunk.name} is a tap", hint=f"mend [link.{nic.link}] uplinks: it is a guest's end"
+            )
+        if not trunk.is_port:
+            raise NotReadyError(
+                f"uplink {trunk.name} is no port of {name}",
+                hint=f"`ip link set {trunk.name} master {name}`, or mend [link.{nic.link}] uplinks",
+            )
+        for vid, device in trunk.used:
+            if vid in ids(nic.vlan or ""):
+                raise NotReadyError(
+                    f"VLAN {vid} on {trunk.name} belongs to {device}: nothing of it reaches {name}",
+                    hint=f"`ip link del {device}`, or another VLAN",
+                )
+    return bridge.trunks
 
 
 def slow(bridge: Bridge, config: Config) -> bool:
@@ -277,6 +324,13 @@ def usable(uplink: Uplink) -> bool:
     return uplink.up and not any("disable_ipv6" in setting for setting in uplink.mend)
 
 
+def as_far_as_usable(bridge: Bridge) -> Bridge:
+    """*bridge*, with the uplinks on which something can be done for a guest that was admitted."""
+    return replace(
+        bridge, trunks=tuple(replace(one, used=()) for one in bridge.trunks if one.is_port and not one.is_tap)
+    )
+
+
 def only_here(op: Op) -> bool:
     """Whether *op* draws a guest's traffic to this node, so that it must be undone as soon as the guest has left."""
     return isinstance(op, Route | ProxyNeighbour)
@@ -378,14 +432,25 @@ def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
 
 def remarks(phase: Phase, nic: Nic, config: Config, facts: NodeFacts) -> tuple[str, ...]:
     """What is no error, but worth a line with -v, and a warning in the log."""
-    if phase is not Phase.DOWN and nic.mode == "bridged" and facts.bridge and slow(facts.bridge, config):
-        return (f"bridge {nic.link} runs STP: a new port forwards only after {2 * facts.bridge.forward_delay:g} s",)
+    if phase is not Phase.DOWN and nic.mode == "bridged" and facts.bridge:
+        found = []
+        if slow(facts.bridge, config):
+            late = 2 * facts.bridge.forward_delay
+            found.append(f"bridge {nic.link} runs STP: a new port forwards only after {late:g} s")
+        if ends_here(nic, config, facts):
+            found.append(f"no uplink of bridge {nic.link} found: VLANs {nic.vlan} do not leave this node")
+        return tuple(found)
     if phase is not Phase.DOWN and nic.mode == "routed" and not nic.ip:
         return ("it has no address: nothing is routed to the guest",)
     if phase is Phase.DOWN or nic.mode != "routed" or config.routed.uplinks == ():  # the last one is meant
         return ()
     lacking = sorted({prefix.version for prefix in nic.ip} - {uplink.family for uplink in facts.uplinks})
     return tuple(f"no IPv{family} uplink found: nothing there answers for the guest" for family in lacking)
+
+
+def ends_here(nic: Nic, config: Config, facts: NodeFacts) -> bool:
+    """Whether the VLANs of the bridged *nic* do not leave the node, and nobody has said that this is meant."""
+    return bool(nic.vlan and facts.bridge and not facts.bridge.trunks and config.of_link(nic.link).uplinks is None)
 
 
 def withdrawal(nic: Nic, facts: NodeFacts) -> tuple[Op, ...]:

@@ -28,6 +28,7 @@ RTPROT_STATIC, RTN_UNICAST = 4, 1  # linux/rtnetlink.h; routing daemons have the
 IFF_LOWER_UP = 0x10000  # linux/if.h
 NUD_DYNAMIC = 0x1F  # linux/neighbour.h: INCOMPLETE, REACHABLE, STALE, DELAY, PROBE
 NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
+KIND_TUN = messages.attribute(messages.IFLA_INFO_KIND, b"tun\0")
 BUFFER = 1 << 20  # bytes: some thousand events
 AT_ONCE = 512  # events
 
@@ -134,8 +135,8 @@ def not_up(found: list[NetlinkMessage]) -> list[int]:
 
 
 # One thing that has changed on the node, or that a NIC relies on: ("device", index), ("name", device's name),
-# ("port", index), ("address", index of its device), ("route", prefix), ("rule", incoming device),
-# ("neighbour", index, address). A default route's prefix is "0.0.0.0/0" or "::/0".
+# ("port", index), ("ports", index of their bridge), ("address", index of its device), ("route", prefix),
+# ("rule", incoming device), ("neighbour", index, address). A default route's prefix is "0.0.0.0/0" or "::/0".
 Thing = tuple[object, ...]
 ANYTHING: Thing = ("anything",)
 DEFAULT_ROUTES: frozenset[Thing] = frozenset({("route", "0.0.0.0/0"), ("route", "::/0")})
@@ -205,8 +206,12 @@ def touched_link(body: bytes) -> Iterator[Thing]:
     """What a message about a device, or about a port, is about."""
     family, _type, index, _flags, _change = messages.IFINFOMSG.unpack_from(body)
     if family == socket.AF_UNSPEC:
+        attrs = messages.attributes(body, messages.IFINFOMSG.size)
         yield "device", index
-        yield "name", messages.text(messages.attributes(body, messages.IFINFOMSG.size).get(messages.IFLA_IFNAME))
+        yield "name", messages.text(attrs.get(messages.IFLA_IFNAME))
+        master = messages.u32(attrs.get(messages.IFLA_MASTER))
+        if master and KIND_TUN not in attrs.get(messages.IFLA_LINKINFO, b""):  # taps come and go, and lead nowhere
+            yield "ports", master
     else:
         yield "port", index
 

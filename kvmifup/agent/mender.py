@@ -223,6 +223,11 @@ def relied_on(tap: TapRecord, plan: planning.Plan | None, session: Session) -> I
         names.add(nic.link)
     if plan:
         names |= {uplink.name for uplink in (*plan.facts.uplinks, *plan.last)}
+        trunks = {trunk.name for trunk in plan.facts.bridge.trunks} if plan.facts.bridge else set()
+        names |= trunks
+        yield from (("port", index) for name in trunks if (index := session.kernel.ifindex(name)) is not None)
+        if nic.link and nic.on_uplinks and nic.mode == "bridged":
+            yield "ports", session.kernel.ifindex(nic.link)
     for name in names:
         yield "name", name
         if (index := session.kernel.ifindex(name)) is not None:

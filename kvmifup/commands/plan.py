@@ -20,7 +20,7 @@ def run(call: Call) -> int:
     with opened(call.run_dir, call.config, dry=True) as session:
         outcomes, failures = carry_out(call, call.request, session)
     if not call.options.json:
-        call.say(render.plan_lines(outcomes, by_hand.line))
+        call.say(render.plan_lines(outcomes, by_hand.lines))
     elif not failures:
         call.say_json([plan_object(outcome) for outcome in outcomes])
     if call.options.verbose:
@@ -33,7 +33,8 @@ def plan_object(outcome: Outcome) -> dict[str, Any]:
     """The outcome, each op with its command."""
 
     def with_command(change: Change) -> dict[str, Any]:
-        return {**render.change_object(change), "command": by_hand.line(change.op) if change.needed else None}
+        commands = by_hand.lines(change) if change.needed else []
+        return {**render.change_object(change), "command": "; ".join(commands) or None}
 
     return {
         **render.as_object(outcome),

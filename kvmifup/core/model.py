@@ -87,6 +87,11 @@ class Nic:
         return frozenset(map(str, self.ip))
 
     @property
+    def on_uplinks(self) -> bool:
+        """Whether it needs something of an uplink, which it shares with other NICs."""
+        return self.mode == "routed" or (self.mode == "bridged" and self.vlan is not None)
+
+    @property
     def label(self) -> str:
         """How messages name the NIC: "web1.example.com/0 (tap0)"."""
         if self.instance is None:
@@ -129,6 +134,13 @@ class BridgedConfig:
     """`[bridged]`: a port may take *forwarding_timeout* seconds until it forwards."""
 
     forwarding_timeout: float = 5.0
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """`[link.NAME]`, for NICs with this link; *uplinks* None means those that are found among the bridge's ports."""
+
+    uplinks: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,11 @@ class Config:
     routed: RoutedConfig = RoutedConfig()
     ext: ExtConfig = ExtConfig()
     agent: AgentConfig = AgentConfig()
+    link: tuple[tuple[str, LinkConfig], ...] = ()
+
+    def of_link(self, name: str | None) -> LinkConfig:
+        """What is set for NICs with the link *name*."""
+        return dict(self.link).get(name or "", LinkConfig())
 
 
 @dataclass(frozen=True)
@@ -204,6 +221,9 @@ class Bridge:
     *name* is the device's, if `link` is an alternative one.
     *is_bridge*: it is a bridge, and not another device of that name. *up*: ports of it work.
     *part_of*: the VLAN of another bridge that it stands for: "ovs0 .300", as `OvsPort` has it.
+    *filters*: it keeps VLANs apart. *new_port* are the VLANs of a port that has just joined (`kvmifup.core.vlans`).
+    *trunks* are the ports on which the VLANs of its guests leave the node; they are looked for only if a NIC has VLANs.
+    *keeps*: the port's VLANs are ours, also if the NIC has none any more.
     """
 
     is_bridge: bool
@@ -215,6 +235,23 @@ class Bridge:
     adopts: bool
     part_of: str | None = None
     name: str | None = None
+    filters: bool = False
+    new_port: str = ""
+    trunks: tuple[Trunk, ...] = ()
+    keeps: bool = False
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A port of a bridge that leads to other nodes. *used* has the VLANs of devices on it, as text: "eth0.100".
+
+    *is_port* and *is_tap* are what it is in truth, if somebody has configured it.
+    """
+
+    name: str
+    is_port: bool = True
+    is_tap: bool = False
+    used: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)

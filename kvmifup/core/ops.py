@@ -10,11 +10,13 @@ Large because the set of ops is closed, and is easier to see in one place.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 from kvmifup.core.text import listed
+from kvmifup.core.vlans import ids, tagged
 
 Value = str | int | bool | None
 RTPROT_STATIC = 4  # linux/rtnetlink.h: the protocol of what we make
@@ -30,9 +32,9 @@ class Op:
     `after_change`: the op is done only if an earlier op of the same run has changed something.
     `readable`: the node can be asked for the value. If not, the journal tells what was done.
     `waits`: writing the value can take long.
-    `moves`: it says where something is: in one place, or nowhere (None). That leaves where it is before anything else
+    `moves`: it says where something is: in one `place`, or nowhere (None). That leaves where it is before anything else
     is changed, and comes to the new place in its turn; undone, it comes back when all else is as it was.
-    `lost_with`: the kinds of ops that take the value away when they change the same device.
+    `lost_with`: what takes the value away when it is done to the same device, as `disturbs` names it.
     `gone_with`: the kinds of ops that, when they are undone, undo this one as well.
     `leaves`: the value when the guest has gone, for what is about this guest alone. It does not matter who made it:
     it may have been another script, or an earlier run whose journal is lost. Empty: the value that we found.
@@ -69,6 +71,14 @@ class Op:
         want: Value = getattr(self, "want")  # noqa: B009 (declared by each subclass with its own type)
         return want
 
+    def place(self, value: Value) -> Value:
+        """The place that *value* names, for an op that `moves`."""
+        return value
+
+    def disturbs(self, now: Value) -> frozenset[str]:
+        """What writing the op does to its device, if the value there is *now*: the names that `lost_with` knows."""
+        return frozenset({self.kind})
+
     def before_us(self, found: Value) -> Value:
         """The value to leave behind when the guest has gone, if *found* was there when it came."""
         return self.leaves[0] if self.leaves else found
@@ -98,7 +108,8 @@ def field_names(data: object) -> tuple[str, ...]:
     return names
 
 
-_NOT_IDENTITY = frozenset({"want", "timeout", "force"})
+_NOT_IDENTITY = frozenset({"want", "among", "timeout", "force"})
+DOWN = "down"  # what an op does to a device that it sets down for a moment
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,11 @@ class LinkMtu(Op):
 
 @dataclass(frozen=True)
 class LinkMaster(Op):
-    """The bridge that *dev* is a port of, None for none.
+    """The bridge that *dev* is a port of, None for none: "BRIDGE", or "BRIDGE VLANS" if the port has exactly these.
+
+    The VLANs are as in `kvmifup.core.vlans`. They are one value with the bridge, because a port that joins a bridge is
+    in the VLAN for new ports, until somebody says otherwise: the device is down until then. Without VLANs they are the
+    bridge's affair, or another's.
 
     It leaves first, or its MTU and MAC, when they are changed, would become those of the bridge that it is still on.
     """
@@ -188,6 +203,19 @@ class LinkMaster(Op):
     dev: str
     want: str | None
 
+    @property
+    def vlans(self) -> str:
+        """The VLANs of the port; empty if they are not said."""
+        return (self.want or "").partition(" ")[2]
+
+    def place(self, value: Value) -> Value:
+        return value.partition(" ")[0] if isinstance(value, str) else value
+
+    def disturbs(self, now: Value) -> frozenset[str]:
+        if self.place(now) == self.place(self.want):
+            return frozenset()
+        return frozenset({self.kind, DOWN} if self.vlans else {self.kind})
+
     def subject(self) -> str:
         return f"{self.dev} bridge"
 
@@ -196,10 +224,46 @@ class LinkMaster(Op):
 
 
 @dataclass(frozen=True)
+class UplinkVlans(Op):
+    """Which of the VLANs *among* the port *dev* of *bridge* has, as text (`kvmifup.core.vlans`). NICs share them.
+
+    What the uplink has beside them is not ours. Each NIC asks for its own; they are counted one by one.
+    """
+
+    kind = "uplink-vlans"
+    bridge: str
+    dev: str
+    among: str
+    want: str
+
+    @property
+    def outlives_tap(self) -> bool:
+        return True
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+    @cached_property
+    def vids(self) -> frozenset[int]:
+        """*among*, as numbers."""
+        return ids(self.among)
+
+    def of(self, vids: Iterable[int]) -> UplinkVlans:
+        """The same for *vids* alone, all of them wanted."""
+        text = tagged(vids)
+        return dataclasses.replace(self, among=text, want=text)
+
+    def subject(self) -> str:
+        return f"{self.dev} VLANs"
+
+
+@dataclass(frozen=True)
 class LinkUp(Op):
     """Whether *dev* is administratively up."""
 
     kind = "link-up"
+    lost_with = frozenset({DOWN})
     dev: str
     want: bool
 
@@ -419,6 +483,7 @@ KINDS: dict[str, type[Op]] = {
         Address,
         LinkMtu,
         LinkMaster,
+        UplinkVlans,
         LinkUp,
         PortForwarding,
         Sysctl,

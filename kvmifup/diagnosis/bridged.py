@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from kvmifup import phases
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMaster, LinkUp, PortForwarding
 from kvmifup.diagnosis.findings import Finding
@@ -18,6 +19,7 @@ def on_bridge(one: Known, nic: Nic, missing: Sequence[Change], look: Look) -> It
     if nic.link is None or look.overview.ifindex(nic.link) is None:
         return
     yield from without_uplink(nic.link, look)
+    yield from no_trunk(nic, look)
     if any(isinstance(change.op, LinkMaster | LinkUp | PortForwarding) for change in missing):
         return
     port = look.overview.ports(nic.link).get(nic.tap)
@@ -62,6 +64,18 @@ def without_uplink(bridge: str, look: Look) -> Iterator[Finding]:
         else:
             what, mend = "does not forward", f"STP decides that: look at `bridge -d link show dev {name}`"
         yield Finding(f"{name}, an uplink of {bridge}, {what}", "the guests of this bridge reach nobody there", mend)
+
+
+def no_trunk(nic: Nic, look: Look) -> Iterator[Finding]:
+    """Whether the VLANs of *nic* leave the node, or somebody has said that they do not."""
+    config = look.session.config
+    if phases.ends_here(nic, config, look.overview.facts(nic, config)):
+        yield Finding(
+            f"no uplink of {nic.link} is known for VLANs: no port is a physical device, a bond, or a VLAN of one",
+            "what has a VLAN there does not leave this node",
+            f"name it in [link.{nic.link}] uplinks, or say [] there",
+            wrong=False,
+        )
 
 
 def ports_of(bridge: str, look: Look) -> dict[str, Port]:

@@ -1,8 +1,9 @@
-"""An op as the command with which a person would do it by hand: ip, sysctl, bridge or ovs-vsctl."""
+"""A change as the commands with which a person would make it by hand: ip, sysctl, bridge or ovs-vsctl."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Mapping
 
 from kvmifup.core.ops import (
     RTPROT_STATIC,
@@ -22,14 +23,52 @@ from kvmifup.core.ops import (
     Route,
     Rule,
     Sysctl,
+    UplinkVlans,
+    Value,
 )
+from kvmifup.core.vlans import MAX_VLAN, PVID, UNTAGGED, flags_of, ids, ranges
 from kvmifup.node import ovs
+from kvmifup.runs.apply import Change
 
 
-def line(op: Op) -> str | None:
-    """The command line that makes *op* true, quoted for a shell; None where no such command exists."""
-    words = argv(op)
-    return shlex.join(words) if words else None
+def lines(change: Change) -> list[str]:
+    """The command lines that make *change*, quoted for a shell; none where no such command exists."""
+    match change.op:
+        case LinkMaster() if change.op.vlans:
+            return [shlex.join(words) for words in port(change.op, change.now)]
+        case UplinkVlans():
+            there, wanted = (dict.fromkeys(ids(str(value)), 0) for value in (change.now, change.op.want))
+            return [shlex.join(words) for words in vlans(change.op.dev, there, wanted)]
+    words = argv(change.op)
+    return [shlex.join(words)] if words else []
+
+
+def port(op: LinkMaster, now: Value) -> Iterator[list[str]]:
+    """`ip` and `bridge` for a port with VLANs of its own; it joins its bridge while it is down."""
+    wanted = flags_of(op.vlans)
+    if op.place(now) == op.place(op.want):
+        yield from vlans(op.dev, flags_of(str(now)), wanted)
+        return
+    yield ["ip", "link", "set", "dev", op.dev, "down"]
+    yield ["ip", "link", "set", "dev", op.dev, "master", str(op.place(op.want))]
+    yield ["bridge", "vlan", "del", "dev", op.dev, "vid", f"1-{MAX_VLAN}"]
+    yield from vlans(op.dev, {}, wanted)
+
+
+def vlans(dev: str, there: Mapping[int, int], wanted: Mapping[int, int]) -> Iterator[list[str]]:
+    """`bridge vlan` for the port *dev* that is in the VLANs *there*: first those that it lacks."""
+    lacking = {vid: flags for vid, flags in wanted.items() if there.get(vid) != flags}
+    for flags in sorted(set(lacking.values()), reverse=True):
+        words = [word for word, flag in (("pvid", PVID), ("untagged", UNTAGGED)) if flags & flag]
+        for first, last in ranges(vid for vid, how in lacking.items() if how == flags):
+            yield ["bridge", "vlan", "add", "dev", dev, "vid", span(first, last), *words]
+    for first, last in ranges(there.keys() - wanted.keys()):
+        yield ["bridge", "vlan", "del", "dev", dev, "vid", span(first, last)]
+
+
+def span(first: int, last: int) -> str:
+    """A range as `bridge` takes it."""
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def argv(op: Op) -> list[str]:

@@ -22,6 +22,7 @@ from kvmifup.core.ops import (
     Route,
     Rule,
     Sysctl,
+    UplinkVlans,
 )
 from kvmifup.diagnosis.nics import Known
 from kvmifup.runs import planning
@@ -86,7 +87,11 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
     match change.op:
         case LinkMaster(want=None):
             return f"somebody has put it on the bridge {change.now}: what comes in on a bridge port is not routed"
+        case UplinkVlans():
+            return "something has taken it out of them: a restarted network does that. Nobody reaches the guest there"
         case LinkMaster():
+            if change.op.place(change.now) == change.op.place(change.op.want):
+                return "somebody has changed its VLANs: the guest is in networks that are not its, or not in its own"
             if change.now is None:
                 return "something took it off its bridge: restarting the network does that"
             return "somebody has moved it to another bridge"

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Config, Nic, Phase, Uplink
-from kvmifup.diagnosis.bridged import always, unasked, without_uplink
+from kvmifup.diagnosis.bridged import always, no_trunk, unasked, without_uplink
 from kvmifup.diagnosis.findings import Finding, of_error
 from kvmifup.diagnosis.firewall import filtered
 from kvmifup.diagnosis.routed import surroundings
@@ -84,16 +84,31 @@ def bridges(nics: Sequence[Nic], look: Look) -> Iterator[Finding]:
                 "; ".join(map(always, unasked(name, there, look)))
                 or f"`ip link set {name} type bridge mcast_snooping 0`",
             )
-        filtering, pvid = kernel.vlans(name)
-        if filtering and pvid:
-            yield Finding(f"{name} filters VLANs: a guest there is in VLAN {pvid}, untagged", wrong=False)
-        elif filtering:
-            # No command: what gives new ports a VLAN gives it to ports that are there, too.
-            yield Finding(
-                f"{name} filters VLANs, and a new port is in none: vlan_default_pvid is 0",
-                "a guest there has no network, and no hook complains",
-                "another bridge, or mode openvswitch",
-            )
+        yield from vlans(name, [nic for nic in nics if (nic.mode, nic.link) == ("bridged", name)], look)
+
+
+def vlans(name: str, nics: Sequence[Nic], look: Look) -> Iterator[Finding]:
+    """Whether the bridge *name* can take the VLANs of *nics*, which are on it."""
+    filtering, pvid = look.overview.vlans(name)
+    with_vlan = [nic for nic in nics if nic.vlan]
+    without = len(with_vlan) < len(nics)
+    if with_vlan and not filtering:
+        yield Finding(
+            f"{name} does not filter VLANs",
+            "no guest with a VLAN can start or arrive here: code 69",
+            f"`{phases.filtering(name)}`; what passes with a tag now no longer does then",
+        )
+    elif filtering and pvid and without:
+        yield Finding(f"{name} filters VLANs: a guest without one is in VLAN {pvid}, untagged", wrong=False)
+    elif filtering and without:
+        # No command: what gives new ports a VLAN gives it to ports that are there, too.
+        yield Finding(
+            f"{name} filters VLANs, and a new port is in none: vlan_default_pvid is 0",
+            "a guest without a vlan has no network there, and no hook complains",
+            "a vlan in its NIC file, another bridge, or mode openvswitch",
+        )
+    if with_vlan and filtering:
+        yield from no_trunk(with_vlan[0], look)
 
 
 def uplinks(nics: Sequence[tuple[Nic, Phase]], config: Config, kernel: Overview) -> Iterator[Finding]:

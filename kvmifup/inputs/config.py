@@ -11,7 +11,7 @@ from typing import Any
 import tomli
 
 from kvmifup.core.errors import ConfigError, NicError
-from kvmifup.core.model import AgentConfig, BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
+from kvmifup.core.model import AgentConfig, BridgedConfig, Config, ExtConfig, ExtNetwork, LinkConfig, RoutedConfig
 from kvmifup.core.text import as_told, shown
 from kvmifup.inputs import trust
 from kvmifup.inputs.values import device, nearest, routing_table
@@ -63,7 +63,9 @@ def parsed(config: Config, text: str) -> Config:
 def section(current: Any, data: Mapping[str, Any], name: str) -> Any:
     """The frozen settings *current* with the keys of *data* set. Raises ConfigError, naming the key."""
     known = [
-        f.name for f in fields(current) if (type(current), f.name) in CHECKS or is_dataclass(getattr(current, f.name))
+        f.name
+        for f in fields(current)
+        if (type(current), f.name) in CHECKS or is_dataclass(getattr(current, f.name)) or isinstance(current, Config)
     ]
     changes: dict[str, Any] = {}
     for key, value in data.items():
@@ -73,6 +75,8 @@ def section(current: Any, data: Mapping[str, Any], name: str) -> Any:
         inner = getattr(current, key, None)
         if isinstance(current, ExtConfig) and isinstance(value, dict):
             changes["networks"] = (*changes.get("networks", current.networks), (key, ext_network(full, value)))
+        elif isinstance(current, Config) and key == "link":
+            changes[key] = links(current, value)
         elif is_dataclass(inner):
             if not isinstance(value, dict):
                 raise ConfigError(f"{full} must be a table", hint=f"[{full}]")
@@ -80,6 +84,17 @@ def section(current: Any, data: Mapping[str, Any], name: str) -> Any:
         else:
             changes[key] = CHECKS[type(current), key](full, value)
     return replace(current, **changes)
+
+
+def links(current: Config, data: Any) -> tuple[tuple[str, LinkConfig], ...]:
+    """`[link.NAME]`: what *data* sets, and what *current* has beside it. Raises ConfigError, NicError."""
+    if not isinstance(data, dict) or not all(isinstance(one, dict) for one in data.values()):
+        raise ConfigError("link must have a table for each link", hint="[link.br0]")
+    found = dict(current.link)
+    for name, value in data.items():
+        full = f"link.{device(name, 'link')}"
+        found[name] = section(current.of_link(name), value, full)
+    return tuple(found.items())
 
 
 def seconds(key: str, value: Any, most: int = MAX_SECONDS) -> float:
@@ -142,6 +157,7 @@ def ext_network(key: str, data: Mapping[str, Any]) -> ExtNetwork:
 CHECKS: dict[tuple[type[Any], str], Callable[[str, Any], Any]] = {
     (Config, "lock_timeout"): seconds,
     (BridgedConfig, "forwarding_timeout"): seconds,
+    (LinkConfig, "uplinks"): uplinks,
     (RoutedConfig, "uplinks"): uplinks,
     (RoutedConfig, "rule_priority"): rule_priority,
     (RoutedConfig, "rp_filter"): rp_filter,

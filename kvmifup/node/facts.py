@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kvmifup.core.errors import VanishedError
-from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Uplink
+from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Trunk, Uplink
+from kvmifup.core.vlans import NONE
 from kvmifup.inputs import tables
-from kvmifup.node import ovs, programs
+from kvmifup.node import ovs, ports, programs
 from kvmifup.node.messages import (
     IFF_UP,
     RTN_ANYCAST,
@@ -23,6 +24,7 @@ from kvmifup.node.messages import (
     RouteEntry,
 )
 from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysctl, sysfs_of
+from kvmifup.node.refusals import refusals
 from kvmifup.node.reserved import why_not
 from kvmifup.node.view import View, default_devices
 
@@ -41,7 +43,7 @@ def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
     ipv6 = has_ipv6()
     facts = NodeFacts(
         tap=tap_called(nic, view, ipv6=ipv6),
-        bridge=bridge_of(nic, view) if nic.mode in ("bridged", "openvswitch") else None,
+        bridge=bridge_of(nic, config, view) if nic.mode in ("bridged", "openvswitch") else None,
         program=programs.find(programs.DIRECTORY, nic.link) if nic.mode == "ext" and nic.link else None,
         rules=tuple(rule for family in (4, 6)[: 1 + ipv6] for rule in view.rules(family, nic.tap)),
         port=view.switch().ports.get(nic.tap) if ovs.is_there() else None,
@@ -73,7 +75,7 @@ def tap_called(nic: Nic, view: View, *, ipv6: bool) -> Tap | None:
     return Tap(link.index, link.is_tap, link.mtu, addresses, idle)
 
 
-def bridge_of(nic: Nic, view: View) -> Bridge | None:
+def bridge_of(nic: Nic, config: Config, view: View) -> Bridge | None:
     """The bridge, Linux's or Open vSwitch's, that the link of *nic* names; None if there is no such device."""
     try:
         link = view.link(nic.link or "")
@@ -103,7 +105,16 @@ def bridge_of(nic: Nic, view: View) -> Bridge | None:
         forward_delay=link.forward_delay,
         adopts=is_bridge and would_adopt(link, nic, view),
         name=real,
+        filters=link.filters,
+        new_port=f".{link.default_pvid}" if link.default_pvid else NONE,
+        trunks=trunks_of(link, nic, config, view) if nic.vlan is not None and link.filters else (),
     )
+
+
+def trunks_of(bridge: Link, nic: Nic, config: Config, view: View) -> tuple[Trunk, ...]:
+    """The ports on which the VLANs of *nic* leave the node."""
+    with refusals(f"reading the ports of {bridge.name}"):
+        return ports.trunks(bridge, config.of_link(nic.link).uplinks, view.ports, view.link)
 
 
 def would_adopt(bridge: Link, nic: Nic, view: View) -> bool:

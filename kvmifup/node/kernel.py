@@ -30,9 +30,11 @@ from kvmifup.core.ops import (
     Route,
     Rule,
     Sysctl,
+    UplinkVlans,
     Value,
 )
 from kvmifup.core.signals import checkpoint
+from kvmifup.core.vlans import text_of
 from kvmifup.inputs import devices
 from kvmifup.node import addresses, announce, messages, ovs, programs
 from kvmifup.node.facts import facts_for
@@ -47,6 +49,7 @@ from kvmifup.node.messages import (
     RTPROT_STATIC,
     RouteEntry,
 )
+from kvmifup.node.ports import exactly, present, share
 from kvmifup.node.procfs import address_is_set, device_name, sysctl, sysfs_of, write_sysctl
 from kvmifup.node.refusals import forgiven, refusals
 from kvmifup.node.view import View
@@ -104,9 +107,9 @@ class Kernel:
             case LinkMtu():
                 return self._view.link(op.dev).mtu
             case LinkMaster():
-                link = self._view.link(op.dev)
-                # A switch is the master of its ports, too: `OvsPort` is about those.
-                return device_name(link.master) if link.master and link.port_of != "openvswitch" else None
+                return self._read_master(op)
+            case UplinkVlans():
+                return present(op, self._view.ports.vlans(self._trunk(op)))
             case LinkUp():
                 return bool(self._view.link(op.dev).flags & IFF_UP)
             case PortForwarding():
@@ -132,6 +135,24 @@ class Kernel:
             case Route():
                 return self._leads(op)
         raise AssertionError(f"nothing to read for {op.kind}")
+
+    def _read_master(self, op: LinkMaster) -> str | None:
+        link = self._view.link(op.dev)
+        # A switch is the master of its ports, too: `OvsPort` is about those.
+        if not link.master or link.port_of == "openvswitch":
+            return None
+        bridge = device_name(link.master)
+        if not op.vlans or link.port_of != "bridge" or not self._view.link(bridge).filters:
+            return bridge
+        with refusals(f"reading the VLANs of {op.dev}"):
+            return f"{bridge} {text_of(self._view.ports.vlans(link.index))}"
+
+    def _trunk(self, op: UplinkVlans) -> int:
+        """The index of the uplink. Raises VanishedError if it is no port of its bridge any more."""
+        link = self._view.link(op.dev)
+        if link.port_of != "bridge" or not link.master or device_name(link.master) != op.bridge:
+            raise VanishedError(f"{op.dev} is no port of {op.bridge} any more", errno=errno.ENODEV)
+        return link.index
 
     def _leads(self, op: Route) -> bool:
         """Whether there is a route as *op* says; if there is to be one, also whether it is the one that is taken."""
@@ -186,6 +207,10 @@ class Kernel:
                 self._netlink.set_link(self._view.index(op.dev), messages.number(messages.IFLA_MTU, op.want))
             case LinkMaster():
                 self._write_master(op)
+            case UplinkVlans():
+                index = self._trunk(op)
+                self._view.ports.clear()
+                self._view.ports.change(index, *share(op, self._view.ports.vlans(index)))
             case LinkUp():
                 self._netlink.set_link(self._view.index(op.dev), flags=IFF_UP if op.want else 0, change=IFF_UP)
             case PortForwarding():
@@ -224,13 +249,27 @@ class Kernel:
 
     def _write_master(self, op: LinkMaster) -> None:
         index = self._view.index(op.dev)
+        link, bridge = self._view.link(op.dev), op.place(op.want)
         try:
-            master = 0 if op.want is None else self._view.index(op.want)
+            master = 0 if bridge is None else self._view.index(str(bridge))
         except VanishedError:
             # The bridge to go back to is gone: what is left to do is to leave this one.
             self._netlink.set_link(index, messages.number(messages.IFLA_MASTER, 0))
             raise
-        self._netlink.set_link(index, messages.number(messages.IFLA_MASTER, master))
+        if not op.vlans:
+            self._netlink.set_link(index, messages.number(messages.IFLA_MASTER, master))
+            return
+        # A port that joins is in the VLAN for new ports at once (nbp_vlan_init in net/bridge/br_vlan.c).
+        shut = link.master != master and link.flags & IFF_UP
+        if shut:
+            self._netlink.set_link(index, change=IFF_UP)
+        if link.master != master:
+            self._netlink.set_link(index, messages.number(messages.IFLA_MASTER, master))
+        ports = self._view.ports
+        ports.clear()
+        ports.change(index, *exactly(op, ports.vlans(index)))
+        if shut:
+            self._netlink.set_link(index, flags=IFF_UP, change=IFF_UP)
 
     def _await_forwarding(self, op: PortForwarding) -> None:
         deadline = time.monotonic() + op.timeout

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from struct import Struct
 
@@ -30,6 +31,7 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
+RTM_NEWVLAN, RTM_DELVLAN, RTM_GETVLAN = 112, 113, 114
 RTM_F_FIB_MATCH, RTEXT_FILTER_SKIP_STATS = 0x2000, 0x8
 RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 2, 3, 4, 5, 6, 9, 15
 RTA_VIA, RTA_NH_ID = 18, 30
@@ -40,9 +42,10 @@ RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
 IFF_UP, IFF_NOARP = 0x1, 0x80
 ARPHRD_ETHER = 1
 # linux/if_link.h, linux/if_bridge.h
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
-IFLA_AF_SPEC, IFLA_EXT_MASK, IFLA_CARRIER, IFLA_PROP_LIST, IFLA_ALT_IFNAME = 26, 29, 33, 52, 53
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
+IFLA_AF_SPEC, IFLA_EXT_MASK, IFLA_CARRIER, IFLA_LINK_NETNSID, IFLA_PROP_LIST, IFLA_ALT_IFNAME = 26, 29, 33, 37, 52, 53
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
+IFLA_BR_VLAN_FILTERING, IFLA_BR_VLAN_DEFAULT_PVID = 7, 39
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BRPORT_STATE, IFLA_INET6_ADDR_GEN_MODE = 1, 5, 1, 8
 # linux/if_addr.h
 IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD = 1, 2, 0x02
@@ -172,9 +175,12 @@ class Link:
     kind: str | None
     stp: bool  # of a bridge
     forward_delay: float  # of a bridge, in seconds
+    filters: bool  # of a bridge: it keeps VLANs apart
+    default_pvid: int  # of a bridge: the VLAN of a new port; 0 for none
     port_of: str | None  # the kind of device that it is a port of
     port_state: int | None  # of a port of a bridge: BR_STATE_*
     addr_gen_mode: int | None  # IN6_ADDR_GEN_MODE_*; None without IPv6
+    lower: int | None  # the index of the device that it is a VLAN of, if that is in this network namespace
 
     @property
     def is_tap(self) -> bool:
@@ -203,10 +209,13 @@ def link_of(message: bytes) -> Link:
         carrier=bool(u8(found.get(IFLA_CARRIER))),
         kind=kind,
         stp=bool(u32(bridge.get(IFLA_BR_STP_STATE))),
+        filters=bool(u8(bridge.get(IFLA_BR_VLAN_FILTERING))),
+        default_pvid=int.from_bytes(bridge.get(IFLA_BR_VLAN_DEFAULT_PVID, b""), sys.byteorder),
         forward_delay=(u32(bridge.get(IFLA_BR_FORWARD_DELAY)) or 0) / USER_HZ,
         port_of=port_of,
         port_state=u8(port.get(IFLA_BRPORT_STATE)),
         addr_gen_mode=u8(inet6.get(IFLA_INET6_ADDR_GEN_MODE)),
+        lower=None if IFLA_LINK_NETNSID in found else u32(found.get(IFLA_LINK)),
     )
 
 

@@ -24,6 +24,7 @@ from kvmifup.node.messages import (
     NetlinkError,
     RouteEntry,
 )
+from kvmifup.node.ports import AllPorts
 from kvmifup.node.procfs import IFF_PERSIST, device_name, link_local, read_file, sysctl, sysfs_of
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.view import View
@@ -50,6 +51,7 @@ class WholeView(View):
         super().__init__()
         with refusals("reading devices"):
             self._links = self.netlink.links()
+        self.ports = AllPorts(self.netlink, self._links)
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
         self._addresses: dict[int, list[str]] | None = None
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
@@ -235,8 +237,5 @@ class Overview(Kernel):
 
     def vlans(self, bridge: str) -> tuple[bool, int]:
         """Whether *bridge* filters VLANs, and in which VLAN it puts new ports, 0 for none."""
-        sysfs = sysfs_of(bridge, self._view.link(bridge))
-        filtering = sysfs and read_file(f"{sysfs}/bridge/vlan_filtering")
-        if filtering is None:
-            return False, 0
-        return filtering == "1", int(read_file(f"{sysfs}/bridge/default_pvid") or 0)
+        link = self._view.link(bridge)
+        return link.filters, link.default_pvid

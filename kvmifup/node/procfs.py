@@ -18,16 +18,19 @@ IFA_F_TENTATIVE = 0x40  # linux/if_addr.h
 IPV6_ADDR_LINKLOCAL = 0x20  # net/ipv6.h
 
 
-def read_file(path: str) -> str | None:
+def read_file(path: str, *, whole: bool = False) -> str | None:
     """The text of a file in /proc or /sys, without white space around it; None if it cannot be read.
 
-    Raises OSError if that says nothing about it: no descriptors, no memory.
+    Without *whole* only what fits into a page. Raises OSError if that says nothing about it: no descriptors, no memory.
     """
     try:
         # Not with `open`: that takes longer than the kernel does, and a hook reads twenty files.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return os.read(descriptor, 4096).decode().strip()
+            text = os.read(descriptor, 4096)
+            while whole and (more := os.read(descriptor, 4096)):
+                text += more
+            return text.decode(errors="surrogateescape").strip()
         finally:
             os.close(descriptor)
     except OSError as error:

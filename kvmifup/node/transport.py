@@ -24,6 +24,7 @@ from kvmifup.node.messages import (
     RTM_NEWNEIGH,
     RTM_NEWROUTE,
     RTM_NEWRULE,
+    RTM_NEWVLAN,
     RTMSG,
     failure,
 )
@@ -31,7 +32,12 @@ from kvmifup.node.messages import (
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 12  # linux/netlink.h
 TRIES = 10  # of a dump that other changes disturb
 # By kind of message: the size of its header, and the attribute with ages (RTA_CACHEINFO, IFA_CACHEINFO, NDA_CACHEINFO).
-HEADERS = {RTM_NEWROUTE: (RTMSG.size, 12), RTM_NEWADDR: (IFADDRMSG.size, 6), RTM_NEWNEIGH: (NDMSG.size, 3)}
+HEADERS = {
+    RTM_NEWROUTE: (RTMSG.size, 12),
+    RTM_NEWADDR: (IFADDRMSG.size, 6),
+    RTM_NEWNEIGH: (NDMSG.size, 3),
+    RTM_NEWVLAN: (8, 0),  # struct br_vlan_msg
+}
 
 
 class Transport:

@@ -10,13 +10,14 @@ from typing import Any
 
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
-from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl
+from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl, UplinkVlans
 from kvmifup.node import messages, nexthops, ovs
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.nexthops import Hop
 from kvmifup.node.ovs import Switch
+from kvmifup.node.ports import Ports
 from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
 from kvmifup.node.refusals import refusal, refusals
 
@@ -79,6 +80,7 @@ class View:
             self._default_hops,
         )
         self._uplinks: dict[tuple[str, int], Uplink] = {}
+        self.ports = Ports(self.netlink)
         self._switch: Switch | None = None
         self.reserved: dict[int, Any] = {}  # by family: `kvmifup.node.reserved`
 
@@ -91,6 +93,7 @@ class View:
         self._links.clear()
         self._rules.clear()
         self._uplinks.clear()
+        self.ports.clear()
         self._switch = None
         self.reserved.clear()
         for known in self._of_tables:
@@ -104,6 +107,8 @@ class View:
                 pass
             case Rule():
                 self._rules.clear()
+            case UplinkVlans():
+                self.ports.clear()
             case Route():  # those out of its device are kept right by who writes them
                 for known in self._of_tables:
                     known.clear()

@@ -67,19 +67,19 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
     An op that cannot be read counts as done if *before*, the journal, has it.
     """
     changes: list[Change] = []
-    written: set[tuple[str, object]] = set()  # kind and device of what has to be written so far
+    written: set[tuple[str, object]] = set()  # what is done so far, as `Op.disturbs` names it, and to which device
     for op in ops:
         if op.after_change:
             now, needed = None, getattr(op, "force", False) or bool(written)
         else:
             now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
             dev = getattr(op, "dev", None)
-            lost = any((kind, dev) in written for kind in op.lost_with)  # writing that undoes this
-            if lost and op.undoable:
-                now = None
+            lost = any((what, dev) in written for what in op.lost_with)  # writing that undoes this
+            if lost and op.leaves:
+                now = op.leaves[0]
             needed = lost or now != op.wanted
         if needed:
-            written.add((op.kind, getattr(op, "dev", None)))
+            written |= {(what, getattr(op, "dev", None)) for what in op.disturbs(now)}
         changes.append(Change(op, now, needed))
     return tuple(changes)
 
@@ -160,7 +160,7 @@ def note(job: Job, store: Store) -> None:
 
 def steps(changes: Sequence[Change]) -> Iterator[tuple[Change, Op]]:
     """The ops to write for *changes*, in order; what is moved leaves first. Announcing is not done here."""
-    left = [change for change in changes if change.op.moves and change.now is not None]
+    left = [one for one in changes if one.op.moves and one.op.place(one.now) not in (None, one.op.place(one.op.wanted))]
     for change in left:
         yield change, change.op.turned(None)
     for change in changes:
@@ -219,7 +219,8 @@ def backwards(entries: Sequence[Entry]) -> list[Entry]:
 
 def leave(entry: Entry, node: Node) -> None:
     """Take what has moved away from where it is, unless it is where it was. Raises what the node raises."""
-    if node.read(entry.undo) not in (None, entry.prior):
+    place = entry.op.place
+    if place(node.read(entry.undo)) not in (None, place(entry.prior)):
         node.write(entry.op.turned(None))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from kvmifup import phases
 from kvmifup.core.errors import LockTimeoutError
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.ops import LinkMtu, Sysctl
+from kvmifup.core.ops import LinkMtu, Sysctl, UplinkVlans
 from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.apply import Job, survey
 from kvmifup.runs.index import Stamp
@@ -76,7 +76,8 @@ def arrive(prepared: PreparedArrival, session: Session) -> Outcome | None:
         same = session.store.stamp(tap) == prepared.stamp and all(
             session.kernel.ifindex(dev) == index for dev, index in prepared.devices
         )
-        shared = [change for change in prepared.job.changes if isinstance(change.op, Sysctl) and change.op.shared]
+        mutable = (change for change in prepared.job.changes if isinstance(change.op, Sysctl | UplinkVlans))
+        shared = [change for change in mutable if change.op.shared]
         if not same or any(session.kernel.read(change.op) != change.now for change in shared):
             return None
         assert prepared.job.after is not None

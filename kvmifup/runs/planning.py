@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from kvmifup import phases
 from kvmifup.core.model import Config, Nic, NodeFacts, Phase, Uplink
-from kvmifup.core.ops import EVERYWHERE, Op, OvsPort, Value
+from kvmifup.core.ops import EVERYWHERE, LinkMaster, Op, OvsPort, UplinkVlans, Value
 from kvmifup.runs.apply import Change, Job, survey, survey_undo
 from kvmifup.runs.host import Host, Through
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.leftovers import recover
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session, devices_of, followed
-from kvmifup.runs.shared import claimed_elsewhere, unshared, with_claims
+from kvmifup.runs.shared import before_all, claimed_elsewhere, given_up, unshared, with_claims
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def plan(
     facts = with_claims(session.kernel.facts(nic, config), nic, session)
     if journal and nic.mode == "ext":  # its program has made what there is
         facts = replace(facts, rules=(), port=None)
+    port = journal and journal.prior(LinkMaster(nic.tap, None).key)
+    if facts.bridge and port and isinstance(port.op, LinkMaster) and port.op.vlans:
+        facts = replace(facts, bridge=replace(facts.bridge, keeps=True))
     ours = journal and journal.prior(phases.ipv6_off(nic).key)
     if ours and ours.prior == "0" and nic.mode == "routed":  # off since the NIC was bridged; undone below
         facts = replace(facts, ipv6_mend=())
@@ -71,6 +74,7 @@ def plan(
     uplinks = (*facts.uplinks, *(uplink for uplink in last if admitted or not uplink.mend))
     if admitted:
         uplinks = tuple(replace(uplink, mend=()) for uplink in uplinks if phases.usable(uplink))
+        facts = replace(facts, bridge=facts.bridge and phases.as_far_as_usable(facts.bridge))
     known = replace(facts, uplinks=uplinks)
     guest = replace(nic, incoming=nic.incoming and not admitted)
     everything = phases.plan(Phase.POST, guest, config, known, announce=announce)
@@ -79,7 +83,7 @@ def plan(
     before = journal or Journal(nic, facts.tap.ifindex, namespace=session.store.namespace, cookie=session.store.cookie)
     same = set(ops)  # as nearly all entries are; to compare their keys would take longer
     others = [entry for entry in before.entries if entry.op not in same]
-    planned = {op.key for op in ops} if others else set()
+    planned = {op.key: op for op in ops} if others else {}
     later = {op.key for op in everything} if others else set()
     # One that is down, or was configured and has another name now, says nothing about what is on others.
     unusable = {uplink.family for uplink in facts.uplinks if admitted and not phases.usable(uplink)}
@@ -87,6 +91,7 @@ def plan(
     dropped: list[Entry] = []
     for entry in others:
         if entry.op.key in planned:  # with another value now
+            dropped += given_up(entry, planned[entry.op.key])
             continue
         # pre, called once more after post, takes nothing away from a guest that runs here.
         uplink = phases.uplink_of(entry.op)
@@ -169,6 +174,9 @@ def remembered(found: Plan, session: Session) -> list[Entry]:
         if not op.undoable or op.wanted is False or op.wanted in op.leaves:
             continue
         earlier = found.before.prior(op.key)
+        if isinstance(op, UplinkVlans):
+            entries.append(before_all(op, change.now, earlier, found.nic.tap, session))
+            continue
         if earlier is None and op.shared:
             # Also from a dead NIC's journal that nobody has cleared up yet: what it found was before us, too.
             earlier = claimed_elsewhere(op, found.nic.tap, session, dead=True)

@@ -50,7 +50,7 @@ class Session:
 
         Raises LockTimeoutError, and what *journals* raise.
         """
-        if not self.dry and (any(nic.mode == "routed" for nic in nics) or any(map(shares, journals))):
+        if not self.dry and (any(nic.on_uplinks for nic in nics) or any(map(shares, journals))):
             self.store.prepare()  # while others can still go on
             self._hold(stack, [locks.UPLINK])
             self.store.begin(locks.path(self.run_dir, locks.UPLINK))

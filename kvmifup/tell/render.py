@@ -8,7 +8,6 @@ from typing import Any
 
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Prefix
-from kvmifup.core.ops import Op
 from kvmifup.core.text import printable
 from kvmifup.runs.apply import Change
 from kvmifup.runs.outcome import Outcome
@@ -17,8 +16,8 @@ GAP = "  "  # between two columns
 HEAD = 4  # characters that stay of a name that is cut where it differs from others
 
 
-def plan_lines(outcomes: Sequence[Outcome], command: Callable[[Op], str | None] | None = None) -> Iterator[str]:
-    """Every op of every NIC, with the value now and the value wanted; below it the *command* to do it by hand."""
+def plan_lines(outcomes: Sequence[Outcome], commands: Callable[[Change], list[str]] | None = None) -> Iterator[str]:
+    """Every op of every NIC, with the value now and the value wanted; below it the *commands* to do it by hand."""
     if not outcomes:
         yield "nothing to do"
     for outcome in outcomes:
@@ -27,9 +26,8 @@ def plan_lines(outcomes: Sequence[Outcome], command: Callable[[Op], str | None] 
         changes = [("do    " if change.needed else "right ", change) for change in outcome.changes]
         for verb, change in (*undone, *changes):
             yield f"  {verb} {transition(change)}"
-            line = command(change.op) if command and change.needed else None
-            if line:
-                yield f"           {line}"
+            if commands and change.needed:
+                yield from (f"           {line}" for line in commands(change))
         if not outcome.undone and not outcome.changes:
             yield "  nothing to do"
 

@@ -229,7 +229,7 @@ def test_every_module_is_on_the_map() -> None:
 
 
 def settings() -> dict[str, object]:
-    """Every key of the configuration, with its default; a key of [ext.NAME] has none."""
+    """Every key of the configuration, with its default; a key of [ext.NAME] has none. [link.NAME] has its defaults."""
     found: dict[str, object] = {}
     for outer in dataclasses.fields(model.Config):
         value = getattr(model.Config(), outer.name)
@@ -237,8 +237,9 @@ def settings() -> dict[str, object]:
             found |= {f"{outer.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
         else:
             found[outer.name] = value
-    del found["ext.networks"]  # the sections [ext.NAME]
-    return found | {f"ext.NAME.{inner.name}": None for inner in dataclasses.fields(model.ExtNetwork)}
+    del found["ext.networks"], found["link"]  # the sections [ext.NAME] and [link.NAME]
+    found |= {f"ext.NAME.{inner.name}": None for inner in dataclasses.fields(model.ExtNetwork)}
+    return found | {f"link.NAME.{inner.name}": inner.default for inner in dataclasses.fields(model.LinkConfig)}
 
 
 def documented_settings() -> dict[str, str]:

@@ -35,7 +35,11 @@ def commands(phase: str, name: str = "tap0") -> list[str]:
     found = [line.strip() for line in result.out.splitlines() if line.startswith(" " * 11)]
     as_json = json.loads(call("kvm-ifup", "plan", phase, name, "--json").out)
     assert found == [
-        op["command"] for one in as_json for op in (*one["undone"], *one["ops"]) if op["command"] is not None
+        line
+        for one in as_json
+        for op in (*one["undone"], *one["ops"])
+        if op["command"] is not None
+        for line in op["command"].split("; ")
     ]
     return found
 

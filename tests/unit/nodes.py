@@ -14,6 +14,7 @@ from kvmifup.core.ops import (
     AddrGenMode,
     BridgeAddress,
     LinkAddress,
+    LinkMaster,
     LinkMtu,
     LinkUp,
     Op,
@@ -23,8 +24,10 @@ from kvmifup.core.ops import (
     Route,
     Rule,
     Sysctl,
+    UplinkVlans,
     Value,
 )
+from kvmifup.core.vlans import NONE, ids, tagged
 from kvmifup.inputs import tables
 from kvmifup.runs.store import Draft, Store
 
@@ -48,6 +51,8 @@ def untouched(op: Op) -> Value:
             return "80" if op.group == "neigh" else "0"
         case Address() | LinkUp() | Rule() | Route() | ProxyNeighbour() | Program():
             return False
+        case UplinkVlans():
+            return NONE
         case _:
             return None
 
@@ -78,7 +83,10 @@ class MemoryNode:
             return "unknown"
         if isinstance(op, PortForwarding):
             return op.want if self.read(LinkUp(op.dev, True)) else "down"
-        return self.values.get(op.key, untouched(op))
+        found = self.values.get(op.key, untouched(op))
+        if isinstance(op, UplinkVlans):
+            return tagged(op.vids & ids(str(found)))
+        return op.place(found) if isinstance(op, LinkMaster) and not op.vlans else found
 
     def write(self, op: Op) -> None:
         number = len(self.writes)
@@ -92,7 +100,11 @@ class MemoryNode:
     def put(self, op: Op) -> None:
         """Make *op* true by other hands."""
         self.known[op.key] = op
-        self.values.pop(op.key, None)
+        found = self.values.pop(op.key, None)
+        if isinstance(op, UplinkVlans):
+            op = op.of(ids(str(found)) - op.vids | ids(op.want))
+        if isinstance(op, LinkMaster) and op.want and not op.vlans:
+            op = op.turned(f"{op.want} .1")  # as the kernel does with a new port
         if op.wanted != untouched(op):
             self.values[op.key] = op.wanted
 

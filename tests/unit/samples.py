@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kvmifup.core.model import Bridge, Config, Nic, NodeFacts, Prefix, RoutedConfig, Tap, Uplink
+from kvmifup.core.model import Bridge, Config, Nic, NodeFacts, Prefix, RoutedConfig, Tap, Trunk, Uplink
 
 MAC = "aa:00:00:35:ac:01"
 NAMESPACE = Path(__file__)  # stands in for the network namespace
@@ -33,6 +33,7 @@ ETH0_6 = Uplink("eth0", 6, present=True, up=True, arp=True, source="fe80::1")
 ETH1_4 = replace(ETH0_4, name="eth1")
 ETH1_6 = replace(ETH0_6, name="eth1", source="fe80::2")
 
+FILTERING = replace(BRIDGE, filters=True, new_port=".1", trunks=(Trunk("eth0"), Trunk("bond0")))
 FACTS_BRIDGED = NodeFacts(TAP, bridge=BRIDGE)
 FACTS_EXT = NodeFacts(TAP, program="/etc/kvm-ifup/ext/site")
 FACTS_ROUTED = NodeFacts(TAP, uplinks=(ETH0_4, ETH0_6))

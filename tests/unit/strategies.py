@@ -24,7 +24,9 @@ from kvmifup.core.ops import (
     Route,
     Rule,
     Sysctl,
+    UplinkVlans,
 )
+from kvmifup.core.vlans import NONE
 from kvmifup.runs.journal import Entry, Journal
 
 from .samples import BRIDGE
@@ -154,6 +156,8 @@ def cases(draw: st.DrawFn, *, ready: bool) -> tuple[Nic, Config, NodeFacts]:
     return nic, config, facts
 
 
+vlan_sets = st.sampled_from([NONE, ":100", ":100-102:200", ":1-4094"])
+
 # --- journals -----------------------------------------------------------------------------------------
 
 _words = st.text(max_size=8)
@@ -162,7 +166,8 @@ _fields: dict[type[Op], st.SearchStrategy[Op]] = {
     AddrGenMode: st.builds(AddrGenMode, taps, st.integers(0, 3)),
     Address: st.builds(Address, taps, prefixes.map(lambda p: f"{p.network_address}/{p.prefixlen}"), st.booleans()),
     LinkMtu: st.builds(LinkMtu, taps, st.integers(68, 65535)),
-    LinkMaster: st.builds(LinkMaster, taps, st.none() | bridge_names),
+    LinkMaster: st.builds(LinkMaster, taps, st.none() | bridge_names | st.just("br0 .100:200-299")),
+    UplinkVlans: st.builds(UplinkVlans, bridge_names, uplink_names, vlan_sets, vlan_sets),
     LinkUp: st.builds(LinkUp, taps, st.booleans()),
     Sysctl: st.builds(
         Sysctl,

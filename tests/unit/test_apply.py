@@ -32,7 +32,7 @@ from kvmifup.runs.apply import Job, apply, survey
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.outcome import Outcome
 
-from .nodes import FailingStore, MemoryNode, identity, on_disk, untouched
+from .nodes import FailingStore, MemoryNode, identity, on_disk
 from .samples import BRIDGE, BRIDGED, CONFIG, DUAL, EXT, FACTS_BRIDGED, FACTS_EXT, FACTS_ROUTED, HERE, OVS, ROUTED
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -182,7 +182,9 @@ def test_success(shape: str, worlds: Callable[..., World]) -> None:
     world = worlds()
     job = job_for(PLANS[shape], world.node)
     apply([job], world.node, world.store)
-    assert not [op for op in PLANS[shape] if op.undoable and world.node.values.get(op.key, untouched(op)) != op.wanted]
+    values = world.node.values
+    found = {op: world.node.read(op) if op.readable else values.get(op.key) for op in PLANS[shape] if op.undoable}
+    assert not [op for op, value in found.items() if value != op.wanted]
     assert world.store.load("tap0") == job.after
     assert world.node.writes == to_write(job)
 

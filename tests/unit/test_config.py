@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmifup.core.errors import ConfigError
-from kvmifup.core.model import BridgedConfig, Config, ExtConfig, ExtNetwork, RoutedConfig
+from kvmifup.core.model import BridgedConfig, Config, ExtConfig, ExtNetwork, LinkConfig, RoutedConfig
 from kvmifup.inputs import config
 
 from .conftest import ROOT
@@ -50,8 +50,9 @@ def test_the_installed_file_shows_the_defaults(tmp_path: Path) -> None:
     # Of these there is an example, because the default is that there are none.
     assert shown.routed.uplinks == ("eth0",)
     assert shown.ext.networks == (("NAME", ExtNetwork("routed", "100")),)
+    assert shown.link == (("NAME", LinkConfig(uplinks=("eth0",))),)
     routed = replace(shown.routed, uplinks=Config().routed.uplinks)
-    assert replace(shown, routed=routed, ext=replace(shown.ext, networks=())) == Config()
+    assert replace(shown, routed=routed, ext=replace(shown.ext, networks=()), link=()) == Config()
 
 
 def keys(settings: Any, prefix: str = "") -> set[str]:
@@ -66,7 +67,8 @@ def test_the_installed_file_has_every_key() -> None:
     data = tomli.loads(re.sub(r"^#(?=\S)", "", INSTALLED, flags=re.MULTILINE))
     shown = {f"{name}.{key}" for name, table in data.items() if isinstance(table, dict) for key in table}
     shown |= {name for name, value in data.items() if not isinstance(value, dict)}
-    assert shown - {"ext.NAME"} == keys(Config()) - {"ext.networks"}
+    assert shown - {"ext.NAME", "link.NAME"} == keys(Config()) - {"ext.networks", "link"}
+    assert set(data["link"]["NAME"]) == keys(LinkConfig())
 
 
 # --- values -------------------------------------------------------------------------------------------
@@ -86,6 +88,10 @@ mode = "bridged"
 link = "br0"
 [ext.wan]
 mode = "routed"
+[link.br0]
+uplinks = ["eth1"]
+[link."br.1"]
+uplinks = []
 """
 
 
@@ -95,6 +101,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         bridged=BridgedConfig(1.5),
         routed=RoutedConfig(("eth0", "bond0.7"), 32765, "keep"),
         ext=ExtConfig(7.0, (("lan", ExtNetwork("bridged", "br0")), ("wan", ExtNetwork("routed", None)))),
+        link=(("br0", LinkConfig(("eth1",))), ("br.1", LinkConfig(()))),
     )
 
 
@@ -145,6 +152,12 @@ def test_edges(text: str, value: object, tmp_path: Path) -> None:
         ('[ext.lan]\nmode = "bridged"\nlink = "a/b"', "ext.lan.link"),
         ('[ext.lan]\nmode = "routed"\nlink = "local"', "link local"),
         ('[ext.lan]\nmode = "bridged"\nlink = "br0"\nvlan = ".7"', "ext.lan.vlan"),
+        ("link = 5", "link must have a table for each link"),
+        ('[link]\nuplinks = ["eth0"]', "link must have a table for each link"),
+        ('[link.br0]\nuplinks = "eth0"', "link.br0.uplinks"),
+        ('[link.br0]\nuplinks = ["a/b"]', "link.br0.uplinks"),
+        ('[link.br0]\nuplinks = ["eth0", "eth0"]', "twice"),
+        ('[link."a/b"]\nuplinks = []', "link 'a/b'"),
         ("lock_timeout", "not TOML"),
         pytest.param("a = " + "[" * 5000, "not TOML", id="deep nesting"),
         pytest.param("lock_timeout = " + "1" * 5000, "not TOML", id="huge number"),
@@ -164,6 +177,8 @@ def test_refused(text: str, names: str, tmp_path: Path) -> None:
         ("[route]\nuplinks = []", "route", "routed"),
         ("[routed]\nuplink = []", "routed.uplink", "uplinks"),
         ("[bridged]\nqqqq = 1", "bridged.qqqq", "forwarding_timeout"),
+        ("[link.br0]\nuplink = []", "link.br0.uplink", "uplinks"),
+        ("[links.br0]\nuplinks = []", "links", "link"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, key: str, near: str, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from .samples import (
     FACTS_BRIDGED,
     FACTS_EXT,
     FACTS_ROUTED,
+    FILTERING,
     OVS,
     ROUTED,
     ROUTED_6,
@@ -56,6 +57,7 @@ class Scenario(NamedTuple):
     config: Config = CONFIG
 
 
+FACTS_FILTERING = replace(FACTS_BRIDGED, bridge=FILTERING)
 LEFTOVERS = (
     Rule(4, "tap0", 200, 10000, RTPROT_STATIC, True),  # a dead NIC's, or its table was another one
     Rule(6, "tap0", 100, 0, 3, True),  # made by a shell script with `ip rule add`
@@ -68,6 +70,15 @@ SCENARIOS = {
     "bridged-bare": Scenario(BRIDGED, replace(FACTS_BRIDGED, bridge=replace(BRIDGE, adopts=True))),
     "bridged-no-ipv6": Scenario(BRIDGED, replace(FACTS_BRIDGED, ipv6=False)),
     "bridged-stale-rules": Scenario(BRIDGED, replace(FACTS_BRIDGED, rules=LEFTOVERS)),
+    "bridged-vlan": Scenario(replace(BRIDGED, vlan=".100"), FACTS_FILTERING),
+    "bridged-trunk": Scenario(replace(BRIDGED, vlan=":300:100-199"), FACTS_FILTERING),
+    "bridged-hybrid": Scenario(replace(BRIDGED, vlan=".1:100"), FACTS_FILTERING),
+    "bridged-all-vlans": Scenario(replace(BRIDGED, vlan=":1-4094"), FACTS_FILTERING),
+    "bridged-vlan-no-uplink": Scenario(
+        replace(BRIDGED, vlan=".100"), replace(FACTS_FILTERING, bridge=replace(FILTERING, trunks=()))
+    ),
+    "bridged-filtering-no-vlan": Scenario(BRIDGED, FACTS_FILTERING),
+    "bridged-vlan-taken-away": Scenario(BRIDGED, replace(FACTS_FILTERING, bridge=replace(FILTERING, keeps=True))),
     "openvswitch": Scenario(replace(OVS, vlan=None), FACTS_BRIDGED),
     "openvswitch-vlans": Scenario(OVS, FACTS_BRIDGED),
     "ext": Scenario(EXT, FACTS_EXT),

@@ -213,6 +213,7 @@ PURE = {
     "phases": {
         "__future__",
         "collections.abc",
+        "dataclasses",
         "ipaddress",
         "typing",
         "kvmifup.core.errors",
@@ -220,7 +221,15 @@ PURE = {
         "kvmifup.core.ops",
         "kvmifup.core.vlans",
     },
-    "core.ops": {"__future__", "dataclasses", "functools", "typing", "kvmifup.core.text"},
+    "core.ops": {
+        "__future__",
+        "collections.abc",
+        "dataclasses",
+        "functools",
+        "typing",
+        "kvmifup.core.text",
+        "kvmifup.core.vlans",
+    },
     "core.model": {
         "__future__",
         "collections.abc",
