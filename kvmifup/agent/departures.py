@@ -1,7 +1,8 @@
 """Listens for what says that a guest has left: somebody else announces it, or routes to it.
 
 Then it is asked whether it is still here (`suspects`). If it answers, its address is defended (`rivals`); if it does
-not, it is withdrawn. However many announcements there are, they are read a few at a time.
+not, it is withdrawn. However many announcements there are, they are read a few at a time; and what too much is said of
+is not listened for, for a moment, so that what is said of others does not get lost.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kvmifup.core.model import Nic
 from kvmifup.node import frames, sockets
 
 FRAMES = 64  # of one uplink at a time
+MUTED = 0.2  # seconds for which nothing is heard of an address that is in more of them than that
 
 Which = tuple[str, int]  # uplink, address family (4 or 6)
 UNHEARD = Heard("its uplink", "was down", patience=0.4)  # many may be asked at once, and the node is busy then
@@ -44,6 +46,7 @@ class Departures:
         self._routed: dict[str, Nic] = {}  # by prefix
         self._listeners: dict[Which, tuple[socket.socket, int]] = {}  # with the uplink's index
         self._about: dict[Which, set[str]] = {}  # the addresses that each is to hear of
+        self._muted: dict[Which, set[str]] = {}  # those of which it is not, for a moment
         RouteEvents(loop, self._routed_elsewhere)
 
     def look_after(self, guests: Mapping[Place, Nic], wired: Sequence[Nic]) -> None:
@@ -63,7 +66,8 @@ class Departures:
                 del self._listeners[which], self._about[which]
                 self._loop.ignore(listener)
                 sockets.close(listener)
-        for which, addresses in wanted.items():
+        for which in wanted:
+            addresses = wanted[which] - self._muted.get(which, set())
             if self._about.get(which) != addresses:
                 with suppress(OSError):
                     self._listen(which, addresses)
@@ -99,7 +103,7 @@ class Departures:
 
     def _heard(self, which: Which) -> None:
         """Somebody on an uplink announces something: perhaps a guest of ours."""
-        uplink = which[0]
+        uplink, told = which[0], set()
         listener, _ = self._listeners[which]
         for _ in range(FRAMES):
             try:
@@ -107,13 +111,26 @@ class Departures:
             except OSError:  # nothing more; or ENETDOWN, once: it is down, or gone and another look finds that out
                 return
             if (probe := frames.probe_in(frame)) and probe[1] not in self._own_macs():
+                told.add(probe[0])
                 self._rivals.probed((uplink, probe[0]), probe[1])
             found = frames.announcement_in(frame)
+            if found:
+                told.add(found[0])
             if found and (nic := self._guests.get((uplink, found[0]))):
                 address, mac = found
                 # By ourselves, where two uplinks are on one segment: each hears what goes out of the other.
                 if mac not in self._own_macs():
                     self.suspects.suspect(nic, Heard(address, f"announced by {mac} on {uplink}", uplink, mac))
+
+        if not told <= self._muted.get(which, set()):
+            self._muted[which] = told | self._muted.get(which, set())
+            self.renew()
+            self._loop.later(MUTED, partial(self._unmute, which))
+
+    def _unmute(self, which: Which) -> None:
+        """Hear of all addresses again."""
+        if self._muted.pop(which, None):
+            self.renew()
 
     def _own_macs(self) -> set[str]:
         """The MACs that this node announces with."""

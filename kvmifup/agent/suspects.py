@@ -43,6 +43,7 @@ LATER, LATEST = 1.0, 60.0  # seconds until what could not be done is tried again
 WRONG = 60.0  # seconds after which a guest that comes back has really been away
 TAKEN = 5.0  # seconds until a listener is taken over, or never will be
 SLOTS = 64  # guests that are asked at once
+SLOW = 1000  # guests that are known to be
 STALE = 512  # frames that the guest may have sent before it was asked
 
 Key = tuple[int, str]  # which guest: by the tap's index, and the guest's MAC
@@ -121,6 +122,8 @@ class Suspects:
         patience = min(max(SLOWER * seconds, self._patience.pop(key, 0.0) / 2), LONGEST)
         if patience > ANSWER:
             self._patience[key] = patience
+        for one in list(self._patience)[:-SLOW]:  # guests of long ago, which are somewhere else
+            del self._patience[one]
 
     def suspect(self, nic: Nic, heard: Heard) -> None:
         """The guest of *nic* may have left, by what was *heard*."""

@@ -188,8 +188,9 @@ def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """At most `RANGES` ranges in which all *numbers* are, and as few others as can be: what is nearest is joined."""
     found = sorted(set(numbers))
     widest = sorted(range(1, len(found)), key=lambda at: found[at] - found[at - 1])[1 - RANGES :]
-    begins = [0, *sorted(widest)] if found else []
-    return [(found[at], found[end - 1]) for at, end in zip(begins, [*begins[1:], len(found)], strict=True)]
+    begins = [0, *sorted(widest)]
+    ends = [*begins[1:], len(found)]
+    return [(found[at], found[end - 1]) for at, end in zip(begins, ends, strict=True)] if found else []
 
 
 def for_this_node(index: int, program: list[Instruction]) -> list[Instruction]:

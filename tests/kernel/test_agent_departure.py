@@ -610,3 +610,31 @@ def test_floods_on_uplink_and_tap_make_the_agent_deaf_for_no_second(uplinked: No
     assert slowest < 1.0
     until(lambda: phase() == "post")
     assert len(agent.said().splitlines()) < 300
+
+
+FLOODS = {
+    "gratuitous ARP": garp(),
+    "questions": wire.arp_request(FOREIGN_MAC, GUEST_IP4, CLIENT_IP4),
+    "advertisements": advert(),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
+def test_what_too_much_is_said_of_one_guest_hides_no_other(uplinked: Node, agent: Agent, flood: bytes) -> None:
+    guest = arrived(uplinked, agent)
+    arrived(uplinked, agent, "tap1", ip=["192.0.2.77", "2001:db8::77"], mac="aa:00:00:00:00:77")
+    client = uplinked.listen()
+    with answering(guest):
+        for number in range(10000):
+            client.send(flood)
+            if number % 100 == 0:
+                time.sleep(0.01)  # as much as it can bear, so that nothing is lost for want of room
+            if number == 5000:
+                client.send(garp(address="192.0.2.77"))
+                client.send(advert(address="2001:db8::77"))
+        until(lambda: phase("tap1") == "pre", 2.0)
+        assert (phase(), wired()) == ("post", WIRED)
+    time.sleep(0.5)
+    guests.withdraw(client)  # it goes on listening
+    agent.end()
+    assert 1 <= counted("kvm_ifup_rival_announcements_total") < 3000
