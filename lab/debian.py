@@ -15,11 +15,11 @@ from lab.errors import LabError
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 ARCHIVE = "is the Debian archive reachable? apt-get update"
-# Ganeti 3.0 and those of its dependencies that its KVM code imports.
-GANETI = (
-    *("ganeti", "ganeti-3.0"),
-    *("python3-bitarray", "python3-paramiko", "python3-pycurl", "python3-pyinotify", "python3-simplejson"),
-)
+# Ganeti, by version: Debian 12's, which apt knows on this machine, and Debian 13's; and those of its dependencies that
+# its KVM code imports, always Debian 12's.
+GANETI = {"3.0": ("ganeti", "ganeti-3.0"), "3.1": ("ganeti", "ganeti-3.1")}
+DEPENDENCIES = ("python3-bitarray", "python3-paramiko", "python3-pycurl", "python3-pyinotify", "python3-simplejson")
+TRIXIE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {} trixie main\n"
 
 
 def kept(kind: str, name: str, make: Callable[[Path], Path]) -> Path:
@@ -45,18 +45,46 @@ def kept(kind: str, name: str, make: Callable[[Path], Path]) -> Path:
 
 
 @functools.cache
-def ganeti() -> Path:
-    """The directory with the files of Ganeti's packages."""
-    listed = tool(["apt-get", "-q", "--print-uris", "download", *GANETI], ARCHIVE)
+def ganeti(version: str = "3.0") -> Path:
+    """The directory with the files of the packages of that *version* of Ganeti."""
+    here = (*GANETI["3.0"], *DEPENDENCIES) if version == "3.0" else DEPENDENCIES
+    listed = tool(["apt-get", "-q", "--print-uris", "download", *here], ARCHIVE)
     files = sorted(re.findall(r"\S+\.deb", listed))
 
     def unpack(scratch: Path) -> Path:
-        tool(["apt-get", "-q", "download", *GANETI], ARCHIVE, cwd=scratch)
+        tool(["apt-get", "-q", "download", *here], ARCHIVE, cwd=scratch)
+        if version != "3.0":
+            download_of_trixie(GANETI[version], scratch)
         for deb in scratch.glob("*.deb"):
             unpack_package(deb, scratch / "root")
         return scratch / "root"
 
-    return kept("kvm-ifup-ganeti", hashlib.sha256("\n".join(files).encode()).hexdigest()[:12], unpack)
+    return kept("kvm-ifup-ganeti", hashlib.sha256("\n".join([version, *files]).encode()).hexdigest()[:12], unpack)
+
+
+def download_of_trixie(packages: Sequence[str], to: Path) -> None:
+    """Fetch *packages* of Debian 13 into the directory *to*, by an apt that knows nothing else."""
+    asked = ["apt-get", "indextargets", "--format", "$(ORIGIN) $(REPO_URI)", "Created-By: Packages"]
+    found = [line.split()[1] for line in tool(asked, ARCHIVE).splitlines() if line.startswith("Debian ")]
+    mirror = next((one for one in found if "security" not in one), None)
+    if mirror is None:
+        raise LabError("apt on this machine knows no Debian mirror", "apt-get update")
+    own = to / "apt"
+    for directory in ("lists/partial", "archives/partial"):
+        (own / directory).mkdir(parents=True)
+    (own / "sources.list").write_text(TRIXIE.format(mirror))
+    settings = {
+        "Dir::Etc::SourceList": own / "sources.list",
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State": own,
+        "Dir::State::Status": "/dev/null",
+        "Dir::Cache": own,
+        "Acquire::Languages": "none",
+        "APT::Sandbox::User": "root",
+    }
+    options = [f"-o={name}={value}" for name, value in settings.items()]
+    tool(["apt-get", "-q", *options, "update"], ARCHIVE)
+    tool(["apt-get", "-q", *options, "download", *packages], ARCHIVE, cwd=to)
 
 
 def unpack_package(deb: Path, to: Path) -> None:

@@ -37,8 +37,8 @@ MARKS = {
 }
 
 
-def save(results: Sequence[Result], directory: Path) -> list[Path]:
-    """Draws one panel for each result and writes migration.png and migration.svg; returns their paths."""
+def save(results: Sequence[Result], directory: Path, name: str = "migration") -> list[Path]:
+    """Draws one panel for each result and writes *name*.png and *name*.svg; returns their paths."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(len(results), 1, figsize=(9, 2.15 * len(results) + 0.9), sharex=True, squeeze=False)
         for panel, result in zip(axes[:, 0], results, strict=True):
@@ -64,7 +64,7 @@ def save(results: Sequence[Result], directory: Path) -> list[Path]:
             size=8.5,
         )
         figure.tight_layout(rect=(0, 0.08, 1, 0.995), h_pad=1.0)
-        return write(figure, directory, "migration", 200)
+        return write(figure, directory, name, 200)
 
 
 # The first second from close by, in milliseconds: what is in the frames' lanes, from top to bottom.

@@ -22,7 +22,8 @@ def run(call: Call) -> int:
     routed = [nic for nic in nics if nic.mode == "routed" and nic.incoming]
     if routed:
         try:
-            expected.put(call.run_dir, expected.told(routed[0].instance or "", routed))
+            told_now = expected.told(routed[0].instance or "", routed)
+            expected.put(call.run_dir, told_now, call.config.agent.arrival_timeout)
         except (KvmIfupError, OSError) as error:  # it moves all the same, and is wired when Ganeti says so
             what = render.error_line("its arrival will not be noticed", as_ours(error))
             syslog.write(call.program, syslog.WARNING, what)

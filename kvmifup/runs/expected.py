@@ -51,9 +51,15 @@ def place(run_dir: Path, instance: str) -> Path:
     return run_dir / DIRECTORY / f"{instance}.json"
 
 
-def put(run_dir: Path, expected: Expected) -> None:
-    """Write it down, instead of what was told of the same guest before. Raises NotReadyError, OSError."""
+def put(run_dir: Path, expected: Expected, patience: float = math.inf) -> None:
+    """Write it down, instead of what was told of the same guest before. Raises NotReadyError, OSError.
+
+    Whoever has not come for *patience* seconds is forgotten: without the agent nobody else does that.
+    """
     places.made(run_dir, DIRECTORY)
+    for one in found(run_dir):
+        if one.age > patience:
+            forget(run_dir, one)
     data = {
         "version": VERSION,
         "uptime": expected.uptime,

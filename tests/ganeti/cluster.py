@@ -1,4 +1,4 @@
-"""Two nodes with Ganeti 3.0 as Debian ships it, without a cluster around it.
+"""Two nodes with Ganeti as Debian ships it (3.0 of Debian 12, 3.1 of Debian 13), without a cluster around it.
 
 A node is one of the lab's (network and mount namespaces, its own /run), and has besides its own process
 namespace and its own /usr, /etc and /var: overlays over the machine's, so that packages can be installed
@@ -26,7 +26,7 @@ from harness.addresses import GUEST_IP4, GUEST_MAC
 from harness.tools import CLEAN
 from lab import debian, guest
 from lab.errors import LabError
-from lab.nodes import NODE_IP4, Mode, Namespace, end, guest_addresses, network
+from lab.nodes import NODE_IP4, Mode, Namespace, Network, end, guest_addresses, network
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("driver.py")
@@ -201,8 +201,9 @@ over etc "$1/etc:"
 over var ""
 # An index of all the machine's manual pages takes longer than everything else that installing a package does.
 rm -f /var/lib/man-db/auto-update
-ln -s /usr/lib/ganeti/3.0 /etc/ganeti/lib
-ln -s /usr/share/ganeti/3.0 /etc/ganeti/share
+mkdir -p /etc/ganeti
+ln -s "/usr/lib/ganeti/$3" /etc/ganeti/lib
+ln -s "/usr/share/ganeti/$3" /etc/ganeti/share
 mkdir -p /var/lib/ganeti /var/log/ganeti/kvm /run/ganeti
 # Ganeti asks for its node's whole name, and there is no name server.
 echo "$2" >/proc/sys/kernel/hostname
@@ -370,8 +371,8 @@ class Node:
 
 
 @contextlib.contextmanager
-def _node(lab: Namespace) -> Iterator[Node]:
-    setup = ["sh", "-c", SETUP, "sh", str(debian.ganeti()), f"{lab.name}.example.com"]
+def _node(lab: Namespace, version: str) -> Iterator[Node]:
+    setup = ["sh", "-c", SETUP, "sh", str(debian.ganeti(version)), f"{lab.name}.example.com", version]
     unshare = ["unshare", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
     holder = lab.popen([*unshare, *setup], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert holder.stdout is not None
@@ -391,10 +392,19 @@ def _node(lab: Namespace) -> Iterator[Node]:
 class Cluster:
     """Two nodes and a client on one switch."""
 
-    mode: Mode
-    client: Namespace
+    net: Network
     a: Node
     b: Node
+
+    @property
+    def mode(self) -> Mode:
+        """What NICs it is for."""
+        return self.net.mode
+
+    @property
+    def client(self) -> Namespace:
+        """Who reaches guests."""
+        return self.net.client
 
     @property
     def nodes(self) -> tuple[Node, Node]:
@@ -417,16 +427,16 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(mode: Mode, packages: Sequence[Path]) -> Iterator[Cluster]:
-    """Two nodes for guests of one mode, with *packages* installed."""
+def cluster(mode: Mode, packages: Sequence[Path], version: str = "3.0") -> Iterator[Cluster]:
+    """Two nodes for guests of one mode, with *packages* installed, and that *version* of Ganeti."""
     require()
     with contextlib.ExitStack() as stack:
         net = stack.enter_context(network(mode))
-        a, b = (stack.enter_context(_node(lab)) for lab in (net.a, net.b))
+        a, b = (stack.enter_context(_node(lab, version)) for lab in (net.a, net.b))
         for node in (a, b):
             if mode == "bridged":  # for the migration itself; a routed node has its address on eth0
                 node.run("ip", "addr", "add", f"{node.address}/24", "dev", "br0")
             if packages:
                 node.install(packages)
             node.before = copy.deepcopy(node.snapshot())
-        yield Cluster(mode, net.client, a, b)
+        yield Cluster(net, a, b)

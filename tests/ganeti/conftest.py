@@ -35,9 +35,15 @@ def mode(request: pytest.FixtureRequest) -> Mode:
 
 
 @pytest.fixture
-def two_nodes(mode: Mode, packages: list[Path]) -> Iterator[cluster.Cluster]:
+def version() -> str:
+    """Which Ganeti."""
+    return "3.0"
+
+
+@pytest.fixture
+def two_nodes(mode: Mode, packages: list[Path], version: str) -> Iterator[cluster.Cluster]:
     """Nodes a and b, with Ganeti and our packages."""
-    with cluster.cluster(mode, packages) as found:
+    with cluster.cluster(mode, packages, version) as found:
         yield found
 
 

@@ -1,4 +1,4 @@
-"""Debian's own Ganeti 3.0 drives QEMU, and what it makes of a NIC is right at each step, on both nodes."""
+"""Debian's own Ganeti drives QEMU, and what it makes of a NIC is right at each step, on both nodes."""
 
 from __future__ import annotations
 
@@ -185,6 +185,7 @@ def test_a_target_that_cannot_take_the_guest_refuses_before_it_moves(two_nodes: 
     b.before_move(operation, instance)
 
 
+@pytest.mark.parametrize("version", ["3.0", "3.1"])
 @pytest.mark.parametrize("mode", ["routed"])
 def test_with_agents_a_routed_guest_does_not_wait_for_ganeti(two_nodes: Cluster, image: guest.Image) -> None:
     """Its second NIC is not up in the guest, which so does not answer for the address: that is left to Ganeti."""

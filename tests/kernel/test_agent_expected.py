@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from harness import agents, guests, manager, oracle, tools, wire
 from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC, IPS
 from harness.agents import NOT_WIRED, Agent, journal, phase, through, until, wired
-from harness.guests import answering, rarp, witness
+from harness.guests import FRAMES, answering, rarp, witness
 from harness.hooks import check, hook
 from harness.manager import RUN_DIR
 from harness.moving import FIRST, INSTANCE, Qemu, environment
@@ -171,6 +172,28 @@ def test_an_address_that_the_guest_does_not_have_yet_is_left_to_ganeti(uplinked:
         by_ganeti("tap0", has)
         until(lambda: wired() == ({has}, {has}))
         assert announced(uplinked, client) == {has}
+
+
+@pytest.mark.sweep
+def test_a_pending_address_is_never_announced_whenever_the_guest_says_what(uplinked: Node, agent: Agent) -> None:
+    """Twenty times: with every kind of first frame, before its answer and after it, with pauses and without."""
+    client = uplinked.listen()
+    frames = [*FRAMES.values(), wire.arp_request(GUEST_MAC, GUEST_IP4, GUEST_IP4)]
+    for number in range(20):
+        guest = uplinked.guest("tap0")
+        expect({**FIRST, "IP": "192.0.2.77"})
+        with qemu((guest, GUEST_MAC)):
+            agent.armed("tap0", number + 1)
+            with answering(guest, only=[GUEST_IP4], delay=0.02 * (number % 4)):
+                for frame in frames[number % 5 :]:
+                    guest.send(frame)
+                    time.sleep(0.01 * (number % 3))
+                by_ganeti("tap0", GUEST_IP4)
+                assert wired() == ({GUEST_IP4}, {GUEST_IP4})
+        guest.close()
+        tools.ip("link del tap0")
+        until(lambda: phase() is None)
+    assert announced(uplinked, client) == {GUEST_IP4}
 
 
 @pytest.mark.parametrize("more", ["192.0.2.77", GUEST_IP6, "198.51.100.0/29"])

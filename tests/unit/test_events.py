@@ -213,6 +213,33 @@ def test_files_that_come_are_replaced_and_go(seen: Seen) -> None:
     seen.wait("b")
 
 
+def test_directories_of_others_are_watched_once_they_are_there(loop: Loop, tmp_path: Path) -> None:
+    """There files are made where they are, and then written."""
+    late = tmp_path / "pid"
+    wanted = ""
+
+    def changed() -> None:
+        if (late / "web1").exists() and (late / "web1").read_text() == wanted:
+            loop.stop()
+
+    def wait() -> None:
+        alarm = loop.later(30, lambda: pytest.fail(f"nobody has said that it is {wanted!r}"))
+        loop._running = True
+        loop.run()
+        alarm.cancel()
+
+    events = DirectoryEvents(loop, tmp_path / "run" / "state", changed, [late])
+    late.mkdir()
+    events.complete()
+    with (late / "web1").open("w") as file:
+        wait()
+        wanted = "7"
+        file.write("7")
+        file.flush()
+        wait()
+    events.close()
+
+
 def test_a_directory_that_was_removed_and_made_anew(seen: Seen) -> None:
     for name in ("a", "b", "c"):
         put(seen.directory, name)

@@ -57,6 +57,13 @@ def test_what_is_told_again_takes_the_place_and_is_not_forgotten_with_the_first(
     assert expected.found(tmp_path)[0] == second
 
 
+def test_without_the_agent_who_never_came_is_forgotten_when_another_is_told_of(tmp_path: Path) -> None:
+    for name in ("web1", "web2"):
+        expected.put(tmp_path, replace(expected.told(name, [COMING]), boot="another"), 60)
+    expected.put(tmp_path, expected.told("web3", [COMING]), 60)
+    assert [one.instance for one in expected.found(tmp_path)] == ["web3"]
+
+
 def test_what_was_told_before_the_node_was_started_is_older_than_anything(tmp_path: Path) -> None:
     now = expected.told("web1", [COMING])
     assert now.age < 60
