@@ -93,9 +93,8 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
             described[tap].append(replace(own, source=str(path)))
     for tap, nics in described.items():
         found |= of_tap(found.get(tap, Known(tap, None)), nics, run_dir)
-    for tap, one in managed.all_nics():
-        if tap not in found:
-            found[tap] = Known(tap, one) if isinstance(one, Nic) else Known(tap, None, None, one)
+    for tap, one in managed.all_nics(found):
+        found[tap] = Known(tap, one) if isinstance(one, Nic) else Known(tap, None, None, one)
     return sorted(found.values(), key=lambda one: one.order)
 
 

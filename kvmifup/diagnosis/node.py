@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError
-from kvmifup.core.model import Config, Nic, Phase, Uplink
+from kvmifup.core.model import RUNTIME, Config, Nic, Phase, Uplink
 from kvmifup.diagnosis.bridged import always, no_trunk, unasked, without_uplink
 from kvmifup.diagnosis.findings import Finding, of_error
 from kvmifup.diagnosis.firewall import filtered
@@ -30,7 +30,9 @@ def node_findings(look: Look, settings: Path) -> Iterator[Finding]:
     nics = []
     for one in look.nics:
         if one.trouble:
-            yield of_error(one.trouble, "a hook for this NIC fails, and QEMU does not start")
+            ganetis = one.trouble.where.endswith(RUNTIME)  # its hooks get the NIC in the environment
+            why = "nobody can wire it by hand" if ganetis else "a hook for this NIC fails, and QEMU does not start"
+            yield of_error(one.trouble, why)
         elif one.nic:
             try:
                 nics.append((as_wired(one.nic, config), one.phase))

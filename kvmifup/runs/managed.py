@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from kvmifup.core.errors import KvmIfupError, NicError, NotReadyError
 from kvmifup.core.model import Nic
@@ -26,7 +26,7 @@ def still_here(tap: str, instance: str | None) -> str | None:
     if instance not in names:
         return None
     qemus = guests.behind_taps()
-    if owner(tap, qemus, names) != instance and not is_hidden(tap, instance, qemus):
+    if owners([tap], qemus, names).get(tap) != instance and not is_hidden(tap, instance, qemus):
         return None
     try:
         status = qmp.ask(ganeti.socket_of(instance), "query-status")["status"]
@@ -48,7 +48,7 @@ def nic_of_tap(tap: str) -> Nic | None:
     if not names:
         return None
     qemus = guests.behind_taps()
-    instance = owner(tap, qemus, names)
+    instance = owners([tap], qemus, names).get(tap)
     return None if instance is None else nic_on(tap, instance, qemus)
 
 
@@ -56,37 +56,44 @@ def nics_of_instance(instance: str) -> list[Nic]:
     """All NICs that Ganeti has for *instance*, by tap. Raises NicError."""
     names = ganeti.guests()
     qemus = guests.behind_taps() if instance in names else {}
-    return [nic_on(tap, instance, qemus) for tap in sorted(qemus) if owner(tap, qemus, names) == instance]
+    return [
+        nic_on(tap, instance, qemus) for tap, name in owners(sorted(qemus), qemus, names).items() if name == instance
+    ]
 
 
-def all_nics() -> Iterator[tuple[str, Nic | KvmIfupError]]:
-    """Each tap of a guest of Ganeti's, and the NIC on it, or why it is not known. Raises OSError.
+def all_nics(known: Collection[str]) -> Iterator[tuple[str, Nic | KvmIfupError]]:
+    """Each tap of a guest of Ganeti's that is not *known*, with its NIC, or why there is none. Raises OSError.
 
     A guest that still waits for a migration is left out: Ganeti describes it when it has come.
     """
     names = ganeti.guests()
     qemus = guests.behind_taps() if names else {}
-    for tap in sorted(qemus):
-        instance = owner(tap, qemus, names)
-        if instance is not None and ganeti.runtime_of(instance).exists():
+    for tap, instance in owners(sorted(qemus.keys() - known), qemus, names).items():
+        if ganeti.runtime_of(instance).exists():
             try:
                 yield tap, nic_on(tap, instance, qemus)
             except NicError as error:
                 yield tap, error
 
 
-def owner(tap: str, qemus: Mapping[str, guests.Qemu], names: list[str]) -> str | None:
-    """Which of the guests *names* has *tap*; None if none has, or if it is not for guests to use.
+def owners(taps: Sequence[str], qemus: Mapping[str, guests.Qemu], names: Sequence[str]) -> dict[str, str]:
+    """Which of the guests *names* has each of *taps*; without those that none has, or that are not for guests to use.
 
-    Pid files say it. If they say nothing, NIC files do; these may be left over from a guest that is gone.
+    Pid files say it. If they say nothing, or more than one thing, NIC files do. Both may be left over from a guest that
+    is gone.
     """
-    qemu = qemus.get(tap)
-    if qemu is None or tap.startswith(GANETI_OWN):
-        return None
-    processes = {name: ganeti.process_of(name) for name in names}
-    found = [name for name, process in processes.items() if process == qemu.pid]
-    found = found or [name for name in names if processes[name] is None and tap in ganeti.taps_of(name).values()]
-    return found[0] if len(found) == 1 else None
+    processes = {name: ganeti.process_of(name) for name in names} if taps else {}
+    found = {}
+    for tap in taps:
+        if tap.startswith(GANETI_OWN) or tap not in qemus:
+            continue
+        sure = [name for name, process in processes.items() if process == qemus[tap].pid]
+        if len(sure) != 1:
+            likely = sure or [name for name in names if processes[name] is None]
+            sure = [name for name in likely if tap in ganeti.taps_of(name).values()]
+        if len(sure) == 1:
+            found[tap] = sure[0]
+    return found
 
 
 def nic_on(tap: str, instance: str, qemus: Mapping[str, guests.Qemu]) -> Nic:

@@ -88,10 +88,16 @@ def test_the_number_of_a_nic_file_tells_nothing(uplinked: Node, files: dict[str,
         ]
 
 
-def test_a_file_that_a_dead_guest_has_left_tells_nothing(uplinked: Node) -> None:
+@pytest.mark.parametrize("how", ["NIC file", "pid file", "no pid file"])
+def test_what_a_dead_guest_has_left_tells_nothing(uplinked: Node, how: str) -> None:
     nodes.add_tap()
-    write("nic/another.example.com/0", "tap0")
+    write("nic/another.example.com/0", "tap0" if how == "NIC file" else "tap9")
     with started([routed()], {"0": "tap0"}, *netdev()):
+        pid = DIRECTORY / "pid" / GUEST
+        if how == "pid file":  # with the number that this guest's QEMU has by now
+            write("pid/another.example.com", pid.read_text())
+        elif how == "no pid file":
+            pid.unlink()
         assert shown()["tap0"]["instance"] == GUEST
 
 

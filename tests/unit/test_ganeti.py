@@ -70,7 +70,7 @@ def test_without_ganeti(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ganeti.guests() == []
     assert managed.nic_of_tap("tap0") is None
     assert managed.nics_of_instance("web1") == []
-    assert list(managed.all_nics()) == []
+    assert list(managed.all_nics([])) == []
 
 
 def test_no_runtime_file(run_dir: Path) -> None:
