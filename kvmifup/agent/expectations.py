@@ -74,13 +74,14 @@ class Expectations:
             return True
         pid = ganeti.process_of(one.instance)
         held = guests.behind_taps_of(str(pid)) if pid else {}
-        if not any(qemu.incoming for qemu in held.values()):
-            return bool(held)  # it has been started here, so scripts have wired it
         nics = {nic.mac: nic for nic in one.nics}
-        found = {tap: nics[qemu.mac] for tap, qemu in held.items() if qemu.mac in nics}
+        # By their MACs: the pid file may be an old one, and its number another guest's by now.
+        found = {tap: (nics[qemu.mac], qemu) for tap, qemu in held.items() if qemu.mac in nics}
+        if not any(qemu.incoming for _, qemu in found.values()):
+            return bool(found)  # it has been started here, so scripts have wired it
         results = [
             self._runner.attempt(partial(begin, replace(nic, tap=tap, to_ask=True)), WHY, BUSY)
-            for tap, nic in found.items()
+            for tap, (nic, _) in found.items()
             if not tap.startswith(GANETI_OWN)
         ]
         failures = [result for result in results if isinstance(result, KvmIfupError)]

@@ -320,6 +320,19 @@ def test_its_unit_lets_it_see_which_taps_a_qemu_has(uplinked: Node) -> None:
             agent.armed()
 
 
+@pytest.mark.parametrize("incoming", [True, False])
+def test_an_old_pid_file_may_have_another_guests_number(uplinked: Node, agent: Agent, incoming: bool) -> None:
+    other, guest = uplinked.guest("tap0"), uplinked.guest("tap1")
+    with qemu((other, SECOND_MAC), incoming=incoming):
+        expect(FIRST)
+        witness(uplinked, agent)
+        assert not nobody_is_expected()
+        assert phase("tap0") is None
+        with qemu((guest, GUEST_MAC)):
+            agent.armed("tap1")
+            assert nobody_is_expected()
+
+
 def test_a_node_that_has_become_unfit_meanwhile_is_tried_again(uplinked: Node, agent: Agent) -> None:
     expect(FIRST)
     tools.run("sysctl", "-qw", "net.ipv4.conf.eth0.forwarding=0")
