@@ -26,6 +26,7 @@ from harness.addresses import GUEST_IP4, GUEST_MAC
 from harness.tools import CLEAN
 from lab import debian, guest
 from lab.errors import LabError
+from lab.migrate import MEMORY_KIB
 from lab.nodes import NODE_IP4, Mode, Namespace, Network, end, guest_addresses, network
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +176,8 @@ class Instance:
                 "initrd_path": str(self.image.initrd),
                 "kernel_args": guest.command_line(guest_addresses(mode)),
                 "root_path": "",
+                # A busy guest whose memory is a round number crashes when it moves: see lab.migrate.
+                "kvm_extra": f"--m {MEMORY_KIB}k",  # Ganeti looks for -m, and cannot read that
             }
         return {
             "name": self.name,
