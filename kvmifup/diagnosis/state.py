@@ -17,6 +17,7 @@ from kvmifup.diagnosis.nics import Known, all_nics, selected
 from kvmifup.inputs import values
 from kvmifup.node.bridges import Bridges
 from kvmifup.node.firewall import Chains, chains
+from kvmifup.node.frames import is_station
 from kvmifup.node.guests import Qemu, behind_taps
 from kvmifup.node.overview import Overview
 from kvmifup.runs import clock, planning
@@ -228,6 +229,7 @@ def seen_mac(nic: Nic, qemu: Qemu | None, look: Look) -> tuple[str | None, str]:
         seen = list(filter(None, look.overview.neighbours(nic.tap).values()))
     else:
         return None, ""
+    seen = [mac for mac in seen if is_station(bytes.fromhex(mac.replace(":", "")))]  # a cache takes what it is told
     return nic.mac if nic.mac in seen else next(iter(seen), None), f"what comes in on {nic.tap}"
 
 

@@ -128,6 +128,22 @@ def test_frames_from_another_mac_are_seen_on_a_bridge(node: Node) -> None:
     assert found() == (0, [])
 
 
+@pytest.mark.parametrize("mac", ["00:00:00:00:00:00", "03:00:00:00:00:0b", "ff:ff:ff:ff:ff:ff"])
+def test_what_can_be_no_machines_mac_is_not_the_guests(node: Node, mac: str) -> None:
+    """A guest can tell the node that, and its neighbour cache believes it."""
+    wired(node, ROUTED)
+    (gateway,) = (
+        one["local"]
+        for info in tools.ask("-6 addr show dev tap0")
+        for one in info["addr_info"]
+        if one["scope"] == "link"
+    )
+    node.taps[0].send(wire.solicitation(mac, "fe80::b", gateway)[:6] + wire.mac_bytes(FOREIGN_MAC)
+                      + wire.solicitation(mac, "fe80::b", gateway)[12:])  # fmt: skip
+    agents.until(lambda: mac in str(tools.ask("-6 neigh show dev tap0")))
+    assert found() == (0, [])
+
+
 def test_frames_from_another_mac_are_seen_on_a_routed_tap(node: Node) -> None:
     wired(node, ROUTED)
     gateway = next(
