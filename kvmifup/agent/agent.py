@@ -41,6 +41,7 @@ from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
 from kvmifup.inputs import config, ganeti
+from kvmifup.node import standing
 from kvmifup.runs import clock, expected
 from kvmifup.tell import syslog
 
@@ -58,6 +59,7 @@ class Agent:
 
     def __init__(self, loop: Loop, listener: Listener, run_dir: Path, say: Say) -> None:
         self._loop = loop
+        self._forget = standing.keep()
         self._runner = Runner(run_dir, say)
         self._listener = listener
         self._announcements = Announcements(loop, self._runner)
@@ -107,6 +109,7 @@ class Agent:
         self._loop.close()
         self._taps.close()
         self._departures.close()
+        self._forget()
 
     # --- events -------------------------------------------------------------------------------------------
 

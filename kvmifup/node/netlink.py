@@ -63,7 +63,7 @@ from kvmifup.node.messages import (
     text,
     u32,
 )
-from kvmifup.node.transport import Transport
+from kvmifup.node.transport import Keep, Transport
 
 SIOCGIFINDEX = 0x8933  # linux/sockios.h
 IFNAMSIZ = 16  # linux/if.h
@@ -112,16 +112,18 @@ class Netlink:
 
     # --- routes -----------------------------------------------------------------------------------------
 
-    def routes(self, family: int, table: int, oif: int | None = None) -> list[bytes]:
+    def routes(
+        self, family: int, table: int, oif: int | None = None, wanted: bytes = b"", keep: Keep = None
+    ) -> list[bytes]:
         """The routes in *table*, as whole messages; none for a table that was never used.
 
-        With *oif*, the index of a device, only those that lead out of it.
+        With *oif*, the index of a device, only those that lead out of it. For *wanted* and *keep* see `Transport.dump`.
         """
         body = RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0) + number(RTA_TABLE, table)
         if oif is not None:
             body += number(RTA_OIF, oif)
         try:
-            return self.transport.dump(RTM_GETROUTE, body)
+            return self.transport.dump(RTM_GETROUTE, body, wanted, keep)
         except NetlinkError as error:
             if error.errno == errno.ENOENT:
                 return []

@@ -16,6 +16,7 @@ from kvmifup.node.messages import (
     RTA_MULTIPATH,
     RTA_NH_ID,
     RTA_OIF,
+    RTA_TABLE,
     RTA_VIA,
     RTMSG,
     RTN_UNICAST,
@@ -45,7 +46,17 @@ class Hop:
 
 def defaults(routes: Sequence[bytes]) -> list[bytes]:
     """The default routes among *routes*."""
-    return [message for message in routes if message[BODY + 1] == 0 and message[BODY + 7] == RTN_UNICAST]
+    return list(filter(is_default, routes))
+
+
+def is_default(message: bytes) -> bool:
+    """Whether the route in an RTM_NEWROUTE message is a default route."""
+    return message[BODY + 1] == 0 and message[BODY + 7] == RTN_UNICAST
+
+
+def table_of(message: bytes) -> int:
+    """The table that the route in an RTM_NEWROUTE message is in."""
+    return u32(attributes(message, BODY + RTMSG.size).get(RTA_TABLE)) or message[BODY + 4]
 
 
 def hops(routes: Sequence[bytes], via: Transport) -> list[Hop]:

@@ -47,6 +47,8 @@ class Port:
 class WholeView(View):
     """A view that answers out of dumps. It never forgets them, so it does not notice what happens later."""
 
+    ALONE = 0  # there are many to ask for
+
     def __init__(self) -> None:
         super().__init__()
         with refusals("reading devices"):

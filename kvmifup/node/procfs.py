@@ -120,6 +120,8 @@ def link_local(dev: str) -> str | None:
         trust.need_answer(error)
         return None
     for line in lines:
+        if not line.endswith(dev):  # each tap has a line
+            continue
         address, _index, _length, scope, flags, name = line.split()
         if name == dev and int(scope, 16) == IPV6_ADDR_LINKLOCAL and not int(flags, 16) & IFA_F_TENTATIVE:
             return str(ipaddress.IPv6Address(bytes.fromhex(address)))

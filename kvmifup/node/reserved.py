@@ -8,14 +8,12 @@ from ipaddress import IPv4Interface, ip_address
 
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import Prefix
-from kvmifup.node import nexthops
-from kvmifup.node.addresses import addresses
+from kvmifup.node import standing
 from kvmifup.node.messages import FAMILIES
 from kvmifup.node.procfs import device_name
 from kvmifup.node.refusals import refusals
 from kvmifup.node.view import View
 
-EVERY_TABLE = 0  # RT_TABLE_UNSPEC
 LINK_LOCAL = "fe80:"  # never a guest's: `kvmifup.inputs.values` refuses it
 
 
@@ -53,7 +51,7 @@ def reserved(family: int, view: View) -> tuple[Reserved, ...]:
 
 def of_devices(family: int, view: View) -> Iterator[Reserved]:
     """The node's own addresses, also on devices that are down, and what their IPv4 networks reserve."""
-    for _, text in addresses(view.netlink.transport, FAMILIES[family]):
+    for _, text in standing.own_addresses(FAMILIES[family], view.netlink):
         address = text.partition("/")[0]
         if address.startswith(LINK_LOCAL):
             continue
@@ -72,8 +70,7 @@ def gateways(family: int, view: View) -> Iterator[Reserved]:
     An IPv4 route may have one of IPv6 (`via inet6`).
     """
     for version in (4, 6) if family == 6 else (4,):
-        routes = nexthops.defaults(view.routes(version, EVERY_TABLE))
-        for hop in nexthops.hops(routes, view.netlink.transport):
+        for hop in view.default_hops(version, standing.EVERY_TABLE):
             if hop.gateway and (":" in hop.gateway) == (family == 6) and not behind_a_tap(hop.index, view):
                 what = f"the gateway of a default route on {device_name(hop.index)}"
                 yield Reserved(family, int(ip_address(hop.gateway)), hop.gateway, what)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kvmifup.node.messages import (
     BODY,
@@ -38,6 +38,8 @@ HEADERS = {
     RTM_NEWNEIGH: (NDMSG.size, 3),
     RTM_NEWVLAN: (8, 0),  # struct br_vlan_msg
 }
+
+Keep = Callable[[bytes], bool] | None  # which messages of a dump; None is all
 
 
 class Transport:
@@ -77,8 +79,8 @@ class Transport:
                 return b""
             return data[:length]
 
-    def dump(self, kind: int, body: bytes, wanted: bytes = b"") -> list[bytes]:
-        """Send a request for a dump; returns those of its messages that contain the bytes *wanted*.
+    def dump(self, kind: int, body: bytes, wanted: bytes = b"", keep: Keep = None) -> list[bytes]:
+        """Send a request for a dump; returns those of its messages that contain the bytes *wanted*, and pass *keep*.
 
         The kernel sends a large dump in parts, and counts where it was. What is removed between two parts moves the
         rest, and then what comes right after the end of a part is left out, though it was there all the time. Only for
@@ -89,8 +91,8 @@ class Transport:
             warm = self._warm
             parts, undisturbed = self._dump_once(kind, body)
             if undisturbed and len(parts) <= 1 and not every:
-                return [one for part in parts for one in split(part, wanted)]
-            every |= {identity(one): one for part in parts for one in split(part, wanted)}
+                return [one for part in parts for one in filter(keep, split(part, wanted))]
+            every |= {identity(one): one for part in parts for one in filter(keep, split(part, wanted))}
             if undisturbed and len(parts) > 1:
                 # The first part that a socket gets is small, until it has received something (netlink_dump).
                 other = Transport() if warm else self
@@ -99,7 +101,7 @@ class Transport:
                 finally:
                     if warm:
                         other.close()
-                every |= {identity(one): one for part in parts for one in split(part, wanted)}
+                every |= {identity(one): one for part in parts for one in filter(keep, split(part, wanted))}
             if undisturbed:
                 break
         return list(every.values())

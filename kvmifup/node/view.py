@@ -11,7 +11,7 @@ from typing import Any
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
 from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl, UplinkVlans
-from kvmifup.node import messages, nexthops, ovs
+from kvmifup.node import messages, nexthops, ovs, standing
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
 from kvmifup.node.netlink import Netlink
@@ -63,6 +63,8 @@ class View:
     What asks the kernel raises VanishedError for a device that is not there, and KernelError for any other refusal.
     """
 
+    ALONE = 4  # prefixes for which a table is searched, until it is quicker to read it
+
     def __init__(self) -> None:
         self.netlink = Netlink()
         self._indices: dict[str, int] = {}  # of every device that was looked at; never forgotten
@@ -72,11 +74,13 @@ class View:
         self._searched: dict[tuple[int, int], int] = {}  # how often, since it was read
         self._routes_by_prefix: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
         self.routes_out = RoutesOut()
+        self._routes_to: dict[tuple[Prefix, int], list[RouteEntry]] = {}  # by prefix and table
         self._default_hops: dict[tuple[int, int], list[Hop]] = {}
         self._of_tables: tuple[dict[Any, Any], ...] = (
             self._routes,
             self._searched,
             self._routes_by_prefix,
+            self._routes_to,
             self._default_hops,
         )
         self._uplinks: dict[tuple[str, int], Uplink] = {}
@@ -185,31 +189,39 @@ class View:
 
     def routes_to(self, prefix: Prefix, table: int) -> list[RouteEntry]:
         """The routes in *table* to exactly *prefix*."""
-        key = (prefix.version, table)
-        routes = self.routes(*key)
+        if (prefix, table) in self._routes_to:
+            return self._routes_to[prefix, table]
+        key, raw = (prefix.version, table), prefix.network_address.packed
         self._searched[key] = self._searched.get(key, 0) + 1
+        if key not in self._routes and self._searched[key] <= self.ALONE:
+            with refusals(f"reading table {table}"):
+                routes = self.netlink.routes(FAMILIES[prefix.version], table, wanted=raw)
+        else:
+            routes = self.routes(*key)
         if self._searched[key] > FEW:
             if key not in self._routes_by_prefix:
                 self._routes_by_prefix[key] = messages.by_prefix(routes)
-            routes = self._routes_by_prefix[key].get((prefix.network_address.packed, prefix.prefixlen), [])
-        return messages.routes_to(prefix, routes)
+            routes = self._routes_by_prefix[key].get((raw, prefix.prefixlen), [])
+        found = self._routes_to[prefix, table] = messages.routes_to(prefix, routes)
+        return found
 
     def routes_of(self, op: Route) -> list[RouteEntry]:
         """The routes that *op* is about: to its prefix, out of its device.
 
-        If the table has not been read yet, the kernel is asked only for the routes out of that device.
+        If nobody has searched the table for it yet, the kernel is asked only for the routes out of that device.
         """
         prefix, index = ipaddress.ip_network(op.prefix), self.index(op.dev)
-        if (prefix.version, op.table) in self._routes:
+        if (prefix, op.table) in self._routes_to or (prefix.version, op.table) in self._routes:
             return [route for route in self.routes_to(prefix, op.table) if route.oif == index]
         with refusals(f"reading table {op.table}"):
             return self.routes_out.to(prefix, op.table, index, self.netlink)
 
     def default_hops(self, family: int, table: int) -> list[Hop]:
-        """The next hops of the default routes of *family*, 4 or 6, in *table*."""
+        """The next hops of the default routes of *family*, 4 or 6, in *table*, or in every one."""
         if (family, table) not in self._default_hops:
-            routes = nexthops.defaults(self.routes(family, table))
             with refusals(f"reading table {table}"):
+                found = standing.defaults(FAMILIES[family], self.netlink)
+                routes = [one for one in found if table in (standing.EVERY_TABLE, nexthops.table_of(one))]
                 self._default_hops[family, table] = nexthops.hops(routes, self.netlink.transport)
         return self._default_hops[family, table]
 
