@@ -25,12 +25,14 @@ from kvmifup.runs.store import Store
 SCHEDULE = (0.0, 0.05, 0.2, 0.45, 0.8)
 
 
-def carry_out(prepared: Sequence[tuple[Outcome, Job]], node: Node, store: Store) -> list[Outcome]:
+def carry_out(
+    prepared: Sequence[tuple[Outcome, Job]], node: Node, store: Store, rest: Callable[[], object] = lambda: None
+) -> list[Outcome]:
     """Do all that is *prepared*, or none of it; then announce it. What cannot be announced is a remark.
 
-    Raises what `apply.apply` raises.
+    For *rest* see `apply.apply`, which raises the same.
     """
-    apply([job for _, job in prepared], node, store)
+    apply([job for _, job in prepared], node, store, rest)
     return [replace(outcome, remarks=(*outcome.remarks, *first_round(job, node))) for outcome, job in prepared]
 
 

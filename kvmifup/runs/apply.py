@@ -5,7 +5,7 @@ It knows no mode and no phase. It makes all of the changes that it is given, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -99,9 +99,10 @@ def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] =
     return tuple(changes)
 
 
-def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
+def apply(jobs: Sequence[Job], node: Node, store: Store, rest: Callable[[], object] = lambda: None) -> None:
     """Do all *jobs* or none. What is to come after the changes (`Op.after_change`) is left to the caller.
 
+    *rest* is called when they are done; if it fails, having undone what it has done itself, they are undone as well.
     Raises whatever stopped it, once the node and the journals are as they were before; RollbackError when
     something could not be put back, and then the journal keeps what is left to undo.
     """
@@ -123,6 +124,7 @@ def apply(jobs: Sequence[Job], node: Node, store: Store) -> None:
         drafts = [draft(job, store) for job in jobs]  # all of them: with no space for one, none is committed
         for job, after in zip(jobs, drafts, strict=True):
             commit(job, after, store)
+        rest()
     except BaseException as error:
         if isinstance(error, KvmIfupError):
             error.undone = bool(written)

@@ -10,9 +10,10 @@ from kvmifup import phases
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.runs.announcing import carry_out
+from kvmifup.runs.apply import Job
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
-from kvmifup.runs.session import Session, about
+from kvmifup.runs.session import Session, about, shares
 
 # --- up -------------------------------------------------------------------------------------------------
 
@@ -26,15 +27,62 @@ def up(asked: Phase, nics: Sequence[Nic], session: Session, *, announce: bool) -
     with ExitStack() as stack:
         stack.enter_context(about(", ".join(nic.label for nic in nics)))
         session.locked(stack, [nic.tap for nic in nics])
-        # An earlier guest on this tap may have left something to clear up.
-        session.share(stack, nics, (journal for nic in nics if (journal := session.store.load(nic.tap))))
-        prepared = []
-        for nic in nics:
-            with about(nic.label):
-                prepared.append(prepare(phases.effective(asked, nic), nic, session, announce=announce))
-        if not session.dry:
-            return carry_out(prepared, session.kernel, session.store)
-    return [outcome for outcome, _ in prepared]
+        with ExitStack() as shared:
+            prepared = sharing(asked, nics, session, shared, announce=announce)
+            if session.dry:
+                return [outcome for outcome, _ in prepared]
+            slow = [nic for nic, (_, job) in zip(nics, prepared, strict=True) if is_slow(job) and not concerns_all(job)]
+            if not slow or not any(concerns_all(job) for _, job in prepared):
+                return carry_out(prepared, session.kernel, session.store)
+        return slow_first(asked, nics, slow, prepared, session, announce=announce)
+
+
+def sharing(
+    asked: Phase, nics: Sequence[Nic], session: Session, stack: ExitStack, *, announce: bool
+) -> list[tuple[Outcome, Job]]:
+    """What *nics* need, as long as *stack* holds what they share. Raises as `up`."""
+    # An earlier guest on this tap may have left something to clear up.
+    session.share(stack, nics, (journal for nic in nics if (journal := session.store.load(nic.tap))))
+    prepared = []
+    for nic in nics:
+        with about(nic.label):
+            prepared.append(prepare(phases.effective(asked, nic), nic, session, announce=announce))
+    return prepared
+
+
+def slow_first(
+    asked: Phase,
+    nics: Sequence[Nic],
+    slow: Sequence[Nic],
+    prepared: Sequence[tuple[Outcome, Job]],
+    session: Session,
+    *,
+    announce: bool,
+) -> list[Outcome]:
+    """Do what is *prepared* for the *slow* ones of *nics*; then plan the others once more, and do them. All, or none.
+
+    Nobody else's guest waits for the lock of what is shared while an administrator's program runs, or a port learns.
+    """
+    outcomes: dict[str, Outcome] = {}
+
+    def others() -> None:
+        with ExitStack() as shared:
+            later = sharing(asked, [nic for nic in nics if nic not in slow], session, shared, announce=announce)
+            outcomes.update((one.tap, one) for one in carry_out(later, session.kernel, session.store))
+
+    first = [one for nic, one in zip(nics, prepared, strict=True) if nic in slow]
+    outcomes.update((one.tap, one) for one in carry_out(first, session.kernel, session.store, others))
+    return [outcomes[nic.tap] for nic in nics]
+
+
+def is_slow(job: Job) -> bool:
+    """Whether *job* may have to wait for something."""
+    return any(change.op.waits for change in job.needed)
+
+
+def concerns_all(job: Job) -> bool:
+    """Whether *job* is about something that taps share."""
+    return shares(job.before) or (job.after is not None and shares(job.after))
 
 
 def need_own_addresses(nics: Sequence[Nic]) -> None:

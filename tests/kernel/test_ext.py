@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from harness import hooks, manager, namespaces, nodes, oracle, tools
-from harness.addresses import GUEST_IP4, GUEST_MAC
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
 from harness.hooks import check, hook
 from harness.nodes import Node
 from harness.oracle import link
@@ -83,6 +84,76 @@ def test_a_slow_program_holds_up_nobody_elses_hook(programs: Path, how: str) -> 
     fifo.write_text("go on\n")
     check(hooks.finish(slow), 0)
     assert phases() == ["pre", "post", "down"]
+
+
+@pytest.fixture
+def beside(programs: Path) -> Path:
+    """Beside a slow NIC of a guest, on tap0, is a routed one, on tap1; tap2 is another guest's. What lets it go on."""
+    fifo = Path("/run/fifo")
+    os.mkfifo(fifo)
+    put(programs, f'[ "$KVM_IFUP_PHASE" = down ] || read -r line < {fifo}; [ "$line" != fail ]')
+    for tap in ("tap1", "tap2"):
+        nodes.add_tap(tap)
+    manager.write_nic("tap0", mode="ext", link="blue", incoming=True)
+    manager.write_nic("tap1", index=1, mode="routed", ip=[GUEST_IP4, GUEST_IP6], incoming=True, mac=GUEST_MAC)
+    return fifo
+
+
+def slowly(program: str = "kvm-ifup-pre", before: int = 0) -> subprocess.Popen[str]:
+    """Both NICs of the guest are wired, and the slow one's program is at work."""
+    slow = hooks.start(program, "--instance", "web1.example.com", "--json", f"--run-dir={manager.RUN_DIR}")
+    while len(phases()) <= before:
+        assert slow.poll() is None, hooks.finish(slow)
+    return slow
+
+
+def test_a_slow_nic_beside_a_routed_one_holds_up_no_other_guest(beside: Path) -> None:
+    """All of the guest's are wired or none, and yet nobody waits: neither in pre nor in post."""
+    at_once = manager.configuration(lock_timeout=0)
+    manager.write_nic("tap2", "web2", mode="routed", ip=["192.0.2.77"])
+    for number, program in enumerate(("kvm-ifup-pre", "kvm-ifup-post")):
+        slow = slowly(program, number)
+        check(hook("kvm-ifup-post", "tap2", at_once), 0)
+        assert oracle.routes("tap2") == {"192.0.2.77"}
+        check(hook("kvm-ifdown", "tap2", at_once), 0)
+        assert slow.poll() is None
+        beside.write_text("go on\n")
+        done = hooks.finish(slow)
+        assert done.code == 0, done.err
+        assert [outcome["tap"] for outcome in done.outcomes] == ["tap0", "tap1"]
+    assert phases() == ["pre", "post"]
+    assert oracle.routes("tap1") == oracle.proxies() == {GUEST_IP4, GUEST_IP6}
+
+
+def test_an_address_that_is_taken_meanwhile_undoes_the_slow_nic(beside: Path) -> None:
+    manager.write_nic("tap2", "web2", mode="routed", ip=[GUEST_IP6])
+    before = snapshot()
+    slow = slowly()
+    check(hook("kvm-ifup-post", "tap2"), 0)
+    beside.write_text("go on\n")
+    refused = hooks.finish(slow)
+    assert refused.code == 69
+    assert GUEST_IP6 in refused.err
+    assert phases() == ["pre", "down"]
+    assert oracle.routes("tap2") == {GUEST_IP6}
+    check(hook("kvm-ifdown", "tap2"), 0)
+    assert changes(before, snapshot()) == []
+
+
+def test_a_slow_nic_that_fails_leaves_the_routed_one_alone(beside: Path) -> None:
+    before = snapshot()
+    slow = slowly()
+    beside.write_text("fail\n")
+    assert hooks.finish(slow).code == 71
+    assert changes(before, snapshot()) == []
+
+
+def test_what_is_refused_at_once_does_not_wait_for_the_slow_nic(beside: Path) -> None:
+    """All NICs are planned before the first is changed."""
+    manager.write_nic("tap2", "web2", mode="routed", ip=[GUEST_IP4])
+    check(hook("kvm-ifup-post", "tap2"), 0)
+    check(hook("kvm-ifup-pre", "--instance", "web1.example.com"), 69, GUEST_IP4)
+    assert phases() == []
 
 
 def test_a_fresh_start_runs_both_phases(programs: Path) -> None:
