@@ -25,7 +25,9 @@ FOR_OTHERS = 0o022  # the bits of a mode that let others write
 PROTOCOL = b"1"
 ALIVE, DONE, REFUSED = b".", b"=", b"!"
 HEARTBEAT = 0.5  # seconds
-PATIENCE = 2  # whole seconds without a sign of life after which the agent counts as stuck
+# Whole seconds without a sign of life after which the agent counts as stuck. It may only be busy, with all the guests
+# of a node that has just booted: then it is better to wait, because without it all takes ten times as long.
+PATIENCE = 10
 NAMESPACE = "/proc/self/ns/net"
 
 # These paths may be relative, so the command runs here. So do `nic`, which reads standard input, and `watch`,

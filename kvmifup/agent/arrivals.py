@@ -60,15 +60,13 @@ def time_left(runner: Runner, tap: TapRecord) -> float:
     return math.inf if tap.left else tap.reached + runner.config.agent.arrival_timeout - clock.uptime()
 
 
-def relies_on(prepared: PreparedArrival, nic: Nic, touched: frozenset[Thing]) -> bool:
-    """Whether what is *prepared* for *nic* may be wrong now that *touched* has changed.
+def relied_on(prepared: PreparedArrival, nic: Nic) -> frozenset[Thing]:
+    """The things whose change may make wrong what is *prepared* for *nic*.
 
     The tap does not count: `arrive` looks at it when it is needed.
     """
-    devices = {("device", index) for dev, index in prepared.devices if dev != nic.tap}
-    if not touched.isdisjoint({ANYTHING, *devices, *DEFAULT_ROUTES}):
-        return True
-    return any(thing[0] == "route" and thing[1] in nic.destinations for thing in touched)
+    devices: set[Thing] = {("device", index) for dev, index in prepared.devices if dev != nic.tap}
+    return frozenset({ANYTHING, *DEFAULT_ROUTES, *devices, *(("route", to) for to in nic.destinations)})
 
 
 class Arrivals:
@@ -99,6 +97,9 @@ class Arrivals:
         self._unprepared: dict[str, TapRecord] = {}
         self._preparing = OneAtATime(loop, self._begin_preparing, self._prepared)
         self._meanwhile: set[Thing] = set()  # what has changed while one is prepared
+        # What any of those that are prepared relies on. Nearly all that changes on a node is about other guests, and
+        # to look at each of a thousand for it takes longer than what has changed it.
+        self._relied: set[Thing] = set()
 
     def wait_for(self, tap: TapRecord) -> None:
         """*tap* is ARMING: wait for its guest, and have post prepared."""
@@ -172,7 +173,10 @@ class Arrivals:
         first = tap.state is State.ARMING
         if isinstance(prepared, PreparedArrival):
             tap.ready(prepared)
-            if relies_on(prepared, tap.nic, frozenset(self._meanwhile)):
+            things = relied_on(prepared, tap.nic)
+            if things.isdisjoint(self._meanwhile):
+                self._relied |= things
+            else:
                 tap.become(State.ARMED)
                 self._stir()
         elif first:
@@ -189,10 +193,17 @@ class Arrivals:
         """Throw away what relies on *touched*, which has changed."""
         if self._preparing.busy:
             self._meanwhile |= touched
+        if touched.isdisjoint(self._relied):
+            return
+        self._relied.clear()
         for tap in self._taps:
-            if tap.prepared and relies_on(tap.prepared, tap.nic, touched):
-                tap.become(State.ARMED)
-                self._stir()
+            if tap.prepared:
+                things = relied_on(tap.prepared, tap.nic)
+                if things.isdisjoint(touched):
+                    self._relied |= things
+                else:
+                    tap.become(State.ARMED)
+                    self._stir()
 
     def prepare_anew(self) -> None:
         """Have post prepared where it is not: what stood in its way may have changed."""

@@ -25,7 +25,8 @@ from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Background
 
 MAX_REQUEST = 1 << 20  # bytes
-MAX_EXCHANGES = 512
+MAX_EXCHANGES = 1024
+AT_ONCE = 32  # scripts that are taken in before the loop does anything else
 TO_ASK = 5.0  # seconds that a script may take to say what it wants
 PAUSE = 0.1  # seconds without new scripts when there are no descriptors left
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -115,19 +116,21 @@ class HookServer:
         self._listen()
 
     def _accept(self) -> None:
-        try:
-            connection = self.listener.accept()[0]
-        except OSError as error:
-            if error.errno in EXHAUSTED:
-                self._turn_away()
-            return
-        if not welcome(connection) or len(self.exchanges) >= MAX_EXCHANGES:
-            connection.close()
-            return
-        self.last = time.monotonic()
-        exchange = Exchange(self, connection)
-        self.exchanges.add(exchange)
-        exchange.read()  # the request is there already, nearly always
+        # Several at a time: who waits to be taken in has no sign of life until then.
+        for _ in range(AT_ONCE):
+            try:
+                connection = self.listener.accept()[0]
+            except OSError as error:
+                if error.errno in EXHAUSTED:
+                    self._turn_away()
+                return
+            if not welcome(connection) or len(self.exchanges) >= MAX_EXCHANGES:
+                connection.close()
+                continue
+            self.last = time.monotonic()
+            exchange = Exchange(self, connection)
+            self.exchanges.add(exchange)
+            exchange.read()  # the request is there already, nearly always
 
     def _turn_away(self) -> None:
         """Tell who waits that there are no descriptors left, with the one that is kept for this."""

@@ -13,7 +13,7 @@ from kvmifup.agent.systemd import activated
 from kvmifup.core.errors import LockTimeoutError, NotReadyError
 from kvmifup.inputs import places
 
-BACKLOG = 256
+BACKLOG = 1024  # as in the unit: when a node boots, all guests may start at once
 
 
 class OnlyOne:

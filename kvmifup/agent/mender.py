@@ -30,6 +30,7 @@ AGAIN = 1.0  # seconds until a failure is tried again, then twice as long, and s
 LONGEST = 60.0
 ASKED = 6.0  # seconds until a guest that was to be asked is looked at again, if nothing comes of it
 SHOWN = 4  # changes in one line of the log
+FEW = 16  # NICs that are looked at one by one: to read the whole node takes longer
 REASON = "mended"
 
 Key = tuple[object, ...]
@@ -115,7 +116,8 @@ class Mender:
         found: list[Looked] = []
         broken: list[tuple[Looked, planning.Plan | KvmIfupError]] = []
         try:
-            with opened(self._runner.run_dir, self._runner.config, dry=True, by="agent", kernel=Overview) as session:
+            kernel = Overview if len(taps) > FEW else None
+            with opened(self._runner.run_dir, self._runner.config, dry=True, by="agent", kernel=kernel) as session:
                 for tap in filter(TapRecord.is_there, taps):
                     looked, plan = self._compare(tap, session)
                     if plan is None:

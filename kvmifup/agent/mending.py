@@ -53,6 +53,7 @@ class Mending:
         self._known: dict[str, Looked] = {}
         self._relying: dict[Thing, set[str]] = {}  # taps, by what they rely on
         self._suspects: set[str] = set()  # taps whose guest may have left unheard
+        self._uplinks: set[int] = set()  # the indices of those on which this node answers for somebody
         self._looking = OneAtATime(loop, self._begin, self._looked)
         self._checking = OneAtATime(loop, self._begin_check, self._checked)
         self._turn = 0
@@ -77,6 +78,7 @@ class Mending:
         for name in self._known.keys() - there:
             self._forget(name)
         self._suspects &= there
+        self._uplinks = {index for tap in self._taps for index in tap.uplinks}
         self._mender.forget(there)
 
     def touched(self, things: frozenset[Thing]) -> None:
@@ -88,8 +90,9 @@ class Mending:
 
     def went_down(self, devices: Iterable[int]) -> None:
         """*devices* are down, or gone: whose guest leaves meanwhile is not announced there to us."""
-        indices = set(devices)
-        self._suspects |= {tap.name for tap in self._taps if not indices.isdisjoint(tap.uplinks())}
+        indices = self._uplinks.intersection(devices)
+        if indices:  # each tap that is made is down at first
+            self._suspects |= {tap.name for tap in self._taps if not indices.isdisjoint(tap.uplinks)}
 
     def events_lost(self) -> None:
         """The kernel could not tell all that has happened to devices."""

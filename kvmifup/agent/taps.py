@@ -24,7 +24,7 @@ from kvmifup.runs.moves import PreparedArrival
 from kvmifup.tell import syslog
 
 SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
-
+REST, REST_AT_MOST = 4.0, 0.5  # times what the last look took, until the next; and seconds
 AGAIN = 1.0  # seconds from a look that failed to the next one
 REMOVING = 2.0  # seconds that somebody may take to remove the whole directory
 
@@ -64,7 +64,7 @@ class TapRecord:
     """One tap, from its journal.
 
     *stamp* tells this version of the journal from others. *reached*: when it reached its phase, by the clock of
-    `runs.clock`. *places* are where this node answers for the guest.
+    `runs.clock`. *places* are where this node answers for the guest, *uplinks* the indices of those devices.
     *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
@@ -85,6 +85,8 @@ class TapRecord:
             for entry in journal.entries
             if isinstance(entry.op, ProxyNeighbour) and journal.phase is Phase.POST
         )
+        answering = {dev for dev, _ in self.places}
+        self.uplinks = frozenset(index for dev, index in journal.devices if dev in answering)
         self.state = state_of(journal)
         self.listener: socket.socket | None = None
         self.prepared: PreparedArrival | None = None
@@ -130,11 +132,6 @@ class TapRecord:
         """post is *prepared*."""
         self.become(State.READY)
         self.prepared = prepared
-
-    def uplinks(self) -> set[int]:
-        """The indices of the devices on which this node answers for the guest."""
-        devices = {dev for dev, _ in self.places}
-        return {index for dev, index in self.journal.devices if dev in devices}
 
     def is_there(self) -> bool:
         """Whether the device still exists, and its name is still its own."""
@@ -184,6 +181,7 @@ class Taps:
         self._listen, self._found, self._looked = listen, found, looked
         self._taps: dict[str, TapRecord] = {}
         self._look = OneAtATime(loop, self._begin, self._done)
+        self._begun = self._took = 0.0  # when the last look began, and how long it took, in seconds
         # Of the thread that looks: journals that it need not read again while they stay as they are.
         self._unreadable: dict[str, Stamp] = {}
         self._complaint = ""  # why the directory could not be looked at, the last time
@@ -213,9 +211,10 @@ class Taps:
     def look_soon(self) -> None:
         """The same in a moment, once for all changes until then.
 
-        A hook writes its journal twice, and we should not compete with it for the processor.
+        A hook writes its journal twice, and we should not compete with it for the processor. With thousands of
+        journals a look takes long, so there are pauses that are longer in proportion.
         """
-        self._look.ask_in(SETTLE)
+        self._look.ask_in(max(SETTLE, min(REST * self._took, REST_AT_MOST)))
 
     def look_again_at(self, tap: TapRecord) -> None:
         """Read its journal again, though it is the same, and begin anew with it: its arrival has failed."""
@@ -231,6 +230,7 @@ class Taps:
                 tap.listener.close()
 
     def _begin(self) -> Callable[[], Found]:
+        self._begun = time.monotonic()
         return partial(self._find, {name: tap.stamp for name, tap in self._taps.items()}, frozenset(self._doubtful))
 
     def _find(self, known: dict[str, Stamp], doubtful: frozenset[str]) -> Found:
@@ -306,5 +306,6 @@ class Taps:
             self._taps[name] = tap
             self._found(tap)
         self._looked()
+        self._took = time.monotonic() - self._begun
         if not sure:  # a guest may have come of which we know nothing
             self._look.ask_in(AGAIN)

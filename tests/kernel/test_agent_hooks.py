@@ -21,6 +21,8 @@ from harness.agents import SOCKET, Agent, phase, through, until, wired
 from harness.guests import witness
 from harness.hooks import Result, check, hook
 from harness.nodes import Node
+from kvmifup import __version__
+from kvmifup.client import PATIENCE
 
 BY_ITSELF = re.compile(r"^kvm-if\w+(-\w+)?: done without the agent: .*\n")
 
@@ -199,17 +201,33 @@ def test_the_socket_of_an_agent_that_was_killed(described: Node) -> None:
         through("kvm-ifup-pre", "tap0")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_an_agent_that_is_stopped(described: Node) -> None:
     with agents.running() as agent:
         agent.send(signal.SIGSTOP)
         does_it_itself("does not answer")
 
 
+def checkout(where: Path, module: str, old: str, new: str) -> Path:
+    """A copy of all that runs, with *new* in the place of *old* in a *module*."""
+    shutil.copytree(tools.ROOT / "kvmifup", where / "kvmifup", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tools.SCRIPTS, where / "scripts")
+    file = where / "kvmifup" / module
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
+    return where
+
+
+@pytest.fixture
+def impatient(described: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts that wait for one second only for an agent that gives no sign of life."""
+    copy = checkout(nodes.scratch(), "client.py", f"PATIENCE = {PATIENCE}\n", "PATIENCE = 1\n")
+    monkeypatch.setattr(hooks, "SCRIPTS", copy / "scripts")
+
+
 def test_an_agent_of_another_version(described: Node) -> None:
-    copy = nodes.scratch() / "checkout"
-    shutil.copytree(tools.ROOT / "kvmifup", copy / "kvmifup", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(tools.SCRIPTS, copy / "scripts")
-    (copy / "kvmifup/__init__.py").write_text('"""Another one."""\n\n__version__ = "99"\n')
+    copy = checkout(nodes.scratch(), "__init__.py", __version__, "99")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hooks, "SCRIPTS", copy / "scripts")
         other = Agent().ready()
@@ -232,6 +250,7 @@ def test_an_agent_in_another_network_namespace(described: Node) -> None:
         other.end()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_something_else_behind_the_socket(described: Node) -> None:
     """That says nothing; that hangs up at once; that answers nonsense."""
     SOCKET.parent.mkdir(exist_ok=True)
@@ -274,6 +293,7 @@ def test_a_reader_that_has_gone_changes_nothing_about_what_is_done(described: No
 # --- given up, or killed ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("impatient")
 def test_what_a_script_has_given_up_on_is_not_done_later(described: Node) -> None:
     """pre does not get an answer and does it itself; so does ifdown. When the agent goes on, that is how it stays."""
     before = snapshots.snapshot()
@@ -404,7 +424,7 @@ def test_those_who_have_been_refused_do_not_count_any_more(described: Node) -> N
     """More than may connect at the same time, one after the other."""
     with agents.running():
         for said in (b"", b"\xff\xff\xff\xff", b"\0\0\0\1x"):
-            for _ in range(600):
+            for _ in range(1100):
                 with connected() as client:
                     client.sendall(said)
                     client.shutdown(socket.SHUT_WR)

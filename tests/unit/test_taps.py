@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from kvmifup.agent.arrivals import relies_on
+from kvmifup.agent.arrivals import relied_on
 from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
@@ -179,7 +179,7 @@ def test_whose_journal_it_is(loop: Loop) -> None:
 
 
 class Prepared:
-    """What `relies_on` looks at."""
+    """What `relied_on` looks at."""
 
     devices = (("tap0", 7), ("eth0", 2), ("lost0", None))
 
@@ -200,7 +200,7 @@ class Prepared:
     ],
 )
 def test_what_was_prepared_relies_on_its_devices_and_routes(touched: set[Thing], relies: bool) -> None:
-    assert relies_on(cast(PreparedArrival, Prepared()), DUAL, frozenset(touched)) is relies
+    assert relied_on(cast(PreparedArrival, Prepared()), DUAL).isdisjoint(touched) is not relies
 
 
 # --- the journals ---------------------------------------------------------------------------------------
