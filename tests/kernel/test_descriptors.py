@@ -132,7 +132,7 @@ def test_a_guest_that_arrives_after_a_shortage_is_wired(uplinked: Node) -> None:
         until(lambda: phase() == "post")
 
 
-@pytest.mark.parametrize("left", range(4))
+@pytest.mark.parametrize("left", [0, 2])
 def test_a_guest_that_arrives_during_a_shortage_is_wired_when_it_is_over(uplinked: Node, left: int) -> None:
     """Also if it has nothing more to say: it is asked."""
     with agents.running() as agent:
@@ -146,7 +146,7 @@ def test_a_guest_that_arrives_during_a_shortage_is_wired_when_it_is_over(uplinke
             until(lambda: phase() == "post", 5.0)
 
 
-@pytest.mark.parametrize("left", range(3))
+@pytest.mark.parametrize("left", [0, 2])
 def test_a_guest_that_leaves_during_a_shortage_is_withdrawn_when_it_is_over(uplinked: Node, left: int) -> None:
     """And one that is here stays, though it could not be asked."""
     with agents.running() as agent:
