@@ -45,7 +45,8 @@ def locked(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise LockTimeoutError("another agent runs on this node", hint="`systemctl stop kvm-ifupd`") from None
+        hint = "`systemctl stop kvm-ifupd`, or end it where somebody has started it"
+        raise LockTimeoutError("another agent runs on this node", hint=hint) from None
     return descriptor
 
 

@@ -175,7 +175,7 @@ def no_agent(*, needed: bool) -> Finding:
     return Finding(
         "the agent is not there",
         "a routed guest that arrives is cut off until its manager calls kvm-ifup-post",
-        "`systemctl enable --now kvm-ifupd.socket`",
+        "`systemctl enable --now kvm-ifupd.socket`; from a checkout: `scripts/kvm-ifupd &`",
         wrong=needed,
     )
 

@@ -43,7 +43,8 @@ def merged(config: Config, path: Path, base: Path) -> Config:
     except trust.Untrusted as error:
         raise ConfigError(f"not to be trusted: {error}", hint=error.mend, where=str(path)) from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise ConfigError(f"not TOML: {as_told(error)}", where=str(path)) from None
+        hint = 'words need quotes, as in key = "word"; see kvm-ifup.toml(5)'
+        raise ConfigError(f"not TOML: {as_told(error)}", hint=hint, where=str(path)) from None
     except PermissionError:
         raise
     except OSError as error:
@@ -71,7 +72,7 @@ def section(current: Any, data: Mapping[str, Any], name: str) -> Any:
     for key, value in data.items():
         full = f"{name}.{key}" if name else key
         if key not in known and not (isinstance(current, ExtConfig) and isinstance(value, dict)):
-            raise ConfigError(f"unknown key {shown(full)}", hint=nearest(key, known))
+            raise ConfigError(f"unknown key {shown(full)}", hint=elsewhere(key, name) or nearest(key, known))
         inner = getattr(current, key, None)
         if isinstance(current, ExtConfig) and isinstance(value, dict):
             changes["networks"] = (*changes.get("networks", current.networks), (key, ext_network(full, value)))
@@ -95,6 +96,15 @@ def links(current: Config, data: Any) -> tuple[tuple[str, LinkConfig], ...]:
         full = f"link.{device(name, 'link')}"
         found[name] = section(current.of_link(name), value, full)
     return tuple(found.items())
+
+
+def elsewhere(key: str, name: str) -> str:
+    """A hint that names the sections where *key*, which the section *name* does not have, belongs; or empty."""
+    places = [f"[{one.name}]" for one in fields(Config) if (type(one.default), key) in CHECKS and one.name != name]
+    places += ["[link.NAME]"] if (LinkConfig, key) in CHECKS and not name.startswith("link.") else []
+    if places:
+        return f"it belongs below {' or '.join(places)}"
+    return "it belongs above all sections" if name and (Config, key) in CHECKS else ""
 
 
 def seconds(key: str, value: Any, most: int = MAX_SECONDS) -> float:

@@ -179,12 +179,22 @@ def test_refused(text: str, names: str, tmp_path: Path) -> None:
         ("[bridged]\nqqqq = 1", "bridged.qqqq", "forwarding_timeout"),
         ("[link.br0]\nuplink = []", "link.br0.uplink", "uplinks"),
         ("[links.br0]\nuplinks = []", "links", "link"),
+        ('uplinks = ["eth0"]', "uplinks", "it belongs below [routed]"),
+        ("[routed]\nmend = false", "routed.mend", "it belongs below [agent]"),
+        ("[agent]\nlock_timeout = 5", "agent.lock_timeout", "it belongs above all sections"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, key: str, near: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"'{key}'")) as caught:
         loaded(tmp_path, text)
     assert near in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["[routed]\nrp_filter = strict", "[routed]\nuplinks = [eth0]", "[agent]\nmend = no"])
+def test_who_has_forgotten_quotes_is_reminded(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not TOML") as caught:
+        loaded(tmp_path, text)
+    assert "words need quotes" in caught.value.hint
 
 
 def dotted_keys() -> st.SearchStrategy[str]:
