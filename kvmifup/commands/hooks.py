@@ -79,4 +79,4 @@ def note(call: Call, name: str, *, tap: bool) -> None:
     if getattr(call.options, "plan", True) or call.options.verbose or call.err.isatty():
         wanted = tap if call.program in PHASES else None
         why = names.meant(name, call.program, call.run_dir, tap=wanted) or "no journal and no NIC file is about it"
-        call.add([f"{call.program}: {printable(name)}: nothing to undo, nobody knows it ({why})"])
+        call.add([f"{call.program}: {printable(name)}: nobody knows it, so nothing is undone ({why})"])

@@ -29,7 +29,7 @@ def put(call: Call) -> None:
     nicfiles.place(call.run_dir, options.instance, options.index)
     text = text_of(options.file, call.stdin)
     try:
-        nic = nicfiles.parse_nic(text, instance=options.instance, index=options.index, source=options.file)
+        nic = nicfiles.checked(call.run_dir, options.instance, options.index, text)
         kind = names.kind_of_device(nic.tap)
         if kind not in (None, "a tap"):
             raise NicError(f"tap {nic.tap} is {kind}", hint="a tap is made by QEMU, for its ifname=")

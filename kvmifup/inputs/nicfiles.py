@@ -32,13 +32,7 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
     Raises NicError, OSError.
     """
     path = place(run_dir, instance, index)
-    try:
-        size = len(text.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise NicError("it is not UTF-8", hint="save it as UTF-8") from None
-    if size > trust.MAX_BYTES:
-        raise NicError(f"it is larger than {trust.MAX_BYTES} bytes")
-    nic = parse_nic(text, instance=instance, index=index, source=str(path))
+    nic = checked(run_dir, instance, index, text)
     for other in (*of_the_same_tap(nic, path, run_dir), *of_the_same_address(nic, run_dir)):
         raise taken(nic, other)
     shortcut = run_dir / "tap" / nic.tap
@@ -48,6 +42,17 @@ def put(run_dir: Path, instance: str, index: int, text: str) -> Nic:
     forget_links(run_dir, path, keep=nic.tap)
     replace(shortcut, partial(os.symlink, target(path)))
     return nic
+
+
+def checked(run_dir: Path, instance: str, index: int, text: str) -> Nic:
+    """The NIC of *text*, if that can be its NIC file. Raises NicError."""
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise NicError("it is not UTF-8", hint="save it as UTF-8") from None
+    if size > trust.MAX_BYTES:
+        raise NicError(f"it is larger than {trust.MAX_BYTES} bytes")
+    return parse_nic(text, instance=instance, index=index, source=str(place(run_dir, instance, index)))
 
 
 def taken(nic: Nic, other: Nic) -> NicError:

@@ -188,7 +188,7 @@ def test_ifdown_of_what_nobody_knows_succeeds_and_says_so_if_asked(inhabited: No
     check(call("kvm-ifdown", *argv), 0)
     told = call("kvm-ifdown", "-v", *argv)
     assert (told.code, word in told.err) == (0, True), told.err
-    assert told.err.startswith(f"kvm-ifdown: {argv[-1]}: nothing to undo")
+    assert told.err.startswith(f"kvm-ifdown: {argv[-1]}: nobody knows it, so nothing is undone")
 
 
 def test_ifdown_tells_a_person_at_a_terminal_unasked(inhabited: Node) -> None:
