@@ -229,6 +229,7 @@ class Agent:
             return
         systemd.notify("STOPPING=1")
         self._listener.remove()  # first: whoever comes now does it by itself
+        self._arrivals.stop_preparing()
         self._hooks.close()
         self._loop.later(DONE, self._stop_when_done)
 

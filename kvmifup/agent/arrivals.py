@@ -96,6 +96,7 @@ class Arrivals:
         self._came_back = came_back
         self._unprepared: dict[str, TapRecord] = {}
         self._preparing = OneAtATime(loop, self._begin_preparing, self._prepared)
+        self._ending = False
         self._meanwhile: set[Thing] = set()  # what has changed while one is prepared
         # What any of those that are prepared relies on. Nearly all that changes on a node is about other guests, and
         # to look at each of a thousand for it takes longer than what has changed it.
@@ -148,8 +149,12 @@ class Arrivals:
         self._unprepared[tap.name] = tap
         self._preparing.ask()
 
+    def stop_preparing(self) -> None:
+        """The agent ends: to prepare a thousand taps first would take it longer than it is given."""
+        self._ending = True
+
     def _begin_preparing(self) -> Callable[[], Preparation] | None:
-        while self._unprepared:
+        while self._unprepared and not self._ending:
             _, tap = self._unprepared.popitem()
             if tap.state in (State.ARMING, State.ARMED):
                 self._meanwhile.clear()

@@ -229,6 +229,17 @@ def test_what_has_become_wrong_while_it_was_prepared_is_prepared_anew(waiting: W
     assert len(waiting.calls) == 2
 
 
+def test_an_agent_that_ends_prepares_nothing_more(waiting: Waiting) -> None:
+    waiting.preparations.append(Prepared())
+    waiting.arm()
+    waiting.run_until(State.READY)
+    waiting.room.stop_preparing()
+    waiting.room.outdate(EVERYTHING)
+    waiting.pass_time(0.05)
+    assert waiting.tap.state is State.ARMED
+    assert len(waiting.calls) == 1
+
+
 def test_a_guest_that_does_not_come_in_time_is_not_waited_for(waiting: Waiting) -> None:
     waiting.runner.config = replace(waiting.runner.config, agent=AgentConfig(arrival_timeout=0.05))
     waiting.preparations.append(Prepared())
