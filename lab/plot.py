@@ -156,10 +156,11 @@ def _panel(axes: Any, result: Result) -> None:
         face = {"markerfacecolor": "none"} if mark.shape == "o" else {}
         axes.plot(at, [mark.height] * len(at), mark.shape, color=mark.colour, markersize=5, **face)
 
-    nodes = "one node answers ARP" if result.nodes_answering == 1 else "TWO nodes answer ARP"
+    answering = "one node answers ARP" if result.nodes_answering == 1 else "TWO nodes answer ARP"
+    nodes = f"  ·  {answering}" if result.probes else ""  # else nobody was asked
     axes.set_title(result.case.title, loc="left", weight="bold", size=10)
     axes.set_title(
-        f"guest down {milliseconds(result.downtime_ms)}  ·  no reply for {silence(result)}  ·  {nodes}",
+        f"guest down {milliseconds(result.downtime_ms)}  ·  no reply for {silence(result)}{nodes}",
         loc="right",
         size=9.5,
     )

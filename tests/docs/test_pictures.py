@@ -11,6 +11,7 @@ from lab import demo, plot
 from lab.cases import CASES, Result
 from lab.observe import Gap
 from tests.docs.pages import ROOT, readme
+from tests.ganeti import demo as ganeti_demo
 
 ARRIVED = 10.0
 
@@ -50,7 +51,13 @@ def test_the_pictures_show_every_case(name: str) -> None:
     assert [case.title for case in CASES if f">{case.title}<" not in picture(name)] == []
 
 
-@pytest.mark.parametrize("name", ["migration", "frames", "bench-migration"])
+def test_the_picture_of_ganeti_shows_every_case() -> None:
+    text = picture("ganeti")
+    assert [case.title for case in ganeti_demo.CASES if f">{case.title}<" not in text] == []
+    assert "answers ARP" not in text  # which nobody has looked at
+
+
+@pytest.mark.parametrize("name", ["migration", "frames", "bench-migration", "ganeti"])
 def test_emulated_cpus_are_marked(name: str) -> None:
     assert "emulated CPUs" in picture(name)
 
