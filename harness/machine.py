@@ -44,7 +44,7 @@ SUITE = "bookworm"  # of a bare system
 SIZE = "2G"  # of the disk; its file takes what is in it
 MEMORY = "1G"
 # Generous: these only turn a hang into a failure.
-BOOT = 300.0
+BOOT = 600.0
 SCRIPT = 300.0
 PATIENCE = 120.0
 
@@ -273,6 +273,8 @@ def _started(directory: Path, console: Path, *more: str, first: str = "") -> Ite
 def _command(directory: Path, console: Path, channel: int, first: str) -> list[str]:
     # What the kernel does not know goes into the environment of the first process.
     parameters = "console=ttyS0 quiet panic=-1 tsc=reliable net.ifnames=0 systemd.mask=getty.target"
+    # On a busy machine a minute and a half, which is systemd's patience, is not enough.
+    parameters += f" systemd.default_timeout_start_sec={BOOT:g} systemd.default_device_timeout_sec={BOOT:g}"
     return [
         *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", MEMORY),
         *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{console}"),

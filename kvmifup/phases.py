@@ -26,7 +26,9 @@ from kvmifup.core.model import (
     ASK,
     MAIN_TABLE,
     Bridge,
+    BridgedConfig,
     Config,
+    LinkConfig,
     Message,
     Nic,
     NodeFacts,
@@ -38,6 +40,7 @@ from kvmifup.core.model import (
 )
 from kvmifup.core.ops import (
     EVERYWHERE,
+    PORT_OPTIONS,
     RTPROT_STATIC,
     Address,
     AddrGenMode,
@@ -51,6 +54,7 @@ from kvmifup.core.ops import (
     Op,
     OvsPort,
     PortForwarding,
+    PortOption,
     Program,
     ProxyNeighbour,
     Route,
@@ -121,12 +125,31 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     vlans = canonical(nic.vlan) if nic.vlan else bridge.new_port if bridge.keeps and bridge.filters else ""
     yield PRE, LinkMaster(nic.tap, f"{name} {vlans}" if vlans else name)
+    yield from ((PRE, op) for op in port_options(nic, config, bridge))
     if nic.vlan:
         text = tagged(ids(nic.vlan))
         yield from ((PRE, UplinkVlans(name, trunk.name, text, text)) for trunk in ready_trunks(nic, name, bridge))
     yield PRE, LinkUp(nic.tap, True)
     if not slow(bridge, config):
         yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
+
+
+def port_options(nic: Nic, config: Config, bridge: Bridge) -> Iterator[Op]:
+    """The options of the port: the NIC says, or the configuration for its link, or for all bridges, or nobody."""
+    # Without it a guest that has moved gets no neighbour solicitation until it reports its groups again, which it does
+    # when a querier asks: minutes later.
+    defaults = {"multicast_router": True} if bridge.snoops else {}
+    for option, (off, on, _) in PORT_OPTIONS.items():
+        value = said(option, nic, config.of_link(nic.link), config.bridged)
+        if value is None:
+            value = defaults.get(option)
+        if value is not None:
+            yield PortOption(nic.tap, option, on if value else off)
+
+
+def said(option: str, *ladder: Nic | LinkConfig | BridgedConfig) -> bool | None:
+    """What the first of *ladder* that says anything says of an option; None if none does."""
+    return next((value for one in ladder if (value := getattr(one, option)) is not None), None)
 
 
 OF_BRIDGED = 'link of a bridged NIC is a Linux bridge; for one of Open vSwitch write mode = "openvswitch"'

@@ -8,13 +8,14 @@ from kvmifup.commands import names
 from kvmifup.commands.call import Call
 from kvmifup.core.errors import NicError, UsageError, raise_all
 from kvmifup.core.model import Nic
+from kvmifup.core.ops import PORT_OPTIONS
 from kvmifup.core.text import printable, shown
 from kvmifup.inputs import nicfiles, trust
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "INCOMING"]
 ELASTIC = {"INSTANCE": 16, "LINK": 6, "ADDRESSES": 9}  # columns that give way on a narrow terminal, and how far
-KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "incoming")
+KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "incoming", *PORT_OPTIONS)
 
 
 def run(call: Call) -> int:

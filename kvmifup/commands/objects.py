@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvmifup.core.ops import PORT_OPTIONS
 from kvmifup.diagnosis.findings import Finding
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.state import State
@@ -23,6 +24,7 @@ def nic_object(one: Known, phase: str, state: State) -> dict[str, Any]:
         "ip": [render.short(prefix) for prefix in nic.ip] if nic else [],
         "vlan": nic.vlan if nic else None,
         "incoming": nic.incoming if nic else None,
+        **{option: getattr(nic, option, None) for option in PORT_OPTIONS},
         "phase": phase,
         "since": journal.since if journal else None,
         "by": journal.by if journal else None,

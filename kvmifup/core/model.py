@@ -42,6 +42,7 @@ class Nic:
     *mac* is the guest's. *ip* has host addresses as /32 and /128. *source* says where the NIC was read from.
     *given* is what else Ganeti says of an ext NIC, for the administrator's program: its names, and values.
     *to_ask*: *ip* may be newer or older than the guest, so it is asked what it has before anything is announced.
+    Those from *isolated* on are options of its port on a bridge; None: the configuration says, or nobody.
     """
 
     tap: str
@@ -54,6 +55,10 @@ class Nic:
     instance: str | None = None
     index: int | None = None
     source: str = ""
+    isolated: bool | None = None
+    hairpin: bool | None = None
+    learning: bool | None = None
+    multicast_router: bool | None = None
     given: tuple[tuple[str, str], ...] = ()
     to_ask: bool = False
 
@@ -131,16 +136,27 @@ def overlap(one: Prefix, other: Prefix) -> bool:
 
 @dataclass(frozen=True)
 class BridgedConfig:
-    """`[bridged]`: a port may take *forwarding_timeout* seconds until it forwards."""
+    """`[bridged]`: a port may take *forwarding_timeout* seconds until it forwards. The rest as in `Nic`."""
 
     forwarding_timeout: float = 5.0
+    isolated: bool | None = None
+    hairpin: bool | None = None
+    learning: bool | None = None
+    multicast_router: bool | None = None
 
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """`[link.NAME]`, for NICs with this link; *uplinks* None means those that are found among the bridge's ports."""
+    """`[link.NAME]`, for NICs with this link; *uplinks* None means those that are found among the bridge's ports.
+
+    The rest as in `Nic`.
+    """
 
     uplinks: tuple[str, ...] | None = None
+    isolated: bool | None = None
+    hairpin: bool | None = None
+    learning: bool | None = None
+    multicast_router: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +240,7 @@ class Bridge:
     *filters*: it keeps VLANs apart. *new_port* are the VLANs of a port that has just joined (`kvmifup.core.vlans`).
     *trunks* are the ports on which the VLANs of its guests leave the node; they are looked for only if a NIC has VLANs.
     *keeps*: the port's VLANs are ours, also if the NIC has none any more.
+    *snoops*: it sends multicast only to those who have asked for it.
     """
 
     is_bridge: bool
@@ -239,6 +256,7 @@ class Bridge:
     new_port: str = ""
     trunks: tuple[Trunk, ...] = ()
     keeps: bool = False
+    snoops: bool = False
 
 
 @dataclass(frozen=True)

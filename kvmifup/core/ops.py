@@ -34,6 +34,7 @@ class Op:
     `waits`: writing the value can take long.
     `moves`: it says where something is: in one `place`, or nowhere (None). That leaves where it is before anything else
     is changed, and comes to the new place in its turn; undone, it comes back when all else is as it was.
+    `of_place`: it is true of the place where something is (`moves`), so it is put back when that is there again.
     `lost_with`: what takes the value away when it is done to the same device, as `disturbs` names it.
     `gone_with`: the kinds of ops that, when they are undone, undo this one as well.
     `leaves`: the value when the guest has gone, for what is about this guest alone. It does not matter who made it:
@@ -46,6 +47,7 @@ class Op:
     readable: ClassVar[bool] = True
     waits: ClassVar[bool] = False
     moves: ClassVar[bool] = False
+    of_place: ClassVar[bool] = False
     lost_with: ClassVar[frozenset[str]] = frozenset()
     gone_with: ClassVar[frozenset[str]] = frozenset()
     leaves: ClassVar[tuple[Value, ...]] = ()
@@ -82,6 +84,10 @@ class Op:
     def before_us(self, found: Value) -> Value:
         """The value to leave behind when the guest has gone, if *found* was there when it came."""
         return self.leaves[0] if self.leaves else found
+
+    def left(self, prior: Value) -> Value:
+        """The value once an op of `gone_with` has been undone, if *prior* was there before us."""
+        return prior
 
     def turned(self, want: Value) -> Op:
         """The same op with *want* as the value wanted: this is how an undo is expressed."""
@@ -290,6 +296,36 @@ class PortForwarding(Op):
         return f"{self.dev} port state"
 
 
+# What a NIC can say of the port of its bridge: the kernel's numbers for false and true, and for a new port.
+PORT_OPTIONS = {"isolated": (0, 1, 0), "hairpin": (0, 1, 0), "learning": (0, 1, 1), "multicast_router": (1, 2, 1)}
+
+
+@dataclass(frozen=True)
+class PortOption(Op):
+    """The *option* (`PORT_OPTIONS`) of the bridge port *dev*, as the kernel's number; None while it is no port."""
+
+    kind = "port-option"
+    of_place = True
+    lost_with = frozenset({"link-master"})  # a port of another bridge starts anew
+    gone_with = frozenset({"link-master"})
+    dev: str
+    option: str
+    want: int | None
+
+    def left(self, prior: Value) -> Value:
+        return None if prior is None else PORT_OPTIONS[self.option][2]
+
+    def subject(self) -> str:
+        return f"{self.dev} {self.option}"
+
+    def say(self, value: Value) -> str:
+        if value is None:
+            return "absent"
+        off, on, _ = PORT_OPTIONS[self.option]
+        # With 1 the bridge finds a multicast router by itself; with 0 there is none.
+        return {on: "on", off: "off"}.get(int(value), "never")
+
+
 @dataclass(frozen=True)
 class Sysctl(Op):
     """The sysctl `net.ipv{family}.{group}.{dev}.{name}`; *group* is conf or neigh. NICs share those of an uplink.
@@ -485,6 +521,7 @@ KINDS: dict[str, type[Op]] = {
         LinkMaster,
         UplinkVlans,
         LinkUp,
+        PortOption,
         PortForwarding,
         Sysctl,
         Rule,

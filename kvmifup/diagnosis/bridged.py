@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from kvmifup import phases
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.ops import LinkMaster, LinkUp, PortForwarding
+from kvmifup.core.ops import LinkMaster, LinkUp, PortForwarding, PortOption
 from kvmifup.diagnosis.findings import Finding
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.state import Look
@@ -30,11 +30,12 @@ def on_bridge(one: Known, nic: Nic, missing: Sequence[Change], look: Look) -> It
             f"look at `bridge -d link show dev {nic.tap}`; `kvm-ifup check --node` says how to make it fast",
         )
         return
-    if unasked(nic.link, [nic.tap], look) and not look.bridges.reported(nic.link, nic.tap):
+    drift = any(isinstance(change.op, PortOption) and change.op.option == "multicast_router" for change in missing)
+    if not drift and unasked(nic.link, [nic.tap], look) and not look.bridges.reported(nic.link, nic.tap):
         yield Finding(
             f"{nic.link} snoops multicast and does not know what the guest on {nic.tap} listens to",
             "IPv6 neighbour solicitations reach it only after it has answered a querier, long after a migration",
-            always(nic.tap),
+            ALWAYS,
             wrong=False,
         )
     yield from same_mac(one, nic, look)
@@ -91,9 +92,7 @@ def unasked(bridge: str, taps: Sequence[str], look: Look) -> list[str]:
     return [tap for tap in taps if look.bridges.always_router(tap) is False]
 
 
-def always(tap: str) -> str:
-    """The command that has a bridge send all multicast to *tap*."""
-    return f"`bridge link set dev {tap} mcast_router 2`"
+ALWAYS = "multicast_router = true for the NIC, its link or all bridges; then kvm-ifup-post"
 
 
 # --- who else is it -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from kvmifup.core.ops import (
+    PORT_OPTIONS,
     RTPROT_STATIC,
     Address,
     AddrGenMode,
@@ -18,6 +19,7 @@ from kvmifup.core.ops import (
     Op,
     OvsPort,
     PortForwarding,
+    PortOption,
     Program,
     ProxyNeighbour,
     Route,
@@ -88,6 +90,8 @@ def argv(op: Op) -> list[str]:
             return ["ip", "link", "set", "dev", op.dev, *(("master", op.want) if op.want else ("nomaster",))]
         case LinkUp():
             return ["ip", "link", "set", "dev", op.dev, op.say(op.want)]
+        case PortOption():
+            return port_option(op)
         case PortForwarding():  # there is nothing to set: look until it forwards
             return ["bridge", "link", "show", "dev", op.dev]
         case Sysctl():
@@ -107,6 +111,13 @@ def argv(op: Op) -> list[str]:
         case Program():
             return program(op)
     return []
+
+
+def port_option(op: PortOption) -> list[str]:
+    """`bridge link`; absent is what a new port has."""
+    value = PORT_OPTIONS[op.option][2] if op.want is None else op.want
+    word = ["mcast_router", str(value)] if op.option == "multicast_router" else [op.option, "on" if value else "off"]
+    return ["bridge", "link", "set", "dev", op.dev, *word]
 
 
 def rule(op: Rule) -> list[str]:

@@ -18,6 +18,7 @@ from kvmifup.core.ops import (
     Op,
     OvsPort,
     PortForwarding,
+    PortOption,
     ProxyNeighbour,
     Route,
     Rule,
@@ -32,6 +33,14 @@ from kvmifup.runs.session import Session
 from kvmifup.tell import render
 
 RP_FILTER_NAMES = {"0": "off", "1": "strict", "2": "loose"}
+PORT_OPTION_LOST: dict[tuple[str, int | None], str] = {  # by the value that is wanted
+    ("isolated", 1): "somebody has set it: the guest and the others that are isolated on its bridge reach each other",
+    ("isolated", 0): "somebody has set it: the guest does not reach the others that are isolated on its bridge",
+    ("hairpin", 1): "somebody has set it: what comes from this port is not sent back to it",
+    ("learning", 1): "somebody has set it: the bridge sends what is for the guest to all its ports",
+    ("learning", 0): "somebody has set it: the guest can have the bridge send it what is for others",
+    ("multicast_router", 2): "somebody has set it: a guest that has just come gets no IPv6 neighbour solicitations",
+}
 NOT_COMPARED = ("source", "incoming", "to_ask")  # of a NIC: what does not change how it is wired
 
 
@@ -48,6 +57,8 @@ def said(value: object) -> str:
     """A value of a NIC for people."""
     if isinstance(value, tuple):
         return ", ".join(render.short(one) for one in value) or "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return "none" if value is None else str(value)
 
 
@@ -103,6 +114,10 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
                     "it is smaller than the bridge's, so larger frames are lost: set by hand, or the bridge's has grown"
                 )
             return "it is larger than the bridge's: set by hand, or the bridge's has shrunk"
+        case PortOption():
+            if change.now is None or unplugged:
+                return "because the tap is on no bridge, or was on none for a moment"
+            return PORT_OPTION_LOST.get((change.op.option, change.op.want), "somebody has set it")
         case PortForwarding():
             if down or unplugged:
                 return "because the tap is down or on no bridge"

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import RUNTIME, Config, Nic, Phase, Uplink
-from kvmifup.diagnosis.bridged import always, no_trunk, unasked, without_uplink
+from kvmifup.diagnosis.bridged import no_trunk, without_uplink
 from kvmifup.diagnosis.findings import Finding, of_error
 from kvmifup.diagnosis.firewall import filtered
 from kvmifup.diagnosis.routed import surroundings
@@ -77,14 +77,12 @@ def bridges(nics: Sequence[Nic], look: Look) -> Iterator[Finding]:
                 wrong=refused,
             )
         yield from without_uplink(name, look)
-        taps = [nic.tap for nic in nics if (nic.mode, nic.link) == ("bridged", name)]
-        there = [tap for tap in taps if tap in kernel.ports(name)]
-        if look.bridges.querier(name) and (not there or unasked(name, there, look)):
+        known = phases.said("multicast_router", config.of_link(name), config.bridged)
+        if known is False and look.bridges.querier(name):
             yield Finding(
                 f"{name} snoops multicast, and somebody asks who listens",
                 "IPv6 neighbour solicitations reach a guest that arrives only when it has answered a querier",
-                "; ".join(map(always, unasked(name, there, look)))
-                or f"`ip link set {name} type bridge mcast_snooping 0`",
+                f"remove multicast_router = false, or `ip link set {name} type bridge mcast_snooping 0`",
             )
         yield from vlans(name, [nic for nic in nics if (nic.mode, nic.link) == ("bridged", name)], look)
 

@@ -12,6 +12,7 @@ import tomli
 
 from kvmifup.core.errors import ConfigError, NicError
 from kvmifup.core.model import AgentConfig, BridgedConfig, Config, ExtConfig, ExtNetwork, LinkConfig, RoutedConfig
+from kvmifup.core.ops import PORT_OPTIONS
 from kvmifup.core.text import as_told, shown
 from kvmifup.inputs import trust
 from kvmifup.inputs.values import device, nearest, routing_table
@@ -176,4 +177,5 @@ CHECKS: dict[tuple[type[Any], str], Callable[[str, Any], Any]] = {
     (AgentConfig, "withdraw"): yes_or_no,
     (AgentConfig, "mend"): yes_or_no,
     (AgentConfig, "idle_exit"): hours,
+    **{(kind, option): yes_or_no for kind in (BridgedConfig, LinkConfig) for option in PORT_OPTIONS},
 }

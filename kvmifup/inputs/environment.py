@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from kvmifup.core.errors import NicError, UsageError
 from kvmifup.core.model import ENVIRONMENT, Nic
 from kvmifup.core.text import shown
+from kvmifup.inputs import tags
 from kvmifup.inputs.values import assemble, autoconfigured, nic_index
 
 # The taps of Ganeti's own communication network begin with this; Ganeti wires them itself.
@@ -37,6 +38,7 @@ def from_environment(environ: Mapping[str, str]) -> Nic:
             index=nic_index(index, "INTERFACE_INDEX") if index else None,
             source=ENVIRONMENT,
             given=given(mode, environ),
+            options=tags.options(mode, environ.get("TAGS", "").split(), environ.get("NETWORK_TAGS", "").split()),
         )
     except NicError as error:
         raise error.at(f"environment of {shown(environ['INTERFACE'])}") from None

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvmifup.core.errors import NicError
 from kvmifup.core.model import RUNTIME, Nic
-from kvmifup.inputs import environment, trust
+from kvmifup.inputs import environment, tags, trust
 from kvmifup.inputs.values import assemble, instance_name
 
 DIRECTORY = Path("/var/run/ganeti/kvm-hypervisor")
@@ -146,6 +146,7 @@ def nic_of(instance: str, nic: Described, tap: str, number: int) -> Nic:
             index=number,
             source=runtime,
             given=environment.given(mode, further),
+            options=tags.options(mode, further.get("NETWORK_TAGS", "").split()),  # the guest's are not in it
         )
     except NicError as error:
         error.at(runtime)

@@ -14,6 +14,7 @@ import tomli
 
 from kvmifup.core.errors import KvmIfupError, NicError
 from kvmifup.core.model import Nic
+from kvmifup.core.ops import PORT_OPTIONS
 from kvmifup.core.text import as_told, shown
 from kvmifup.inputs import devices, places, trust
 from kvmifup.inputs.values import MAX_INDEX, assemble, instance_name, nearest, nic_index
@@ -166,7 +167,7 @@ def create(text: str, path: Path) -> None:
         os.fsync(descriptor)
 
 
-KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "incoming")
+KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "incoming", *PORT_OPTIONS)
 
 
 # --- NIC files ----------------------------------------------------------------------------------------
@@ -190,9 +191,9 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
     ip = data.get("ip", [])
     if not isinstance(ip, list) or not all(isinstance(one, str) for one in ip):
         raise NicError("ip must be a list of strings", hint='like ip = ["192.0.2.8"]')
-    incoming = data.get("incoming", False)
-    if not isinstance(incoming, bool):
-        raise NicError("incoming must be true or false", hint="like incoming = true")
+    for key in ("incoming", *PORT_OPTIONS):
+        if not isinstance(data.get(key, False), bool):
+            raise NicError(f"{key} must be true or false", hint=f"like {key} = true")
     return assemble(
         tap=data["tap"],
         mac=data["mac"],
@@ -200,10 +201,11 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
         link=data.get("link"),
         ip=ip,
         vlan=data.get("vlan") or None,
-        incoming=incoming,
+        incoming=data.get("incoming", False),
         instance=instance,
         index=index,
         source=source,
+        options={key: data[key] for key in PORT_OPTIONS if key in data},
     )
 
 

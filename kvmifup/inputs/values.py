@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvmifup.core.errors import NicError
 from kvmifup.core.model import LOCAL_TABLE, MODES, Config, Nic, Prefix, eui64
+from kvmifup.core.ops import PORT_OPTIONS
 from kvmifup.core.text import shown
 from kvmifup.core.vlans import MAX_VLAN, parts
 
@@ -195,8 +197,12 @@ def assemble(
     index: int | None,
     source: str,
     given: tuple[tuple[str, str], ...] = (),
+    options: Mapping[str, bool],
 ) -> Nic:
-    """The Nic, once every value has been checked on its own and against the others. Raises NicError."""
+    """The Nic, once every value has been checked on its own and against the others. Raises NicError.
+
+    *options* are those of its bridge port.
+    """
     if mode not in MODES:
         raise NicError(f"mode {shown(mode)} is not one of {', '.join(MODES)}")
     if link is not None:
@@ -215,6 +221,7 @@ def assemble(
         index=index,
         source=source,
         given=given,
+        **options,
     )
     return consistent(nic)
 
@@ -226,6 +233,10 @@ def consistent(nic: Nic) -> Nic:
             raise NicError("ip is missing: a routed NIC needs an address", hint='ip = ["192.0.2.8"]')
         if nic.vlan is not None:
             raise NicError("vlan means nothing on a routed NIC", hint="remove it")
+    if nic.mode in ("routed", "openvswitch"):
+        for option in PORT_OPTIONS:
+            if getattr(nic, option) is not None:
+                raise NicError(f"{option} means nothing on a NIC in mode {nic.mode}", hint="remove it")
     return nic
 
 
@@ -236,6 +247,10 @@ def as_wired(nic: Nic, config: Config) -> Nic:
         return nic
     try:
         nic = replace(nic, mode=network.mode, link=network.link)
+        if nic.mode != "bridged" and nic.by_ganeti:
+            # A guest's tags are those of all its NICs: on one that is no bridge's they mean nothing.
+            unsaid: dict[str, Any] = dict.fromkeys(PORT_OPTIONS)
+            nic = replace(nic, **unsaid)
         if nic.mode == "routed" and nic.by_ganeti:
             own = autoconfigured(dict(nic.given).get("NETWORK_SUBNET6"), nic.mac)
             nic = replace(nic, vlan=None, ip=nic.ip or prefixes(own))

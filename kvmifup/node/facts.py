@@ -108,6 +108,7 @@ def bridge_of(nic: Nic, config: Config, view: View) -> Bridge | None:
         filters=link.filters,
         new_port=f".{link.default_pvid}" if link.default_pvid else NONE,
         trunks=trunks_of(link, nic, config, view) if nic.vlan is not None and link.filters else (),
+        snoops=link.snoops,
     )
 
 

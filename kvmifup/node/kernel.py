@@ -13,6 +13,7 @@ import time
 from kvmifup.core.errors import KernelError, NotReadyError, VanishedError
 from kvmifup.core.model import Config, Nic, NodeFacts
 from kvmifup.core.ops import (
+    PORT_OPTIONS,
     Address,
     AddrGenMode,
     Announce,
@@ -25,6 +26,7 @@ from kvmifup.core.ops import (
     Op,
     OvsPort,
     PortForwarding,
+    PortOption,
     Program,
     ProxyNeighbour,
     Route,
@@ -112,6 +114,8 @@ class Kernel:
                 return present(op, self._view.ports.vlans(self._trunk(op)))
             case LinkUp():
                 return bool(self._view.link(op.dev).flags & IFF_UP)
+            case PortOption():
+                return self._view.link(op.dev).port_options.get(op.option)
             case PortForwarding():
                 return self._port_state(op)
             case Sysctl():
@@ -213,6 +217,8 @@ class Kernel:
                 self._view.ports.change(index, *share(op, self._view.ports.vlans(index)))
             case LinkUp():
                 self._netlink.set_link(self._view.index(op.dev), flags=IFF_UP if op.want else 0, change=IFF_UP)
+            case PortOption():
+                write_port_option(op, self._view)
             case PortForwarding():
                 self._await_forwarding(op)
             case Sysctl():
@@ -328,3 +334,13 @@ class Kernel:
             self._view.refresh()  # it may be half done
             raise
         self._view.routes_out.note(prefix, op.table, self._view.index(op.dev), now)
+
+
+def write_port_option(op: PortOption, view: View) -> None:
+    """Set an option of a port; None is what a new port has. Raises VanishedError if it is no port any more."""
+    if view.link(op.dev).port_of != "bridge":
+        if op.want is None:
+            return  # it went with the port
+        raise VanishedError(f"{op.dev} is no port of a bridge", errno=errno.EOPNOTSUPP)
+    value = PORT_OPTIONS[op.option][2] if op.want is None else op.want
+    view.netlink.set_port(view.index(op.dev), messages.attribute(messages.IFLA_BRPORT[op.option], bytes([value])))

@@ -15,6 +15,7 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from struct import Struct
 
@@ -24,7 +25,7 @@ from kvmifup.core.model import Prefix
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x200, 0x400, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLA_TYPE_MASK = 0x3FFF
+NLA_TYPE_MASK, NLA_F_NESTED = 0x3FFF, 0x8000
 # linux/rtnetlink.h
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -42,11 +43,13 @@ RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
 IFF_UP, IFF_NOARP = 0x1, 0x80
 ARPHRD_ETHER = 1
 # linux/if_link.h, linux/if_bridge.h
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_PROTINFO, IFLA_LINKINFO = 1, 3, 4, 5, 10, 12, 18
 IFLA_AF_SPEC, IFLA_EXT_MASK, IFLA_CARRIER, IFLA_LINK_NETNSID, IFLA_PROP_LIST, IFLA_ALT_IFNAME = 26, 29, 33, 37, 52, 53
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 IFLA_BR_VLAN_FILTERING, IFLA_BR_VLAN_DEFAULT_PVID = 7, 39
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BRPORT_STATE, IFLA_INET6_ADDR_GEN_MODE = 1, 5, 1, 8
+IFLA_BR_MCAST_SNOOPING = 23
+IFLA_BRPORT = {"hairpin": 4, "learning": 8, "multicast_router": 25, "isolated": 33}  # IFLA_BRPORT_MODE is hairpin's
 # linux/if_addr.h
 IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD = 1, 2, 0x02
 # linux/neighbour.h
@@ -179,6 +182,8 @@ class Link:
     default_pvid: int  # of a bridge: the VLAN of a new port; 0 for none
     port_of: str | None  # the kind of device that it is a port of
     port_state: int | None  # of a port of a bridge: BR_STATE_*
+    port_options: Mapping[str, int]  # of a port of a bridge: those of PORT_OPTIONS in kvmifup.core.ops
+    snoops: bool  # of a bridge: it sends multicast only to those who have asked for it
     addr_gen_mode: int | None  # IN6_ADDR_GEN_MODE_*; None without IPv6
     lower: int | None  # the index of the device that it is a VLAN of, if that is in this network namespace
 
@@ -214,6 +219,8 @@ def link_of(message: bytes) -> Link:
         forward_delay=(u32(bridge.get(IFLA_BR_FORWARD_DELAY)) or 0) / USER_HZ,
         port_of=port_of,
         port_state=u8(port.get(IFLA_BRPORT_STATE)),
+        port_options={name: port[kind][0] for name, kind in IFLA_BRPORT.items() if kind in port} if port else {},
+        snoops=bool(u8(bridge.get(IFLA_BR_MCAST_SNOOPING))),
         addr_gen_mode=u8(inet6.get(IFLA_INET6_ADDR_GEN_MODE)),
         lower=None if IFLA_LINK_NETNSID in found else u32(found.get(IFLA_LINK)),
     )

@@ -18,9 +18,11 @@ from kvmifup.node.messages import (
     IFINFOMSG,
     IFLA_EXT_MASK,
     IFLA_IFNAME,
+    IFLA_PROTINFO,
     NDA_DST,
     NDA_LLADDR,
     NDMSG,
+    NLA_F_NESTED,
     NLM_F_ACK,
     NLM_F_CREATE,
     NLM_F_REPLACE,
@@ -109,6 +111,11 @@ class Netlink:
     def set_link(self, index: int, attrs: bytes = b"", flags: int = 0, change: int = 0) -> None:
         """Set *attrs*, and those of the *flags* that *change* names, of the device *index*."""
         self.transport.ask(RTM_SETLINK, NLM_F_ACK, IFINFOMSG.pack(0, 0, index, flags, change) + attrs)
+
+    def set_port(self, index: int, attrs: bytes) -> None:
+        """Set *attrs*, IFLA_BRPORT_*, of the device *index* as a port of its bridge."""
+        body = IFINFOMSG.pack(socket.AF_BRIDGE, 0, index, 0, 0) + attribute(IFLA_PROTINFO | NLA_F_NESTED, attrs)
+        self.transport.ask(RTM_SETLINK, NLM_F_ACK, body)
 
     # --- routes -----------------------------------------------------------------------------------------
 

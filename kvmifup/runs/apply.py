@@ -92,9 +92,10 @@ def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] =
         op, dev = entry.undo, getattr(entry.op, "dev", None)
         with suppress(past):
             now = node.read(op)
-            needed = now != entry.prior and not any((kind, dev) in written for kind in op.gone_with)
+            gone = any((kind, dev) in written for kind in op.gone_with)
+            needed = (op.left(entry.prior) if gone else now) != entry.prior
             if needed:
-                written.add((op.kind, dev))
+                written |= {(what, dev) for what in op.disturbs(now)}
             changes.append(Change(op, now, needed))
     return tuple(changes)
 
@@ -130,6 +131,8 @@ def apply(jobs: Sequence[Job], node: Node, store: Store, rest: Callable[[], obje
             error.undone = bool(written)
         for job in jobs:
             store.discard(job.before.nic.tap)
+        if any(change.op.moves for change in written):  # what was true of the place has gone with it, unwritten or not
+            written += [change for job in jobs for change in job.needed if change.op.of_place]
         problems = undo([change.entry for change in written], node)
         if problems:
             for job in jobs:
@@ -214,9 +217,12 @@ def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, Exception]]:
 
 
 def backwards(entries: Sequence[Entry]) -> list[Entry]:
-    """*entries* in the order in which they are undone: last first, but what has moved comes back at the end."""
-    last_first = entries[::-1]
-    return [one for one in last_first if not one.op.moves] + [one for one in last_first if one.op.moves]
+    """*entries* in the order in which they are undone: last first.
+
+    But what has moved comes back when all else is as it was, and then what is true of the place that it is in.
+    """
+    order = (False, False), (True, False), (False, True)
+    return [one for turn in order for one in reversed(entries) if (one.op.moves, one.op.of_place) == turn]
 
 
 def leave(entry: Entry, node: Node) -> None:

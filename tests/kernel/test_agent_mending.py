@@ -56,6 +56,7 @@ TO_BRIDGED = {
     "another bridge": "ip link add name other0 type bridge; ip link set tap0 master other0",
     "the tap is down": "ip link set tap0 down",
     "addrgenmode": "ip link set tap0 addrgenmode eui64",
+    "port option": "bridge link set dev tap0 mcast_router 0",
     "IPv6": "sysctl -qw net.ipv6.conf.tap0.disable_ipv6=0",
 }
 # A bridge made anew, as `ifdown br0; ifup br0` does: at once, and with a pause.

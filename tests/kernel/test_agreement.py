@@ -33,6 +33,8 @@ TO_BRIDGED = {
     "bridge down": "ip link set br0 down",
     "bridge gone": "ip link del br0",
     "addrgenmode": "ip link set tap0 addrgenmode eui64",
+    "port option": "bridge link set dev tap0 mcast_router 1",
+    "snooping": "ip link set br0 type bridge mcast_snooping 0",
 }
 TO_ROUTED = {
     "no rule": "ip rule add iif tap0 lookup 100; ip rule del iif tap0 lookup 100",

@@ -83,10 +83,6 @@ CASES = {
     "no bridge, node": Case(BRIDGED, do("ip link del br0"), "there is no bridge br0", found_on_node),
     "STP, node": Case(BRIDGED, do("ip link set br0 type bridge stp_state 1"), "forwards after 30 s", found_on_node),
     "bridge's uplink down": Case(BRIDGED, do("ip link set br0-up down"), "an uplink of br0, is down"),
-    "snooping": Case(BRIDGED, do("ip link set br0 type bridge mcast_querier 1"), "br0 snoops multicast"),
-    "snooping, node": Case(
-        BRIDGED, do("ip link set br0 type bridge mcast_querier 1"), "br0 snoops multicast", found_on_node
-    ),
     "IPv4 forwarding": Case(ROUTED, do("sysctl -qw net.ipv4.conf.eth0.forwarding=0"), "IPv4 forwarding is off"),
     "IPv4 forwarding, all": Case(ROUTED, do("sysctl -qw net.ipv4.ip_forward=0"), "IPv4 forwarding is off"),
     "IPv6 forwarding": Case(ROUTED, do("sysctl -qw net.ipv6.conf.all.forwarding=0"), "IPv6 forwarding is off"),

@@ -159,6 +159,7 @@ def test_show(uplinked: Node) -> None:
     assert (post["phase"], post["wired"], none["wired"]) == ("post", False, None)
     assert [(op["op"], op["now"], op["want"]) for op in post["missing"]] == [
         ("link-master", None, "br0"),
+        ("port-option", None, 2),
         ("port-forwarding", "not a port", "forwarding"),
     ]
     assert [one["tap"] for one in shown("web1.example.com")] == ["tap0", "tap2"]

@@ -7,9 +7,22 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from kvmifup.core.model import Bridge, BridgedConfig, Config, Nic, NodeFacts, Phase, Prefix, RoutedConfig, Tap, Uplink
+from kvmifup.core.model import (
+    Bridge,
+    BridgedConfig,
+    Config,
+    LinkConfig,
+    Nic,
+    NodeFacts,
+    Phase,
+    Prefix,
+    RoutedConfig,
+    Tap,
+    Uplink,
+)
 from kvmifup.core.ops import (
     KINDS,
+    PORT_OPTIONS,
     Address,
     AddrGenMode,
     LinkAddress,
@@ -19,6 +32,7 @@ from kvmifup.core.ops import (
     Neighbour,
     Op,
     OvsPort,
+    PortOption,
     Program,
     ProxyNeighbour,
     Route,
@@ -65,10 +79,13 @@ routed_nics = st.builds(
     index=st.sampled_from([None, 0, 3]),
     to_ask=st.booleans(),
 )
-bridged_nics = st.builds(
+plain_bridged_nics = st.builds(
     Nic, tap=taps, mac=macs, mode=st.just("bridged"), link=bridge_names, ip=st.just(()), incoming=st.booleans()
 )
-ovs_nics = bridged_nics.flatmap(
+said = st.sampled_from([None, True, False])
+options = st.fixed_dictionaries(dict.fromkeys(PORT_OPTIONS, said))
+bridged_nics = st.builds(lambda nic, more: replace(nic, **more), plain_bridged_nics, options)
+ovs_nics = plain_bridged_nics.flatmap(
     lambda nic: st.builds(
         replace, st.just(nic), mode=st.just("openvswitch"), vlan=st.sampled_from([None, ".100", ":300:20", ".5:7"])
     )
@@ -84,7 +101,8 @@ nics = st.one_of(
 
 configs = st.builds(
     Config,
-    bridged=st.builds(BridgedConfig, st.sampled_from([0.0, 5.0, 40.0])),
+    bridged=st.builds(BridgedConfig, st.sampled_from([0.0, 5.0, 40.0]), isolated=said, learning=said),
+    link=st.builds(lambda **keys: (("br0", LinkConfig(**keys)),), hairpin=said, multicast_router=said),
     routed=st.builds(
         RoutedConfig,
         rule_priority=st.integers(1, 32765),
@@ -128,7 +146,7 @@ def uplinks(*, ready: bool) -> st.SearchStrategy[tuple[Uplink, ...]]:
 def bridges(*, ready: bool) -> st.SearchStrategy[Bridge | None]:
     """A bridge, *ready* for a port, or in any state."""
     good: st.SearchStrategy[Bridge | None] = st.builds(
-        replace, st.just(BRIDGE), mtu=st.sampled_from([1500, 9000]), adopts=st.booleans()
+        replace, st.just(BRIDGE), mtu=st.sampled_from([1500, 9000]), adopts=st.booleans(), snoops=st.booleans()
     )
     if ready:
         return good
@@ -183,6 +201,7 @@ _fields: dict[type[Op], st.SearchStrategy[Op]] = {
     ),
     Neighbour: st.builds(Neighbour, taps, prefixes.map(lambda p: str(p.network_address)), st.none() | macs),
     Route: st.builds(Route, prefixes.map(str), taps, st.integers(1, 2**32 - 1), st.booleans()),
+    PortOption: st.builds(PortOption, taps, st.sampled_from(list(PORT_OPTIONS)), st.sampled_from([None, 0, 1])),
     OvsPort: st.builds(OvsPort, taps, st.none() | _words),
     Program: st.builds(
         Program,

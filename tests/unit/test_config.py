@@ -50,9 +50,13 @@ def test_the_installed_file_shows_the_defaults(tmp_path: Path) -> None:
     # Of these there is an example, because the default is that there are none.
     assert shown.routed.uplinks == ("eth0",)
     assert shown.ext.networks == (("NAME", ExtNetwork("routed", "100")),)
-    assert shown.link == (("NAME", LinkConfig(uplinks=("eth0",))),)
+    of_link = LinkConfig(("eth0",), isolated=True, hairpin=False, learning=True, multicast_router=True)
+    assert shown.link == (("NAME", of_link),)
+    # The kernel has these, or the bridge says.
+    assert shown.bridged == BridgedConfig(isolated=False, hairpin=False, learning=True, multicast_router=True)
     routed = replace(shown.routed, uplinks=Config().routed.uplinks)
-    assert replace(shown, routed=routed, ext=replace(shown.ext, networks=()), link=()) == Config()
+    shown = replace(shown, routed=routed, ext=replace(shown.ext, networks=()), link=(), bridged=BridgedConfig())
+    assert shown == Config()
 
 
 def keys(settings: Any, prefix: str = "") -> set[str]:
@@ -77,6 +81,10 @@ EVERYTHING = """
 lock_timeout = 3
 [bridged]
 forwarding_timeout = 1.5
+isolated = true
+hairpin = false
+learning = false
+multicast_router = true
 [routed]
 uplinks = ["eth0", "bond0.7"]
 rule_priority = 32765
@@ -90,6 +98,7 @@ link = "br0"
 mode = "routed"
 [link.br0]
 uplinks = ["eth1"]
+hairpin = true
 [link."br.1"]
 uplinks = []
 """
@@ -98,10 +107,10 @@ uplinks = []
 def test_every_key_is_read(tmp_path: Path) -> None:
     assert loaded(tmp_path, EVERYTHING) == Config(
         lock_timeout=3.0,
-        bridged=BridgedConfig(1.5),
+        bridged=BridgedConfig(1.5, isolated=True, hairpin=False, learning=False, multicast_router=True),
         routed=RoutedConfig(("eth0", "bond0.7"), 32765, "keep"),
         ext=ExtConfig(7.0, (("lan", ExtNetwork("bridged", "br0")), ("wan", ExtNetwork("routed", None)))),
-        link=(("br0", LinkConfig(("eth1",))), ("br.1", LinkConfig(()))),
+        link=(("br0", LinkConfig(("eth1",), hairpin=True)), ("br.1", LinkConfig(()))),
     )
 
 
@@ -130,6 +139,12 @@ def test_edges(text: str, value: object, tmp_path: Path) -> None:
         ('lock_timeout = "1"', "lock_timeout"),
         ("bridged = 1", "bridged must be a table"),
         ("[[bridged]]", "bridged must be a table"),
+        ('[bridged]\nisolated = "on"', "bridged.isolated must be true or false"),
+        ("link = 1", "link must have a table for each link"),
+        ("[link]\nbr0 = 1", "link must have a table for each link"),
+        ("[link.br0]\nlearning = 0", "link.br0.learning must be true or false"),
+        ("[link.br0]\nisolatd = true", "link.br0.isolatd"),
+        ('[link."a/b"]', "a/b"),
         ('[bridged]\nforwarding_timeout = "5"', "bridged.forwarding_timeout"),
         ('[routed]\nuplinks = "eth0"', "routed.uplinks"),
         ("[routed]\nuplinks = [1]", "routed.uplinks"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from kvmifup import phases
 from kvmifup.core.errors import NotReadyError
-from kvmifup.core.model import BridgedConfig, Config, Nic, NodeFacts, Phase, RoutedConfig, Tap
+from kvmifup.core.model import BridgedConfig, Config, LinkConfig, Nic, NodeFacts, Phase, RoutedConfig, Tap
 from kvmifup.core.ops import (
     RTPROT_STATIC,
     Announce,
@@ -79,6 +79,15 @@ SCENARIOS = {
     ),
     "bridged-filtering-no-vlan": Scenario(BRIDGED, FACTS_FILTERING),
     "bridged-vlan-taken-away": Scenario(BRIDGED, replace(FACTS_FILTERING, bridge=replace(FILTERING, keeps=True))),
+    "bridged-snooping": Scenario(BRIDGED, replace(FACTS_BRIDGED, bridge=replace(BRIDGE, snoops=True))),
+    "bridged-options": Scenario(
+        replace(BRIDGED, isolated=True, hairpin=False),
+        replace(FACTS_BRIDGED, bridge=replace(BRIDGE, snoops=True)),
+        Config(
+            bridged=BridgedConfig(hairpin=True, learning=False, multicast_router=True),
+            link=(("br0", LinkConfig(isolated=False, multicast_router=False)), ("br1", LinkConfig(learning=True))),
+        ),
+    ),
     "openvswitch": Scenario(replace(OVS, vlan=None), FACTS_BRIDGED),
     "openvswitch-vlans": Scenario(OVS, FACTS_BRIDGED),
     "ext": Scenario(EXT, FACTS_EXT),
