@@ -43,6 +43,7 @@ TOOLS = {
     "apt-get": "apt",
     "dpkg": "dpkg",
     "dpkg-deb": "dpkg",
+    "ovs-vsctl": "openvswitch-switch",
     "qemu-system-x86_64": "qemu-system-x86",
     "socat": "socat",
 }

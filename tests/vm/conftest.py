@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from harness import machine, namespaces, nodes, remote, roots
+from lab import debian
 
 if remote.there():
     namespaces.isolate()
@@ -28,8 +29,9 @@ PACKAGES = (
     *("python3-pyroute2", "python3-pytest", "python3-tomli"),
 )
 CHECKOUT = Path("opt/kvm-ifup")  # over there
-TREES = ("harness", "kvmifup", "scripts", "tests/vm")
+TREES = ("harness", "kvmifup", "lab", "scripts", "tests/vm")
 PYTHON = "/usr/bin/python3"  # the machine has the same release of Python, if this is Debian 12 as well
+GANETI = "usr/lib/ganeti/3.0/usr/lib/ganeti"  # its scripts, which look for each other in usr/lib/ganeti
 # The longest time that a test may take; only turns a hang into a failure.
 PATIENCE = 240.0
 
@@ -84,6 +86,9 @@ def pack(scratch: Path, files: Path) -> None:
         shutil.copytree(roots.CHECKOUT / name, tree / CHECKOUT / name, ignore=ignored)
     for name in ("pyproject.toml", "tests/__init__.py"):
         shutil.copy(roots.CHECKOUT / name, tree / CHECKOUT / name)
+    (tree / "usr/lib/ganeti").mkdir(parents=True)
+    for name in ("kvm-ifup", "net-common"):
+        shutil.copy(debian.ganeti() / GANETI / name, tree / "usr/lib/ganeti" / name)
     found = importlib.util.find_spec("pyroute2")
     assert found
     assert found.origin
