@@ -352,6 +352,7 @@ def repeating(what: Callable[[], None]) -> Iterator[None]:
     def run() -> None:
         while not over.is_set():
             what()
+            time.sleep(0.001)  # else it takes all the time that there is
 
     thread = threading.Thread(target=run)
     thread.start()
