@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_network
 
+from kvmifup.core import ovsport
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import (
     ASK,
@@ -242,8 +243,20 @@ def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
     yield from ((PRE, op) for op in port_settings(nic, facts.bridge, facts))
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     name = facts.bridge.name or nic.link
-    yield PRE, OvsPort(nic.tap, f"{name} {canonical(nic.vlan)}" if nic.vlan else facts.bridge.part_of or name)
+    bridge, _, vlan = (facts.bridge.part_of or f"{name} {canonical(nic.vlan) if nic.vlan else ''}").partition(" ")
+    ids = {ovsport.MAC: nic.mac, ovsport.TRANSIENT: "true"}
+    if nic.instance:
+        ids[ovsport.INSTANCE] = nic.instance
+    if interface := nic.iface_id or given_by_others(nic, facts.port):
+        ids[ovsport.INTERFACE] = interface
+    yield PRE, OvsPort(nic.tap, ovsport.Port(bridge, vlan, ids=tuple(ids.items())).text)
     yield PRE, LinkUp(nic.tap, True)
+
+
+def given_by_others(nic: Nic, port: str | None) -> str | None:
+    """The name in an OVN network that others have given to the *port* of *nic*; a dead guest's is not its."""
+    found = ovsport.parsed(port) if port else None
+    return found.named(ovsport.INTERFACE) if found and found.named(ovsport.MAC) == nic.mac else None
 
 
 def external(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:

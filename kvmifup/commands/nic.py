@@ -15,7 +15,7 @@ from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "INCOMING"]
 ELASTIC = {"INSTANCE": 16, "LINK": 6, "ADDRESSES": 9}  # columns that give way on a narrow terminal, and how far
-KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "incoming", *PORT_OPTIONS)
+KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming", *PORT_OPTIONS)
 
 
 def run(call: Call) -> int:

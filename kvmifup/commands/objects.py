@@ -23,6 +23,7 @@ def nic_object(one: Known, phase: str, state: State) -> dict[str, Any]:
         "link": nic.link if nic else None,
         "ip": [render.short(prefix) for prefix in nic.ip] if nic else [],
         "vlan": nic.vlan if nic else None,
+        "iface_id": nic.iface_id if nic else None,
         "incoming": nic.incoming if nic else None,
         **{option: getattr(nic, option, None) for option in PORT_OPTIONS},
         "phase": phase,

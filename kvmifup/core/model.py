@@ -41,6 +41,7 @@ class Nic:
 
     *mac* is the guest's. *ip* has host addresses as /32 and /128. *source* says where the NIC was read from.
     *given* is what else Ganeti says of an ext NIC, for the administrator's program: its names, and values.
+    *iface_id* is the NIC's name in an OVN network.
     *to_ask*: *ip* may be newer or older than the guest, so it is asked what it has before anything is announced.
     Those from *isolated* on are options of its port on a bridge; None: the configuration says, or nobody.
     """
@@ -61,6 +62,7 @@ class Nic:
     multicast_router: bool | None = None
     given: tuple[tuple[str, str], ...] = ()
     to_ask: bool = False
+    iface_id: str | None = None
 
     @property
     def by_ganeti(self) -> bool:

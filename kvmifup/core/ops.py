@@ -441,7 +441,7 @@ class ProxyNeighbour(Op):
 
 @dataclass(frozen=True)
 class OvsPort(Op):
-    """The Open vSwitch port *dev*: "BRIDGE" or "BRIDGE VLANS", in Ganeti's notation; None for no port.
+    """The Open vSwitch port *dev*, as `kvmifup.core.ovsport` has it: "BRIDGE VLANS NAME=VALUE"; None for no port.
 
     The port is in Open vSwitch's database. So it stays when the tap goes, and takes the next tap of that name.
     """

@@ -41,6 +41,9 @@ def lines(change: Change) -> list[str]:
         case UplinkVlans():
             there, wanted = (dict.fromkeys(ids(str(value)), 0) for value in (change.now, change.op.want))
             return [shlex.join(words) for words in vlans(change.op.dev, there, wanted)]
+        case OvsPort():
+            now = None if change.now is None else str(change.now)
+            return [shlex.join(["ovs-vsctl", *ovs.transaction(change.op.dev, change.op.want, now)])]
     words = argv(change.op)
     return [shlex.join(words)] if words else []
 
@@ -106,8 +109,6 @@ def argv(op: Op) -> list[str]:
             return ["ip", "neigh", "replace" if op.want else "del", "proxy", op.address, "dev", op.dev]
         case Route():
             return route(op)
-        case OvsPort():
-            return ["ovs-vsctl", *ovs.transaction(op.dev, op.want)]
         case Program():
             return program(op)
     return []

@@ -167,7 +167,7 @@ def create(text: str, path: Path) -> None:
         os.fsync(descriptor)
 
 
-KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "incoming", *PORT_OPTIONS)
+KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming", *PORT_OPTIONS)
 
 
 # --- NIC files ----------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
     for key in ("tap", "mac", "mode"):
         if key not in data:
             raise NicError(f"{key} is missing")
-    for key in ("tap", "mac", "mode", "link", "vlan"):
+    for key in ("tap", "mac", "mode", "link", "vlan", "iface_id"):
         if key in data and not isinstance(data[key], str):
             raise NicError(f"{key} must be a string", hint=f'like {key} = "{EXAMPLES[key]}"')
     ip = data.get("ip", [])
@@ -201,6 +201,7 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
         link=data.get("link"),
         ip=ip,
         vlan=data.get("vlan") or None,
+        iface_id=data.get("iface_id") or None,
         incoming=data.get("incoming", False),
         instance=instance,
         index=index,
@@ -222,7 +223,14 @@ def written_right(text: str) -> str:
     return 'write ip = ["192.0.2.8"]' if re.search(r"^\s*ip\s*=\s*(\[\s*)?[^\s\[\"']", text, re.MULTILINE) else ""
 
 
-EXAMPLES = {"tap": "tap0", "mac": "aa:00:00:35:ac:01", "mode": "routed", "link": "100", "vlan": ".100"}
+EXAMPLES = {
+    "tap": "tap0",
+    "mac": "aa:00:00:35:ac:01",
+    "mode": "routed",
+    "link": "100",
+    "vlan": ".100",
+    "iface_id": "web1-0",
+}
 
 
 def read_nic(path: Path, run_dir: Path) -> Nic:

@@ -22,6 +22,7 @@ _INDEX = re.compile(r"0|[1-9][0-9]{0,3}", re.ASCII)
 _VLAN = re.compile(r"(\.[0-9]{1,4})?(:[0-9]{1,4}(-[0-9]{1,4})?)*", re.ASCII)
 _VID = re.compile(r"[0-9]{1,4}", re.ASCII)
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_INTERFACE_ID = re.compile(r"[A-Za-z0-9._:/@-]{1,255}", re.ASCII)
 _BYTES_SLIP = re.compile(r"b'(.+)'|b\"(.+)\"", re.ASCII)
 
 
@@ -158,6 +159,13 @@ def vlans(text: str) -> str:
     return notation
 
 
+def interface_id(text: str) -> str:
+    """*text* if it can name a NIC to OVN: a word. Raises NicError."""
+    if not _INTERFACE_ID.fullmatch(text):
+        raise NicError(f"iface_id {shown(text)} is not a word of 1 to 255 letters, digits and ._:/@-")
+    return text
+
+
 def routing_table(text: str) -> str:
     """*text* if it can name a routing table that is not the kernel's own. Raises NicError."""
     if not _TABLE_NAME.fullmatch(text):
@@ -198,6 +206,7 @@ def assemble(
     source: str,
     given: tuple[tuple[str, str], ...] = (),
     options: Mapping[str, bool],
+    iface_id: str | None = None,
 ) -> Nic:
     """The Nic, once every value has been checked on its own and against the others. Raises NicError.
 
@@ -222,6 +231,7 @@ def assemble(
         source=source,
         given=given,
         **options,
+        iface_id=None if iface_id is None else interface_id(iface_id),
     )
     return consistent(nic)
 
@@ -237,6 +247,8 @@ def consistent(nic: Nic) -> Nic:
         for option in PORT_OPTIONS:
             if getattr(nic, option) is not None:
                 raise NicError(f"{option} means nothing on a NIC in mode {nic.mode}", hint="remove it")
+    if nic.iface_id is not None and nic.mode not in ("openvswitch", "ext"):
+        raise NicError(f"iface_id means nothing on a {nic.mode} NIC", hint="remove it")
     return nic
 
 

@@ -236,7 +236,7 @@ class Kernel:
             case Route():
                 self._write_route(op)
             case OvsPort():
-                ovs.put(op.dev, op.want)
+                ovs.put(op.dev, op.want, self._view.switch().ports.get(op.dev))
             case Program():
                 programs.run_for_phase(op)
             case Announce():

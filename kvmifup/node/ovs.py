@@ -8,10 +8,11 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvmifup.core import ovsport
 from kvmifup.core.errors import NotReadyError, ProgramError
 from kvmifup.core.vlans import parts, tagged
 from kvmifup.node import programs
@@ -19,6 +20,7 @@ from kvmifup.node import programs
 TIMEOUT = 10  # seconds that ovs-vsctl waits for the switch
 TAKEN = 1.0  # seconds until the switch has taken a port that is in its database, or has said why not
 VLANS = "tag,trunks,vlan_mode"  # columns of a port
+EXTERNAL = (ovsport.INSTANCE, ovsport.INTERFACE, ovsport.MAC)  # of an interface
 DATABASE = "/run/openvswitch/db.sock"  # ovs-vsctl's default
 DAEMON = "/run/openvswitch/ovs-vswitchd.pid"  # which ovs-vswitchd holds locked while it runs
 FLOCK = struct.Struct("@hhqqi")  # struct flock: type, whence, start, length, pid
@@ -29,8 +31,7 @@ class Switch:
     """What is in the switch's database at one moment.
 
     *bridges*: by name the bridge that it is and its VLAN, which is not 0 for a fake bridge: it stands for that VLAN
-    of another bridge. *ports*: by name "ovs0" or "ovs0 .100:200-299", the bridge and the VLANs as `kvmifup.core.vlans`
-    has them. A port of a fake bridge is one of the other bridge. " (…)" after it says why the switch does not have it.
+    of another bridge. *ports*: by name what `kvmifup.core.ovsport` says. A port of a fake bridge is one of the other.
     """
 
     bridges: Mapping[str, tuple[str, int]]
@@ -66,14 +67,18 @@ def read() -> Switch:
     """All bridges and ports, asked for in one transaction. Raises NotReadyError when the database does not answer."""
     found = answer(
         *("--format=json", "--columns=name,ports", "list", "Bridge"),
-        *("--", f"--columns=_uuid,name,fake_bridge,{VLANS}", "list", "Port"),
-        *("--", "--columns=name,ofport,error", "list", "Interface"),
+        *("--", f"--columns=_uuid,name,fake_bridge,other_config,{VLANS}", "list", "Port"),
+        *("--", "--columns=name,ofport,error,external_ids", "list", "Interface"),
     )
     bridges, ports, interfaces = (json.loads(line)["data"] for line in found.output.splitlines())
     bridge_of = {port[1]: name for name, cell in bridges for port in members(cell)}
-    problems = {name: problem(members(number), members(error)) for name, number, error in interfaces}
-    fakes = {name: (bridge_of[uuid[1]], tag) for uuid, name, fake, tag, *_ in ports if fake and members(tag)}
-    where = {name: described(bridge_of[uuid[1]], vlans) + problems.get(name, "") for uuid, name, _fake, *vlans in ports}
+    problems = {name: problem(members(number), members(error)) for name, number, error, _ in interfaces}
+    ids = {name: pairs(cell, EXTERNAL) for name, *_, cell in interfaces}
+    fakes = {name: (bridge_of[uuid[1]], tag) for uuid, name, fake, _, tag, *_ in ports if fake and members(tag)}
+    where = {}
+    for uuid, name, _fake, config, *columns in ports:
+        of_both = (*pairs(config, (ovsport.TRANSIENT,)), *ids.get(name, ()))
+        where[name] = described(bridge_of[uuid[1]], columns, of_both) + problems.get(name, "")
     return Switch({name: (name, 0) for name, _ in bridges} | fakes, where)
 
 
@@ -84,25 +89,30 @@ def problem(number: list[Any], error: list[Any]) -> str:
     return "" if number and number[0] > 0 else " (not taken by ovs-vswitchd)"
 
 
-def described(bridge: str, columns: list[Any]) -> str:
+def described(bridge: str, columns: list[Any], ids: tuple[tuple[str, str], ...]) -> str:
     """What `Switch` says of a port of *bridge*; *columns* are its tag, trunks and vlan_mode (`VLANS`)."""
     tag, trunks, mode = map(members, columns)
     vlan = "".join(f".{one}" for one in tag) + (tagged(trunks) if trunks else "")
     # A mode that `put` would not set is part of the value, so that it is noticed, and put back by an undo.
-    other = "" if not mode or mode == [vlan_mode(vlan)] else f" {mode[0]}"
-    return f"{bridge} {vlan}{other}".strip() if vlan or other else bridge
+    other = "" if not mode or mode == [vlan_mode(vlan)] else mode[0]
+    return ovsport.Port(bridge, vlan, other, ids).text
 
 
-def put(name: str, value: str | None) -> None:
-    """Make *name* the port that *value* describes, as `Switch` has it; None for no port.
+def pairs(cell: Any, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """What a column that is a map has for *names*."""
+    return tuple((name, value) for name, value in cell[1] if name in names)
 
-    Whatever port of that name there was is replaced. Raises ProgramError, also if the switch does not take the port:
+
+def put(name: str, value: str | None, now: str | None) -> None:
+    """Make *name* the port that *value* describes, as `Switch` has it; None for no port. *now* is what there is.
+
+    Raises ProgramError, also if the switch does not take the port:
     the database has it then.
     """
     # A daemon that is dead finds it when it starts.
     wait = ("--no-wait",) if value is None and not is_alive() else ()
     try:
-        done(*wait, *transaction(name, value))
+        done(*wait, *transaction(name, value, now))
     except ProgramError as error:
         # It was stopped while it waited for ovs-vswitchd: the database may have been changed.
         if error.untouched or value is not None or name in read().ports:
@@ -123,21 +133,43 @@ def await_taken(name: str) -> None:
         time.sleep(TAKEN / 20)
 
 
-def transaction(name: str, value: str | None) -> tuple[str, ...]:
-    """The arguments of ovs-vsctl for `put`."""
+def transaction(name: str, value: str | None, now: str | None = None) -> tuple[str, ...]:
+    """The arguments of ovs-vsctl for `put`.
+
+    A port that is the same NIC's is changed: it stays in the switch, and keeps what others have set. One that the
+    switch does not have, that is on another bridge or another guest's is replaced.
+    """
     remove = ("--", "--if-exists", "del-port", name)
     if value is None:
         return remove
-    bridge, vlan, mode, *_ = (*value.partition(" (")[0].split(" "), "", "")
+    port, there = ovsport.parsed(value), ovsport.parsed(now) if now else None
     columns = []
     for column, sign in (("tag", "."), ("trunks", ":")):
-        found = [(first, last) for one, first, last in parts(vlan) if one == sign]
+        found = [(first, last) for one, first, last in parts(port.vlan) if one == sign]
         if found:
             texts = (f"{first}-{last}" if first < last else str(first) for first, last in found)
             columns.append(f"{column}={','.join(texts)}")
-    if vlan or mode:
-        columns.append(f"vlan_mode={mode or vlan_mode(vlan)}")
-    return (*remove, "--", "add-port", bridge, name, *columns)
+    if port.vlan or port.mode:
+        columns.append(f"vlan_mode={port.mode or vlan_mode(port.vlan)}")
+    if port.named(ovsport.TRANSIENT):
+        columns.append(f"other_config:{ovsport.TRANSIENT}={port.named(ovsport.TRANSIENT)}")
+    ids = [f"external_ids:{one}={quoted(given)}" for one, given in port.ids if one in EXTERNAL]
+    macs = {one.named(ovsport.MAC) for one in (port, there) if one} - {None}
+    if there is None or there.bridge != port.bridge or len(macs) > 1 or " (" in (now or ""):
+        words: tuple[str, ...] = (*remove, "--", "add-port", port.bridge, name, *columns)
+    else:
+        gone = [one for one in EXTERNAL if there.named(one) and not port.named(one)]
+        words = ("--", "clear", "Port", name, *VLANS.split(","))
+        words += ("--", "set", "Port", name, *columns) if columns else ()
+        words += ("--", "remove", "Interface", name, "external_ids", *gone) if gone else ()
+        if there.named(ovsport.TRANSIENT) and not port.named(ovsport.TRANSIENT):
+            words += ("--", "remove", "Port", name, "other_config", ovsport.TRANSIENT)
+    return (*words, "--", "set", "Interface", name, *ids) if ids else words
+
+
+def quoted(text: str) -> str:
+    """A string as ovs-vsctl takes it: as in JSON, if it is more than a word."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def vlan_mode(vlan: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
-from kvmifup.core.ops import Announce, Neighbour, Op, ProxyNeighbour, Route, Rule, Sysctl, UplinkVlans
+from kvmifup.core.ops import Announce, Neighbour, Op, OvsPort, ProxyNeighbour, Route, Rule, Sysctl, UplinkVlans
 from kvmifup.node import messages, nexthops, ovs, standing
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
@@ -120,8 +120,12 @@ class View:
                 for known in self._of_tables:
                     known.clear()
                 self.routes_out.clear()
-            case _:
+            case OvsPort():
                 self.refresh()
+            case _:
+                switch = self._switch  # its database says the same as before
+                self.refresh()
+                self._switch = switch
 
     # --- devices ------------------------------------------------------------------------------------------
 

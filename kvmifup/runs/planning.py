@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvmifup import phases
+from kvmifup.core import ovsport
 from kvmifup.core.model import Config, Nic, NodeFacts, Phase, Uplink
 from kvmifup.core.ops import EVERYWHERE, LinkMaster, Op, OvsPort, UplinkVlans, Value
 from kvmifup.runs.apply import Change, Job, survey, survey_undo
@@ -67,6 +68,8 @@ def plan(
     port = journal and journal.prior(LinkMaster(nic.tap, None).key)
     if facts.bridge and port and isinstance(port.op, LinkMaster) and port.op.vlans:
         facts = replace(facts, bridge=replace(facts.bridge, keeps=True))
+    if journal and facts.port and journal.nic.iface_id and not nic.iface_id:  # it was ours, and is not wanted any more
+        facts = replace(facts, port=ovsport.without(facts.port, ovsport.INTERFACE, journal.nic.iface_id))
     ours = journal and journal.prior(phases.ipv6_off(nic).key)
     if ours and ours.prior == "0" and nic.mode == "routed":  # off since the NIC was bridged; undone below
         facts = replace(facts, ipv6_mend=())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from harness import agents, disturb, hooks, manager, namespaces, nodes, tools
-from harness.addresses import TAP_MAC
+from harness.addresses import GUEST_MAC, TAP_MAC
 from harness.hooks import check, hook
 from harness.nodes import Node
 from harness.oracle import link
@@ -127,6 +127,55 @@ def test_a_changed_vlan_is_set_by_the_next_run(switch: Node) -> None:
     manager.write_nic(mode="openvswitch", link="ovs0", vlan=".200")
     check(hook("kvm-ifup-post", "tap0"), 0)
     assert port() == ("ovs0", "200", "[]", "access")
+
+
+def told(name: str = "tap0") -> dict[str, str]:
+    """What the database says of whose a port is."""
+    found = json.loads(vsctl("--format=json", "--columns=external_ids", "list", "Interface", name))
+    config = json.loads(vsctl("--format=json", "--columns=other_config", "list", "Port", name))
+    return dict(found["data"][0][0][1]) | dict(config["data"][0][0][1])
+
+
+OURS = {"attached-mac": GUEST_MAC, "kvm-ifup-instance": "web1.example.com", "transient": "true"}
+
+
+def test_the_database_says_whose_a_port_is(switch: Node) -> None:
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100", iface_id="web1-0")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert told() == OURS | {"iface-id": "web1-0"}
+    again = hook("kvm-ifup-post", "tap0", "--json")
+    assert (again.code, again.needed) == (0, [])
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert told() == OURS
+
+
+def test_what_others_have_set_on_a_port_stays_when_its_vlan_changes(switch: Node) -> None:
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    vsctl("set", "Interface", "tap0", "external_ids:vm-id=theirs", "external_ids:iface-id=theirs")
+    vsctl("set", "Port", "tap0", "external_ids:theirs=too")
+    before = [vsctl("get", table, "tap0", "_uuid") for table in ("Port", "Interface")]
+    number = vsctl("get", "Interface", "tap0", "ofport")
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=":200-202")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert port() == ("ovs0", "[]", "[200, 201, 202]", "trunk")
+    assert told() == OURS | {"vm-id": "theirs", "iface-id": "theirs"}
+    assert vsctl("get", "Port", "tap0", "external_ids:theirs") == "too"
+    assert [vsctl("get", table, "tap0", "_uuid") for table in ("Port", "Interface")] == before
+    assert vsctl("get", "Interface", "tap0", "ofport") == number
+
+
+@pytest.mark.parametrize("whose", ["another guest's", "the same guest's"])
+def test_a_port_that_was_there_is_taken_over_only_from_the_same_guest(switch: Node, whose: str) -> None:
+    mac = GUEST_MAC if whose == "the same guest's" else "aa:00:00:35:ac:77"
+    vsctl("add-port", "ovs0", "tap0", "tag=7", "--", "set", "Interface", "tap0", f'external_ids:attached-mac="{mac}"',
+          "external_ids:iface-id=theirs", "external_ids:vm-id=theirs")  # fmt: skip
+    manager.write_nic(mode="openvswitch", link="ovs0", vlan=".100")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    theirs = {"iface-id": "theirs", "vm-id": "theirs"} if whose == "the same guest's" else {}
+    assert told() == OURS | theirs
+    assert port() == ("ovs0", "100", "[]", "access")
 
 
 def test_the_port_of_a_vanished_tap_is_removed_by_gc(switch: Node) -> None:
@@ -369,6 +418,7 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return asked
 
 
+WHOSE = f"attached-mac={GUEST_MAC} kvm-ifup-instance=web1 transient=true"
 VLANS = {"tap0": None, "tap1": ".100", "tap2": ":300:200", "tap3": ".100:200:300"}
 
 
@@ -406,9 +456,9 @@ def test_whatever_differs_on_the_switch_is_found(four: Node) -> None:
     vsctl("set", "Port", "tap2", "vlan_mode=native-tagged")
     vsctl("del-port", "tap3")
     assert seen() == {
-        "tap0": (False, ["ovs0 .7"]),
+        "tap0": (False, [f"ovs0 .7 {WHOSE}"]),
         "tap1": (False, ["ovs1 .100"]),
-        "tap2": (False, ["ovs0 :200:300 native-tagged"]),
+        "tap2": (False, [f"ovs0 :200:300 native-tagged {WHOSE}"]),
         "tap3": (False, [None]),
     }
     assert hooks.call("kvm-ifup", "check").code == 1

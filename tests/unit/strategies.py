@@ -87,7 +87,11 @@ options = st.fixed_dictionaries(dict.fromkeys(PORT_OPTIONS, said))
 bridged_nics = st.builds(lambda nic, more: replace(nic, **more), plain_bridged_nics, options)
 ovs_nics = plain_bridged_nics.flatmap(
     lambda nic: st.builds(
-        replace, st.just(nic), mode=st.just("openvswitch"), vlan=st.sampled_from([None, ".100", ":300:20", ".5:7"])
+        replace,
+        st.just(nic),
+        mode=st.just("openvswitch"),
+        vlan=st.sampled_from([None, ".100", ":300:20", ".5:7"]),
+        iface_id=st.sampled_from([None, "web1-0"]),
     )
 )
 ext_nics = routed_nics.map(

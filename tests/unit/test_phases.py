@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from kvmifup import phases
+from kvmifup.core import ovsport
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import BridgedConfig, Config, LinkConfig, Nic, NodeFacts, Phase, RoutedConfig, Tap
 from kvmifup.core.ops import (
@@ -40,6 +41,7 @@ from .samples import (
     FACTS_EXT,
     FACTS_ROUTED,
     FILTERING,
+    MAC,
     OVS,
     ROUTED,
     ROUTED_6,
@@ -372,7 +374,27 @@ def test_a_missing_uplink_is_remarked_on(phase: Phase, nic: Nic, uplinks: tuple[
 )
 def test_equal_sets_of_vlans_are_one_value(vlan: str | None, value: str) -> None:
     plan = phases.plan(Phase.PRE, replace(OVS, vlan=vlan), CONFIG, FACTS_BRIDGED)
-    assert [op.want for op in plan if isinstance(op, OvsPort)] == [value]
+    (port,) = [ovsport.parsed(op.want or "") for op in plan if isinstance(op, OvsPort)]
+    assert f"{port.bridge} {port.vlan}".strip() == value
+
+
+@pytest.mark.parametrize(
+    ("own", "port", "found"),
+    [
+        (None, None, None),
+        ("mine", None, "mine"),
+        ("mine", f"ovs0 attached-mac={MAC} iface-id=theirs", "mine"),
+        (None, f"ovs0 attached-mac={MAC} iface-id=theirs", "theirs"),
+        (None, "ovs0 attached-mac=aa:00:00:35:ac:77 iface-id=theirs", None),
+        (None, "ovs0 iface-id=theirs", None),
+    ],
+)
+def test_a_dead_guests_name_in_an_ovn_network_is_not_taken_over(
+    own: str | None, port: str | None, found: str | None
+) -> None:
+    plan = phases.plan(Phase.PRE, replace(OVS, iface_id=own), CONFIG, replace(FACTS_BRIDGED, port=port))
+    (wanted,) = [ovsport.parsed(op.want) for op in plan if isinstance(op, OvsPort) and op.want]
+    assert wanted.named(ovsport.INTERFACE) == found
 
 
 # --- without a journal --------------------------------------------------------------------------------

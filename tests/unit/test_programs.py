@@ -8,9 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kvmifup.core import ovsport
 from kvmifup.core.errors import ConfigError, NotReadyError, ProgramError
 from kvmifup.node import ovs, programs
+
+from .samples import MAC
 
 
 def shell(script: str, environ: dict[str, str] | None = None, timeout: float = 60.0) -> programs.Result:
@@ -151,16 +156,20 @@ EMPTY = ["set", []]
 )
 def test_a_port_is_replaced_in_one_transaction(value: str, columns: tuple[str, ...], switch: Switch) -> None:
     switch.results = [ok(), tables([])]
-    ovs.put("tap0", value)
+    ovs.put("tap0", value, None)
     assert switch.asked[0] == (*REMOVE, "--", "add-port", "ovs0", "tap0", *columns)
 
 
-def tables(row: list[object], ofport: object = 1, error: object = EMPTY) -> programs.Result:
-    """The switch's database: the port tap0 with the columns *row* in the bridge ovs0."""
+def tables(
+    row: list[object], ofport: object = 1, error: object = EMPTY, ids: dict[str, str] | None = None
+) -> programs.Result:
+    """The switch's database: the port tap0 with the columns *row* in the bridge ovs0; *ids* are its external ones."""
     bridges = [["ovs0", ["set", [["uuid", "a"], ["uuid", "f"]]]]]
-    ports = [[["uuid", "a"], "tap0", False, *(row or [EMPTY, EMPTY, EMPTY])]]
-    ports.append([["uuid", "f"], "vlan300", True, 300, EMPTY, EMPTY])
-    return ok("".join(json.dumps({"data": data}) + "\n" for data in (bridges, ports, [["tap0", ofport, error]])))
+    config = ["map", [["transient", "true"], ["other", "kept"]] if ids else []]
+    ports = [[["uuid", "a"], "tap0", False, config, *(row or [EMPTY, EMPTY, EMPTY])]]
+    ports.append([["uuid", "f"], "vlan300", True, ["map", []], 300, EMPTY, EMPTY])
+    interfaces = [["tap0", ofport, error, ["map", [*map(list, (ids or {}).items())]]]]
+    return ok("".join(json.dumps({"data": data}) + "\n" for data in (bridges, ports, interfaces)))
 
 
 @pytest.mark.parametrize("alive", [True, False])
@@ -169,7 +178,7 @@ def test_a_port_is_removed_and_a_dead_daemon_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(ovs, "is_alive", lambda: alive)
     switch.results = [ok()]
-    ovs.put("tap0", None)
+    ovs.put("tap0", None, "ovs0")
     assert switch.asked == [REMOVE if alive else ("--no-wait", *REMOVE)]
 
 
@@ -208,15 +217,66 @@ def test_a_port_in_a_mode_that_is_never_ours_can_be_put_back(
 ) -> None:
     """A failed run leaves every port as it was, whoever made it."""
     switch.results = [tables(row, error=error), ok(), tables(row)]
-    ovs.put("tap0", ovs.read().ports["tap0"])
+    ovs.put("tap0", ovs.read().ports["tap0"], None)
     assert switch.asked[1] == (*REMOVE, "--", "add-port", "ovs0", "tap0", *columns)
+
+
+WHOSE = "attached-mac=aa:00:00:35:ac:01 iface-id=web1-0 kvm-ifup-instance=web%20;one transient=true"
+
+
+def test_what_the_database_says_of_whose_a_port_is(switch: Switch) -> None:
+    ids = {"vm-id": "foreign", "iface-id": "web1-0", "attached-mac": MAC, "kvm-ifup-instance": "web one"}
+    switch.results = [tables([100, EMPTY, "access"], ids=ids)]
+    assert ovs.read().ports["tap0"] == f"ovs0 .100 {WHOSE}"
+
+
+SET = ("--", "set", "Interface", "tap0", f'external_ids:attached-mac="{MAC}"', 'external_ids:iface-id="web1-0"',
+       'external_ids:kvm-ifup-instance="web one"')  # fmt: skip
+CLEAR = ("--", "clear", "Port", "tap0", "tag", "trunks", "vlan_mode")
+TAG = ("tag=100", "vlan_mode=access", "other_config:transient=true")
+ADD = ("--", "add-port", "ovs0", "tap0", *TAG)
+OTHER = "attached-mac=aa:00:00:35:ac:77"
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (None, (*REMOVE, *ADD, *SET)),
+        ("ovs0", (*CLEAR, "--", "set", "Port", "tap0", *TAG, *SET)),  # as an earlier kvm-ifup has made it
+        (f"ovs0 .7 {WHOSE}", (*CLEAR, "--", "set", "Port", "tap0", *TAG, *SET)),
+        (f"ovs0 .100 {OTHER}", (*REMOVE, *ADD, *SET)),  # another guest's
+        (f"ovs1 .100 {WHOSE}", (*REMOVE, *ADD, *SET)),  # on another bridge
+        (f"ovs0 .100 {WHOSE} (no such device)", (*REMOVE, *ADD, *SET)),
+    ],
+)
+def test_the_port_of_the_same_nic_is_changed_and_any_other_replaced(now: str | None, words: tuple[str, ...]) -> None:
+    assert ovs.transaction("tap0", f"ovs0 .100 {WHOSE}", now) == words
+
+
+def test_what_is_not_wanted_any_more_is_taken_out_of_the_database() -> None:
+    words = ovs.transaction("tap0", "ovs0", f"ovs0 .100 {WHOSE}")
+    gone = ("kvm-ifup-instance", "iface-id", "attached-mac")
+    assert words == (*CLEAR, "--", "remove", "Interface", "tap0", "external_ids", *gone,
+                     "--", "remove", "Port", "tap0", "other_config", "transient")  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["ovs0", "ovs0 .5:20-30", "ovs0 .5:20 native-tagged", f"o :1 {WHOSE}"])
+def test_a_port_comes_back_from_its_text(text: str) -> None:
+    assert ovsport.parsed(text).text == text
+    assert ovsport.parsed(f"{text} (no such device (really))").text == text
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_name_of_a_guest_comes_back_from_the_text_of_its_port(name: str) -> None:
+    port = ovsport.Port("ovs0", ".1", ids=((ovsport.INSTANCE, name),))
+    assert ovsport.parsed(port.text) == ovsport.parsed(f"{port.text} (broken)") == port
 
 
 @pytest.mark.parametrize(("code", "untouched"), [(1, True), (-14, False)])
 def test_a_change_that_its_time_limit_ended_may_have_been_made(code: int, untouched: bool, switch: Switch) -> None:
     switch.results = [programs.Result(code, "", "no")]
     with pytest.raises(ProgramError) as caught:
-        ovs.put("tap0", "ovs0")
+        ovs.put("tap0", "ovs0", None)
     assert caught.value.untouched is untouched
 
 
@@ -226,7 +286,7 @@ def test_a_switch_that_does_not_answer(switch: Switch) -> None:
         ovs.read()
     assert caught.value.hint
     with pytest.raises(ProgramError, match="no socket") as failed:
-        ovs.put("tap0", "ovs0")
+        ovs.put("tap0", "ovs0", None)
     assert failed.value.untouched
 
 

@@ -218,7 +218,9 @@ PURE = {
         "typing",
         "kvmifup.core.errors",
         "kvmifup.core.model",
+        "kvmifup.core",
         "kvmifup.core.ops",
+        "kvmifup.core.ovsport",
         "kvmifup.core.vlans",
     },
     "core.ops": {
@@ -241,6 +243,7 @@ PURE = {
     },
     "core.errors": {"__future__", "collections.abc", "errno", "typing"},
     "core.text": {"__future__", "collections.abc"},
+    "core.ovsport": {"__future__", "dataclasses", "re"},
     "core.vlans": {"__future__", "collections.abc", "re"},
 }
 
