@@ -146,7 +146,8 @@ class Kernel:
         if not link.master or link.port_of == "openvswitch":
             return None
         bridge = device_name(link.master)
-        if not op.vlans or link.port_of != "bridge" or not self._view.link(bridge).filters:
+        # On the bridge that it is to be on, without VLANs of its own, they are somebody else's affair.
+        if op.want == bridge or link.port_of != "bridge" or not self._view.link(bridge).filters:
             return bridge
         with refusals(f"reading the VLANs of {op.dev}"):
             return f"{bridge} {text_of(self._view.ports.vlans(link.index))}"

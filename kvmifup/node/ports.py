@@ -2,7 +2,7 @@
 
 Not through pyroute2. To ask one port for its VLANs takes RTM_GETVLAN, which its version 0.7 (Debian 12) does not know:
 it asks for those of all ports, which takes 90 ms with 300 taps. And to say 2,000 VLANs that are no neighbours takes it
-120 ms, here 2 ms.
+120 ms, here 3 ms.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class MemoryNode:
         found = self.values.get(op.key, untouched(op))
         if isinstance(op, UplinkVlans):
             return tagged(op.vids & ids(str(found)))
-        return op.place(found) if isinstance(op, LinkMaster) and not op.vlans else found
+        return op.want if isinstance(op, LinkMaster) and op.want == op.place(found) else found
 
     def write(self, op: Op) -> None:
         number = len(self.writes)

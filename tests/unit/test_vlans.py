@@ -19,7 +19,7 @@ from kvmifup.node.messages import IFLA_AF_SPEC, attributes
 from kvmifup.runs.apply import Change
 
 from .nodes import Killed
-from .samples import BRIDGED, FILTERING
+from .samples import BRIDGED, FILTERING, OVS, ROUTED
 from .test_runs import Node
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -212,6 +212,28 @@ def test_a_run_that_ends_at_any_write_leaves_what_was_there(
         for tap in ("tap0", "tap1"):
             node.down(tap)
         assert uplink(node) == ":500:600", f"write {number}"
+
+
+@pytest.mark.parametrize("nic", [ROUTED, replace(BRIDGED, link="br1"), replace(OVS, vlan=None)], ids=lambda n: n.mode)
+def test_a_port_that_cannot_go_elsewhere_comes_back_into_its_vlans(nic: Nic, node: Node) -> None:
+    node.kernel.bridges["br1"] = FILTERING
+    node.post(FIRST)
+    before = node.kernel.undoable()
+    for number in range(40):
+
+        def refuse(at: int, number: int = number) -> None:
+            if at == number:
+                raise KernelError("refused", errno=5)
+
+        node.kernel.after = refuse
+        node.kernel.writes.clear()
+        try:
+            node.post(nic)
+        except KernelError:
+            assert node.kernel.undoable() == before, f"write {number}"
+        else:
+            break
+    assert node.kernel.read(LinkMaster("tap0", None)) != "br0 .100:200"
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
