@@ -67,7 +67,7 @@ def add_bond(name: str = "bond0", bridge: str = "br0") -> None:
     ip(f"link add {name} type bond")
     ip(f"link add name {name}-up type veth peer name {name}-far")
     ip(f"link set {name}-far up")
-    ip(f"link set {name}-up master {name} up")
+    ip(f"link set {name}-up master {name}")  # which sets it up
     ip(f"link set {name} master {bridge} up")
 
 
