@@ -404,14 +404,17 @@ class Neighbour(Op):
 
 @dataclass(frozen=True)
 class Route(Op):
-    """The route in *table* to *prefix* out of *dev*, without a next hop."""
+    """The route in *table* to *prefix* out of *dev*, without a next hop, and before all others to *prefix*.
+
+    A text says what others have made out of *dev*, so that it can be put back as it was (`Kernel.read`).
+    """
 
     kind = "route"
     leaves = (False,)
     prefix: str
     dev: str
     table: int
-    want: bool
+    want: bool | str
 
     def subject(self) -> str:
         return f"route {self.prefix} dev {self.dev} table {self.table}"

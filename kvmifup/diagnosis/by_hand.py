@@ -131,6 +131,8 @@ def rule(op: Rule) -> list[str]:
 
 def route(op: Route) -> list[str]:
     """`ip route`."""
+    if isinstance(op.want, str):  # what others have made; `ip` may have no words for it
+        return []
     v6 = ":" in op.prefix
     # Before the route that a routing daemon may have, as the hook puts it.
     words = ["ip", "-6" if v6 else "-4", "route", "prepend" if op.want else "del", op.prefix, "dev", op.dev]

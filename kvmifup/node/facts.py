@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kvmifup.core.errors import VanishedError
-from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Tap, Trunk, Uplink
+from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Prefix, Tap, Trunk, Uplink
 from kvmifup.core.vlans import NONE
 from kvmifup.inputs import tables
 from kvmifup.node import ovs, ports, programs
 from kvmifup.node.messages import (
     IFF_UP,
-    RTN_ANYCAST,
-    RTN_BROADCAST,
-    RTN_LOCAL,
-    RTN_MULTICAST,
+    LEADING_NOWHERE,
     RTN_UNICAST,
     RTPROT_DHCP,
     RTPROT_RA,
@@ -27,14 +24,6 @@ from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv
 from kvmifup.node.refusals import refusals
 from kvmifup.node.reserved import why_not
 from kvmifup.node.view import View, default_devices
-
-# Why an address whose route is of this type cannot be a guest's.
-NOT_A_GUESTS = {
-    RTN_LOCAL: "is this node's own address",
-    RTN_BROADCAST: "is a broadcast address here",
-    RTN_ANYCAST: "is an anycast address here",
-    RTN_MULTICAST: "is a multicast address here",
-}
 
 
 def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
@@ -175,16 +164,19 @@ def of_a_daemon(route: RouteEntry) -> bool:
 def taken(nic: Nic, table: int, view: View) -> Iterator[tuple[str, str]]:
     """Each address or prefix of *nic* that means something else on this node, and what it is here."""
     for prefix in nic.ip:
-        why = None
-        if prefix.prefixlen == prefix.max_prefixlen:
-            why = NOT_A_GUESTS.get(view.route_type(prefix.version, str(prefix.network_address)))
-        for route in view.routes_to(prefix, table):
-            if of_a_daemon(route):
-                continue
-            dev = None if route.oif is None else device_name(route.oif)
-            if dev != nic.tap:
-                out = "to a next hop" if dev is None else f"out of {dev}"
-                why = why or f"is already routed {out} in table {table}"
-        why = why or why_not(prefix, view)
+        why = why_not(prefix, view) or led_elsewhere(prefix, nic.tap, table, view)
         if why:
             yield str(prefix), why
+
+
+def led_elsewhere(prefix: Prefix, tap: str, table: int, view: View) -> str | None:
+    """Where else than out of *tap* a route in *table* leads that is *prefix*'s own; None if nowhere."""
+    for route in view.routes_to(prefix, table):
+        if of_a_daemon(route):
+            continue
+        if route.type in LEADING_NOWHERE:
+            return f"leads nowhere: table {table} has a route for it that says {LEADING_NOWHERE[route.type]}"
+        dev = None if route.oif is None else device_name(route.oif)
+        if dev != tap:
+            return f"is already routed {'to a next hop' if dev is None else f'out of {dev}'} in table {table}"
+    return None

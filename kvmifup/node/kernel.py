@@ -58,6 +58,7 @@ from kvmifup.node.view import View
 
 PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")  # BR_STATE_*, linux/if_bridge.h
 BEST_IPV6 = 1  # the priority of our routes: 0 stands for 1024 there, and routing daemons use less
+FIRST, BETWEEN = "first: ", "; "  # of routes of others: they come before those out of other devices; between two
 POLL = 0.005  # seconds between two looks at a port's state
 
 
@@ -137,7 +138,7 @@ class Kernel:
             case Program():
                 return "unknown"
             case Route():
-                return self._leads(op)
+                return self._routes(op)
         raise AssertionError(f"nothing to read for {op.kind}")
 
     def _read_master(self, op: LinkMaster) -> str | None:
@@ -159,16 +160,27 @@ class Kernel:
             raise VanishedError(f"{op.dev} is no port of {op.bridge} any more", errno=errno.ENODEV)
         return link.index
 
-    def _leads(self, op: Route) -> bool:
-        """Whether there is a route as *op* says; if there is to be one, also whether it is the one that is taken."""
+    def _routes(self, op: Route) -> bool | str:
+        """What there is of the route that *op* is about, as `Route` has it."""
         own = self._view.routes_of(op)
-        if not own or not op.want:
-            return bool(own)
+        if not own:
+            return False
+        index = own[0].oif or 0
+        if own == [ours(op, index)] and not op.want:  # in which place it is, matters only if it is to be there
+            return True
+        leads = self._leads(op, index)
+        if leads and op.want is True:
+            return True
+        return f"{FIRST if leads else ''}{BETWEEN.join(route.as_text() for route in own)}"
+
+    def _leads(self, op: Route, index: int) -> bool:
+        """Whether all packets to the prefix of *op* take a route of its own, out of the device *index*."""
+        prefix = ipaddress.ip_network(op.prefix)
         # A routing daemon may have one as well. Of equal ones IPv4 takes the first.
-        prefix, index = ipaddress.ip_network(op.prefix), own[0].oif
-        every = self._view.routes_to(prefix, op.table)
-        order = [(route.priority or 0, prefix.version == 6 and route.oif != index, route.oif) for route in every]
-        return not order or min(order, key=lambda one: one[:2])[2] == index
+        every = [route for route in self._view.routes_to(prefix, op.table) if route.for_all]
+        order = [((route.priority or 0, prefix.version == 6 and route.oif != index), route) for route in every]
+        taken = min(order, key=lambda one: one[0])[1] if order else None
+        return taken is not None and taken.oif == index and taken.direct
 
     def _port_state(self, op: PortForwarding) -> str:
         link = self._view.link(op.dev)
@@ -315,26 +327,35 @@ class Kernel:
                 self._netlink.delete_neighbour(index, op.address, NTF_PROXY)
 
     def _write_route(self, op: Route) -> None:
-        prefix = ipaddress.ip_network(op.prefix)
-        now: list[RouteEntry] = []
+        prefix, index = ipaddress.ip_network(op.prefix), self._view.index(op.dev)
+        own, now = self._view.routes_of(op), []
         try:
-            if op.want:
-                scope, priority = (RT_SCOPE_LINK, None) if prefix.version == 4 else (RT_SCOPE_UNIVERSE, BEST_IPV6)
-                entry = RouteEntry(RTPROT_STATIC, scope, RTN_UNICAST, self._view.index(op.dev), priority)
-                others = [route for route in self._view.routes_of(op) if route != entry]
-                if len(others) < len(self._view.routes_of(op)):  # it is there, and another one comes before it
+            if op.want is True:
+                entry = ours(op, index)
+                if entry in own:  # it is there, and another one comes before it
                     self._netlink.delete_route(prefix, op.table, entry)
                 self._netlink.add_route(prefix, op.table, entry)
-                now = [entry, *others]
+                now = [entry, *(route for route in own if route != entry)]
             else:
                 # Others may have made the route: the kernel finds it only if it is named as it is.
-                for route in self._view.routes_of(op):
+                for route in own:
                     with forgiven(errno.ESRCH):
                         self._netlink.delete_route(prefix, op.table, route)
+            if isinstance(op.want, str):
+                first = op.want.startswith(FIRST)
+                now = [messages.route_entry(one, index) for one in op.want.removeprefix(FIRST).split(BETWEEN)]
+                for route in reversed(now) if first else now:
+                    self._netlink.add_route(prefix, op.table, route, last=not first)
         except OSError:
             self._view.refresh()  # it may be half done
             raise
-        self._view.routes_out.note(prefix, op.table, self._view.index(op.dev), now)
+        self._view.routes_out.note(prefix, op.table, index, now)
+
+
+def ours(op: Route, index: int) -> RouteEntry:
+    """The route that we make for *op*, out of the device *index*."""
+    scope, priority = (RT_SCOPE_UNIVERSE, BEST_IPV6) if ":" in op.prefix else (RT_SCOPE_LINK, None)
+    return RouteEntry(RTPROT_STATIC, scope, RTN_UNICAST, index, priority)
 
 
 def write_port_option(op: PortOption, view: View) -> None:

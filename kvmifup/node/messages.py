@@ -23,7 +23,7 @@ from kvmifup.core.model import Prefix
 
 # linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x200, 0x400, 0x300
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND, NLM_F_DUMP = 0x100, 0x200, 0x400, 0x800, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_TYPE_MASK, NLA_F_NESTED = 0x3FFF, 0x8000
 # linux/rtnetlink.h
@@ -35,8 +35,10 @@ RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RTM_NEWVLAN, RTM_DELVLAN, RTM_GETVLAN = 112, 113, 114
 RTM_F_FIB_MATCH, RTEXT_FILTER_SKIP_STATS = 0x2000, 0x8
 RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 2, 3, 4, 5, 6, 9, 15
-RTA_VIA, RTA_NH_ID = 18, 30
+RTA_PREFSRC, RTA_METRICS, RTA_CACHEINFO, RTA_VIA, RTA_PREF, RTA_NH_ID = 7, 8, 12, 18, 20, 30
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST = 1, 2, 3, 4, 5
+LEADING_NOWHERE = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}  # RTN_*
+RTNH_F_ONLINK = 4
 RTPROT_UNSPEC, RTPROT_BOOT, RTPROT_STATIC, RTPROT_RA, RTPROT_DHCP = 0, 3, 4, 9, 16
 RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
 # linux/if.h, linux/if_arp.h
@@ -248,23 +250,55 @@ def address_in(message: bytes) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class RouteEntry:
-    """What the kernel needs, beside prefix and table, to find a route and to make one."""
+    """What the kernel needs, beside prefix and table, to find a route and to make one.
+
+    *more* are the attributes that only some routes have, as the kernel tells them.
+    """
 
     protocol: int  # RTPROT_*
     scope: int  # RT_SCOPE_*
     type: int  # RTN_*
     oif: int | None  # the index of the device that it leads out of
     priority: int | None
+    tos: int = 0
+    source: int = 0  # the prefix length of the source for which it is, which is in *more*
+    flags: int = 0  # RTNH_F_ONLINK
+    more: bytes = b""
+
+    @property
+    def for_all(self) -> bool:
+        """Whether it is for packets of every source and every kind of service."""
+        return not self.tos and not self.source
+
+    @property
+    def direct(self) -> bool:
+        """Whether every packet that takes it is for a neighbour on its device, by the packet's own destination."""
+        plain = not self.more or attributes(self.more, 0).keys() <= {RTA_PREFSRC, RTA_METRICS, RTA_PREF}
+        return plain and self.for_all and self.type == RTN_UNICAST
+
+    def as_text(self) -> str:
+        """All of it but the device."""
+        said = {**vars(self), "oif": None, "more": self.more.hex()}
+        return " ".join(f"{name}={value}" for name, value in said.items() if value)
+
+
+def route_entry(text: str, oif: int) -> RouteEntry:
+    """The route out of the device *oif* that `RouteEntry.as_text` has described. Raises ValueError, TypeError."""
+    said = dict(word.split("=") for word in text.split())
+    more = bytes.fromhex(said.pop("more", ""))
+    fields = {"protocol": 0, "scope": 0, "type": 0, "priority": None} | {name: int(one) for name, one in said.items()}
+    return RouteEntry(**fields, oif=oif, more=more)  # type: ignore[arg-type]
 
 
 def route_body(prefix: Prefix, table: int, entry: RouteEntry) -> bytes:
     """What RTM_NEWROUTE and RTM_DELROUTE say of the route *entry* to *prefix* in *table*."""
-    body = RTMSG.pack(FAMILIES[prefix.version], prefix.prefixlen, 0, 0, 0, entry.protocol, entry.scope, entry.type, 0)
+    lengths = (FAMILIES[prefix.version], prefix.prefixlen, entry.source)
+    body = RTMSG.pack(*lengths, entry.tos, 0, entry.protocol, entry.scope, entry.type, entry.flags)
     body += attribute(RTA_DST, prefix.network_address.packed) + number(RTA_TABLE, table)
     for kind, value in ((RTA_OIF, entry.oif), (RTA_PRIORITY, entry.priority)):
         if value is not None:
             body += number(kind, value)
-    return body
+    return body + entry.more
 
 
 def routes_to(prefix: Prefix, routes: list[bytes]) -> list[RouteEntry]:
@@ -279,11 +313,18 @@ def routes_to(prefix: Prefix, routes: list[bytes]) -> list[RouteEntry]:
     return found
 
 
+USUAL = {RTA_DST, RTA_OIF, RTA_PRIORITY, RTA_TABLE, RTA_CACHEINFO}  # the last one says how it has been used
+
+
 def route_of(message: bytes) -> tuple[RouteEntry, tuple[bytes, int]]:
     """The route in an RTM_NEWROUTE message; its destination and prefix length."""
-    _family, length, _src_len, _tos, _table, protocol, scope, kind, _flags = RTMSG.unpack_from(message, BODY)
+    _family, length, source, tos, _table, protocol, scope, kind, flags = RTMSG.unpack_from(message, BODY)
     attrs = attributes(message, BODY + RTMSG.size)
-    entry = RouteEntry(protocol, scope, kind, u32(attrs.get(RTA_OIF)), u32(attrs.get(RTA_PRIORITY)))
+    if attrs.get(RTA_PREF) == b"\0":  # the usual one
+        del attrs[RTA_PREF]
+    more = b"".join(attribute(one, attrs[one]) for one in sorted(attrs.keys() - USUAL))
+    oif, priority = u32(attrs.get(RTA_OIF)), u32(attrs.get(RTA_PRIORITY))
+    entry = RouteEntry(protocol, scope, kind, oif, priority, tos, source, flags & RTNH_F_ONLINK, more)
     return entry, (attrs.get(RTA_DST, b""), length)
 
 

@@ -24,6 +24,7 @@ from kvmifup.node.messages import (
     NDMSG,
     NLA_F_NESTED,
     NLM_F_ACK,
+    NLM_F_APPEND,
     NLM_F_CREATE,
     NLM_F_REPLACE,
     RTA_DST,
@@ -142,12 +143,14 @@ class Netlink:
         body = RTMSG.pack(family, 8 * len(raw), 0, 0, 0, 0, 0, 0, RTM_F_FIB_MATCH) + attribute(RTA_DST, raw)
         return self.transport.ask(RTM_GETROUTE, 0, body)[BODY + 7]
 
-    def add_route(self, prefix: Prefix, table: int, entry: RouteEntry) -> None:
+    def add_route(self, prefix: Prefix, table: int, entry: RouteEntry, *, last: bool = False) -> None:
         """Add the route *entry* to *prefix*.
 
-        An IPv4 route comes before others to *prefix* of the same priority, and replaces none (fib_table_insert).
+        An IPv4 route comes before others to *prefix* of the same priority, or as the *last* of them, and replaces none
+        (fib_table_insert).
         """
-        self.transport.ask(RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE, route_body(prefix, table, entry))
+        flags = NLM_F_ACK | NLM_F_CREATE | (NLM_F_APPEND if last else 0)
+        self.transport.ask(RTM_NEWROUTE, flags, route_body(prefix, table, entry))
 
     def delete_route(self, prefix: Prefix, table: int, entry: RouteEntry) -> None:
         """Remove the route *entry* to *prefix*, and no other."""

@@ -17,6 +17,7 @@ from kvmifup.node.kernel import PORT_STATES, Kernel
 from kvmifup.node.messages import (
     FAMILIES,
     IFF_UP,
+    LEADING_NOWHERE,
     NTF_PROXY,
     NUD_NOARP,
     NUD_PERMANENT,
@@ -29,9 +30,7 @@ from kvmifup.node.procfs import IFF_PERSIST, device_name, link_local, read_file,
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.view import View
 
-# linux/rtnetlink.h
 MAIN_PRIORITY = 32766  # of the rule that looks up main (net/ipv4/fib_rules.c)
-LEADING_NOWHERE = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,6 @@ class WholeView(View):
         """As `View.routes_of`."""
         index = self.index(op.dev)
         return [route for route in self.routes_to(ipaddress.ip_network(op.prefix), op.table) if route.oif == index]
-
-    def route_type(self, family: int, address: str) -> int:
-        """As `View.route_type`, for what the table local knows: the node's own, broadcast and anycast addresses."""
-        return next((route.type for route in self.routes_to(ipaddress.ip_network(address), LOCAL_TABLE)), 0)
 
     def neighbour(self, dev: str, address: str, flags: int) -> tuple[int, str | None] | None:
         """As `View.neighbour`."""

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, ip_address
+from ipaddress import IPv4Interface, ip_address, ip_network
 
 from kvmifup.core.errors import VanishedError
-from kvmifup.core.model import Prefix
+from kvmifup.core.model import LOCAL_TABLE, Prefix
 from kvmifup.node import standing
-from kvmifup.node.messages import FAMILIES
+from kvmifup.node.messages import FAMILIES, RTN_ANYCAST, RTN_BROADCAST, RTN_LOCAL, RTN_MULTICAST, route_of
 from kvmifup.node.procfs import device_name
 from kvmifup.node.refusals import refusals
 from kvmifup.node.view import View
 
 LINK_LOCAL = "fe80:"  # never a guest's: `kvmifup.inputs.values` refuses it
 
+OWN = "this node's own address"
+# What an address is whose route is of this type.
+KINDS = {
+    RTN_LOCAL: OWN,
+    RTN_BROADCAST: "a broadcast address here",
+    RTN_ANYCAST: "an anycast address here",
+    RTN_MULTICAST: "a multicast address here",
+}
+
 
 @dataclass(frozen=True)
 class Reserved:
-    """An address, as a number, of *family*, and what it is. *alone*: a prefix may have it inside."""
+    """The address *network*, or all in it, which is from *first* to *last*, and what it is.
 
-    family: int
-    number: int
-    address: str
+    *alone*: a prefix may have it inside.
+    """
+
+    first: int
+    last: int
+    network: str
     what: str
     alone: bool = False
 
@@ -31,22 +43,58 @@ class Reserved:
 def why_not(prefix: Prefix, view: View) -> str | None:
     """Why *prefix* cannot be a guest's; None if nothing here keeps it from being one. Raises KernelError."""
     first, last = int(prefix.network_address), int(prefix.broadcast_address)
-    for one in reserved(prefix.version, view):
-        if first <= one.number <= last and one.family == prefix.version:
-            if first == last:
-                return f"is {one.what}"
-            if not one.alone:
-                return f"covers {one.address}, {one.what}"
+    common = reserved(prefix.version, view)
+    if first == last:
+        what = what_it_is(prefix, view) or next((one.what for one in common if one.first <= first <= one.last), None)
+        return what and f"is {what}"
+    for one in (*common, *local(prefix.version, view)):
+        if first <= one.last and one.first <= last and not one.alone:
+            covers = first <= one.first and one.last <= last
+            return f"{'covers' if covers else 'is within'} {one.network}, {one.what}"
+    return None
+
+
+def what_it_is(host: Prefix, view: View) -> str | None:
+    """What the kernel takes a single address for, if not for a guest's."""
+    number = int(host.network_address)
+    # It knows which route comes first. A view of the whole node asks only if there is more than one.
+    if view.ALONE or any(one.first <= number <= one.last for one in local(host.version, view)):
+        return KINDS.get(view.route_type(host.version, str(host.network_address)))
     return None
 
 
 def reserved(family: int, view: View) -> tuple[Reserved, ...]:
     """What is reserved here, of *family*, 4 or 6; read once until *view* is refreshed."""
-    if family not in view.reserved:
+    if (family, "") not in view.reserved:
         with refusals("reading addresses"):
-            view.reserved[family] = (*of_devices(family, view), *gateways(family, view))
-    found: tuple[Reserved, ...] = view.reserved[family]
+            view.reserved[family, ""] = (*of_devices(family, view), *gateways(family, view))
+    found: tuple[Reserved, ...] = view.reserved[family, ""]
     return found
+
+
+def one_address(address: str, what: str, *, alone: bool = False) -> Reserved:
+    """*address*, and nothing else."""
+    number = int(ip_address(address))
+    return Reserved(number, number, address, what, alone)
+
+
+def local(family: int, view: View) -> tuple[Reserved, ...]:
+    """What the table local has of *family*: also what is this node's own without being an address of a device.
+
+    A node has entries for each of its devices there, so that this takes long. Read once until *view* is refreshed.
+    """
+    if (family, "local") not in view.reserved:
+        found = {}
+        for message in view.routes(family, LOCAL_TABLE):
+            entry, (raw, length) = route_of(message)
+            network = ip_network((raw or bytes(4 if family == 4 else 16), length))
+            if entry.type in KINDS and not (network.is_link_local or network.is_multicast or network.is_loopback):
+                first, last = int(network.network_address), int(network.broadcast_address)
+                name = str(network) if first < last else str(network.network_address)
+                found[network] = Reserved(first, last, name, KINDS[entry.type])
+        view.reserved[family, "local"] = tuple(found.values())
+    table: tuple[Reserved, ...] = view.reserved[family, "local"]
+    return table
 
 
 def of_devices(family: int, view: View) -> Iterator[Reserved]:
@@ -55,13 +103,13 @@ def of_devices(family: int, view: View) -> Iterator[Reserved]:
         address = text.partition("/")[0]
         if address.startswith(LINK_LOCAL):
             continue
-        yield Reserved(family, int(ip_address(address)), address, "this node's own address")
+        yield one_address(address, OWN)
         if family == 4:
             network = IPv4Interface(text).network
             if network.prefixlen < 31:  # RFC 3021: a network of two has neither
-                last, first = network.broadcast_address, network.network_address
-                yield Reserved(4, int(last), str(last), f"the broadcast address of {network} here")
-                yield Reserved(4, int(first), str(first), f"the address of the network {network} here", alone=True)
+                yield one_address(str(network.broadcast_address), f"the broadcast address of {network} here")
+                what = f"the address of the network {network} here"
+                yield one_address(str(network.network_address), what, alone=True)
 
 
 def gateways(family: int, view: View) -> Iterator[Reserved]:
@@ -73,7 +121,7 @@ def gateways(family: int, view: View) -> Iterator[Reserved]:
         for hop in view.default_hops(version, standing.EVERY_TABLE):
             if hop.gateway and (":" in hop.gateway) == (family == 6) and not behind_a_tap(hop.index, view):
                 what = f"the gateway of a default route on {device_name(hop.index)}"
-                yield Reserved(family, int(ip_address(hop.gateway)), hop.gateway, what)
+                yield one_address(hop.gateway, what)
 
 
 def behind_a_tap(index: int, view: View) -> bool:

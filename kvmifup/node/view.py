@@ -86,7 +86,7 @@ class View:
         self._uplinks: dict[tuple[str, int], Uplink] = {}
         self.ports = Ports(self.netlink)
         self._switch: Switch | None = None
-        self.reserved: dict[int, Any] = {}  # by family: `kvmifup.node.reserved`
+        self.reserved: dict[tuple[int, str], Any] = {}  # by family, and where it is from: `kvmifup.node.reserved`
 
     def close(self) -> None:
         """Close the socket."""

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from harness import agents, guests, manager, nodes, oracle, snapshots, tools
-from harness.addresses import CLIENT_IP4, CLIENT_IP6, GUEST_IP4, GUEST_IP6, GUEST_MAC
-from harness.disturb import disturbed, refuse
-from harness.hooks import call, check
+from harness.addresses import CLIENT_IP4, CLIENT_IP6, GUEST_IP4, GUEST_IP6, GUEST_MAC, NODE_IP4
+from harness.disturb import disturbed, kill, refuse
+from harness.hooks import call, call_in_child, check
 from harness.nodes import Node
 
 PREFIX4, PREFIX6 = "198.51.100.0/29", "2001:db8:1::/64"
@@ -133,6 +133,100 @@ def test_a_rollback_leaves_what_was_already_so(uplinked: Node) -> None:
         with disturbed(before=refuse(number)):
             check(call("kvm-ifup-post", "tap0"), 71, "injected")
         assert snapshots.changes(before, snapshots.snapshot()) == []
+
+
+# Of a script's, or of a person's: `ip` has words for more than we would make.
+THEIRS = [
+    "metric 5",
+    "proto boot",
+    "proto 99 metric 5 mtu 1400",
+    "src {own} realms 7",
+    "tos 0x10",
+    "via {next} onlink",
+    "from {other}",
+]
+NEXT = {4: {"own": NODE_IP4, "next": "192.0.2.77"}, 6: {"other": "2001:db8:99::/48", "next": "fe80::77"}}
+
+
+def theirs(family: int, words: str) -> bool:
+    """Have a route to the guest, out of its tap, that says *words*; returns whether there can be one of this family."""
+    only = {"{own}": 4, "tos": 4, "from": 6}
+    if any(word in words and family != one for word, one in only.items()):
+        return False
+    address = GUEST_IP4 if family == 4 else GUEST_IP6
+    tools.ip(f"-{family} route add {address} dev tap0 {words.format(**NEXT[family])}")
+    return True
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("words", THEIRS)
+def test_a_route_of_others_comes_back_as_it_was(uplinked: Node, words: str, family: int) -> None:
+    """A failure puts it back, whether it is overruled or taken away."""
+    nodes.add_tap()
+    tools.ip("link set tap0 up")
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    if not theirs(family, words):
+        return
+    before = routes()
+    for program in ("kvm-ifup-post", "kvm-ifdown"):
+        done = []
+        for number in range(1, 40):
+            with disturbed(after=refuse(number)) as written:
+                result = call(program, "tap0")
+            if len(written) < number or written[number - 1].kind == "announce":  # which can fail
+                break
+            done.append(written[number - 1].kind)
+            check(result, 71, "injected")
+            assert routes() == before
+        assert "route" in done
+        check(call("kvm-ifdown", "tap0"), 0)
+        assert oracle.routes("tap0") == set()
+        assert theirs(family, words)
+        assert routes() == before
+
+
+def routes() -> list[str]:
+    """All routes out of tap0, in the kernel's order, with all that `ip` says of them."""
+    shown = [tools.run("ip", f"-{family}", "route", "show", "table", "all", "dev", "tap0") for family in (4, 6)]
+    return [line for text in shown for line in text.splitlines() if "table local" not in line and "fe80" not in line]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("words", ["tos 0x10", "via {next} onlink", "metric 5", "metric 5 mtu 1400"])
+def test_a_route_that_does_not_lead_to_the_guest_is_not_its_route(uplinked: Node, words: str, family: int) -> None:
+    """It is for some packets only, or to a neighbour that nobody is."""
+    nodes.add_tap()
+    tools.ip("link set tap0 up")
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    if not theirs(family, words):
+        return
+    address, client = (GUEST_IP4, CLIENT_IP4) if family == 4 else (GUEST_IP6, CLIENT_IP6)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    (way,) = tools.ask(f"-{family} route get {address} from {client} iif eth0")
+    assert (way.get("dev"), way.get("gateway")) == ("tap0", None)
+    assert call("kvm-ifup-post", "tap0", "--json").needed == []
+    check(call("kvm-ifup", "check"), 0)
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert routes() == []
+
+
+def test_a_killed_run_puts_a_route_of_others_back_as_it_was(uplinked: Node) -> None:
+    nodes.add_tap()
+    tools.ip("link set tap0 up")
+    manager.write_nic(mode="routed", ip=[GUEST_IP4])
+    assert theirs(4, "proto 99 metric 5 mtu 1400")
+    before = routes()
+    for number in range(1, 20):
+        with disturbed(after=kill(number)):
+            code = call_in_child("kvm-ifdown", "tap0")
+        planned = call("kvm-ifup", "plan", "post", "tap0")
+        check(planned, 0)
+        check(call("kvm-ifup", "gc"), 0)
+        if code == 0:
+            break
+        assert routes() == before
+    assert routes() == []
+    assert number > 1
 
 
 # --- rules that say more ----------------------------------------------------------------------------------------
@@ -362,5 +456,5 @@ def test_a_route_of_the_nodes_own_to_elsewhere_is_refused(
     tools.ip(f"-{family} route add {words}")
     manager.write_nic(mode="routed", ip=[address], incoming=True)
     before = snapshots.snapshot()
-    check(call(program, "tap0"), 69, address, "already routed")
+    check(call(program, "tap0"), 69, address, "leads nowhere" if route[0] in "bu" else "already routed")
     assert snapshots.changes(before, snapshots.snapshot()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -56,6 +57,19 @@ RESERVED: dict[str, tuple[Sequence[str], str | None, str, str]] = {
         ("link add name d type bridge", "addr add 198.51.100.7/24 dev d"), None, "198.51.100.255", "broadcast address",
     ),
     "prefix over a broadcast": ((), "100", "192.0.2.252/30", "covers 192.0.2.255"),
+    "local, one of many": (("route add local 198.51.100.0/24 dev lo",), None, "198.51.100.7", OWN),
+    "local, prefix within": (
+        ("route add local 198.51.100.0/24 dev lo",), "100", "198.51.100.8/29", "is within 198.51.100.0/24",
+    ),
+    "local, prefix within, IPv6": (
+        ("-6 route add local 2001:db8:7::/48 dev lo",), None, "2001:db8:7:1::/64", "is within 2001:db8:7::/48",
+    ),
+    "local, prefix over": (
+        ("route add local 198.51.100.4 dev lo",), None, "198.51.100.0/29", f"covers 198.51.100.4, {OWN}",
+    ),
+    "local, prefix over, IPv6": (
+        ("-6 route add local 2001:db8:7::4 dev lo",), "100", "2001:db8:7::/64", f"covers 2001:db8:7::4, {OWN}",
+    ),
     "network": ((), None, "192.0.2.0", "the address of the network 192.0.2.0/24"),
 }  # fmt: skip
 
@@ -96,6 +110,22 @@ def test_what_a_guest_may_have_is_not_refused(uplinked: Node, setup: str, addres
     for _ in range(2):
         check(call("kvm-ifup-post", "tap0"), 0)
     assert oracle.routes("tap0", "main") == {address}
+
+
+@pytest.mark.parametrize("ip", [GUEST_IP4, GUEST_IP6, "198.51.100.0/29", "2001:db8:7::/64"])
+def test_what_becomes_the_nodes_own_is_what_hooks_and_check_say(uplinked: Node, ip: str) -> None:
+    """They ask in different ways: a hook about one address, check for all at once."""
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=[ip])
+    check(call("kvm-ifup-post", "tap0"), 0)
+    tools.ip("route add local 192.0.2.8 dev lo")
+    tools.ip("route add local 198.51.100.4 dev lo")
+    tools.ip("-6 route add local 2001:db8::8 dev lo")
+    tools.ip("-6 route add local 2001:db8:7::/48 dev lo")
+    why = json.loads(call("kvm-ifup-post", "tap0", "--json").out)["cause"]
+    assert OWN in why
+    shown = call("kvm-ifup", "check", "tap0")
+    assert (shown.code, why in shown.out) == (1, True), shown
 
 
 # --- other NICs' -------------------------------------------------------------------------------------------
