@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kvmifup.commands.call import Call
 from kvmifup.commands.hooks import carry_out
 from kvmifup.core.errors import raise_all
 from kvmifup.diagnosis import by_hand
-from kvmifup.runs.apply import Change
+from kvmifup.runs.apply import Change, in_steps
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import opened
 from kvmifup.tell import render
@@ -18,7 +19,9 @@ def run(call: Call) -> int:
     """Print what the hook of the phase would do, and do nothing; returns 0. Raises KvmIfupError."""
     assert call.request is not None  # `main.execute` has made it
     with opened(call.run_dir, call.config, dry=True) as session:
-        outcomes, failures = carry_out(call, call.request, session)
+        found, failures = carry_out(call, call.request, session)
+    # Each step has a command of its own.
+    outcomes = [replace(one, undone=in_steps(one.undone), changes=in_steps(one.changes)) for one in found]
     if not call.options.json:
         call.say(render.plan_lines(outcomes, by_hand.lines))
     elif not failures:

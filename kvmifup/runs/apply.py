@@ -5,7 +5,7 @@ It knows no mode and no phase. It makes all of the changes that it is given, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -112,11 +112,13 @@ def apply(jobs: Sequence[Job], node: Node, store: Store, rest: Callable[[], obje
         for job in jobs:
             note(job, store)
         for job in jobs:
-            for change, op in steps(job.needed):
+            for change in in_steps(job.needed):
+                if change.op.after_change:  # announcing is not done here
+                    continue
                 checkpoint()
                 written.append(change)  # before the attempt: a failed write may have been half done
                 try:
-                    node.write(op)
+                    node.write(change.op)
                 except ProgramError as error:
                     if error.untouched:
                         written.pop()
@@ -163,14 +165,16 @@ def note(job: Job, store: Store) -> None:
             raise
 
 
-def steps(changes: Sequence[Change]) -> Iterator[tuple[Change, Op]]:
-    """The ops to write for *changes*, in order; what is moved leaves first. Announcing is not done here."""
-    left = [one for one in changes if one.op.moves and one.op.place(one.now) not in (None, one.op.place(one.op.wanted))]
-    for change in left:
-        yield change, change.op.turned(None)
-    for change in changes:
-        if not change.op.after_change and (change not in left or change.op.wanted is not None):
-            yield change, change.op
+def in_steps(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """*changes* as they are made, one step after the other: what is moved leaves first, and comes in its turn.
+
+    `undo` does the same.
+    """
+    moving = [change for change in changes if change.needed and change.op.moves]
+    moved = [one for one in moving if one.op.place(one.now) not in (None, one.op.place(one.op.wanted))]
+    leaving = [Change(change.op.turned(None), change.now, needed=True) for change in moved]
+    rest = [change for change in changes if change not in moved or change.op.wanted is not None]
+    return (*leaving, *(replace(change, now=None) if change in moved else change for change in rest))
 
 
 def draft(job: Job, store: Store) -> Draft | None:

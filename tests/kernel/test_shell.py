@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import stat
 import time
@@ -16,14 +17,16 @@ from typing import Any
 
 import pytest
 
-from harness import agents, hooks, manager, namespaces, nodes, oracle, snapshots, tools
+from harness import agents, disturb, hooks, manager, namespaces, nodes, oracle, snapshots, tools
 from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC, TAP_MAC
-from harness.hooks import call, check, hook
+from harness.hooks import call, call_in_child, check, hook
 from harness.manager import RUN_DIR
 from harness.nodes import Node
 from harness.oracle import sysctl
 from tests.kernel.staging import Scene, scenes
 from tests.kernel.test_openvswitch import switch, vsctl  # noqa: F401 (a fixture)
+
+HOOKS = {"pre": "kvm-ifup-pre", "post": "kvm-ifup-post", "down": "kvm-ifdown"}
 
 # --- plan: the commands ------------------------------------------------------------------------------------
 
@@ -73,9 +76,53 @@ def test_the_printed_commands_make_what_the_hook_makes(scene: Scene, phase: str)
                 assert snapshots.changes(before, snapshots.snapshot()) == []
                 by_hand(lines)
             else:
-                check(call({"pre": "kvm-ifup-pre", "post": "kvm-ifup-post", "down": "kvm-ifdown"}[phase], "tap0"), 0)
+                check(call(HOOKS[phase], "tap0"), 0)
             made.append(state())
     assert snapshots.changes(*made) == []
+
+
+@pytest.mark.parametrize("nic", ["bridged", "routed"])
+@pytest.mark.parametrize("phase", ["pre", "down"])
+def test_the_printed_commands_take_the_node_the_hooks_way(nic: str, phase: str) -> None:
+    """A tap that moves leaves its bridge before anything else: the MTU that it gets would become that bridge's."""
+    scene = Scene(nic, "elsewhere")
+    ways = []
+    for hand in (False, True):
+        way: list[list[str]] = []
+        with nodes.fresh_node() as node:
+            node.uplink()
+            scene.set_up()
+            if phase == "down":
+                check(call("kvm-ifup-post", "tap0"), 0)
+            before = state()
+
+            def note(_number: int, _op: object, before: Any = before, way: list[list[str]] = way) -> None:
+                way.append(snapshots.changes(before, state()))
+
+            if hand:
+                for line in commands(phase):
+                    by_hand([line])
+                    note(0, None)
+            else:
+                with disturb.disturbed(after=note):
+                    check(call(HOOKS[phase], "tap0"), 0)
+        ways.append([found for found, previous in zip(way, [[], *way], strict=False) if found != previous])
+    assert ways[0] == ways[1]
+    first = [line for line in ways[1][0] if line.startswith("-") and "br1" in line]
+    assert first or phase == "down", "it leaves br1 first"
+
+
+def test_the_commands_for_a_killed_run_begin_with_leaving_too(uplinked: Node) -> None:
+    scene = Scene("bridged", "elsewhere")
+    scene.set_up()
+    with disturb.disturbed(after=disturb.kill(6)):
+        assert call_in_child("kvm-ifup-pre", "tap0") == -signal.SIGKILL
+    tools.ip("link set tap0 master br0")
+    undone = commands("pre")
+    assert undone[0] == "ip link set dev tap0 nomaster"
+    by_hand(undone)
+    assert oracle.link("tap0")["master"] == "br0"
+    check(call("kvm-ifup-pre", "tap0"), 0)
 
 
 @pytest.mark.parametrize("protocol", ["boot", "static", "0"])
