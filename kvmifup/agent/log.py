@@ -1,8 +1,9 @@
 """The agent's log: lines on stderr that nobody has to wait for, and never too many of one kind.
 
 Who reads stderr may stop, and then a write there waits for as long as it likes. So a thread writes, and what it cannot
-write in time is left out. Who sends frames to the node can have many lines written. So each kind of line has an
-allowance, and what is beyond it is left out, too. What was left out is counted, and said.
+write in time is left out. Without memory for a thread, as much as fits is written at once. Who sends frames to the node
+can have many lines written. So each kind of line has an allowance, and what is beyond it is left out, too. What was
+left out is counted, and said.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from select import POLLOUT, poll
+from select import PIPE_BUF, POLLOUT, poll
 
 from kvmifup.agent.systemd import is_journal
 from kvmifup.core.text import printable
@@ -23,6 +24,7 @@ BURST, EVERY = 50, 1.0  # lines of a kind at once; seconds until there may be on
 REPORT = 10.0  # seconds between two reports of what was left out
 REPORTED = 10  # kinds in one report
 KINDS = 4096  # that are remembered
+PAUSE = 0.01  # seconds between two looks whether there is room, if there is no thread that waits for it
 
 
 class Allowance:
@@ -77,6 +79,8 @@ class Log:
             else:
                 allowance.left_out += 1
                 allowance.last = line
+                if self._thread is None and now >= self._reported + REPORT:
+                    self._report(now)
                 self._changed.notify()
         return allowed
 
@@ -91,7 +95,8 @@ class Log:
         with self._changed:
             self._report(time.monotonic())
             while (self._lines or self._busy) and (left := end - time.monotonic()) > 0:
-                self._changed.wait(left)
+                self._changed.wait(left if self._thread else min(left, PAUSE))
+                self._have_written()
 
     def _add(self, line: str, severity: int) -> None:
         """With the lock: have *line* written.
@@ -103,10 +108,31 @@ class Log:
             return
         start = f"<{severity}>" if is_journal(self._descriptor) else f"{self._program}: "
         self._lines.append(f"{start}{printable(line)}\n".encode("utf-8", "backslashreplace"))
+        self._have_written()
+
+    def _have_written(self) -> None:
+        """With the lock: have a thread write what there is; each time, as long as there is none."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError):  # there is no memory for it: it may come with the next line
+                self._write_what_fits()
+                return
+            self._thread = thread
         self._changed.notify_all()
+
+    def _write_what_fits(self) -> None:
+        """With the lock, and without a thread: write as long as the reader has room, and wait for nobody."""
+        room = poll()
+        room.register(self._descriptor, POLLOUT)
+        while self._lines and any(event & POLLOUT for _, event in room.poll(0)):
+            data = self._lines.popleft()
+            with suppress(OSError):  # nobody reads it
+                # A pipe that takes anything takes so much at once (pipe(7)).
+                data = data[os.write(self._descriptor, data[:PIPE_BUF]) :]
+                if data:
+                    self._lines.appendleft(data)
 
     def _report(self, now: float) -> None:
         """With the lock: say what was left out."""

@@ -6,6 +6,7 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -132,3 +133,68 @@ def test_one_that_nobody_reads_any_more_does_not_matter(pipe: Pipe) -> None:
         one.say("x")
     one.close(10)
     assert one.say("y")
+
+
+# --- without memory for a thread ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """No thread can be started, until the test calls this."""
+    start = threading.Thread.start
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    return lambda: monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_without_a_thread_lines_are_written_at_once(pipe: Pipe, threads: Callable[[], None]) -> None:
+    one = Log("agent", pipe.writer)
+    assert one.say("first")
+    assert pipe.said() == ["agent: first"]
+    threads()
+    assert one.say("second")
+    one.close()
+    assert pipe.said() == ["agent: first", "agent: second"]
+
+
+def test_without_a_thread_who_does_not_read_holds_nobody_up(pipe: Pipe, threads: Callable[[], None]) -> None:
+    one = Log("agent", pipe.writer)
+    lines = [f"line {number:03} {'x' * 100}" for number in range(200)]
+    begun = time.monotonic()
+    for line in lines:
+        one.write(line)
+    one.close(0.05)
+    assert time.monotonic() - begun < 5
+    # With the next line there is room for some more; and once there is memory, for the rest.
+    some = pipe.said()
+    assert 0 < len(some) < len(lines)
+    one.write("more")
+    assert len(pipe.said()) > len(some)
+    threads()
+    one.write("the end")
+    assert [line.removeprefix("agent: ") for line in pipe.until("the end")] == [*lines, "more", "the end"]
+
+
+def test_without_a_thread_a_line_longer_than_there_is_room_stays_whole(pipe: Pipe, threads: Callable[[], None]) -> None:
+    one = Log("agent", pipe.writer)
+    one.write("x" * 10_000)
+    while not pipe.said():
+        one.close(0.01)
+    assert pipe.said() == ["agent: " + "x" * 10_000]
+
+
+def test_without_a_thread_what_was_left_out_is_said_and_a_reader_that_has_gone_does_not_matter(
+    pipe: Pipe, threads: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "REPORT", 0.0)
+    one = Log("agent", pipe.writer)
+    for number in range(BURST + 1):
+        one.say(f"{number}", kind="claims")
+        pipe.said()
+    assert pipe.said()[-1] == f"agent: 1 line left out, the last of them: {BURST}"
+    os.close(pipe.reader)
+    one.write("x")
+    one.close(0.05)
