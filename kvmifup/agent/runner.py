@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from kvmifup.agent.metrics import Metrics
 from kvmifup.commands import request
 from kvmifup.core.errors import KvmIfupError, as_ours
 from kvmifup.inputs import config
-from kvmifup.runs import locks
 from kvmifup.runs.journal import Journal
+from kvmifup.runs.leftovers import stands
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session, opened
 from kvmifup.runs.store import Store
@@ -69,12 +69,13 @@ class Runner:
         return opened(self.run_dir, settings, by="agent", reason=reason, timed=timed)
 
     def restore(self, journal: Journal) -> bool:
-        """Write *journal* again, unless its tap has one; returns whether that was done."""
+        """Write *journal* again, unless its tap has one, or all of it was undone; returns whether it was written."""
         try:
-            with locks.hold(self.run_dir, [locks.of_tap(journal.nic.tap)], BUSY):
-                if self.store.load(journal.nic.tap) is not None:
+            with self.session(patience=BUSY) as session, ExitStack() as stack:
+                session.locked(stack, [journal.nic.tap])
+                if session.store.load(journal.nic.tap) is not None or not stands(journal, session):
                     return False
-                self.store.save(journal)
+                session.store.save(journal)
                 return True
         except (KvmIfupError, OSError) as error:
             self.complain(f"journal of {journal.nic.label} not written again", error)

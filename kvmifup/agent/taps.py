@@ -275,7 +275,8 @@ class Taps:
     def _restored(self, missing: Collection[str]) -> list[str]:
         """Write journals again that are *missing* because somebody has removed the whole directory; returns the taps.
 
-        What is in memory counts then. Who removes it may take a while, so those count that went a moment ago, too.
+        What is in memory counts then. Who removes it may take a while, so those count that went a moment ago, too. Of
+        what was undone before, nothing stands any more (`leftovers.stands`).
         """
         now = time.monotonic()
         self._missing = {name: one for name, one in self._missing.items() if now - one[1] < REMOVING}

@@ -18,11 +18,11 @@ from kvmifup.node.messages import (
     RTPROT_RA,
     RTPROT_STATIC,
     Link,
-    RouteEntry,
 )
 from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysctl, sysfs_of
 from kvmifup.node.refusals import refusals
 from kvmifup.node.reserved import why_not
+from kvmifup.node.routes import RouteEntry
 from kvmifup.node.view import View, default_devices
 
 

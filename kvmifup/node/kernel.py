@@ -49,11 +49,11 @@ from kvmifup.node.messages import (
     RT_SCOPE_UNIVERSE,
     RTN_UNICAST,
     RTPROT_STATIC,
-    RouteEntry,
 )
 from kvmifup.node.ports import exactly, present, share
 from kvmifup.node.procfs import address_is_set, device_name, sysctl, sysfs_of, write_sysctl
 from kvmifup.node.refusals import forgiven, refusals
+from kvmifup.node.routes import RouteEntry, route_entry
 from kvmifup.node.view import View
 
 PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")  # BR_STATE_*, linux/if_bridge.h
@@ -343,7 +343,7 @@ class Kernel:
                         self._netlink.delete_route(prefix, op.table, route)
             if isinstance(op.want, str):
                 first = op.want.startswith(FIRST)
-                now = [messages.route_entry(one, index) for one in op.want.removeprefix(FIRST).split(BETWEEN)]
+                now = [route_entry(one, index) for one in op.want.removeprefix(FIRST).split(BETWEEN)]
                 for route in reversed(now) if first else now:
                     self._netlink.add_route(prefix, op.table, route, last=not first)
         except OSError:

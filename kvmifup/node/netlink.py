@@ -48,7 +48,6 @@ from kvmifup.node.messages import (
     RTMSG,
     Link,
     NetlinkError,
-    RouteEntry,
     address_of,
     attribute,
     attributes,
@@ -61,11 +60,11 @@ from kvmifup.node.messages import (
     number,
     packed,
     plain_rule,
-    route_body,
     rule_body,
     text,
     u32,
 )
+from kvmifup.node.routes import RouteEntry, route_body
 from kvmifup.node.transport import Keep, Transport
 
 SIOCGIFINDEX = 0x8933  # linux/sockios.h

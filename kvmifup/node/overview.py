@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from kvmifup.core.errors import KernelError
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route
-from kvmifup.node import messages
 from kvmifup.node.addresses import addresses
 from kvmifup.node.kernel import PORT_STATES, Kernel
 from kvmifup.node.messages import (
@@ -23,11 +22,11 @@ from kvmifup.node.messages import (
     NUD_PERMANENT,
     Link,
     NetlinkError,
-    RouteEntry,
 )
 from kvmifup.node.ports import AllPorts
 from kvmifup.node.procfs import IFF_PERSIST, device_name, link_local, read_file, sysctl, sysfs_of
 from kvmifup.node.refusals import refusal, refusals
+from kvmifup.node.routes import RouteEntry, connected, default_type, local_addresses
 from kvmifup.node.view import View
 
 MAIN_PRIORITY = 32766  # of the rule that looks up main (net/ipv4/fib_rules.c)
@@ -140,7 +139,7 @@ class Overview(Kernel):
     def default_type(self, family: int, table: int) -> str | None:
         """The type of the default route in *table* that counts, as `ip route` calls it, if packets do not take it."""
         if (family, table) not in self._default_types:
-            found = messages.default_type(self._view.routes(family, table))
+            found = default_type(self._view.routes(family, table))
             self._default_types[family, table] = LEADING_NOWHERE.get(found)
         return self._default_types[family, table]
 
@@ -154,15 +153,13 @@ class Overview(Kernel):
         """The networks whose addresses are neighbours on *dev*, as the table main has them."""
         if (family, dev) not in self._connected:
             routes = self._view.routes(family, MAIN_TABLE)
-            self._connected[family, dev] = messages.connected(routes, self._view.index(dev))
+            self._connected[family, dev] = connected(routes, self._view.index(dev))
         return self._connected[family, dev]
 
     def has_addresses(self, dev: str) -> bool:
         """Whether the node itself has addresses on *dev*, other than IPv6 ones of link scope."""
         index = self._view.index(dev)
-        found = [
-            one for family in (4, 6) for one in messages.local_addresses(self._view.routes(family, LOCAL_TABLE), index)
-        ]
+        found = [one for family in (4, 6) for one in local_addresses(self._view.routes(family, LOCAL_TABLE), index)]
         return any(not ipaddress.ip_address(one).is_link_local for one in found)
 
     def ports(self, bridge: str) -> dict[str, Port]:
@@ -185,7 +182,7 @@ class Overview(Kernel):
 
     def addresses(self, dev: str) -> list[str]:
         """The node's own addresses on *dev*: every IPv4 one, and an IPv6 one of link scope."""
-        found = messages.local_addresses(self._view.routes(4, LOCAL_TABLE), self._view.index(dev))
+        found = local_addresses(self._view.routes(4, LOCAL_TABLE), self._view.index(dev))
         return [*found, *filter(None, [link_local(dev)])]
 
     def frames_from(self, dev: str) -> int | None:

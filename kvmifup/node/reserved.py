@@ -9,9 +9,10 @@ from ipaddress import IPv4Interface, ip_address, ip_network
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import LOCAL_TABLE, Prefix
 from kvmifup.node import standing
-from kvmifup.node.messages import FAMILIES, RTN_ANYCAST, RTN_BROADCAST, RTN_LOCAL, RTN_MULTICAST, route_of
+from kvmifup.node.messages import FAMILIES, RTN_ANYCAST, RTN_BROADCAST, RTN_LOCAL, RTN_MULTICAST
 from kvmifup.node.procfs import device_name
 from kvmifup.node.refusals import refusals
+from kvmifup.node.routes import route_of
 from kvmifup.node.view import View
 
 LINK_LOCAL = "fe80:"  # never a guest's: `kvmifup.inputs.values` refuses it

@@ -13,13 +13,14 @@ from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
 from kvmifup.core.ops import Announce, Neighbour, Op, OvsPort, ProxyNeighbour, Route, Rule, Sysctl, UplinkVlans
 from kvmifup.node import messages, nexthops, ovs, standing
 from kvmifup.node.addresses import addresses
-from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError, RouteEntry
+from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.nexthops import Hop
 from kvmifup.node.ovs import Switch
 from kvmifup.node.ports import Ports
 from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
 from kvmifup.node.refusals import refusal, refusals
+from kvmifup.node.routes import RouteEntry, by_prefix, route_of, routes_to
 
 FEW = 16  # prefixes to look for in a table, until it is quicker to sort the table by them
 
@@ -42,7 +43,7 @@ class RoutesOut:
         """The routes in *table* to exactly *prefix* out of the device *index*. Raises NetlinkError."""
         key = (prefix.version, table, index)
         if key not in self._known:
-            found = map(messages.route_of, netlink.routes(FAMILIES[prefix.version], table, index))
+            found = map(route_of, netlink.routes(FAMILIES[prefix.version], table, index))
             known: dict[tuple[bytes, int], list[RouteEntry]] = {}
             for entry, destination in found:
                 if entry.oif == index:
@@ -204,9 +205,9 @@ class View:
             routes = self.routes(*key)
         if self._searched[key] > FEW:
             if key not in self._routes_by_prefix:
-                self._routes_by_prefix[key] = messages.by_prefix(routes)
+                self._routes_by_prefix[key] = by_prefix(routes)
             routes = self._routes_by_prefix[key].get((raw, prefix.prefixlen), [])
-        found = self._routes_to[prefix, table] = messages.routes_to(prefix, routes)
+        found = self._routes_to[prefix, table] = routes_to(prefix, routes)
         return found
 
     def routes_of(self, op: Route) -> list[RouteEntry]:

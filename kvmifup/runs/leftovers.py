@@ -14,10 +14,12 @@ from kvmifup.core.errors import (
     NamespaceError,
     PrivilegeError,
     RollbackError,
+    VanishedError,
 )
 from kvmifup.core.model import Nic, Phase
+from kvmifup.phases import only_here
 from kvmifup.runs.apply import Change, cause, survey_undo, undo
-from kvmifup.runs.journal import Journal, Mark, marked
+from kvmifup.runs.journal import Entry, Journal, Mark, marked
 from kvmifup.runs.outcome import Outcome, Results
 from kvmifup.runs.session import Session, alive
 from kvmifup.runs.shared import unshared
@@ -72,6 +74,29 @@ def forget(journal: Journal, session: Session) -> tuple[Change, ...]:
         raise
     session.store.delete(journal.nic.tap)
     return undone
+
+
+def stands(journal: Journal, session: Session) -> bool:
+    """Whether anything that *journal* knows is still as it was made, so that there is something to undo.
+
+    A value that others share may be theirs by now, and says nothing. (Of a dead tap a proxy neighbour may be all that
+    is left.) What cannot be read counts as standing, and so does a NIC for which nothing had to be made.
+    Raises KernelError.
+    """
+    entries = (*journal.entries, *journal.pending)
+    if alive(journal, session):
+        mine = [entry for entry in entries if not entry.op.shared]
+    else:
+        mine = [entry for entry in entries if entry.op.outlives_tap]
+        mine = [entry for entry in mine if only_here(entry.op) or not entry.op.shared]
+    return not entries or any(made(entry, session) for entry in mine)
+
+
+def made(entry: Entry, session: Session) -> bool:
+    """Whether what *entry* is about is as it was made, and not as it was before. Raises KernelError."""
+    with suppress(VanishedError):
+        return not entry.op.readable or session.kernel.read(entry.op) == entry.op.wanted != entry.prior
+    return False
 
 
 def revert(journal: Journal, session: Session) -> tuple[Change, ...]:

@@ -14,7 +14,7 @@ from harness import agents, manager, nodes, oracle, snapshots, tools
 from harness.addresses import GUEST_IP4, GUEST_IP6, IPS
 from harness.agents import Agent, phase, until, wired
 from harness.guests import answering, arrived, incoming, rarp, witness
-from harness.hooks import check, hook
+from harness.hooks import call, check, hook
 from harness.nodes import Node
 
 ROUTED: dict[str, Any] = {"mode": "routed", "link": "100", "ip": IPS}
@@ -330,6 +330,39 @@ def test_a_tap_that_vanishes_with_the_run_directory_leaves_nothing(uplinked: Nod
     tools.ip("link del tap0")
     agent.send(signal.SIGCONT)
     until(lambda: snapshots.changes(clean, snapshots.snapshot_of_kernel()) == [])
+
+
+@pytest.mark.parametrize("nic", [ROUTED, {"mode": "routed", "ip": [GUEST_IP4]}, {"mode": "bridged", "link": "br0"}])
+@pytest.mark.parametrize("how", ["the agent", "a hook alone", "the tap's end"])
+def test_a_nic_that_was_taken_down_right_before_does_not_come_back(
+    uplinked: Node, agent: Agent, nic: dict[str, Any], how: str
+) -> None:
+    nodes.add_bridge()
+    nodes.add_port("br0")
+    other = {"mode": "routed", "link": "100", "ip": ["192.0.2.99", "2001:db8::99"]}  # which shares the uplink
+    wire(agent, uplinked, **other)
+    settled(uplinked, agent)
+    clean = snapshots.snapshot_of_kernel()
+    uplinked.guest("tap1")
+    manager.write_nic("tap1", "web2", mac="aa:00:00:00:00:77", **nic)
+    agents.through("kvm-ifup-post", "tap1")
+    settled(uplinked, agent)
+    if how == "the agent":
+        agents.through("kvm-ifdown", "tap1")
+    elif how == "a hook alone":
+        check(call("kvm-ifdown", "tap1"), 0)
+    else:
+        tools.ip("link del tap1")
+        until(lambda: agents.journal("tap1") is None)
+    tools.run("rm", "-rf", str(manager.RUN_DIR))
+    until(lambda: agents.journal("tap0") and agents.SOCKET.exists())
+    agent.heard("the journals were removed")
+    settled(uplinked, agent)
+    assert agents.journal("tap1") is None
+    assert "written again for tap0\n" in agent.said()
+    if how != "the tap's end":
+        tools.ip("link del tap1")
+    assert snapshots.changes(clean, snapshots.snapshot_of_kernel()) == []
 
 
 def test_only_one_agent_runs_also_after_the_run_directory_was_removed(agent: Agent) -> None:

@@ -20,6 +20,7 @@ from kvmifup.core.errors import VanishedError
 from kvmifup.core.ops import RTPROT_STATIC, LinkUp, Rule
 from kvmifup.node import messages, netlink, nexthops
 from kvmifup.node.kernel import Kernel
+from kvmifup.node.routes import routes_to
 
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 MAIN = 254
@@ -81,10 +82,10 @@ def test_a_large_table_is_read_whole(rt: netlink.Netlink) -> None:
         assert len(rt.routes(FAMILIES[version], MAIN, index)) >= 1500
         for n in (0, 700, 1499):
             text = host.format(n >> 8, n & 255) if version == 4 else host.format(n)
-            (found,) = messages.routes_to(ipaddress.ip_network(text), routes)
+            (found,) = routes_to(ipaddress.ip_network(text), routes)
             assert (found.oif, found.type) == (index, 1)
         absent = ipaddress.ip_network("198.18.100.0/32" if version == 4 else "2001:db8:1::ffff/128")
-        assert messages.routes_to(absent, routes) == []
+        assert routes_to(absent, routes) == []
 
 
 def test_a_prefix_of_another_length_is_another_route(rt: netlink.Netlink) -> None:
@@ -92,9 +93,9 @@ def test_a_prefix_of_another_length_is_another_route(rt: netlink.Netlink) -> Non
     tools.ip("link set tap0 up")
     tools.ip("route add 198.51.100.0/24 dev tap0")
     routes = rt.routes(socket.AF_INET, MAIN)
-    assert messages.routes_to(ipaddress.ip_network("198.51.100.0/24"), routes)
-    assert not messages.routes_to(ipaddress.ip_network("198.51.100.0/25"), routes)
-    assert not messages.routes_to(ipaddress.ip_network("198.51.100.0/32"), routes)
+    assert routes_to(ipaddress.ip_network("198.51.100.0/24"), routes)
+    assert not routes_to(ipaddress.ip_network("198.51.100.0/25"), routes)
+    assert not routes_to(ipaddress.ip_network("198.51.100.0/32"), routes)
 
 
 def test_default_devices_with_several_next_hops(rt: netlink.Netlink) -> None:
