@@ -240,7 +240,4 @@ def runs_here(one: Known, nic: Nic, qemu: Qemu | None, look: Look) -> str:
     """
     if nic.mode in ("bridged", "openvswitch") or look.phase_word(one) != "pre":
         return ""
-    if qemu and not qemu.incoming:
-        return f"its QEMU (process {qemu.pid}) was not started with -incoming"
-    frames = 0 if look.overview.is_persistent(one.tap) else look.overview.frames_from(one.tap)
-    return f"the guest has sent {frames} frames" if frames else ""
+    return look.overview.sign_given(one.tap, qemu)

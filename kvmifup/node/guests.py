@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from kvmifup.node.procfs import read_file
+from kvmifup.node.messages import Link
+from kvmifup.node.procfs import IFF_PERSIST, read_file, sysfs_of
 
 TUN = "/dev/net/tun"
 
@@ -53,6 +54,29 @@ def runs_qemu(pid: str) -> bool:
     """Whether the process *pid* is a QEMU, in whatever network namespace."""
     argv = command_line(pid)
     return bool(argv) and is_qemu(argv[0])
+
+
+def sign_of(tap: str, link: Link, qemu: Qemu | None) -> str:
+    """How it is known that the guest on *tap* runs here by now, though it is described as incoming; "" if it is not.
+
+    It cannot send before it runs. *link* is the tap's, *qemu* who is behind it.
+    """
+    if qemu and not qemu.incoming:
+        return f"its QEMU (process {qemu.pid}) was not started with -incoming"
+    frames = frames_from(tap, link)
+    return f"the guest has sent {frames} frames" if frames else ""
+
+
+def frames_from(tap: str, link: Link) -> int:
+    """How many frames have come in on *tap*, whose device *link* is, since its process has made it.
+
+    None of a tap that stays without its process: an earlier one's frames count there as well; nor if nobody knows.
+    """
+    sysfs = sysfs_of(tap, link)
+    flags = sysfs and read_file(f"{sysfs}/tun_flags")
+    if not flags or int(flags, 16) & IFF_PERSIST:
+        return 0
+    return int(read_file(f"{sysfs}/statistics/rx_packets") or 0)
 
 
 def is_qemu(program: str) -> bool:

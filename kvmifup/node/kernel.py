@@ -38,7 +38,7 @@ from kvmifup.core.ops import (
 from kvmifup.core.signals import checkpoint
 from kvmifup.core.vlans import text_of
 from kvmifup.inputs import devices
-from kvmifup.node import addresses, announce, messages, ovs, programs
+from kvmifup.node import addresses, announce, guests, messages, ovs, programs
 from kvmifup.node.facts import facts_for
 from kvmifup.node.messages import (
     FAMILIES,
@@ -88,6 +88,13 @@ class Kernel:
     def device(self, index: int) -> str | None:
         """The name that the device with *index* has now, None if there is none. Raises OSError."""
         return devices.name_of(index)
+
+    def sign_of(self, tap: str) -> str:
+        """How it is known that the guest on *tap* runs here by now; "" if nothing shows it. It looks at all processes.
+
+        Raises VanishedError, KernelError.
+        """
+        return guests.sign_of(tap, self._view.link(tap), guests.behind_taps().get(tap))
 
     # --- reading ----------------------------------------------------------------------------------------
 

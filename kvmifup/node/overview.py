@@ -12,6 +12,7 @@ from kvmifup.core.errors import KernelError
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route
 from kvmifup.node.addresses import addresses
+from kvmifup.node.guests import Qemu, sign_of
 from kvmifup.node.kernel import PORT_STATES, Kernel
 from kvmifup.node.messages import (
     FAMILIES,
@@ -24,7 +25,7 @@ from kvmifup.node.messages import (
     NetlinkError,
 )
 from kvmifup.node.ports import AllPorts
-from kvmifup.node.procfs import IFF_PERSIST, device_name, link_local, read_file, sysctl, sysfs_of
+from kvmifup.node.procfs import device_name, link_local, read_file, sysctl, sysfs_of
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.routes import RouteEntry, connected, default_type, local_addresses
 from kvmifup.node.view import View
@@ -185,18 +186,6 @@ class Overview(Kernel):
         found = local_addresses(self._view.routes(4, LOCAL_TABLE), self._view.index(dev))
         return [*found, *filter(None, [link_local(dev)])]
 
-    def frames_from(self, dev: str) -> int | None:
-        """How many frames have come in on *dev*; None if /sys shows another network namespace."""
-        sysfs = sysfs_of(dev, self._view.link(dev))
-        count = sysfs and read_file(f"{sysfs}/statistics/rx_packets")
-        return int(count) if count else None
-
-    def is_persistent(self, tap: str) -> bool:
-        """Whether *tap* stays without its process, so that an earlier one's frames count as well; also if unknown."""
-        sysfs = sysfs_of(tap, self._view.link(tap))
-        flags = sysfs and read_file(f"{sysfs}/tun_flags")
-        return not flags or bool(int(flags, 16) & IFF_PERSIST)
-
     def is_proxied(self, address: str, dev: str) -> bool:
         """Whether the node has a proxy entry for *address* on *dev*."""
         return self._view.neighbour(dev, address, NTF_PROXY) is not None
@@ -208,6 +197,10 @@ class Overview(Kernel):
     def is_tap(self, dev: str) -> bool:
         """Whether the device *dev* is a tap. Raises VanishedError."""
         return self._view.link(dev).is_tap
+
+    def sign_given(self, tap: str, qemu: Qemu | None) -> str:
+        """As `sign_of`; *qemu* is who is behind *tap*. Raises VanishedError."""
+        return sign_of(tap, self._view.link(tap), qemu)
 
     def mac(self, dev: str) -> str | None:
         """The MAC of the device *dev*. Raises VanishedError."""

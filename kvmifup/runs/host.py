@@ -25,6 +25,9 @@ class Host(Node, Protocol):
     def device(self, index: int) -> str | None:
         """The name of the device with *index*, None if there is none."""
 
+    def sign_of(self, tap: str) -> str:
+        """How it is known that the guest on *tap* runs here by now; "" if nothing shows it. Raises KernelError."""
+
     def refresh(self) -> None:
         """Forget what was read: something may have changed."""
 
@@ -46,6 +49,10 @@ class Through:
     def device(self, index: int) -> str | None:
         """As the host's."""
         return self._host.device(index)
+
+    def sign_of(self, tap: str) -> str:
+        """As the host's."""
+        return self._host.sign_of(tap)
 
     def facts(self, nic: Nic, config: Config) -> NodeFacts:
         """As the host's."""

@@ -79,7 +79,7 @@ def plan(
         uplinks = tuple(replace(uplink, mend=()) for uplink in uplinks if phases.usable(uplink))
         facts = replace(facts, bridge=facts.bridge and phases.as_far_as_usable(facts.bridge))
     known = replace(facts, uplinks=uplinks)
-    guest = replace(nic, incoming=nic.incoming and not admitted)
+    guest = replace(nic, incoming=nic.incoming and not (admitted or has_arrived(nic, facts, journal, session)))
     everything = phases.plan(Phase.POST, guest, config, known, announce=announce)
     ops = everything if phase is Phase.POST else phases.plan(phase, guest, config, known, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
@@ -112,6 +112,19 @@ def plan(
         changes=survey(ops, session.kernel, before),
         kept=tuple(kept),
     )
+
+
+def has_arrived(nic: Nic, facts: NodeFacts, journal: Journal | None, session: Session) -> bool:
+    """Whether the guest of an incoming *nic* runs here by now; looked into only where that makes a difference.
+
+    Nobody changes the description of a guest that has arrived. A bridge that forwards late is no reason any more to
+    leave it unplugged, or its post undone.
+    """
+    if not nic.incoming or facts.bridge is None or not phases.slow(facts.bridge, session.config):
+        return False
+    if journal and journal.phase is Phase.POST and not journal.left:
+        return True
+    return facts.tap is not None and bool(session.kernel.sign_of(nic.tap))
 
 
 def last_uplinks(nic: Nic, journal: Journal, facts: NodeFacts, session: Session) -> tuple[Uplink, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import struct
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from harness import manager, nodes, oracle, tools
 from harness import wire as frames
@@ -88,6 +89,15 @@ def holds(pid: int, tap: str) -> bool:
     with contextlib.suppress(OSError):
         return f"iff:\t{tap}\n" in tools.run("sh", "-c", f"cat /proc/{pid}/fdinfo/* 2>/dev/null || true")
     return False
+
+
+@contextlib.contextmanager
+def unkept_tap(name: str = "tap0") -> Iterator[BinaryIO]:
+    """A tap that ends with its process, as QEMU makes one, so that no earlier guest has used it: the guest's end."""
+    descriptor = os.open(nodes.TUN, os.O_RDWR | os.O_CLOEXEC)
+    fcntl.ioctl(descriptor, frames.TUNSETIFF, struct.pack("16sH22x", name.encode(), frames.IFF_TAP | frames.IFF_NO_PI))
+    with os.fdopen(descriptor, "wb", buffering=0) as guest:
+        yield guest
 
 
 def netdev(tap: str = "tap0", mac: str = GUEST_MAC) -> list[str]:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from harness import disturb, hooks, manager, nodes, oracle, snapshots, tools
+from harness import agents, disturb, hooks, manager, nodes, oracle, snapshots, tools
 from harness.addresses import CLIENT_MAC, GUEST_MAC, TAP_MAC
+from harness.guests import rarp
 from harness.hooks import call, check, hook
 from harness.nodes import Node
 from harness.oracle import link
 from harness.wire import ethernet
+from tests.kernel.checking import netdev, qemu, unkept_tap
 
 pytestmark = pytest.mark.userns  # a bridge's settings are sysfs files, too
 
@@ -332,6 +334,67 @@ def test_stp_with_a_long_delay_only_holds_up_a_guest_that_starts(node: Node, pro
     check(call(program, "tap0"), 0)
     assert snapshots.changes(again, snapshots.snapshot()) == []
     assert "tap0, a port of br0, does not forward" in call("kvm-ifup", "check", "tap0").out
+
+
+SLOW = "link set br0 type bridge stp_state 1 forward_delay 1500"
+WARNING = "bridge br0 runs STP: a new port forwards only after 30 s"
+
+
+def expected() -> None:
+    """A guest that is expected here; the bridge becomes slow only after pre."""
+    nodes.add_bridge()
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
+    check(call("kvm-ifup-pre", "tap0"), 0)
+    tools.ip(SLOW)
+
+
+@pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post"])
+@pytest.mark.parametrize("unplugged", [False, True])
+def test_a_guest_that_has_arrived_is_not_refused_whatever_its_file_says(
+    node: Node, program: str, unplugged: bool
+) -> None:
+    with unkept_tap() as guest:
+        expected()
+        if unplugged:
+            tools.ip("link set tap0 nomaster")
+        check(call(program, "tap0"), 69, "STP")  # it could still stay where it is
+        guest.write(rarp())
+        done = call(program, "tap0", "-v")
+        assert (done.code, WARNING in done.err) == (0, True), done.err
+        assert oracle.link("tap0")["master"] == "br0"
+        assert call(program, "tap0", "--json").needed == []
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_guest_whose_qemu_does_not_wait_is_not_refused_either(node: Node, waits: bool) -> None:
+    nodes.add_bridge()
+    tools.ip(SLOW)
+    nodes.add_tap()
+    manager.write_nic(mode="bridged", link="br0", incoming=True)
+    with qemu(*netdev(), *(("-incoming", "unix:/run/migration") if waits else ())):
+        check(call("kvm-ifup-pre", "tap0"), 69 if waits else 0, *(["STP"] if waits else []))
+        check(call("kvm-ifup-post", "tap0"), 69 if waits else 0, *(["STP"] if waits else []))
+
+
+def test_a_guest_whose_post_is_done_stays_when_its_bridge_becomes_slow(node: Node) -> None:
+    """Its tap is one that earlier guests may have used, so that its frames say nothing."""
+    node.guest()
+    expected()
+    tools.ip("link set br0 type bridge stp_state 0")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    tools.ip(SLOW)
+    tools.ip("link set tap0 nomaster")
+    for program in ("kvm-ifup-pre", "kvm-ifup-post"):
+        check(call(program, "tap0"), 0)
+    assert oracle.link("tap0")["master"] == "br0"
+
+
+def test_with_the_agent_it_arrives_on_a_bridge_that_has_become_slow(node: Node) -> None:
+    with agents.running() as agent, unkept_tap() as guest:
+        expected()
+        agent.armed()
+        guest.write(rarp())
+        agents.until(lambda: agents.phase() == "post")
 
 
 def test_stp_with_a_short_delay_is_waited_for(node: Node) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +12,7 @@ from harness import agents, guests, manager, nodes, oracle, tools, wire
 from harness.addresses import FOREIGN_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC, TAP_MAC
 from harness.hooks import call, check
 from harness.nodes import Node
-from tests.kernel.checking import BRIDGED, ROUTED, TABLE, found, netdev, qemu, text
+from tests.kernel.checking import BRIDGED, ROUTED, TABLE, found, netdev, qemu, text, unkept_tap
 from tests.kernel.checking import wire as wired
 from tests.kernel.staging import NICS
 
@@ -64,9 +61,7 @@ def test_a_bridged_nic_lacks_nothing_after_pre(node: Node) -> None:
 
 
 def test_a_guest_that_has_sent_frames_runs_here(uplinked: Node) -> None:
-    descriptor = os.open(nodes.TUN, os.O_RDWR | os.O_CLOEXEC)
-    fcntl.ioctl(descriptor, wire.TUNSETIFF, struct.pack("16sH22x", b"tap0", wire.IFF_TAP | wire.IFF_NO_PI))
-    with os.fdopen(descriptor, "wb", buffering=0) as guest:  # it ends with its process, so no earlier one has used it
+    with unkept_tap() as guest:
         manager.write_nic(mode="routed", ip=[GUEST_IP4], incoming=True)
         check(call("kvm-ifup-pre", "tap0"), 0)
         assert found() == (0, [])

@@ -131,6 +131,9 @@ class FakeKernel(MemoryNode):
         self.seen = True  # whether a default route tells the uplinks
         self.bridges: dict[str, Bridge] = {"br0": BRIDGE, "ovs0": BRIDGE}
 
+    def sign_of(self, tap: str) -> str:
+        return ""
+
     def facts(self, nic: Nic, config: Config) -> NodeFacts:
         families = {prefix.version for prefix in nic.ip}
         names = config.routed.uplinks
