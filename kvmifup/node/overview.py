@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from kvmifup.core.errors import KernelError
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route
+from kvmifup.node import messages
 from kvmifup.node.addresses import addresses
 from kvmifup.node.guests import Qemu, sign_of
 from kvmifup.node.kernel import PORT_STATES, Kernel

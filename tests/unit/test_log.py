@@ -186,7 +186,7 @@ def test_without_a_thread_a_line_longer_than_there_is_room_stays_whole(pipe: Pip
     assert pipe.said() == ["agent: " + "x" * 10_000]
 
 
-def test_without_a_thread_what_was_left_out_is_said_and_a_reader_that_has_gone_does_not_matter(
+def test_without_a_thread_what_was_left_out_is_said(
     pipe: Pipe, threads: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "REPORT", 0.0)
