@@ -164,7 +164,7 @@ def of_a_daemon(route: RouteEntry) -> bool:
 def taken(nic: Nic, table: int, view: View) -> Iterator[tuple[str, str]]:
     """Each address or prefix of *nic* that means something else on this node, and what it is here."""
     for prefix in nic.ip:
-        why = why_not(prefix, view) or led_elsewhere(prefix, nic.tap, table, view)
+        why = led_elsewhere(prefix, nic.tap, table, view) or why_not(prefix, view)
         if why:
             yield str(prefix), why
 
