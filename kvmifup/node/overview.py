@@ -26,7 +26,7 @@ from kvmifup.node.messages import (
     NetlinkError,
 )
 from kvmifup.node.ports import AllPorts
-from kvmifup.node.procfs import device_name, link_local, read_file, sysctl, sysfs_of
+from kvmifup.node.procfs import device_name, link_local, sysctl
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.routes import RouteEntry, connected, default_type, local_addresses
 from kvmifup.node.view import View

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from harness import agents, manager, nodes, oracle, snapshots, tools
+from harness import agents, hooks, manager, namespaces, nodes, oracle, snapshots, tools
 from harness.addresses import GUEST_IP4, GUEST_MAC, IPS
-from harness.agents import NOT_WIRED, STATE, journal, phase, wired
+from harness.agents import NOT_WIRED, STATE, WIRED, journal, phase, wired
 from harness.guests import incoming
 from harness.hooks import call, check, hook
+from harness.namespaces import Namespace
 from harness.nodes import Node
 
 pytestmark = pytest.mark.userns
@@ -108,18 +112,49 @@ def test_the_journal_of_a_namespace_that_is_gone_goes_without_undoing(uplinked: 
     assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
 
 
-def test_a_guest_in_a_namespace_with_a_used_number_begins_at_its_own_phase(uplinked: Node) -> None:
-    nodes.add_tap()
+@contextlib.contextmanager
+def another_node(own: Namespace) -> Iterator[str]:
+    """Inside, this process is on another node, *own*, with an uplink and tap0. In the end there is no such node."""
+    client = Namespace()
+    try:
+        with own:
+            nodes.quieten()
+            tools.ip("link set lo up")
+            Node(client).uplink()
+            nodes.add_tap()
+            yield namespaces.netns_id()
+    finally:
+        client.close()
+        own.close()
+
+
+def namespace_called(number: str) -> Namespace:
+    """A new namespace with a *number* that has been used: the kernel gives the lowest that is free, after a moment."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        found = Namespace()
+        with found:
+            if namespaces.netns_id() == number:
+                return found
+        found.close()
+    pytest.fail(f"no namespace has got the number {number} again")
+
+
+def test_a_guest_in_a_namespace_with_a_used_number_begins_at_its_own_phase(node: Node) -> None:
     manager.write_nic(mode="routed", link="100", ip=IPS)
-    check(call("kvm-ifup-post", "tap0"), 0)
-    found = journal()
-    check(call("kvm-ifdown", "tap0"), 0)
-    assert found
-    (STATE / "tap0.json").write_text(json.dumps({**found, "cookie": found["cookie"] + 1}))
-    (STATE / "tap0.json").chmod(0o600)
+    with another_node(Namespace()) as first:
+        check(hook("kvm-ifup-post", "tap0"), 0)
+        assert (phase(), wired()) == ("post", WIRED)
+        before = journal() or {}
+        hooks.reap()  # who announces the guest still holds the namespace
     manager.write_nic(mode="routed", link="100", ip=IPS, incoming=True)
-    check(call("kvm-ifup-pre", "tap0"), 0)
-    assert (phase(), wired()) == ("pre", NOT_WIRED)
+    with another_node(namespace_called(first)) as second:
+        found = (oracle.link("tap0")["ifindex"], int(second.strip("net:[]")))
+        assert found == (before["ifindex"], before["namespace"]), "only the cookie tells them apart"
+        check(hook("kvm-ifup-pre", "tap0"), 0)
+        assert (phase(), wired()) == ("pre", NOT_WIRED)
+        check(hook("kvm-ifup-post", "tap0"), 0)
+        assert (phase(), wired()) == ("post", WIRED)
 
 
 def test_after_a_start_of_the_node_every_nic_of_before_is_dead(uplinked: Node) -> None:
