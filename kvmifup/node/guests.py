@@ -30,12 +30,16 @@ class Qemu:
 
 
 def behind_taps() -> dict[str, Qemu]:
-    """The QEMU behind each tap of this network namespace, as far as there is one that we may look at."""
-    found: dict[str, Qemu] = {}
+    """The QEMU behind each tap of this network namespace, as far as there is one that we may look at.
+
+    None where several say that they are: anybody can call a process QEMU, and hold another namespace's tap of the name.
+    """
+    found: dict[str, list[Qemu]] = {}
     ours = namespace("self")
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        found |= behind_taps_of(pid, ours)
-    return found
+        for tap, qemu in behind_taps_of(pid, ours).items():
+            found.setdefault(tap, []).append(qemu)
+    return {tap: several[0] for tap, several in found.items() if len(several) == 1}
 
 
 def behind_taps_of(pid: str, ours: str | None = None) -> dict[str, Qemu]:

@@ -11,6 +11,7 @@ import pytest
 from harness import agents, guests, manager, nodes, oracle, tools, wire
 from harness.addresses import FOREIGN_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC, TAP_MAC
 from harness.hooks import call, check
+from harness.namespaces import Namespace
 from harness.nodes import Node
 from tests.kernel.checking import BRIDGED, ROUTED, TABLE, found, netdev, qemu, text, unkept_tap
 from tests.kernel.checking import wire as wired
@@ -110,6 +111,21 @@ def test_every_way_to_name_a_tap_is_understood(node: Node, form: str) -> None:
     }
     with qemu(*options[form], pass_fds=[guest]):
         assert f"the guest's MAC is {FOREIGN_MAC}" in text(found()[1])
+
+
+def test_who_poses_as_qemu_is_not_believed_against_the_real_one(node: Node) -> None:
+    """A tap of that name in a namespace of one's own, and a process that is called QEMU: anybody can have them."""
+    wired(node, BRIDGED)
+    let_go(node)
+    elsewhere = Namespace()
+    with elsewhere:
+        nodes.add_tap()
+        theirs = wire.attach("tap0")
+    forged = [f"tap,id=n,fd={theirs.descriptor}", "-device", f"virtio-net-device,netdev=n,mac={FOREIGN_MAC}"]
+    with qemu(*netdev()), qemu("-netdev", *forged, pass_fds=[theirs.descriptor]):
+        assert found() == (0, [])
+    theirs.close()
+    elsewhere.close()
 
 
 def test_frames_from_another_mac_are_seen_on_a_bridge(node: Node) -> None:
