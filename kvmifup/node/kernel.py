@@ -145,7 +145,7 @@ class Kernel:
             case Program():
                 return "unknown"
             case Route():
-                return self._routes(op)
+                return routes_for(op, self._view)
         raise AssertionError(f"nothing to read for {op.kind}")
 
     def _read_master(self, op: LinkMaster) -> str | None:
@@ -166,28 +166,6 @@ class Kernel:
         if link.port_of != "bridge" or not link.master or device_name(link.master) != op.bridge:
             raise VanishedError(f"{op.dev} is no port of {op.bridge} any more", errno=errno.ENODEV)
         return link.index
-
-    def _routes(self, op: Route) -> bool | str:
-        """What there is of the route that *op* is about, as `Route` has it."""
-        own = self._view.routes_of(op)
-        if not own:
-            return False
-        index = own[0].oif or 0
-        if own == [ours(op, index)] and not op.want:  # in which place it is, matters only if it is to be there
-            return True
-        leads = self._leads(op, index)
-        if leads and op.want is True:
-            return True
-        return f"{FIRST if leads else ''}{BETWEEN.join(route.as_text() for route in own)}"
-
-    def _leads(self, op: Route, index: int) -> bool:
-        """Whether all packets to the prefix of *op* take a route of its own, out of the device *index*."""
-        prefix = ipaddress.ip_network(op.prefix)
-        # A routing daemon may have one as well. Of equal ones IPv4 takes the first.
-        every = [route for route in self._view.routes_to(prefix, op.table) if route.for_all]
-        order = [((route.priority or 0, prefix.version == 6 and route.oif != index), route) for route in every]
-        taken = min(order, key=lambda one: one[0])[1] if order else None
-        return taken is not None and taken.oif == index and taken.direct
 
     def _port_state(self, op: PortForwarding) -> str:
         link = self._view.link(op.dev)
@@ -373,3 +351,27 @@ def write_port_option(op: PortOption, view: View) -> None:
         raise VanishedError(f"{op.dev} is no port of a bridge", errno=errno.EOPNOTSUPP)
     value = PORT_OPTIONS[op.option][2] if op.want is None else op.want
     view.netlink.set_port(view.index(op.dev), messages.attribute(messages.IFLA_BRPORT[op.option], bytes([value])))
+
+
+def routes_for(op: Route, view: View) -> bool | str:
+    """What there is of the route that *op* is about, as `Route` has it."""
+    own = view.routes_of(op)
+    if not own:
+        return False
+    index = own[0].oif or 0
+    if own == [ours(op, index)] and not op.want:  # in which place it is, matters only if it is to be there
+        return True
+    first = leads(op, index, view)
+    if first and op.want is True:
+        return True
+    return f"{FIRST if first else ''}{BETWEEN.join(route.as_text() for route in own)}"
+
+
+def leads(op: Route, index: int, view: View) -> bool:
+    """Whether all packets to the prefix of *op* take a route of its own, out of the device *index*."""
+    prefix = ipaddress.ip_network(op.prefix)
+    # A routing daemon may have one as well. Of equal ones IPv4 takes the first.
+    every = [route for route in view.routes_to(prefix, op.table) if route.for_all]
+    order = [((route.priority or 0, prefix.version == 6 and route.oif != index), route) for route in every]
+    taken = min(order, key=lambda one: one[0])[1] if order else None
+    return taken is not None and taken.oif == index and taken.direct
