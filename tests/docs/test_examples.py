@@ -531,7 +531,7 @@ def test_the_readme_migrates_a_guest(machines: Machines) -> None:
         assert words in section.text
     incoming = start.replace("\nEND", "\nincoming = true\nEND")
     incoming = incoming.replace(" \\\n", " \\\n    -incoming tcp:192.0.2.12:4444 \\\n", 1)
-    on_source, on_target = re.findall(r"^    (kvm-\S+ tap0) ", section.text, re.MULTILINE)
+    on_source, on_target = re.findall(r"^    (scripts/kvm-\S+ tap0) ", section.text, re.MULTILINE)
     source, target = machines.node, machines.another()
     cable(source, target)
     source.run("ip addr add 192.0.2.11/24 dev eth0")
