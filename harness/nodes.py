@@ -87,8 +87,9 @@ class Node:
                 sysctl(f"ipv{family}/conf/all/forwarding", 1)
                 # So that a new tap does not forward by itself, and the hook has something to do.
                 sysctl(f"ipv{family}/conf/default/forwarding", 0)
-        while any("tentative" in info for one in ask(f"addr show dev {name}") for info in one["addr_info"]):
-            pass  # soon over: nobody is asked
+        certain(name)
+        with self.client:
+            certain("eth0")
 
     def guest(self, tap: str = "tap0") -> Tap:
         """A new tap with a guest behind it, whose frames the test reads and writes."""
@@ -113,6 +114,12 @@ def quieten() -> None:
     for which in ("all", "default"):
         for name in ("accept_dad", "dad_transmits", "router_solicitations"):
             sysctl(f"ipv6/conf/{which}/{name}", 0)
+
+
+def certain(name: str) -> None:
+    """Wait until no address of a device is tentative: soon after it is up, where nobody is asked."""
+    while any("tentative" in info for one in ask(f"addr show dev {name}") for info in one["addr_info"]):
+        pass
 
 
 @contextlib.contextmanager

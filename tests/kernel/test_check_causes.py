@@ -100,7 +100,7 @@ def test_a_rule_made_just_now_is_not_called_an_earlier_guests(node: Node, family
 
 
 def test_the_hint_against_stp_is_a_shorter_delay_first(node: Node) -> None:
-    wired(node, BRIDGED)
+    wired(node, BRIDGED, "kvm-ifup-pre")
     tools.ip("link set br0 type bridge stp_state 1")
     mend = found()[1][0]["mend"]
     assert mend.index("forward_delay 200") < mend.index("stp_state 0")
