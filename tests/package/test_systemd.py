@@ -282,7 +282,7 @@ def test_a_bridge_that_filters_vlans(node: Machine) -> None:
     node.shell("ip link add br1 type bridge vlan_filtering 1 && echo 1 > /proc/sys/net/ipv6/conf/br1/disable_ipv6")
     node.shell("ip link set br1 up")
     for pvid, vlans, finding in (
-        (1, [1], ("br1 filters VLANs: a guest there is in VLAN 1, untagged", False)),
+        (1, [1], ("br1 filters VLANs: a guest without one is in VLAN 1, untagged", False)),
         (0, [], ("br1 filters VLANs, and a new port is in none: vlan_default_pvid is 0", True)),
     ):
         node.shell(f"ip link set br1 type bridge vlan_default_pvid {pvid}")
