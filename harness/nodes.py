@@ -88,8 +88,6 @@ class Node:
                 # So that a new tap does not forward by itself, and the hook has something to do.
                 sysctl(f"ipv{family}/conf/default/forwarding", 0)
         certain(name)
-        with self.client:
-            certain("eth0")
 
     def guest(self, tap: str = "tap0") -> Tap:
         """A new tap with a guest behind it, whose frames the test reads and writes."""
@@ -117,7 +115,7 @@ def quieten() -> None:
 
 
 def certain(name: str) -> None:
-    """Wait until no address of a device is tentative: soon after it is up, where nobody is asked."""
+    """Wait until no address of a device is tentative: soon after it is up, if nobody is asked (`quieten`)."""
     while any("tentative" in info for one in ask(f"addr show dev {name}") for info in one["addr_info"]):
         pass
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from harness import guests, oracle, tools, wire
 from harness.addresses import CLIENT_IP4, CLIENT_IP6, CLIENT_MAC, FOREIGN_MAC, GUEST_IP4, GUEST_IP6, NODE_MAC
 from harness.agents import until
-from harness.nodes import Node
+from harness.nodes import Node, certain
 from kvmifup.node import frames, sockets
 
 BEFORE, FENCE = "02:00:00:00:00:0c", "192.0.2.99"
@@ -186,6 +186,7 @@ def test_the_agent_believes_what_a_neighbours_kernel_believes(uplinked: Node) ->
     wrong = {}
     with wire.packet_socket("eth0") as sender, uplinked.client, listening() as listeners:
         tools.ip("link set eth0 mtu 9000")
+        certain("eth0")  # until then it hears nothing that is sent to its address alone
         for family in (4, 6):
             oracle.sysctl(f"ipv{family}/conf/all/forwarding", 1)
         oracle.sysctl("ipv4/neigh/eth0/locktime", 0)
