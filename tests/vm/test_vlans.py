@@ -75,6 +75,20 @@ def tagged(*vids: int) -> Vlans:
     return {vid: set() for vid in vids}
 
 
+def described(node: Node, vlan: str, pvid: int = 1) -> None:
+    """A guest on a bridge that filters VLANs, with *vlan* in its NIC file, and a bond that leads out of the node."""
+    filtering(pvid)
+    node.guest()
+    add_bond()
+    manager.write_nic(mode="bridged", link="br0", vlan=vlan)
+
+
+def wired(node: Node, vlan: str, pvid: int = 1) -> None:
+    """The same guest, wired."""
+    described(node, vlan, pvid)
+    check(call("kvm-ifup-post", "tap0"), 0)
+
+
 # --- what was asked for -----------------------------------------------------------------------------------------
 
 ASKED = {
@@ -135,11 +149,7 @@ def test_two_nics_share_a_vlan_and_one_was_there_before(node: Node) -> None:
 
 
 def test_a_vlan_that_is_taken_away_leaves_the_port_as_a_new_one(node: Node) -> None:
-    filtering(7)
-    node.guest()
-    add_bond()
-    manager.write_nic(mode="bridged", link="br0", vlan=":100")
-    check(call("kvm-ifup-post", "tap0"), 0)
+    wired(node, ":100", 7)
     manager.write_nic(mode="bridged", link="br0")
     check(call("kvm-ifup-post", "tap0"), 0)
     assert bridge_vlans("tap0") == bridge_vlans("bond0") == {7: ACCESS}
@@ -249,11 +259,7 @@ def test_a_run_that_is_killed_is_undone(node: Node, was: str | None) -> None:
 
 
 def test_a_change_that_fails_puts_the_old_vlans_back_and_the_port_stays_up(node: Node) -> None:
-    filtering()
-    node.guest()
-    add_bond()
-    manager.write_nic(mode="bridged", link="br0", vlan=".100:200")
-    check(call("kvm-ifup-post", "tap0"), 0)
+    wired(node, ".100:200")
     before = all_vlans()
     manager.write_nic(mode="bridged", link="br0", vlan=":200:300")
     for number in count(1):
@@ -268,11 +274,7 @@ def test_a_change_that_fails_puts_the_old_vlans_back_and_the_port_stays_up(node:
 
 
 def test_what_others_change_is_shown_explained_repaired_and_mended(node: Node) -> None:
-    filtering()
-    node.guest()
-    add_bond()
-    manager.write_nic(mode="bridged", link="br0", vlan=".100:200-299")
-    check(call("kvm-ifup-post", "tap0"), 0)
+    wired(node, ".100:200-299")
     before = all_vlans()
 
     def spoil() -> None:
@@ -304,10 +306,7 @@ def test_what_others_change_is_shown_explained_repaired_and_mended(node: Node) -
 
 @pytest.mark.parametrize("vlan", [".100:200-299", ":1:100"])
 def test_the_printed_commands_make_what_the_hook_makes(node: Node, vlan: str) -> None:
-    filtering()
-    node.guest()
-    add_bond()
-    manager.write_nic(mode="bridged", link="br0", vlan=vlan)
+    described(node, vlan)
     lines = [line.strip() for line in call("kvm-ifup", "plan", "post", "tap0").out.splitlines() if line[:11].isspace()]
     for line in lines:
         tools.run(*line.split())
