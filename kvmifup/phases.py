@@ -27,13 +27,12 @@ from kvmifup.core.model import (
     ASK,
     MAIN_TABLE,
     Bridge,
-    BridgedConfig,
     Config,
-    LinkConfig,
     Message,
     Nic,
     NodeFacts,
     Phase,
+    PortConfig,
     Prefix,
     Tap,
     Trunk,
@@ -148,7 +147,7 @@ def port_options(nic: Nic, config: Config, bridge: Bridge) -> Iterator[Op]:
             yield PortOption(nic.tap, option, on if value else off)
 
 
-def said(option: str, *ladder: Nic | LinkConfig | BridgedConfig) -> bool | None:
+def said(option: str, *ladder: Nic | PortConfig) -> bool | None:
     """What the first of *ladder* that says anything says of an option; None if none does."""
     return next((value for one in ladder if (value := getattr(one, option)) is not None), None)
 

@@ -136,29 +136,28 @@ def overlap(one: Prefix, other: Prefix) -> bool:
     return int(longer.network_address) & int(shorter.netmask) == int(shorter.network_address)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PortConfig:
+    """Options of the ports of bridges, as in `Nic`."""
+
+    isolated: bool | None = None
+    hairpin: bool | None = None
+    learning: bool | None = None
+    multicast_router: bool | None = None
+
+
 @dataclass(frozen=True)
-class BridgedConfig:
-    """`[bridged]`: a port may take *forwarding_timeout* seconds until it forwards. The rest as in `Nic`."""
+class BridgedConfig(PortConfig):
+    """`[bridged]`: a port may take *forwarding_timeout* seconds until it forwards."""
 
     forwarding_timeout: float = 5.0
-    isolated: bool | None = None
-    hairpin: bool | None = None
-    learning: bool | None = None
-    multicast_router: bool | None = None
 
 
 @dataclass(frozen=True)
-class LinkConfig:
-    """`[link.NAME]`, for NICs with this link; *uplinks* None means those that are found among the bridge's ports.
-
-    The rest as in `Nic`.
-    """
+class LinkConfig(PortConfig):
+    """`[link.NAME]`, for NICs with this link; *uplinks* None means those that are found among the bridge's ports."""
 
     uplinks: tuple[str, ...] | None = None
-    isolated: bool | None = None
-    hairpin: bool | None = None
-    learning: bool | None = None
-    multicast_router: bool | None = None
 
 
 @dataclass(frozen=True)
