@@ -76,12 +76,14 @@ class View:
         self._routes_by_prefix: dict[tuple[int, int], dict[tuple[bytes, int], list[bytes]]] = {}
         self.routes_out = RoutesOut()
         self._routes_to: dict[tuple[Prefix, int], list[RouteEntry]] = {}  # by prefix and table
+        self._defaults: dict[int, list[bytes]] = {}  # default routes in every table, by family
         self._default_hops: dict[tuple[int, int], list[Hop]] = {}
         self._of_tables: tuple[dict[Any, Any], ...] = (
             self._routes,
             self._searched,
             self._routes_by_prefix,
             self._routes_to,
+            self._defaults,
             self._default_hops,
         )
         self._uplinks: dict[tuple[str, int], Uplink] = {}
@@ -225,7 +227,9 @@ class View:
         """The next hops of the default routes of *family*, 4 or 6, in *table*, or in every one."""
         if (family, table) not in self._default_hops:
             with refusals(f"reading table {table}"):
-                found = standing.defaults(FAMILIES[family], self.netlink)
+                if family not in self._defaults:
+                    self._defaults[family] = standing.defaults(FAMILIES[family], self.netlink)
+                found = self._defaults[family]
                 routes = [one for one in found if table in (standing.EVERY_TABLE, nexthops.table_of(one))]
                 self._default_hops[family, table] = nexthops.hops(routes, self.netlink.transport)
         return self._default_hops[family, table]
