@@ -190,6 +190,10 @@ def test_only_the_policy_rules_of_others_take_pyroute2() -> None:
     assert importers("pyroute2") == {"node.foreign_rules"}
 
 
+def test_only_one_module_takes_libnftables() -> None:
+    assert importers("nftables") == {"node.nft"}
+
+
 def test_only_the_kernel_is_asked_and_changed_by_netlink() -> None:
     asking = {name for name, tree in MODULES.items() if "Netlink" in words(tree)}
     assert asking
@@ -370,12 +374,12 @@ def test_every_error_raised_on_purpose_is_one_of_ours(name: str) -> None:
 # --- what is loaded -----------------------------------------------------------------------------------
 
 
-def test_importing_everything_leaves_pyroute2_alone() -> None:
-    """It takes longer than all that a hook does."""
+def test_importing_everything_leaves_pyroute2_and_libnftables_alone() -> None:
+    """The one takes longer than all that a hook does; the other need not be installed."""
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         + "".join(f"import kvmifup.{name}\n" for name in MODULES)
-        + "print(*sorted({'pyroute2', 'kvmifup.commands.main'} & sys.modules.keys()))"
+        + "print(*sorted({'pyroute2', 'nftables', 'kvmifup.commands.main'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["kvmifup.commands.main"]

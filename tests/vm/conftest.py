@@ -26,7 +26,7 @@ if remote.there():
 # What the tests need besides a kernel.
 PACKAGES = (
     *("iproute2", "iputils-ping", "mount", "nftables", "openvswitch-switch", "util-linux"),
-    *("python3-pyroute2", "python3-pytest", "python3-tomli"),
+    *("python3-nftables", "python3-pyroute2", "python3-pytest", "python3-tomli"),
 )
 CHECKOUT = Path("opt/kvm-ifup")  # over there
 TREES = ("harness", "kvmifup", "lab", "scripts", "tests/vm")
