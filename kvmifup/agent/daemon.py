@@ -18,7 +18,7 @@ from kvmifup.agent.log import Log
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import PROGRAM
 from kvmifup.agent.systemd import notify
-from kvmifup.commands import options
+from kvmifup.commands import arguments, options
 from kvmifup.commands.call import need_privileges
 from kvmifup.commands.streams import standard_output
 from kvmifup.core import signals
@@ -55,11 +55,11 @@ def main(argv: Sequence[str], run_dir: Path = options.RUN_DIR, out: TextIO = sys
 
     *out* is for --help and --version.
     """
-    parser = options.Parser(
+    parser = arguments.Parser(
         prog=PROGRAM,
         description="The node's agent: runs hooks without the time that Python takes to start, wires an incoming "
         "guest when its first frame arrives, and clears up when a tap disappears. Stays in the foreground.",
-        epilog=options.EPILOG,
+        epilog=arguments.EPILOG,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from kvmifup import __version__
 from kvmifup.agent.loop import Loop, Timer
 from kvmifup.client import ALIVE, DONE, HEARTBEAT, NAMESPACE, PROTOCOL, REFUSED
-from kvmifup.commands import main, options
+from kvmifup.commands import arguments, main
 from kvmifup.commands.main import Observer
 from kvmifup.core import signals
 from kvmifup.core.errors import KvmIfupError
@@ -62,7 +62,7 @@ def parse(body: bytes) -> Request:
         rest = [field.decode("utf-8", "surrogateescape") for field in fields[6:]]
         if (protocol, version.decode()) != (PROTOCOL, __version__) or int(namespace) != Path(NAMESPACE).stat().st_ino:
             raise Refused
-        if program.decode() not in options.DOES:
+        if program.decode() not in arguments.DOES:
             raise Refused
         split = int(count)
         environ = dict(one.partition("=")[::2] for one in rest[split:] if one)

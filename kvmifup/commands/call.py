@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
-from kvmifup.commands.options import RUN_DIR
+from kvmifup.commands.options import Options
 from kvmifup.commands.request import Request
 from kvmifup.core.errors import PrivilegeError
 from kvmifup.core.model import Background, Config
@@ -37,7 +36,7 @@ class Call:
     err: TextIO
     stdin: TextIO | None = None
     background: Background | None = None
-    options: argparse.Namespace = field(default_factory=lambda: argparse.Namespace(run_dir=RUN_DIR))
+    options: Options = field(default_factory=Options)
     config: Config = field(default_factory=Config)
     request: Request | None = None
     done: list[Outcome] = field(default_factory=list)
@@ -46,8 +45,7 @@ class Call:
     @property
     def run_dir(self) -> Path:
         """The run directory."""
-        found: Path = self.options.run_dir
-        return found
+        return self.options.run_dir
 
     @property
     def by(self) -> str:

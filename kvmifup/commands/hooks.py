@@ -29,7 +29,7 @@ def carry_out(call: Call, request: Request, session: Session) -> Results:
     if request.phase is Phase.DOWN:
         return take_down(call, request, session)
     nics = [values.as_wired(nic, session.config) for nic in request.nics]
-    return up(request.phase, nics, session, announce=getattr(call.options, "announce", False)), []
+    return up(request.phase, nics, session, announce=call.options.announce), []
 
 
 def take_down(call: Call, request: Request, session: Session) -> Results:
@@ -76,7 +76,8 @@ def note(call: Call, name: str, *, tap: bool) -> None:
 
     It is no error: managers call kvm-ifdown once more, and after all has been cleared up.
     """
-    if getattr(call.options, "plan", True) or call.options.verbose or call.err.isatty():
+    planned = call.options.plan or call.options.subcommand == "plan"
+    if planned or call.options.verbose or call.err.isatty():
         wanted = tap if call.program in PHASES else None
         why = names.meant(name, call.program, call.run_dir, tap=wanted) or "no journal and no NIC file is about it"
         call.add([f"{call.program}: {printable(name)}: nobody knows it, so nothing is undone ({why})"])

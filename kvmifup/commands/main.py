@@ -17,6 +17,7 @@ from typing import NoReturn, TextIO
 from kvmifup.commands import call as calls
 from kvmifup.commands import options, request, streams
 from kvmifup.commands.call import Call
+from kvmifup.commands.options import Options
 from kvmifup.core import signals
 from kvmifup.core.errors import BugError, KvmIfupError, all_as_ours
 from kvmifup.core.model import Background
@@ -84,20 +85,29 @@ def main(
 def execute(call: Call, argv: Sequence[str]) -> int:
     """Read and check all input, then run the verb; returns the exit code. Raises KvmIfupError, or a group of them."""
     try:
-        asked = call.options = options.parse(call.program, argv)
+        asked = call.options = parsed(call.program, argv)
     except options.Told as told:
         call.out.write(str(told))
         return 0
-    options.check_run_dir(asked)
-    if options.verb(asked) in ("hook", "plan"):
+    asked.check_run_dir()
+    if asked.subcommand in ("hook", "plan"):
         call.request = requested(call)
         if call.request is None:
             return 0
-    if options.verb(asked) not in ("nic", "watch"):
+    if asked.subcommand not in ("nic", "watch"):
         call.config = config.load(asked.config)
-    if options.writes(asked):
+    if asked.writes:
         calls.need_privileges()
-    return runner(options.verb(asked))(call)
+    return runner(asked.subcommand)(call)
+
+
+def parsed(program: str, argv: Sequence[str]) -> Options:
+    """The options of *program* in *argv*. Raises UsageError, and Told."""
+    if program in request.PHASES and (plain := options.of_manager(argv)):
+        return plain
+    from kvmifup.commands import arguments
+
+    return arguments.parse(program, argv)
 
 
 def requested(call: Call) -> request.Request | None:
@@ -105,6 +115,7 @@ def requested(call: Call) -> request.Request | None:
     asked = call.options
     if call.program in request.PHASES:
         return request.of_hook(call.program, asked.tap, asked.instance, call.run_dir, call.environ)
+    assert asked.name is not None  # the command line takes it
     is_tap = request.names_tap(asked.name, call.run_dir, call.environ)
     tap, instance = (asked.name, None) if is_tap else (None, asked.name)
     hook = options.HOOKS[asked.phase]

@@ -27,6 +27,8 @@ def run(call: Call) -> int:
 def put(call: Call) -> None:
     """`kvm-ifup nic put`."""
     options = call.options
+    assert options.instance is not None  # the command line takes both
+    assert options.index is not None
     nicfiles.place(call.run_dir, options.instance, options.index)
     text = text_of(options.file, call.stdin)
     try:
@@ -87,6 +89,7 @@ def cells(nic: Nic) -> list[str]:
 def remove(call: Call) -> None:
     """`kvm-ifup nic rm`."""
     instance, index = call.options.instance, call.options.index
+    assert instance is not None  # the command line takes it
     removed = nicfiles.remove(call.run_dir, instance, index)
     if call.options.verbose:
         call.add(f"removed {path}" for path in removed)

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmifup import __version__
-from kvmifup.commands import call, main, request
+from kvmifup.commands import arguments, call, main, options, request
 from kvmifup.commands.call import need_capability, need_privileges
 from kvmifup.core.errors import KernelError
 from kvmifup.core.ops import Op
@@ -570,6 +570,19 @@ def test_what_is_missing_is_named_when_the_options_are_right(argv: list[str], mi
     ran = call_main("kvm-ifup", *argv)
     assert ran.code == 64
     assert missing in ran.err
+
+
+@every_hook
+@pytest.mark.parametrize("argv", [[], ["tap0"], [""], ["a b"], ["tap-0"]])
+def test_what_managers_give_is_read_as_argparse_would_read_it(program: str, argv: list[str]) -> None:
+    plain, full = options.of_manager(argv), arguments.parse(program, argv)
+    names = [name for name, value in vars(options.Options).items() if name[0] != "_" and not callable(value)]
+    assert [getattr(plain, name) for name in names] == [getattr(full, name) for name in names]
+
+
+@pytest.mark.parametrize("argv", [["-v"], ["--"], ["-"], ["--help"], ["tap0", "-v"], ["tap0", "tap1"], ["--json"]])
+def test_all_else_is_left_to_argparse(argv: list[str]) -> None:
+    assert options.of_manager(argv) is None
 
 
 @pytest.mark.parametrize("index", ["\u0661", "\uff11", "+1", " 1", "1 ", "1_0", "0x1", "1.0", ""])

@@ -34,7 +34,7 @@ def test_every_class(cls: type[KvmIfupError]) -> None:
 
 
 def test_codes_are_documented_at_the_command_line() -> None:
-    from kvmifup.commands.options import EPILOG
+    from kvmifup.commands.arguments import EPILOG
 
     assert {cls.code for cls in CLASSES} == SYSEXITS
     assert all(f" {code} " in EPILOG for code in SYSEXITS | {0})
