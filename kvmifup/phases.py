@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_network
+from typing import Any
 
-from kvmifup.core import ovsport
+from kvmifup.core import ovsport, rates
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import (
     ASK,
@@ -32,9 +33,9 @@ from kvmifup.core.model import (
     Nic,
     NodeFacts,
     Phase,
-    PortConfig,
     Prefix,
     Tap,
+    TapConfig,
     Trunk,
     Uplink,
 )
@@ -107,7 +108,7 @@ def wiring(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
     elif nic.mode == "routed":
         yield from routed(nic, config, facts, announce=announce)
     elif nic.mode == "openvswitch":
-        yield from openvswitch(nic, facts)
+        yield from openvswitch(nic, config, facts)
     else:
         yield from external(nic, config, facts)
 
@@ -121,6 +122,7 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
         yield PRE, BridgeAddress(name, bridge.mac)
     # Before it becomes a port: a bridge takes over the lowest MTU among its ports.
     yield PRE, LinkMtu(nic.tap, bridge.mtu)
+    unfiltered(nic, config, "a bridge yet")
     yield from ((PRE, op) for op in port_settings(nic, bridge, facts))
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     vlans = canonical(nic.vlan) if nic.vlan else bridge.new_port if bridge.keeps and bridge.filters else ""
@@ -140,16 +142,22 @@ def port_options(nic: Nic, config: Config, bridge: Bridge) -> Iterator[Op]:
     # when a querier asks: minutes later.
     defaults = {"multicast_router": True} if bridge.snoops else {}
     for option, (off, on, _) in PORT_OPTIONS.items():
-        value = said(option, nic, config.of_link(nic.link), config.bridged)
+        value = said(option, *ladder(nic, config))
         if value is None:
             value = defaults.get(option)
         if value is not None:
             yield PortOption(nic.tap, option, on if value else off)
 
 
-def said(option: str, *ladder: Nic | PortConfig) -> bool | None:
-    """What the first of *ladder* that says anything says of an option; None if none does."""
-    return next((value for one in ladder if (value := getattr(one, option)) is not None), None)
+def ladder(nic: Nic, config: Config) -> tuple[Nic | TapConfig, ...]:
+    """Who can say something of *nic*, the first one first: itself, with its tags; its link; its mode."""
+    of_mode: TapConfig = getattr(config, nic.mode)
+    return nic, config.of_link(nic.link), of_mode
+
+
+def said(key: str, *rungs: Nic | TapConfig) -> Any:
+    """What the first of *rungs* that says anything says of a key of the ladder; None if none does."""
+    return next((value for one in rungs if (value := getattr(one, key, None)) is not None), None)
 
 
 OF_BRIDGED = 'link of a bridged NIC is a Linux bridge; for one of Open vSwitch write mode = "openvswitch"'
@@ -225,7 +233,14 @@ def faster(bridge: str, config: Config) -> str:
     return f"`ip link set {bridge} type bridge forward_delay {100 * SHORTEST_FORWARD_DELAY}`, or {off}"
 
 
-def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
+def unfiltered(nic: Nic, config: Config, kind: str) -> None:
+    """Raise NotReadyError if *nic* is to be filtered, where that cannot be done: never open."""
+    wanted = said("filter", *ladder(nic, config))
+    if wanted not in (None, "off"):
+        raise NotReadyError(f'filter = "{wanted}" cannot be done on {kind}', hint='filter = "off"')
+
+
+def openvswitch(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     """A port of an Open vSwitch bridge, its VLANs set in the same transaction that adds it."""
     assert nic.link is not None  # kvmifup.inputs.values has checked it
     if facts.bridge is None or not facts.bridge.is_bridge:
@@ -236,6 +251,7 @@ def openvswitch(nic: Nic, facts: NodeFacts) -> Iterator[Step]:
         raise NotReadyError("ovs-vswitchd does not run", hint="`systemctl start openvswitch-switch`")
     if facts.bridge.part_of and nic.vlan:
         raise NotReadyError(f"{nic.link} is itself a VLAN: {facts.bridge.part_of}", hint="give no vlan, or that bridge")
+    unfiltered(nic, config, "an Open vSwitch bridge")
     yield PRE, LinkMaster(nic.tap, None)  # or the guest would be on both networks
     # Before it becomes a port: the switch lowers its own MTU to the lowest among the ports.
     yield PRE, LinkMtu(nic.tap, facts.bridge.mtu)
@@ -270,10 +286,21 @@ def external(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
         "VLAN": nic.vlan,
         "INSTANCE": nic.instance,
         "INTERFACE_INDEX": None if nic.index is None else str(nic.index),
+        **said_to_program(nic, config),
     }
     environment = (*((name, value) for name, value in given.items() if value), *nic.given)
     for since, phase in ((PRE, "pre"), (POST, "post")):
         yield since, Program(facts.program, phase, environment, config.ext.timeout, True)
+
+
+def said_to_program(nic: Nic, config: Config) -> dict[str, str]:
+    """What the ladder says, for a program: only that can do something about it."""
+    rungs = ladder(nic, config)
+    flags = {key: str(value).lower() for key in PORT_OPTIONS if (value := said(key, *rungs)) is not None}
+    limits = {f"rate_{key}": value for key, value in rates.first_said(*(said("rate", rung) for rung in rungs))}
+    macs = " ".join(said("allow_mac", *rungs) or ())
+    found = {**flags, "filter": said("filter", *rungs), "allow_mac": macs, **limits}
+    return {f"KVM_IFUP_{key.upper()}": value for key, value in found.items() if value}
 
 
 def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Iterator[Step]:

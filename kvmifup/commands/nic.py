@@ -8,14 +8,14 @@ from kvmifup.commands import names
 from kvmifup.commands.call import Call
 from kvmifup.core.errors import NicError, UsageError, raise_all
 from kvmifup.core.model import Nic
-from kvmifup.core.ops import PORT_OPTIONS
 from kvmifup.core.text import printable, shown
 from kvmifup.inputs import nicfiles, trust
+from kvmifup.inputs.values import said_of
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "INCOMING"]
 ELASTIC = {"INSTANCE": 16, "LINK": 6, "ADDRESSES": 9}  # columns that give way on a narrow terminal, and how far
-KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming", *PORT_OPTIONS)
+KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming")
 
 
 def run(call: Call) -> int:
@@ -71,7 +71,10 @@ def list_nics(call: Call) -> None:
     if call.options.json:
         if not wrong:  # else the failures are the one JSON value on stdout
             call.say_json(
-                [{key: getattr(nic, key) for key in KEYS} | {"ip": [*map(render.short, nic.ip)]} for nic in nics]
+                [
+                    {key: getattr(nic, key) for key in KEYS} | {"ip": [*map(render.short, nic.ip)]} | said_of(nic)
+                    for nic in nics
+                ]
             )
     else:
         table = render.table([HEADINGS, *map(cells, nics)], call.columns, ELASTIC)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmifup.core.ops import PORT_OPTIONS
 from kvmifup.diagnosis.findings import Finding
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.state import State
+from kvmifup.inputs.values import said_of
 from kvmifup.tell import render
 
 
@@ -25,7 +25,7 @@ def nic_object(one: Known, phase: str, state: State) -> dict[str, Any]:
         "vlan": nic.vlan if nic else None,
         "iface_id": nic.iface_id if nic else None,
         "incoming": nic.incoming if nic else None,
-        **{option: getattr(nic, option, None) for option in PORT_OPTIONS},
+        **said_of(nic),
         "phase": phase,
         "since": journal.since if journal else None,
         "by": journal.by if journal else None,

@@ -9,6 +9,7 @@ from functools import cached_property
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from kvmifup.core.ops import Rule
+from kvmifup.core.rates import Limits
 
 Prefix = IPv4Network | IPv6Network
 Message = tuple[str, str, str]  # an announcement: uplink, address, and how (as in kvmifup.core.ops.Announce)
@@ -43,7 +44,9 @@ class Nic:
     *given* is what else Ganeti says of an ext NIC, for the administrator's program: its names, and values.
     *iface_id* is the NIC's name in an OVN network.
     *to_ask*: *ip* may be newer or older than the guest, so it is asked what it has before anything is announced.
-    Those from *isolated* on are options of its port on a bridge; None: the configuration says, or nobody.
+    Those from *isolated* to *multicast_router* are options of its port on a bridge. *filter* is what the guest may
+    send, *allow_mac* are MACs that are its own beside *mac*, *rate* limits what goes to and from it. None of all these:
+    the configuration says, or nobody.
     """
 
     tap: str
@@ -63,6 +66,9 @@ class Nic:
     given: tuple[tuple[str, str], ...] = ()
     to_ask: bool = False
     iface_id: str | None = None
+    filter: str | None = None
+    allow_mac: tuple[str, ...] | None = None
+    rate: Limits | None = None
 
     @property
     def by_ganeti(self) -> bool:
@@ -137,9 +143,18 @@ def overlap(one: Prefix, other: Prefix) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PortConfig:
-    """Options of the ports of bridges, as in `Nic`."""
+class TapConfig:
+    """What is set for taps of each mode, as in `Nic`; `[openvswitch]` has nothing else."""
 
+    rate: Limits | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortConfig(TapConfig):
+    """What is set for the ports of bridges, as in `Nic`."""
+
+    filter: str | None = None
+    allow_mac: tuple[str, ...] | None = None
     isolated: bool | None = None
     hairpin: bool | None = None
     learning: bool | None = None
@@ -161,7 +176,7 @@ class LinkConfig(PortConfig):
 
 
 @dataclass(frozen=True)
-class RoutedConfig:
+class RoutedConfig(TapConfig):
     """`[routed]`; *uplinks* None means the devices of the default routes."""
 
     uplinks: tuple[str, ...] | None = None
@@ -206,6 +221,7 @@ class Config:
     lock_timeout: float = 10.0
     bridged: BridgedConfig = BridgedConfig()
     routed: RoutedConfig = RoutedConfig()
+    openvswitch: TapConfig = TapConfig()
     ext: ExtConfig = ExtConfig()
     agent: AgentConfig = AgentConfig()
     link: tuple[tuple[str, LinkConfig], ...] = ()

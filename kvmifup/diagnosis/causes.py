@@ -56,10 +56,17 @@ def described_otherwise(nic: Nic, before: Nic) -> list[str]:
 def said(value: object) -> str:
     """A value of a NIC for people."""
     if isinstance(value, tuple):
-        return ", ".join(render.short(one) for one in value) or "none"
+        return ", ".join(map(word, value)) or "none"
     if isinstance(value, bool):
         return "true" if value else "false"
     return "none" if value is None else str(value)
+
+
+def word(one: object) -> str:
+    """A part of such a value."""
+    if isinstance(one, tuple):
+        return " ".join(one)
+    return one if isinstance(one, str) else render.short(one)  # type: ignore[arg-type]  # an address
 
 
 def wanted_before(one: Known, session: Session) -> Collection[Op]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,11 +11,19 @@ from typing import Any
 import tomli
 
 from kvmifup.core.errors import ConfigError, NicError
-from kvmifup.core.model import AgentConfig, BridgedConfig, Config, ExtConfig, ExtNetwork, LinkConfig, RoutedConfig
-from kvmifup.core.ops import PORT_OPTIONS
+from kvmifup.core.model import (
+    AgentConfig,
+    BridgedConfig,
+    Config,
+    ExtConfig,
+    ExtNetwork,
+    LinkConfig,
+    RoutedConfig,
+    TapConfig,
+)
 from kvmifup.core.text import as_told, shown
 from kvmifup.inputs import trust
-from kvmifup.inputs.values import device, nearest, routing_table
+from kvmifup.inputs.values import LADDER, Check, device, nearest, routing_table, yes_or_no
 
 DIRECTORY = Path("/etc/kvm-ifup")
 MAX_SECONDS = 3600
@@ -94,9 +102,19 @@ def links(current: Config, data: Any) -> tuple[tuple[str, LinkConfig], ...]:
         raise ConfigError("link must have a table for each link", hint="[link.br0]")
     found = dict(current.link)
     for name, value in data.items():
-        full = f"link.{device(name, 'link')}"
+        full = f"link.{link_name(name)}"
         found[name] = section(current.of_link(name), value, full)
     return tuple(found.items())
+
+
+def link_name(name: str) -> str:
+    """*name*, if a NIC can have it as its link. Raises NicError."""
+    try:
+        return device(name, "link")
+    except NicError:  # the name of a routing table may be longer
+        if len(name) <= 15:
+            raise
+        return routing_table(name)
 
 
 def elsewhere(key: str, name: str) -> str:
@@ -118,13 +136,6 @@ def seconds(key: str, value: Any, most: int = MAX_SECONDS) -> float:
 def hours(key: str, value: Any) -> float:
     """A time limit in seconds that may be as long as a day."""
     return seconds(key, value, 86400)
-
-
-def yes_or_no(key: str, value: Any) -> bool:
-    """A boolean."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key} must be true or false")
-    return value
 
 
 def uplinks(key: str, value: Any) -> tuple[str, ...]:
@@ -165,7 +176,7 @@ def ext_network(key: str, data: Mapping[str, Any]) -> ExtNetwork:
     return ExtNetwork(mode, routing_table(link) if mode == "routed" else device(link, f"{key}.link"))
 
 
-CHECKS: dict[tuple[type[Any], str], Callable[[str, Any], Any]] = {
+CHECKS: dict[tuple[type[Any], str], Check] = {
     (Config, "lock_timeout"): seconds,
     (BridgedConfig, "forwarding_timeout"): seconds,
     (LinkConfig, "uplinks"): uplinks,
@@ -177,5 +188,10 @@ CHECKS: dict[tuple[type[Any], str], Callable[[str, Any], Any]] = {
     (AgentConfig, "withdraw"): yes_or_no,
     (AgentConfig, "mend"): yes_or_no,
     (AgentConfig, "idle_exit"): hours,
-    **{(kind, option): yes_or_no for kind in (BridgedConfig, LinkConfig) for option in PORT_OPTIONS},
+    **{
+        (kind, key): check
+        for kind in (BridgedConfig, RoutedConfig, TapConfig, LinkConfig)
+        for key, (_, check) in LADDER.items()
+        if hasattr(kind, key)
+    },
 }

@@ -14,10 +14,9 @@ import tomli
 
 from kvmifup.core.errors import KvmIfupError, NicError
 from kvmifup.core.model import Nic
-from kvmifup.core.ops import PORT_OPTIONS
 from kvmifup.core.text import as_told, shown
 from kvmifup.inputs import devices, places, trust
-from kvmifup.inputs.values import MAX_INDEX, assemble, instance_name, nearest, nic_index
+from kvmifup.inputs.values import LADDER, MAX_INDEX, assemble, instance_name, nearest, nic_index, yes_or_no
 
 
 def place(run_dir: Path, instance: str, index: int) -> Path:
@@ -167,7 +166,7 @@ def create(text: str, path: Path) -> None:
         os.fsync(descriptor)
 
 
-KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming", *PORT_OPTIONS)
+KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming", *LADDER)
 
 
 # --- NIC files ----------------------------------------------------------------------------------------
@@ -191,9 +190,6 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
     ip = data.get("ip", [])
     if not isinstance(ip, list) or not all(isinstance(one, str) for one in ip):
         raise NicError("ip must be a list of strings", hint='like ip = ["192.0.2.8"]')
-    for key in ("incoming", *PORT_OPTIONS):
-        if not isinstance(data.get(key, False), bool):
-            raise NicError(f"{key} must be true or false", hint=f"like {key} = true")
     return assemble(
         tap=data["tap"],
         mac=data["mac"],
@@ -202,11 +198,11 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
         ip=ip,
         vlan=data.get("vlan") or None,
         iface_id=data.get("iface_id") or None,
-        incoming=data.get("incoming", False),
+        incoming=yes_or_no("incoming", data.get("incoming", False)),
         instance=instance,
         index=index,
         source=source,
-        options={key: data[key] for key in PORT_OPTIONS if key in data},
+        options={key: check(key, data[key]) for key, (_, check) in LADDER.items() if key in data},
     )
 
 

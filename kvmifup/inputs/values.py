@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kvmifup.core import rates
 from kvmifup.core.errors import NicError
 from kvmifup.core.model import LOCAL_TABLE, MODES, Config, Nic, Prefix, eui64
 from kvmifup.core.ops import PORT_OPTIONS
@@ -16,6 +17,8 @@ from kvmifup.core.vlans import MAX_VLAN, parts
 
 MAX_TABLE = 2**32 - 1
 MAX_INDEX = 9999
+MAX_MACS = 256
+FILTERS = ("off", "mac", "address")
 
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
 _INDEX = re.compile(r"0|[1-9][0-9]{0,3}", re.ASCII)
@@ -62,18 +65,18 @@ def nic_index(text: str, what: str = "index") -> int:
     return int(text)
 
 
-def guest_mac(text: str) -> str:
+def guest_mac(text: str, what: str = "mac") -> str:
     """*text* in lower case, if it is a unicast MAC, and not the one that the guest's tap gets. Raises NicError."""
     mac = text.lower()
     if not _MAC.fullmatch(mac):
-        raise NicError(f"mac {shown(text)} is not six pairs of hex digits", hint='like "aa:00:00:35:ac:01"')
+        raise NicError(f"{what} {shown(text)} is not six pairs of hex digits", hint='like "aa:00:00:35:ac:01"')
     if int(mac[:2], 16) & 1:
-        raise NicError(f"mac {mac} is a multicast address")
+        raise NicError(f"{what} {mac} is a multicast address")
     if mac == "00:00:00:00:00:00":
-        raise NicError("mac is all zeros")
+        raise NicError(f"{what} is all zeros")
     if mac.startswith("fe:"):  # a bridge keeps what is for a port's own MAC
         raise NicError(
-            f"mac {mac} begins with fe:, so it would be the tap's own MAC as well",
+            f"{what} {mac} begins with fe:, so it would be the tap's own MAC as well",
             hint=f"give the guest another one, such as 52{mac[2:]}",
         )
     return mac
@@ -184,6 +187,93 @@ def program_name(text: str) -> str:
     return text
 
 
+# --- the ladder ---------------------------------------------------------------------------------------
+#
+# What a NIC file, a tag of the guest, one of its network, [link.NAME] and the section of the mode can say, in this
+# order: the first that says anything counts. Here is what each key can be, and in which modes it means anything.
+
+
+def yes_or_no(key: str, value: object) -> bool:
+    """True or false. Raises NicError."""
+    if not isinstance(value, bool):
+        raise NicError(f"{key} must be true or false", hint=f"like {key.rpartition('.')[2]} = true")
+    return value
+
+
+def filtering(key: str, value: object) -> str:
+    """What of the guest's frames is looked at. Raises NicError."""
+    if not isinstance(value, str) or value not in FILTERS:
+        raise NicError(f"{key} must be one of {', '.join(FILTERS)}", hint='like filter = "address"')
+    return value
+
+
+def macs(key: str, value: object) -> tuple[str, ...]:
+    """MACs that a guest may use, each once. Raises NicError."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise NicError(f"{key} must be a list of strings", hint='like allow_mac = ["00:00:5e:00:01:05"]')
+    found = tuple(guest_mac(one, key) for one in value)
+    if len(found) > MAX_MACS:
+        raise NicError(f"{key} has {len(found)} MACs, more than {MAX_MACS}")
+    for number, one in enumerate(found):
+        if one in found[:number]:
+            raise NicError(f"{key} {one} is listed twice")
+    return found
+
+
+def limits(key: str, value: object) -> rates.Limits:
+    """Limits of either direction, each in the one way to write it. Raises NicError."""
+    if not isinstance(value, dict) or not value:
+        raise NicError(f"{key} must be a table that is not empty", hint='like rate = { to_guest = "100mbit" }')
+    found = {}
+    for name, text in value.items():
+        if name not in rates.KEYS:
+            raise NicError(f"unknown key {shown(f'{key}.{name}')}", hint=nearest(name, rates.KEYS))
+        found[name] = burst(f"{key}.{name}", text) if name.endswith(rates.BURST) else rate(f"{key}.{name}", text)
+    for direction in rates.DIRECTIONS:
+        name = direction + rates.BURST
+        if name in found and found.get(direction, rates.OFF) == rates.OFF:
+            raise NicError(f"{key}.{name} needs a rate in {key}.{direction}")
+    return rates.first_said(tuple(found.items()))
+
+
+def rate(key: str, value: Any) -> str:
+    """A rate as tc(8) takes it, or "off". Raises NicError."""
+    least, most = map(rates.rate_text, (rates.LEAST_RATE, rates.MOST_RATE))
+    try:
+        return rates.OFF if value == rates.OFF else rates.rate_text(rates.rate(value))
+    except (ValueError, TypeError):
+        hint = f'like {key.rpartition(".")[2]} = "100mbit"'
+        raise NicError(f"{key} must be a rate from {least} to {most}, or off", hint=hint) from None
+
+
+def burst(key: str, value: Any) -> str:
+    """A size as tc(8) takes it. Raises NicError."""
+    least, most = map(rates.size_text, (rates.LEAST_BURST, rates.MOST_BURST))
+    try:
+        return rates.size_text(rates.size(value))
+    except (ValueError, TypeError):
+        hint = f'like {key.rpartition(".")[2]} = "100kb"'
+        raise NicError(f"{key} must be a size from {least} to {most}", hint=hint) from None
+
+
+Check = Callable[[str, Any], Any]  # takes the name for messages, and a value as TOML has it
+ON_A_BRIDGE = ("bridged", "ext")  # ext: the configuration, or a program, makes another mode of it
+LADDER: dict[str, tuple[tuple[str, ...], Check]] = {
+    "filter": ((*ON_A_BRIDGE, "openvswitch"), filtering),  # Open vSwitch: refused, and not left open
+    "allow_mac": (ON_A_BRIDGE, macs),
+    "rate": (MODES, limits),
+    **dict.fromkeys(PORT_OPTIONS, (ON_A_BRIDGE, yes_or_no)),
+}
+
+
+def said_of(nic: Nic | None) -> dict[str, Any]:
+    """What *nic* itself says of the keys of the ladder, as TOML has it; None for nothing."""
+    found = {key: getattr(nic, key, None) for key in LADDER}
+    return found | {"rate": None if found["rate"] is None else dict(found["rate"])}
+
+
+# --- NICs ---------------------------------------------------------------------------------------------
+
 LINKS: dict[str, Callable[[str], str]] = {
     "bridged": lambda text: device(text, "link"),
     "openvswitch": lambda text: device(text, "link"),
@@ -205,12 +295,12 @@ def assemble(
     index: int | None,
     source: str,
     given: tuple[tuple[str, str], ...] = (),
-    options: Mapping[str, bool],
+    options: Mapping[str, Any],
     iface_id: str | None = None,
 ) -> Nic:
     """The Nic, once every value has been checked on its own and against the others. Raises NicError.
 
-    *options* are those of its bridge port.
+    *options* are the keys of the ladder that are said, checked already.
     """
     if mode not in MODES:
         raise NicError(f"mode {shown(mode)} is not one of {', '.join(MODES)}")
@@ -243,10 +333,9 @@ def consistent(nic: Nic) -> Nic:
             raise NicError("ip is missing: a routed NIC needs an address", hint='ip = ["192.0.2.8"]')
         if nic.vlan is not None:
             raise NicError("vlan means nothing on a routed NIC", hint="remove it")
-    if nic.mode in ("routed", "openvswitch"):
-        for option in PORT_OPTIONS:
-            if getattr(nic, option) is not None:
-                raise NicError(f"{option} means nothing on a NIC in mode {nic.mode}", hint="remove it")
+    for key, (modes, _) in LADDER.items():
+        if nic.mode not in modes and getattr(nic, key) is not None:
+            raise NicError(f"{key} means nothing on a NIC in mode {nic.mode}", hint="remove it")
     if nic.iface_id is not None and nic.mode not in ("openvswitch", "ext"):
         raise NicError(f"iface_id means nothing on a {nic.mode} NIC", hint="remove it")
     return nic
@@ -259,9 +348,9 @@ def as_wired(nic: Nic, config: Config) -> Nic:
         return nic
     try:
         nic = replace(nic, mode=network.mode, link=network.link)
-        if nic.mode != "bridged" and nic.by_ganeti:
-            # A guest's tags are those of all its NICs: on one that is no bridge's they mean nothing.
-            unsaid: dict[str, Any] = dict.fromkeys(PORT_OPTIONS)
+        if nic.by_ganeti:
+            # A guest's tags are those of all its NICs: some mean nothing on this one.
+            unsaid: dict[str, Any] = {key: None for key, (modes, _) in LADDER.items() if nic.mode not in modes}
             nic = replace(nic, **unsaid)
         if nic.mode == "routed" and nic.by_ganeti:
             own = autoconfigured(dict(nic.given).get("NETWORK_SUBNET6"), nic.mac)

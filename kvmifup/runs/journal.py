@@ -24,6 +24,7 @@ what a run is about to do, or was doing when it was killed, with the values from
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -166,7 +167,17 @@ def decode_nic(data: dict[str, Any]) -> Nic:
     if not data.keys() <= NIC_KEYS:
         raise OtherVersion
     ip = tuple(ipaddress.ip_network(prefix) for prefix in data["ip"])
-    return Nic(**data | {"ip": ip, "given": tuple((name, value) for name, value in data.get("given", ()))})
+    known: dict[str, Any] = {**data, "ip": ip, "given": pairs(data.get("given", ()))}
+    if data.get("rate") is not None:
+        known["rate"] = pairs(data["rate"])
+    if data.get("allow_mac") is not None:
+        known["allow_mac"] = tuple(data["allow_mac"])
+    return Nic(**known)
+
+
+def pairs(found: Iterable[Iterable[str]]) -> tuple[tuple[str, str], ...]:
+    """What JSON has as a list of lists."""
+    return tuple((name, value) for name, value in found)
 
 
 def encode_entry(entry: Entry) -> dict[str, Any]:

@@ -270,6 +270,9 @@ def test_a_guest_that_cannot_be_wired_does_not_start(hosts: Hosts) -> None:
         (BRIDGED.replace(":01", ":02"), "there is none with this MAC"),
         (BRIDGED + BRIDGED, "twice"),
         (BRIDGED.replace("kvm-ifup:nic", "kvm-ifup:nick"), "unknown element"),
+        (BRIDGED.replace("/>", "><kvm-ifup:mac/></kvm-ifup:nic>"), "unknown element"),
+        (BRIDGED.replace("/>", "><kvm-ifup:rate to_gest='1mbit'/></kvm-ifup:nic>"), "did you mean to_guest?"),
+        (BRIDGED.replace("/>", " filter='adress'/>"), "filter must be one of"),
     ],
 )
 def test_a_mistake_in_the_metadata_is_found_before_the_start(nics: str, complaint: str, hosts: Hosts) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmifup.core.errors import ConfigError
-from kvmifup.core.model import BridgedConfig, Config, ExtConfig, ExtNetwork, LinkConfig, RoutedConfig
+from kvmifup.core.model import BridgedConfig, Config, ExtConfig, ExtNetwork, LinkConfig, RoutedConfig, TapConfig
 from kvmifup.inputs import config
 
 from .conftest import ROOT
@@ -50,12 +50,25 @@ def test_the_installed_file_shows_the_defaults(tmp_path: Path) -> None:
     # Of these there is an example, because the default is that there are none.
     assert shown.routed.uplinks == ("eth0",)
     assert shown.ext.networks == (("NAME", ExtNetwork("routed", "100")),)
-    of_link = LinkConfig(("eth0",), isolated=True, hairpin=False, learning=True, multicast_router=True)
+    of_link = LinkConfig(
+        ("eth0",),
+        filter="address",
+        allow_mac=("00:00:5e:00:01:05",),
+        rate=(("to_guest", "100mbit"), ("from_guest", "50mbit")),
+        isolated=True,
+        hairpin=False,
+        learning=True,
+        multicast_router=True,
+    )
     assert shown.link == (("NAME", of_link),)
     # The kernel has these, or the bridge says.
-    assert shown.bridged == BridgedConfig(isolated=False, hairpin=False, learning=True, multicast_router=True)
-    routed = replace(shown.routed, uplinks=Config().routed.uplinks)
+    unlimited = (("to_guest", "off"), ("from_guest", "off"))
+    port = BridgedConfig(isolated=False, hairpin=False, learning=True, multicast_router=True)
+    assert shown.bridged == replace(port, filter="off", allow_mac=(), rate=unlimited)
+    assert (shown.routed.rate, shown.openvswitch.rate) == (unlimited, unlimited)
+    routed = replace(shown.routed, uplinks=Config().routed.uplinks, rate=None)
     shown = replace(shown, routed=routed, ext=replace(shown.ext, networks=()), link=(), bridged=BridgedConfig())
+    shown = replace(shown, openvswitch=TapConfig())
     assert shown == Config()
 
 
@@ -85,7 +98,13 @@ isolated = true
 hairpin = false
 learning = false
 multicast_router = true
+filter = "mac"
+allow_mac = ["00:00:5E:00:01:05"]
+rate = { from_guest_burst = "65536", from_guest = "12.5mbps", to_guest = "off" }
+[openvswitch]
+rate = { to_guest = "1000kbit" }
 [routed]
+rate = { to_guest = "1gibit" }
 uplinks = ["eth0", "bond0.7"]
 rule_priority = 32765
 rp_filter = "keep"
@@ -101,16 +120,32 @@ uplinks = ["eth1"]
 hairpin = true
 [link."br.1"]
 uplinks = []
+[link.a-long-name-of-a-table]
+rate = { to_guest = "8000" }
 """
 
 
 def test_every_key_is_read(tmp_path: Path) -> None:
     assert loaded(tmp_path, EVERYTHING) == Config(
         lock_timeout=3.0,
-        bridged=BridgedConfig(1.5, isolated=True, hairpin=False, learning=False, multicast_router=True),
-        routed=RoutedConfig(("eth0", "bond0.7"), 32765, "keep"),
+        bridged=BridgedConfig(
+            1.5,
+            filter="mac",
+            allow_mac=("00:00:5e:00:01:05",),
+            rate=(("to_guest", "off"), ("from_guest", "100mbit"), ("from_guest_burst", "64kb")),
+            isolated=True,
+            hairpin=False,
+            learning=False,
+            multicast_router=True,
+        ),
+        openvswitch=TapConfig(rate=(("to_guest", "1mbit"),)),
+        routed=RoutedConfig(("eth0", "bond0.7"), 32765, "keep", rate=(("to_guest", "1073741824bit"),)),
         ext=ExtConfig(7.0, (("lan", ExtNetwork("bridged", "br0")), ("wan", ExtNetwork("routed", None)))),
-        link=(("br0", LinkConfig(("eth1",), hairpin=True)), ("br.1", LinkConfig(()))),
+        link=(
+            ("br0", LinkConfig(("eth1",), hairpin=True)),
+            ("br.1", LinkConfig(())),
+            ("a-long-name-of-a-table", LinkConfig(rate=(("to_guest", "8kbit"),))),
+        ),
     )
 
 
@@ -140,6 +175,15 @@ def test_edges(text: str, value: object, tmp_path: Path) -> None:
         ("bridged = 1", "bridged must be a table"),
         ("[[bridged]]", "bridged must be a table"),
         ('[bridged]\nisolated = "on"', "bridged.isolated must be true or false"),
+        ('[bridged]\nfilter = "adress"', "bridged.filter must be one of off, mac, address"),
+        ("[link.br0]\nfilter = true", "link.br0.filter must be one of off, mac, address"),
+        ('[routed]\nfilter = "mac"', "routed.filter"),
+        ('[openvswitch]\nfilter = "mac"', "openvswitch.filter"),
+        ('[bridged]\nallow_mac = "00:00:5e:00:01:05"', "bridged.allow_mac must be a list of strings"),
+        ('[bridged]\nallow_mac = ["01:00:5e:00:01:05"]', "bridged.allow_mac 01:00:5e:00:01:05 is a multicast"),
+        ('[routed]\nrate = "1mbit"', "routed.rate must be a table"),
+        ("[link.br0]\nrate = { to_guest = 100 }", "link.br0.rate.to_guest must be a rate"),
+        ('[openvswitch]\nrate = { to_gest = "1mbit" }', "openvswitch.rate.to_gest"),
         ("link = 1", "link must have a table for each link"),
         ("[link]\nbr0 = 1", "link must have a table for each link"),
         ("[link.br0]\nlearning = 0", "link.br0.learning must be true or false"),

@@ -225,6 +225,7 @@ PURE = {
         "kvmifup.core",
         "kvmifup.core.ops",
         "kvmifup.core.ovsport",
+        "kvmifup.core.rates",
         "kvmifup.core.vlans",
     },
     "core.ops": {
@@ -244,10 +245,12 @@ PURE = {
         "functools",
         "ipaddress",
         "kvmifup.core.ops",
+        "kvmifup.core.rates",
     },
     "core.errors": {"__future__", "collections.abc", "errno", "typing"},
     "core.text": {"__future__", "collections.abc"},
     "core.ovsport": {"__future__", "dataclasses", "re"},
+    "core.rates": {"__future__", "collections.abc", "re"},
     "core.vlans": {"__future__", "collections.abc", "re"},
 }
 
