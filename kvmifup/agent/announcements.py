@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
 from kvmifup.core.errors import KvmIfupError, as_ours
 from kvmifup.core.model import Message
+from kvmifup.core.records import record
 from kvmifup.core.text import listed
 from kvmifup.node import announce
 from kvmifup.node.sockets import sender
@@ -22,7 +22,7 @@ from kvmifup.tell import syslog
 MANY = 100  # frames: more of them take so long that a thread sends them
 
 
-@dataclass(frozen=True)
+@record
 class Announcement:
     """*messages*, as long as they are *still_true*; its first round was sent when the monotonic clock said *begun*."""
 

@@ -10,12 +10,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.agent.loop import Loop
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import LOCAL_TABLE
+from kvmifup.core.records import record
 from kvmifup.inputs import places
 from kvmifup.node import messages, sockets
 
@@ -33,7 +33,7 @@ BUFFER = 1 << 20  # bytes: some thousand events
 AT_ONCE = 512  # events
 
 
-@dataclass(frozen=True)
+@record
 class NetlinkMessage:
     """One netlink message, without its header."""
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from kvmifup.commands.main import Observer
 from kvmifup.core import signals
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Background
+from kvmifup.core.records import record
 
 MAX_REQUEST = 1 << 20  # bytes
 MAX_EXCHANGES = 1024
@@ -35,7 +35,7 @@ SAID = 60.0  # seconds until that is said again
 CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
-@dataclass(frozen=True)
+@record
 class Request:
     """A command to run, and whether its stdout and stderr are terminals."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from kvmifup import phases
@@ -15,6 +15,7 @@ from kvmifup.agent.taps import TapRecord
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, VanishedError, as_ours
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu, LinkUp, Op
+from kvmifup.core.records import record
 from kvmifup.node.overview import Overview
 from kvmifup.node.procfs import device_name
 from kvmifup.node.unheard import is_unheard, untrue
@@ -69,7 +70,7 @@ class Breakages:
         return last + self._delay(times)
 
 
-@dataclass(frozen=True)
+@record
 class Looked:
     """What a look at a NIC has found: what it relies on, and those of its ops that have to be looked at, *outliving*
     those of them that are on uplinks.

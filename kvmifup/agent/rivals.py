@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import Place
 from kvmifup.core.model import Nic
+from kvmifup.core.records import record
 from kvmifup.node import announce
 from kvmifup.runs import rivals
 from kvmifup.runs.rivals import RECENT, Rival
@@ -29,7 +30,7 @@ WRITE = 0.5  # seconds from an announcement until it is written down
 WRITTEN = 500  # rivals, at most
 
 
-@dataclass(frozen=True)
+@record
 class Heard:
     """What speaks for a guest's having left: *what*, an address or a prefix, is announced or routed elsewhere.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from kvmifup.commands import names
 from kvmifup.core.errors import KvmIfupError, NicError, UsageError
 from kvmifup.core.model import Nic, Phase
+from kvmifup.core.records import record
 from kvmifup.inputs import devices, environment, ganeti, nicfiles, values
 from kvmifup.runs import managed
 from kvmifup.runs.store import Store
@@ -17,7 +18,7 @@ from kvmifup.runs.store import Store
 PHASES = {"kvm-ifup-pre": Phase.PRE, "kvm-ifup-post": Phase.POST, "kvm-ifdown": Phase.DOWN}
 
 
-@dataclass(frozen=True)
+@record
 class Request:
     """A phase, for one tap or for all NICs of a guest.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY
 from enum import IntEnum
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from kvmifup.core.ops import Rule
 from kvmifup.core.rates import Limits
+from kvmifup.core.records import record
 
 Prefix = IPv4Network | IPv6Network
 Message = tuple[str, str, str]  # an announcement: uplink, address, and how (as in kvmifup.core.ops.Announce)
@@ -36,7 +37,7 @@ class Phase(IntEnum):
     POST = 2
 
 
-@dataclass(frozen=True)
+@record
 class Nic:
     """One NIC of one guest, as its process manager described it, and validated.
 
@@ -142,17 +143,19 @@ def overlap(one: Prefix, other: Prefix) -> bool:
     return int(longer.network_address) & int(shorter.netmask) == int(shorter.network_address)
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class TapConfig:
     """What is set for taps of each mode, as in `Nic`; `[openvswitch]` has nothing else."""
 
+    _: KW_ONLY
     rate: Limits | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class PortConfig(TapConfig):
     """What is set for the ports of bridges, as in `Nic`."""
 
+    _: KW_ONLY
     filter: str | None = None
     allow_mac: tuple[str, ...] | None = None
     isolated: bool | None = None
@@ -161,21 +164,21 @@ class PortConfig(TapConfig):
     multicast_router: bool | None = None
 
 
-@dataclass(frozen=True)
+@record
 class BridgedConfig(PortConfig):
     """`[bridged]`: a port may take *forwarding_timeout* seconds until it forwards."""
 
     forwarding_timeout: float = 5.0
 
 
-@dataclass(frozen=True)
+@record
 class LinkConfig(PortConfig):
     """`[link.NAME]`, for NICs with this link; *uplinks* None means those that are found among the bridge's ports."""
 
     uplinks: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
+@record
 class RoutedConfig(TapConfig):
     """`[routed]`; *uplinks* None means the devices of the default routes."""
 
@@ -184,7 +187,7 @@ class RoutedConfig(TapConfig):
     rp_filter: str = "strict"
 
 
-@dataclass(frozen=True)
+@record
 class ExtNetwork:
     """`[ext.NAME]`: a NIC in mode ext with link NAME is wired in this mode, with this link."""
 
@@ -192,7 +195,7 @@ class ExtNetwork:
     link: str | None
 
 
-@dataclass(frozen=True)
+@record
 class ExtConfig:
     """`[ext]`: a program may take *timeout* seconds; *networks* are those that are wired without a program."""
 
@@ -200,7 +203,7 @@ class ExtConfig:
     networks: tuple[tuple[str, ExtNetwork], ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class AgentConfig:
     """`[agent]`: it waits *arrival_timeout* seconds for a guest, and exits after *idle_exit* idle seconds, 0 for never.
 
@@ -214,7 +217,7 @@ class AgentConfig:
     idle_exit: float = 300.0
 
 
-@dataclass(frozen=True)
+@record
 class Config:
     """The administrator's settings; the defaults are right for a plain node. Times are in seconds."""
 
@@ -231,7 +234,7 @@ class Config:
         return dict(self.link).get(name or "", LinkConfig())
 
 
-@dataclass(frozen=True)
+@record
 class Tap:
     """The device with the tap's name; *is_tap* is false if it is not a tap. *mtu* is in bytes.
 
@@ -246,7 +249,7 @@ class Tap:
     idle: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class Bridge:
     """The bridge, Linux's or Open vSwitch's, that a NIC's `link` names. *forward_delay* is in seconds, *mtu* in bytes.
 
@@ -276,7 +279,7 @@ class Bridge:
     snoops: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class Trunk:
     """A port of a bridge that leads to other nodes. *used* has the VLANs of devices on it, as text: "eth0.100".
 
@@ -289,7 +292,7 @@ class Trunk:
     used: tuple[tuple[int, str], ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class Uplink:
     """One uplink for one address family (4 or 6).
 
@@ -311,7 +314,7 @@ class Uplink:
     gateways: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class NodeFacts:
     """What a plan needs to know of the node, read once, before anything is touched.
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from kvmifup.core.records import field_names, record
 from kvmifup.core.text import listed
 from kvmifup.core.vlans import ids, tagged
 
@@ -24,7 +24,7 @@ RTPROT_STATIC = 4  # linux/rtnetlink.h: the protocol of what we make
 EVERYWHERE = "all"  # in the place of a device: a sysctl that counts for all of them
 
 
-@dataclass(frozen=True)
+@record
 class Op:
     """What all ops have in common; `KINDS` has all subclasses by their `kind`.
 
@@ -108,17 +108,11 @@ class Op:
         return f"{self.subject()}: {self.say(self.wanted)}"
 
 
-def field_names(data: object) -> tuple[str, ...]:
-    """The names of the fields of a dataclass; `dataclasses.fields` would take longer."""
-    names: tuple[str, ...] = type(data).__match_args__  # type: ignore[attr-defined]
-    return names
-
-
 _NOT_IDENTITY = frozenset({"want", "among", "timeout", "force"})
 DOWN = "down"  # what an op does to a device that it sets down for a moment
 
 
-@dataclass(frozen=True)
+@record
 class LinkAddress(Op):
     """The hardware address of *dev*."""
 
@@ -130,7 +124,7 @@ class LinkAddress(Op):
         return f"{self.dev} MAC"
 
 
-@dataclass(frozen=True)
+@record
 class BridgeAddress(Op):
     """The hardware address of the bridge *dev*, set so that it does not change any more.
 
@@ -148,7 +142,7 @@ class BridgeAddress(Op):
         return f"{self.dev} MAC, pinned"
 
 
-@dataclass(frozen=True)
+@record
 class AddrGenMode(Op):
     """How *dev* makes its IPv6 link-local address: IN6_ADDR_GEN_MODE_* of linux/if_link.h, a number.
 
@@ -167,7 +161,7 @@ class AddrGenMode(Op):
         return names[value] if isinstance(value, int) and 0 <= value < len(names) else super().say(value)
 
 
-@dataclass(frozen=True)
+@record
 class Address(Op):
     """The IPv6 address *address*, with its prefix length, on *dev*."""
 
@@ -181,7 +175,7 @@ class Address(Op):
         return f"{self.dev} address {self.address}"
 
 
-@dataclass(frozen=True)
+@record
 class LinkMtu(Op):
     """The MTU of *dev*, in bytes."""
 
@@ -193,7 +187,7 @@ class LinkMtu(Op):
         return f"{self.dev} MTU"
 
 
-@dataclass(frozen=True)
+@record
 class LinkMaster(Op):
     """The bridge that *dev* is a port of, None for none: "BRIDGE", or "BRIDGE VLANS" if the port has exactly these.
 
@@ -229,7 +223,7 @@ class LinkMaster(Op):
         return str(value or "none")
 
 
-@dataclass(frozen=True)
+@record
 class UplinkVlans(Op):
     """Which of the VLANs *among* the port *dev* of *bridge* has, as text (`kvmifup.core.vlans`). NICs share them.
 
@@ -264,7 +258,7 @@ class UplinkVlans(Op):
         return f"{self.dev} VLANs"
 
 
-@dataclass(frozen=True)
+@record
 class LinkUp(Op):
     """Whether *dev* is administratively up."""
 
@@ -280,7 +274,7 @@ class LinkUp(Op):
         return "up" if value else "down"
 
 
-@dataclass(frozen=True)
+@record
 class PortForwarding(Op):
     """The state of the bridge port *dev*. Writing it means to wait for it, at most *timeout* seconds."""
 
@@ -300,7 +294,7 @@ class PortForwarding(Op):
 PORT_OPTIONS = {"isolated": (0, 1, 0), "hairpin": (0, 1, 0), "learning": (0, 1, 1), "multicast_router": (1, 2, 1)}
 
 
-@dataclass(frozen=True)
+@record
 class PortOption(Op):
     """The *option* (`PORT_OPTIONS`) of the bridge port *dev*, as the kernel's number; None while it is no port."""
 
@@ -326,7 +320,7 @@ class PortOption(Op):
         return {on: "on", off: "off"}.get(int(value), "never")
 
 
-@dataclass(frozen=True)
+@record
 class Sysctl(Op):
     """The sysctl `net.ipv{family}.{group}.{dev}.{name}`; *group* is conf or neigh. NICs share those of an uplink.
 
@@ -363,7 +357,7 @@ class Sysctl(Op):
         return f"sysctl {self.path}"
 
 
-@dataclass(frozen=True)
+@record
 class Rule(Op):
     """The policy rule `iif TAP lookup TABLE`, which says nothing more; *protocol* (RTPROT_*) tells who has made it.
 
@@ -387,7 +381,7 @@ class Rule(Op):
         return f"rule v{self.family} {self.priority}: iif {self.iif} lookup {self.table}"
 
 
-@dataclass(frozen=True)
+@record
 class Neighbour(Op):
     """The MAC in the permanent neighbour entry for *address* on *dev*; None for no permanent entry."""
 
@@ -402,7 +396,7 @@ class Neighbour(Op):
         return f"neighbour {self.address} dev {self.dev}"
 
 
-@dataclass(frozen=True)
+@record
 class Route(Op):
     """The route in *table* to *prefix* out of *dev*, without a next hop, and before all others to *prefix*.
 
@@ -420,7 +414,7 @@ class Route(Op):
         return f"route {self.prefix} dev {self.dev} table {self.table}"
 
 
-@dataclass(frozen=True)
+@record
 class ProxyNeighbour(Op):
     """The proxy neighbour entry, which makes the node answer ARP or NDP for *address* on the uplink *dev*."""
 
@@ -442,7 +436,7 @@ class ProxyNeighbour(Op):
         return f"proxy neighbour {self.address} dev {self.dev}"
 
 
-@dataclass(frozen=True)
+@record
 class OvsPort(Op):
     """The Open vSwitch port *dev*, as `kvmifup.core.ovsport` has it: "BRIDGE VLANS NAME=VALUE"; None for no port.
 
@@ -463,7 +457,7 @@ class OvsPort(Op):
         return f"Open vSwitch port {self.dev}"
 
 
-@dataclass(frozen=True)
+@record
 class Program(Op):
     """Whether the administrator's *program* has been run for *phase*, pre or post, with *environment*.
 
@@ -490,7 +484,7 @@ class Program(Op):
         return "done" if value else "not done"
 
 
-@dataclass(frozen=True)
+@record
 class Announce(Op):
     """Tell the uplinks' neighbours where addresses are now, by gratuitous ARP and unsolicited NA.
 

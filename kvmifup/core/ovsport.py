@@ -8,7 +8,8 @@ at the end says why the switch does not have it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from kvmifup.core.records import record
 
 MAC, INTERFACE, INSTANCE = "attached-mac", "iface-id", "kvm-ifup-instance"  # external_ids of the interface
 TRANSIENT = "transient"  # other_config of the port: it goes at the next start of the node
@@ -17,7 +18,7 @@ _SPECIAL = re.compile(r"[\s%()]")
 _QUOTED = re.compile(r"%([0-9a-f]+);")
 
 
-@dataclass(frozen=True)
+@record
 class Port:
     """What there is to say of a port; *ids* has what is set of `NAMES`."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from kvmifup.core.errors import KvmIfupError
+from kvmifup.core.records import record
 
 
-@dataclass(frozen=True)
+@record
 class Finding:
     """*what* is not as it should be, *why* most likely or what it leads to, and what to do: *mend*.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 
 from kvmifup.core.model import Nic
+from kvmifup.core.records import record
 from kvmifup.diagnosis.bridged import ports_of
 from kvmifup.diagnosis.findings import Finding
 from kvmifup.diagnosis.state import Look
@@ -21,7 +21,7 @@ ENOUGH = 16  # addresses of a NIC to try
 MANAGERS = (("DOCKER", "Docker"), ("ufw", "ufw"), ("firewalld", "firewalld"), ("LIBVIRT", "libvirt"))
 
 
-@dataclass(frozen=True)
+@record
 class Packet:
     """The first packet of a TCP connection, on its way through the node.
 
@@ -42,7 +42,7 @@ class Packet:
     bridge: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class End:
     """How a packet ends in a chain: *verdict* is accept, drop, or "" for neither; *why* is for people.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError, NicError
 from kvmifup.core.model import Config, Nic, NodeFacts, Phase
 from kvmifup.core.ops import PortForwarding, ProxyNeighbour, Sysctl
+from kvmifup.core.records import record
 from kvmifup.diagnosis.bridged import on_bridge
 from kvmifup.diagnosis.causes import cause, described_otherwise, wanted_before
 from kvmifup.diagnosis.findings import Finding, of_error
@@ -29,7 +30,7 @@ from kvmifup.runs.store import set_aside
 from kvmifup.tell import render
 
 
-@dataclass(frozen=True)
+@record
 class Diagnosis:
     """A NIC, its phase in one word and its state as `show` tells them, and what there is to say about it."""
 

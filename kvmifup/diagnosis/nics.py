@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, NicError
 from kvmifup.core.model import Nic, Phase
+from kvmifup.core.records import record
 from kvmifup.inputs import devices, nicfiles, values
 from kvmifup.runs import clock, managed
 from kvmifup.runs.journal import Journal
@@ -17,7 +18,7 @@ from kvmifup.runs.leftovers import is_another
 from kvmifup.runs.store import Store
 
 
-@dataclass(frozen=True)
+@record
 class Known:
     """A tap that a journal, a NIC file or Ganeti is about.
 

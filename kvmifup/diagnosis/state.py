@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from kvmifup import phases
 from kvmifup.core.errors import KvmIfupError, NotReadyError, RollbackError
 from kvmifup.core.model import Config, Nic, Phase
 from kvmifup.core.ops import ProxyNeighbour
+from kvmifup.core.records import record
 from kvmifup.diagnosis.nics import Known, all_nics, selected
 from kvmifup.inputs import values
 from kvmifup.node.bridges import Bridges
@@ -28,7 +29,7 @@ from kvmifup.runs.store import Store
 UPLINK_HINT = "add a default route, or set [routed] uplinks"
 
 
-@dataclass(frozen=True)
+@record
 class Look:
     """The NICs that somebody asks about, and the node as it is now, with a dry session on it.
 
@@ -83,7 +84,7 @@ def look(name: str | None, run_dir: Path, config: Config) -> Iterator[Look]:
         yield Look(nics, everything, session, overview, agent)
 
 
-@dataclass(frozen=True)
+@record
 class State:
     """How a NIC is. *wired* is None where nothing has been asked for yet.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvmifup.core.model import ASK, Message
+from kvmifup.core.records import record
 from kvmifup.node.frames import gratuitous_arp, unsolicited_na, who_has
 from kvmifup.node.sockets import GONE, mac_of, sender
 
 
-@dataclass(frozen=True)
+@record
 class NotSent:
     """*address* could not be announced on the uplink *dev*, for the reason *errno*."""
 

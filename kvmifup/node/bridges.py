@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from kvmifup.core.errors import ProgramError
+from kvmifup.core.records import record
 from kvmifup.node import programs
 
 TIMEOUT = 5.0  # seconds
@@ -15,7 +15,7 @@ ALWAYS = 2  # of a port's multicast_router: MDB_RTR_TYPE_PERM, linux/if_bridge.h
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@record
 class Learnt:
     """An entry of a bridge's table of MACs: *mac* is behind *port*. *own*: it is the node's, not a neighbour's."""
 

@@ -10,11 +10,11 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from kvmifup.core.errors import ProgramError
+from kvmifup.core.records import record
 from kvmifup.node import programs
 from kvmifup.node.procfs import read_file
 
@@ -27,7 +27,7 @@ META = {"iifname": "iif", "iif": "iif", "oifname": "oif", "oif": "oif", "l4proto
 FAMILIES = {"ipv4": "4", "ipv6": "6", "ip": "4", "ip6": "6"}
 
 
-@dataclass(frozen=True)
+@record
 class Test:
     """What a rule asks of a packet: whether *about* is one of *values*, or, *negated*, none of them.
 
@@ -40,7 +40,7 @@ class Test:
     negated: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class Rule:
     """Tests, and what becomes of a packet that passes all of them.
 
@@ -55,7 +55,7 @@ class Rule:
     opaque: bool = False
 
 
-@dataclass(frozen=True)
+@record
 class Chain:
     """A chain of *table*, read by *program*; *family* is ip, ip6, inet or bridge. *hook* is None if it is jumped to."""
 

@@ -9,10 +9,10 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 
 from kvmifup.core.model import Nic, link_local_of
+from kvmifup.core.records import record
 from kvmifup.node.messages import mac_bytes, packed
 
 ETH_P_ARP, ETH_P_IPV6 = 0x0806, 0x86DD  # linux/if_ether.h
@@ -186,7 +186,7 @@ def probe_in(frame: bytes) -> tuple[str, str] | None:
     return None
 
 
-@dataclass(frozen=True)
+@record
 class Arp:
     """An ARP message: *kind* is its operation; the addresses are text."""
 
@@ -206,7 +206,7 @@ def arp_in(frame: bytes) -> Arp | None:
     return Arp(kind, mac, socket.inet_ntoa(sender), socket.inet_ntoa(target))
 
 
-@dataclass(frozen=True)
+@record
 class Discovery:
     """A message of neighbour discovery: *kind* is its type; *mac* is what its option says of *address*, None without
     one.

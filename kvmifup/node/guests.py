@@ -6,17 +6,17 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from kvmifup.core.records import record
 from kvmifup.node.messages import Link
 from kvmifup.node.procfs import IFF_PERSIST, read_file, sysfs_of
 
 TUN = "/dev/net/tun"
 
 
-@dataclass(frozen=True)
+@record
 class Qemu:
     """A QEMU that holds a tap open.
 

@@ -15,8 +15,9 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from struct import Struct
+
+from kvmifup.core.records import record
 
 # linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
@@ -162,7 +163,7 @@ def names_of(message: bytes) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
+@record
 class Link:
     """A device, as RTM_GETLINK describes it. What does not apply to it is None; *kind* is None for hardware."""
 

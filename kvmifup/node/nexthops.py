@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from struct import Struct
 
+from kvmifup.core.records import record
 from kvmifup.node.messages import (
     BODY,
     RTA_GATEWAY,
@@ -36,7 +36,7 @@ NHMSG = Struct("=BBBBI")  # family, scope, protocol, reserved, flags
 NEXTHOP_GRP = Struct("=IBBH")  # id, weight, its high byte, reserved
 
 
-@dataclass(frozen=True)
+@record
 class Hop:
     """The index of the device that packets leave by, and the gateway's address, of either family, if there is one."""
 

@@ -6,11 +6,11 @@ import errno
 import ipaddress
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from kvmifup.core.errors import KernelError
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route
+from kvmifup.core.records import record
 from kvmifup.node import messages
 from kvmifup.node.addresses import addresses
 from kvmifup.node.guests import Qemu, sign_of
@@ -34,7 +34,7 @@ from kvmifup.node.view import View
 MAIN_PRIORITY = 32766  # of the rule that looks up main (net/ipv4/fib_rules.c)
 
 
-@dataclass(frozen=True)
+@record
 class Port:
     """A port of a bridge; *tap*: it is a tap, a guest's or another program's."""
 

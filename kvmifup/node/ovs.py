@@ -9,11 +9,11 @@ import socket
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kvmifup.core import ovsport
 from kvmifup.core.errors import NotReadyError, ProgramError
+from kvmifup.core.records import record
 from kvmifup.core.vlans import parts, tagged
 from kvmifup.node import programs
 
@@ -26,7 +26,7 @@ DAEMON = "/run/openvswitch/ovs-vswitchd.pid"  # which ovs-vswitchd holds locked 
 FLOCK = struct.Struct("@hhqqi")  # struct flock: type, whence, start, length, pid
 
 
-@dataclass(frozen=True)
+@record
 class Switch:
     """What is in the switch's database at one moment.
 

@@ -6,19 +6,19 @@ import os
 import signal
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from kvmifup.core.errors import ConfigError, NotReadyError, ProgramError
 from kvmifup.core.ops import Program
+from kvmifup.core.records import record
 from kvmifup.inputs import trust
 
 DIRECTORY = Path("/etc/kvm-ifup/ext")  # the administrator's programs, one for each ext network
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-@dataclass(frozen=True)
+@record
 class Result:
     """How a program ended: its exit code, all that it wrote to stdout, and the last line that it wrote to stderr."""
 

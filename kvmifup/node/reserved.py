@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Interface, ip_address, ip_network
 
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import LOCAL_TABLE, Prefix
+from kvmifup.core.records import record
 from kvmifup.node import standing
 from kvmifup.node.messages import FAMILIES, RTN_ANYCAST, RTN_BROADCAST, RTN_LOCAL, RTN_MULTICAST
 from kvmifup.node.procfs import device_name
@@ -27,7 +27,7 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
+@record
 class Reserved:
     """The address *network*, or all in it, which is from *first* to *last*, and what it is.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
 
 from kvmifup.core.model import Prefix
+from kvmifup.core.records import record
 from kvmifup.node.messages import (
     BODY,
     FAMILIES,
@@ -30,7 +30,7 @@ from kvmifup.node.messages import (
 )
 
 
-@dataclass(frozen=True)
+@record
 class RouteEntry:
     """What the kernel needs, beside prefix and table, to find a route and to make one.
 

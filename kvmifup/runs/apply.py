@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from kvmifup.core.errors import KvmIfupError, NoSpaceError, ProgramError, RollbackError, VanishedError
 from kvmifup.core.ops import Op, Value
+from kvmifup.core.records import record
 from kvmifup.core.signals import checkpoint, still_wanted
 from kvmifup.runs.journal import Entry, Journal, Mark
 from kvmifup.runs.store import Draft, Store, save_or_mark
@@ -27,7 +28,7 @@ class Node(Protocol):
         """Make the value that *op* wants true. Raises NotReadyError, VanishedError, KernelError, PrivilegeError."""
 
 
-@dataclass(frozen=True)
+@record
 class Change:
     """An op and the value found; *needed* if that is not the value wanted."""
 
@@ -41,7 +42,7 @@ class Change:
         return Entry(self.op, self.now)
 
 
-@dataclass(frozen=True)
+@record
 class Job:
     """The changes for one tap, with its journal before them and after; *after* None forgets the tap."""
 

@@ -13,10 +13,10 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.core.model import Nic
+from kvmifup.core.records import record
 from kvmifup.inputs import places, trust
 from kvmifup.node import procfs
 from kvmifup.runs import clock
@@ -26,7 +26,7 @@ DIRECTORY = "expected"
 VERSION = 1
 
 
-@dataclass(frozen=True)
+@record
 class Expected:
     """A guest that is to come; *uptime* and *boot* say when that was told."""
 

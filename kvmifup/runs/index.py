@@ -10,12 +10,12 @@ import threading
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 from kvmifup.core.errors import JournalError
+from kvmifup.core.records import record
 from kvmifup.runs.journal import Journal
 
 Stamp = tuple[int, ...]  # of a file: what changes when it is replaced or written
@@ -26,7 +26,7 @@ TICK = 20_000_000  # ns: changes of a file that are this far apart have differen
 ROUTED, NETWORKS = ("routed",), ("networks",)
 
 
-@dataclass(frozen=True)
+@record
 class Seen:
     """A file as it was when it was read last. *stamp* changes with the file; *journal* is None if it is unreadable.
 

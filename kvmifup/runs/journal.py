@@ -25,18 +25,19 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
 
 from kvmifup import phases
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.ops import KINDS, RTPROT_STATIC, Op, Value, field_names
+from kvmifup.core.ops import KINDS, RTPROT_STATIC, Op, Value
+from kvmifup.core.records import field_names, record
 
 VERSION = 2
 READS = (1, 2)  # what `decode` understands
-NIC_KEYS = set(Nic.__match_args__)
+NIC_KEYS = set(field_names(Nic))
 PLAIN = (str, int, float, tuple, type(None))  # what the fields of an op can be
 HEAD = b'{"mark": "'  # how every journal begins; then comes the mark
 
@@ -59,7 +60,7 @@ class OtherVersion(ValueError):
     """A journal that another version of kvm-ifup has written."""
 
 
-@dataclass(frozen=True)
+@record
 class Entry:
     """An op that was or will be done, and the value that the kernel had before."""
 
@@ -72,7 +73,7 @@ class Entry:
         return self.op.turned(self.prior)
 
 
-@dataclass(frozen=True)
+@record
 class Journal:
     """Everything remembered about one tap; *phase* is the last one that succeeded, DOWN for none."""
 
@@ -229,7 +230,7 @@ def decode_entry(data: dict[str, Any]) -> Entry:
         if made_by:
             raise ValueError("a rule of somebody else")
     kind = KINDS.get(data["op"])
-    if kind is None or not values.keys() <= set(kind.__match_args__):
+    if kind is None or not values.keys() <= set(field_names(kind)):
         raise OtherVersion if isinstance(data["op"], str) else TypeError
     if not all(isinstance(value, PLAIN) for value in (*values.values(), data["prior"])):
         raise TypeError

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvmifup import phases
 from kvmifup.core.errors import LockTimeoutError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu, Sysctl, UplinkVlans
+from kvmifup.core.records import record
 from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.apply import Job, survey
 from kvmifup.runs.index import Stamp
@@ -25,7 +26,7 @@ MANY = 100  # changes: more of them take so long that the agent has a thread mak
 # --- arrival and departure ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class PreparedArrival:
     """post for a NIC whose guest has yet to arrive: computed and admitted, so that only the doing is left.
 

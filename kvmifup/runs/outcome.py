@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Message, Nic, Phase
 from kvmifup.core.ops import Announce
+from kvmifup.core.records import record
 from kvmifup.runs.apply import Change
 
 
-@dataclass(frozen=True)
+@record
 class Outcome:
     """What was done for one NIC, or would be: *undone* first (leftovers of a dead NIC), then *changes*."""
 

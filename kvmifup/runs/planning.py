@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvmifup import phases
 from kvmifup.core import ovsport
 from kvmifup.core.model import Config, Nic, NodeFacts, Phase, Uplink
 from kvmifup.core.ops import EVERYWHERE, LinkMaster, Op, OvsPort, UplinkVlans, Value
+from kvmifup.core.records import record
 from kvmifup.runs.apply import Change, Job, survey, survey_undo
 from kvmifup.runs.host import Host, Through
 from kvmifup.runs.journal import Entry, Journal
@@ -18,7 +19,7 @@ from kvmifup.runs.session import Session, devices_of, followed
 from kvmifup.runs.shared import before_all, claimed_elsewhere, given_up, unshared, with_claims
 
 
-@dataclass(frozen=True)
+@record
 class Plan:
     """What it takes to make *nic* right for *phase*, on the node as it was found.
 

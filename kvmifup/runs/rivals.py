@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from kvmifup.core.records import record
 from kvmifup.inputs import places, trust
 from kvmifup.inputs.trust import Untrusted
 
@@ -15,7 +16,7 @@ RECENT = 600.0  # seconds
 MAX_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@record
 class Rival:
     """*mac* on *uplink* has announced *address* so many *times*, the *first* and the *last* time when.
 

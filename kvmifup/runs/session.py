@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Config, Nic
+from kvmifup.core.records import record
 from kvmifup.node import procfs
 from kvmifup.node.kernel import Kernel
 from kvmifup.runs import clock, locks
@@ -18,7 +19,7 @@ from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.store import Store
 
 
-@dataclass(frozen=True)
+@record
 class Session:
     """What a run works with. A *dry* one only reads: it takes no lock and writes nothing, not even a journal.
 

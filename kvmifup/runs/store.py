@@ -11,7 +11,6 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmifup.core.errors import (
@@ -24,6 +23,7 @@ from kvmifup.core.errors import (
     PrivilegeError,
 )
 from kvmifup.core.model import Nic, Phase
+from kvmifup.core.records import record
 from kvmifup.inputs import devices, places, trust
 from kvmifup.runs.index import Stamp, index_of, stamp_of
 from kvmifup.runs.journal import HEAD, Journal, Mark, OtherVersion, decode, encode, marked
@@ -36,7 +36,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # the last on
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
 
-@dataclass(frozen=True)
+@record
 class Draft:
     """A journal that is written, with its text, but not yet the one that counts."""
 
