@@ -135,3 +135,15 @@ def check(result: Result, code: int, *words: str) -> None:
     assert result.err.endswith("\n"), result.err
     for word in words:
         assert word in result.err
+
+
+def loaded(program: str, *argv: str, environ: Mapping[str, str]) -> set[str]:
+    """The modules that a hook loads, which must succeed: those of ours, and the first words of all others' names."""
+
+    def imported(*command: str) -> set[str]:
+        python = [sys.executable, "-I", "-X", "importtime", *command]
+        told = subprocess.run(python, env={**CLEAN, **environ}, capture_output=True, text=True, check=True).stderr
+        names = {line.rpartition("|")[2].strip() for line in told.splitlines() if line.startswith("import time:")}
+        return {name if name.startswith("kvmifup.") else name.partition(".")[0] for name in names}
+
+    return imported(str(SCRIPTS / program), *argv) - imported("-c", "pass")

@@ -21,7 +21,7 @@ from kvmifup.runs.outcome import Outcome
 CAP_NET_ADMIN = 12  # linux/capability.h
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Call:
     """*program*, called with *environ* and these streams; if *stdin* is None, there is none to read.
 

@@ -8,8 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from kvmifup.core.errors import ConfigError, NicError
 from kvmifup.core.model import (
     AgentConfig,
@@ -22,7 +20,7 @@ from kvmifup.core.model import (
     TapConfig,
 )
 from kvmifup.core.text import as_told, shown
-from kvmifup.inputs import trust
+from kvmifup.inputs import toml, trust
 from kvmifup.inputs.values import LADDER, Check, device, nearest, routing_table, yes_or_no
 
 DIRECTORY = Path("/etc/kvm-ifup")
@@ -66,7 +64,7 @@ def merged(config: Config, path: Path, base: Path) -> Config:
 @lru_cache(maxsize=16)
 def parsed(config: Config, text: str) -> Config:
     """*config* with what the TOML *text* sets; the agent reads the same text for every hook. Raises ConfigError."""
-    changed: Config = section(config, tomli.loads(text), "")
+    changed: Config = section(config, toml.loads(text), "")
     return changed
 
 

@@ -10,12 +10,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import tomli
-
 from kvmifup.core.errors import KvmIfupError, NicError
 from kvmifup.core.model import Nic
 from kvmifup.core.text import as_told, shown
-from kvmifup.inputs import devices, places, trust
+from kvmifup.inputs import devices, places, toml, trust
 from kvmifup.inputs.values import LADDER, MAX_INDEX, assemble, instance_name, nearest, nic_index, yes_or_no
 
 
@@ -175,7 +173,7 @@ KEYS = ("tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming", *LAD
 def parse_nic(text: str, *, instance: str | None, index: int | None, source: str) -> Nic:
     """The NIC that the TOML *text* describes. Raises NicError, naming the key."""
     try:
-        data = tomli.loads(text)
+        data = toml.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise NicError(f"not TOML: {as_told(error)}", hint=written_right(text)) from None
     for key in data:

@@ -204,7 +204,7 @@ def test_only_the_kernel_is_asked_and_changed_by_netlink() -> None:
 
 
 def test_only_inputs_imports_a_toml_parser() -> None:
-    assert importers("tomli") == {"inputs.config", "inputs.nicfiles"}
+    assert importers("tomli") == {"inputs.toml"}
     assert importers("tomllib") == set()
 
 
