@@ -1,6 +1,6 @@
 """All that a node has that a hook could change, in lines that can be compared.
 
-It comes from `ip`, `bridge`, /proc/sys and the files below /run, never from kvmifup or pyroute2.
+It comes from `ip`, `bridge`, `nft`, /proc/sys and the files below /run, never from kvmifup or pyroute2.
 """
 
 from __future__ import annotations
@@ -98,8 +98,19 @@ BATCHES = {
 
 def _answers() -> Iterator[list[dict[str, Any]]]:
     script = "".join(f"{program} <<.\n" + "\n".join(lines) + "\n.\n" for program, lines in BATCHES.items())
-    for line in tools.run("sh", "-ec", script).splitlines():
-        yield [one for one in json.loads(line) if one]
+    for line in tools.run("sh", "-ec", script + "nft -j list ruleset").splitlines():
+        found = json.loads(line)
+        yield [one for one in (found["nftables"] if isinstance(found, dict) else found) if one]
+
+
+def _elements(ruleset: list[dict[str, Any]]) -> Iterator[str]:
+    """What is in sets and maps of nftables. The rules and the sets themselves stay when the last NIC has gone."""
+    for one in ruleset:
+        (kind, what) = next(iter(one.items()))
+        for element in what.get("elem", ()) if kind in ("set", "map") else ():
+            # What a counter has counted goes on.
+            said = re.sub(r', "counter": {[^}]*}', "", json.dumps(element))
+            yield f"nft {what['family']} {what['table']} {what['name']} {said}"
 
 
 def snapshot() -> Snapshot:
@@ -108,9 +119,9 @@ def snapshot() -> Snapshot:
 
 
 def snapshot_of_kernel() -> Snapshot:
-    """The same without files: what `ip`, `bridge` and /proc/sys tell."""
-    links, addresses, neighs, proxied, routes4, rules4, routes6, rules6, ports = _answers()
-    found = Counter([*_links(links), *_sysctls()])
+    """The same without files: what `ip`, `bridge`, `nft` and /proc/sys tell."""
+    links, addresses, neighs, proxied, routes4, rules4, routes6, rules6, ports, ruleset = _answers()
+    found = Counter([*_links(links), *_sysctls(), *_elements(ruleset)])
     for port in ports:
         found.update(_lines("port", port, f"/{port['ifname']}"))
     for address in addresses:

@@ -38,6 +38,7 @@ from kvmifup.core.model import (
     TapConfig,
     Trunk,
     Uplink,
+    overlap,
 )
 from kvmifup.core.ops import (
     EVERYWHERE,
@@ -60,7 +61,9 @@ from kvmifup.core.ops import (
     ProxyNeighbour,
     Route,
     Rule,
+    Sources,
     Sysctl,
+    UplinkGuard,
     UplinkVlans,
 )
 from kvmifup.core.vlans import canonical, ids, tagged
@@ -69,6 +72,8 @@ Step = tuple[Phase, Op]
 PRE, POST = Phase.PRE, Phase.POST
 
 RP_FILTER = {"off": "0", "strict": "1", "loose": "2"}  # "keep" leaves it alone
+JUDGED = ("strict", "loose")
+UNJUDGED = "the guest can send from any IPv6 address: {}"
 SHORTEST_FORWARD_DELAY = 2  # seconds that a bridge with STP takes: BR_MIN_FORWARD_DELAY, net/bridge/br_private_stp.h
 ADDR_GEN_MODE_EUI64, ADDR_GEN_MODE_NONE = 0, 1  # IN6_ADDR_GEN_MODE_*, linux/if_link.h
 IPV6_MIN_MTU = 1280  # with a smaller MTU a device has no IPv6 (linux/ipv6.h)
@@ -282,7 +287,7 @@ def external(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
         "MODE": nic.mode,
         "LINK": nic.link,
         "MAC": nic.mac,
-        "IP": " ".join(bare(prefix) if is_host(prefix) else str(prefix) for prefix in nic.ip),
+        "IP": " ".join(map(as_told, nic.ip)),
         "VLAN": nic.vlan,
         "INSTANCE": nic.instance,
         "INTERFACE_INDEX": None if nic.index is None else str(nic.index),
@@ -324,6 +329,7 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
         for family in (4, 6) if facts.ipv6 else (4,):
             priority = config.routed.rule_priority
             yield PRE, Rule(family, nic.tap, facts.table, priority, RTPROT_STATIC, True)
+    yield from ((PRE, op) for op in judged(nic, config, facts))
     yield PRE, LinkUp(nic.tap, True)
     for host in hosts:
         yield PRE, Neighbour(nic.tap, bare(host), nic.mac)
@@ -344,6 +350,11 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
                     yield POST, Sysctl(6, "conf", EVERYWHERE, "proxy_ndp", True, "1")
             for address in proxied:
                 yield POST, ProxyNeighbour(uplink.name, address, True)
+    if config.routed.guard_uplinks:
+        # Only now: as long as the guest runs elsewhere, its packets come in there.
+        for uplink in (one for one in facts.uplinks if one.present):
+            for prefix in (one for one in nic.ip if one.version == uplink.family):
+                yield POST, UplinkGuard(uplink.name, as_told(prefix), True)
     messages = announcement((uplink, bare(host)) for uplink in uplinks for host in hosts)
     if messages:
         yield POST, Announce(messages, announce)
@@ -354,6 +365,8 @@ def uplink_of(op: Op) -> tuple[str, int] | None:
     match op:
         case ProxyNeighbour():
             return op.dev, family_of(op.address)
+        case UplinkGuard():
+            return op.dev, family_of(op.prefix)
         case Sysctl(on_uplink=True):
             return op.dev, op.family
     return None
@@ -376,6 +389,8 @@ def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:
         return False
     if isinstance(op, ProxyNeighbour):
         wanted = ip_network(op.address) in nic.prefixes
+    elif isinstance(op, UplinkGuard):
+        wanted = ip_network(op.prefix) in nic.prefixes
     else:
         wanted = any(is_host(prefix) and prefix.version == uplink[1] for prefix in nic.ip)
     return wanted and all(seen.family != uplink[1] for seen in facts.uplinks)
@@ -394,8 +409,8 @@ def as_far_as_usable(bridge: Bridge) -> Bridge:
 
 
 def only_here(op: Op) -> bool:
-    """Whether *op* draws a guest's traffic to this node, so that it must be undone as soon as the guest has left."""
-    return isinstance(op, Route | ProxyNeighbour)
+    """Whether *op* must be undone as soon as the guest has left: it draws its traffic here, or would drop it here."""
+    return isinstance(op, Route | ProxyNeighbour | UplinkGuard)
 
 
 def conf(nic: Nic, family: int, name: str, value: str) -> Sysctl:
@@ -446,8 +461,8 @@ def router_settings(nic: Nic, config: Config, tap: Tap) -> Iterator[Op]:
     yield conf(nic, 4, "forwarding", "1")
     yield conf(nic, 4, "proxy_arp", "1")
     yield conf(nic, 4, "send_redirects", "0")
-    if config.routed.rp_filter in RP_FILTER:
-        yield conf(nic, 4, "rp_filter", RP_FILTER[config.routed.rp_filter])
+    if config.routed.reverse_path in RP_FILTER:
+        yield conf(nic, 4, "rp_filter", RP_FILTER[config.routed.reverse_path])
     yield Sysctl(4, "neigh", nic.tap, "proxy_delay", False, "0")
     # Only for a guest with IPv6: turning its forwarding on anywhere makes the kernel drop the default routes
     # that the node has learnt from router advertisements (rt6_purge_dflt_routers).
@@ -462,6 +477,33 @@ def router_settings(nic: Nic, config: Config, tap: Tap) -> Iterator[Op]:
         gateway = f"{nic.gateway}/64"
         if not tap.idle or gateway in tap.addresses:
             yield Address(nic.tap, gateway, True)
+
+
+def judged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Op]:
+    """From which IPv6 addresses the guest may send, also if it has none: the kernel has a rp_filter only for IPv4.
+
+    Raises NotReadyError if somebody has asked for what the node cannot do. Who has not asked is warned (`remarks`).
+    """
+    if facts.unguarded and (config.routed.rp_filter in JUDGED or config.routed.guard_uplinks):
+        asked = "guard_uplinks" if config.routed.guard_uplinks else f'rp_filter = "{config.routed.rp_filter}"'
+        raise NotReadyError(
+            f"IPv6 sources cannot be judged: {facts.unguarded}", hint=f"mend that, or take {asked} out of [routed]"
+        )
+    assert facts.tap is not None  # wiring has checked it
+    if config.routed.reverse_path in JUDGED and not facts.unguarded and facts.ipv6 and facts.tap.mtu >= IPV6_MIN_MTU:
+        yield Sources(nic.tap, " ".join((config.routed.reverse_path, *map(as_told, own_sources(nic)))))
+
+
+def own_sources(nic: Nic) -> list[Prefix]:
+    """The IPv6 prefixes of *nic*, without those inside another one."""
+    six = [prefix for prefix in nic.ip if prefix.version == 6]
+    wide = [prefix for prefix in nic.networks if prefix.version == 6]
+    outer = (
+        one
+        for one in six
+        if not any(one != other and overlap(one, other) and other.prefixlen < one.prefixlen for other in wide)
+    )
+    return sorted(outer, key=lambda prefix: int(prefix.network_address))
 
 
 def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
@@ -502,12 +544,15 @@ def remarks(phase: Phase, nic: Nic, config: Config, facts: NodeFacts) -> tuple[s
         if ends_here(nic, config, facts):
             found.append(f"no uplink of bridge {nic.link} found: VLANs {nic.vlan} do not leave this node")
         return tuple(found)
-    if phase is not Phase.DOWN and nic.mode == "routed" and not nic.ip:
-        return ("it has no address: nothing is routed to the guest",)
-    if phase is Phase.DOWN or nic.mode != "routed" or config.routed.uplinks == ():  # the last one is meant
+    if phase is Phase.DOWN or nic.mode != "routed":
         return ()
+    open_ = (UNJUDGED.format(facts.unguarded),) if facts.unguarded and config.routed.reverse_path in JUDGED else ()
+    if not nic.ip:
+        return (*open_, "it has no address: nothing is routed to the guest")
+    if config.routed.uplinks == ():  # that is meant
+        return open_
     lacking = sorted({prefix.version for prefix in nic.ip} - {uplink.family for uplink in facts.uplinks})
-    return tuple(f"no IPv{family} uplink found: nothing there answers for the guest" for family in lacking)
+    return (*open_, *(f"no IPv{family} uplink found: nothing there answers for the guest" for family in lacking))
 
 
 def ends_here(nic: Nic, config: Config, facts: NodeFacts) -> bool:
@@ -527,12 +572,19 @@ def withdrawal(nic: Nic, facts: NodeFacts) -> tuple[Op, ...]:
         for prefix in nic.ip
         if is_host(prefix) and prefix.version == uplink.family and str(prefix) not in taken
     ]
+    guards = [
+        UplinkGuard(uplink.name, as_told(prefix), False)
+        for uplink in facts.uplinks
+        for prefix in nic.ip
+        if prefix.version == uplink.family and str(prefix) not in taken
+    ]
     table = MAIN_TABLE if facts.table is None else facts.table
     routes = [Route(str(prefix), nic.tap, table, False) for prefix in nic.ip]
     neighbours = [Neighbour(nic.tap, bare(prefix), None) for prefix in nic.ip if is_host(prefix)]
     rules = [rule.turned(False) for rule in facts.rules]
     port = [OvsPort(nic.tap, None)] if facts.port and nic.mode != "ext" else []
-    return (*port, *(proxies + routes + neighbours if nic.mode == "routed" else ()), *rules)
+    judged = [] if facts.unguarded else [*guards, Sources(nic.tap, None)]
+    return (*port, *(proxies + routes + neighbours + judged if nic.mode == "routed" else ()), *rules)
 
 
 def is_host(prefix: Prefix) -> bool:
@@ -543,6 +595,11 @@ def is_host(prefix: Prefix) -> bool:
 def family_of(address: str) -> int:
     """4 or 6."""
     return 6 if ":" in address else 4
+
+
+def as_told(prefix: Prefix) -> str:
+    """A prefix as people write it: a single address without its length."""
+    return bare(prefix) if is_host(prefix) else str(prefix)
 
 
 def bare(prefix: Prefix) -> str:

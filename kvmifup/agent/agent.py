@@ -36,6 +36,7 @@ from kvmifup.agent.leftovers import Leftovers
 from kvmifup.agent.listening import Listener
 from kvmifup.agent.loop import Loop, Settling
 from kvmifup.agent.mending import Mending
+from kvmifup.agent.rulesets import RulesetEvents
 from kvmifup.agent.runner import Runner, Say
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError
@@ -87,6 +88,8 @@ class Agent:
         self._expectations = Expectations(loop, self._runner, lambda: self._journals.complete())
         also = (run_dir / expected.DIRECTORY, ganeti.pids())
         self._journals = DirectoryEvents(loop, self._runner.store.directory, self._files_changed, also)
+        with suppress(OSError):  # a kernel without nftables has nothing to tell
+            RulesetEvents(loop, self._mending.touched)
         LinkEvents(loop, self._devices_gone, self._mending.went_down, self._events_lost)
         self._hooks = HookServer(
             loop, listener.socket, self._announcements.begin, self._runner.hook_done, self._runner.say

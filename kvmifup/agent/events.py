@@ -50,10 +50,11 @@ class Subscription:
         groups: tuple[int, ...],
         heard: Callable[[list[NetlinkMessage]], None],
         lost: Callable[[], None],
+        protocol: int = socket.NETLINK_ROUTE,
     ) -> None:
         self.heard, self.lost = heard, lost
         self.socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol
         )
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         self.socket.bind((0, sum(1 << group - 1 for group in groups)))
@@ -136,7 +137,8 @@ def not_up(found: list[NetlinkMessage]) -> list[int]:
 
 # One thing that has changed on the node, or that a NIC relies on: ("device", index), ("name", device's name),
 # ("port", index), ("ports", index of their bridge), ("address", index of its device), ("route", prefix),
-# ("rule", incoming device), ("neighbour", index, address). A default route's prefix is "0.0.0.0/0" or "::/0".
+# ("rule", incoming device), ("neighbour", index, address), ("nft", family, device).
+# A default route's prefix is "0.0.0.0/0" or "::/0".
 Thing = tuple[object, ...]
 ANYTHING: Thing = ("anything",)
 DEFAULT_ROUTES: frozenset[Thing] = frozenset({("route", "0.0.0.0/0"), ("route", "::/0")})

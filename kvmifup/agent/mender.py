@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from kvmifup import phases
+from kvmifup.agent import rulesets
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.events import DEFAULT_ROUTES, Thing
 from kvmifup.agent.runner import BUSY, Runner
@@ -231,6 +232,8 @@ def relied_on(tap: TapRecord, plan: planning.Plan | None, session: Session) -> I
         yield from (("port", index) for name in trunks if (index := session.kernel.ifindex(name)) is not None)
         if nic.link and nic.on_uplinks and nic.mode == "bridged":
             yield "ports", session.kernel.ifindex(nic.link)
+        for op in (change.op for change in plan.changes):
+            yield from rulesets.relied_on(op, getattr(op, "dev", ""))
     for name in names:
         yield "name", name
         if (index := session.kernel.ifindex(name)) is not None:

@@ -180,11 +180,21 @@ class LinkConfig(PortConfig):
 
 @record
 class RoutedConfig(TapConfig):
-    """`[routed]`; *uplinks* None means the devices of the default routes."""
+    """`[routed]`; *uplinks* None means the devices of the default routes.
+
+    *rp_filter* None: nobody has asked for it. *guard_uplinks*: what comes in on an uplink from a guest's address is
+    dropped.
+    """
 
     uplinks: tuple[str, ...] | None = None
     rule_priority: int = 10000
-    rp_filter: str = "strict"
+    rp_filter: str | None = None
+    guard_uplinks: bool = False
+
+    @property
+    def reverse_path(self) -> str:
+        """*rp_filter*, or what it is by default."""
+        return self.rp_filter or "strict"
 
 
 @record
@@ -322,6 +332,7 @@ class NodeFacts:
     rules that lead what comes from the tap to a table, and say nothing more. *taken* has each address or prefix that
     cannot be the guest's, and why. *program* is the path of the program that wires an ext NIC.
     *port* is the Open vSwitch port of the tap's name.
+    *unguarded* says why sources cannot be judged by nftables, None if they can.
     *ipv6*: the kernel has IPv6 at all. *ipv6_mend* lists the sysctl settings that are missing for the tap to have IPv6.
     """
 
@@ -333,5 +344,6 @@ class NodeFacts:
     taken: tuple[tuple[str, str], ...] = ()
     program: str | None = None
     port: str | None = None
+    unguarded: str | None = None
     ipv6: bool = True
     ipv6_mend: tuple[str, ...] = ()

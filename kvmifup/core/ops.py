@@ -382,6 +382,52 @@ class Rule(Op):
 
 
 @record
+class Sources(Op):
+    """The IPv6 addresses and prefixes from which the guest on *dev* may send: "strict 2001:db8::1"; None for any.
+
+    Before them stands how: "strict", or "loose" if everything else to which there is a route may be its source, too.
+    It refers to the tap by its name, so it stays when the tap goes.
+    """
+
+    kind = "sources"
+    leaves = (None,)
+    dev: str
+    want: str | None
+
+    @property
+    def outlives_tap(self) -> bool:
+        return True
+
+    def subject(self) -> str:
+        return f"{self.dev} IPv6 sources"
+
+    def say(self, value: Value) -> str:
+        return "any" if value is None else str(value)
+
+
+@record
+class UplinkGuard(Op):
+    """Whether what comes in on the uplink *dev* from the guest's *prefix* is dropped."""
+
+    kind = "uplink-guard"
+    leaves = (False,)
+    dev: str
+    prefix: str
+    want: bool
+
+    @property
+    def outlives_tap(self) -> bool:
+        return True
+
+    @property
+    def shared(self) -> bool:
+        return True  # as with a proxy neighbour
+
+    def subject(self) -> str:
+        return f"guard against {self.prefix} on {self.dev}"
+
+
+@record
 class Neighbour(Op):
     """The MAC in the permanent neighbour entry for *address* on *dev*; None for no permanent entry."""
 
@@ -522,6 +568,8 @@ KINDS: dict[str, type[Op]] = {
         PortForwarding,
         Sysctl,
         Rule,
+        Sources,
+        UplinkGuard,
         Neighbour,
         Route,
         ProxyNeighbour,

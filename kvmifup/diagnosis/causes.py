@@ -22,7 +22,9 @@ from kvmifup.core.ops import (
     ProxyNeighbour,
     Route,
     Rule,
+    Sources,
     Sysctl,
+    UplinkGuard,
     UplinkVlans,
 )
 from kvmifup.diagnosis.nics import Known
@@ -147,6 +149,13 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
             return (
                 f"it is not ours, and catches what comes in on {tap}; a script or a person made it, nobody knows when"
             )
+        case Sources(want=None):
+            return "the configuration has changed since"
+        case Sources():
+            emptied = "something has deleted it: `nft flush ruleset`, or a firewall that was loaded anew"
+            return emptied if change.now is None else "somebody has changed the sets of table inet kvm-ifup"
+        case UplinkGuard():
+            return "something has deleted it, as `nft flush ruleset` does: the guest's address can be forged there"
         case Rule():
             return "something has deleted it: a restarted network, or `ip rule flush`"
         case Route(want=False) | Neighbour(want=None) | ProxyNeighbour(want=False):

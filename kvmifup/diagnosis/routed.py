@@ -31,6 +31,13 @@ def traffic(one: Known, nic: Nic, missing: Sequence[Change], kernel: Overview, c
     """Whether the packets from and for a routed guest would pass, as the kernel says; some only once it runs here."""
     found = uplinks(nic, kernel, config)
     yield from reverse_path(nic, missing, kernel, config)
+    if unguarded := kernel.facts(nic, config).unguarded:
+        yield Finding(
+            "the guest can send from any IPv6 address",
+            unguarded,
+            'mend that, or say [routed] rp_filter = "off"; with "strict" such a node takes no routed guest',
+            wrong=False,  # it was so before kvm-ifup could judge it
+        )
     yield from surroundings([nic], found, kernel, config)
     if one.phase is not Phase.POST or any(isinstance(c.op, Route | LinkUp | Rule) for c in missing):
         return
@@ -88,14 +95,15 @@ def passage(nic: Nic, address: str, neighbour: str, uplink: Uplink, kernel: Over
 
 def reverse_path(nic: Nic, missing: Sequence[Change], kernel: Overview, config: Config) -> Iterator[Finding]:
     """The kernel takes the larger of a device's rp_filter and that of "all" (IN_DEV_RPFILTER)."""
-    wanted = phases.RP_FILTER.get(config.routed.rp_filter)
+    wanted = phases.RP_FILTER.get(config.routed.reverse_path)
     overall = kernel.setting("net/ipv4/conf/all/rp_filter")
     if wanted is None or overall is None or overall <= wanted:
         return
     if any(isinstance(change.op, Sysctl) and change.op.name == "rp_filter" for change in missing):
         return
+    now, asked = RP_FILTER_NAMES.get(overall, overall), config.routed.reverse_path
     yield Finding(
-        f"rp_filter on {nic.tap} is {RP_FILTER_NAMES.get(overall, overall)} in effect, not {config.routed.rp_filter}",
+        f"rp_filter on {nic.tap} is {now} in effect, not {asked}",
         f"net.ipv4.conf.all.rp_filter is {overall}, and the larger of the two counts",
         "`sysctl -w net.ipv4.conf.all.rp_filter=0`",
     )

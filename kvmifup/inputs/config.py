@@ -181,6 +181,7 @@ CHECKS: dict[tuple[type[Any], str], Check] = {
     (RoutedConfig, "uplinks"): uplinks,
     (RoutedConfig, "rule_priority"): rule_priority,
     (RoutedConfig, "rp_filter"): rp_filter,
+    (RoutedConfig, "guard_uplinks"): yes_or_no,
     (ExtConfig, "timeout"): seconds,
     (AgentConfig, "arrival_timeout"): hours,
     (AgentConfig, "withdraw"): yes_or_no,

@@ -23,7 +23,7 @@ from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv
 from kvmifup.node.refusals import refusals
 from kvmifup.node.reserved import why_not
 from kvmifup.node.routes import RouteEntry
-from kvmifup.node.view import View, default_devices
+from kvmifup.node.view import View, default_devices, sources_of
 
 
 def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
@@ -48,9 +48,15 @@ def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
         uplinks=()
         if table is None
         else tuple(with_gateways(uplink, table, view) for uplink in uplinks_of(nic, table, config, view)),
+        unguarded=sources_of(view).refused() if ipv6 and needs_nftables(config) else None,
         taken=() if table is None else tuple(taken(nic, table, view)),
         ipv6_mend=(assignment(disabled, "0"),) if sysctl(disabled) not in (None, "0") else (),
     )
+
+
+def needs_nftables(config: Config) -> bool:
+    """Whether a routed NIC needs the rules of `kvmifup.node.sources`."""
+    return config.routed.guard_uplinks or config.routed.reverse_path in ("strict", "loose")
 
 
 def tap_called(nic: Nic, view: View, *, ipv6: bool) -> Tap | None:

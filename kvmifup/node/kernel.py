@@ -31,7 +31,9 @@ from kvmifup.core.ops import (
     ProxyNeighbour,
     Route,
     Rule,
+    Sources,
     Sysctl,
+    UplinkGuard,
     UplinkVlans,
     Value,
 )
@@ -54,7 +56,7 @@ from kvmifup.node.ports import exactly, present, share
 from kvmifup.node.procfs import address_is_set, device_name, sysctl, sysfs_of, write_sysctl
 from kvmifup.node.refusals import forgiven, refusals
 from kvmifup.node.routes import RouteEntry, route_entry
-from kvmifup.node.view import View
+from kvmifup.node.view import View, sources_of
 
 PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")  # BR_STATE_*, linux/if_bridge.h
 BEST_IPV6 = 1  # the priority of our routes: 0 stands for 1024 there, and routing daemons use less
@@ -135,6 +137,12 @@ class Kernel:
                 return value
             case Rule():
                 return any(rule.key == op.key for rule in self._view.rules(op.family, op.iif))
+            case Sources():
+                with refusals(f"reading {op.subject()}"):
+                    return sources_of(self._view).read(op.dev)
+            case UplinkGuard():
+                with refusals(f"reading {op.subject()}"):
+                    return sources_of(self._view).read_guard(op.dev, op.prefix)
             case Neighbour():
                 found = self._view.neighbour(op.dev, op.address, flags=0)
                 return str(found[1]) if found and found[0] & NUD_PERMANENT else None
@@ -227,6 +235,10 @@ class Kernel:
                     write_sysctl(op.path, op.want)
             case Rule():
                 self._write_rule(op)
+            case Sources():
+                sources_of(self._view).write(op.dev, op.want)
+            case UplinkGuard():
+                sources_of(self._view).write_guard(op.dev, op.prefix, op.want)
             case Neighbour():
                 self._write_neighbour(op)
             case ProxyNeighbour():

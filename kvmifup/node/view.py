@@ -6,11 +6,23 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
-from kvmifup.core.ops import Announce, Neighbour, Op, OvsPort, ProxyNeighbour, Route, Rule, Sysctl, UplinkVlans
+from kvmifup.core.ops import (
+    Announce,
+    Neighbour,
+    Op,
+    OvsPort,
+    ProxyNeighbour,
+    Route,
+    Rule,
+    Sources,
+    Sysctl,
+    UplinkGuard,
+    UplinkVlans,
+)
 from kvmifup.node import messages, nexthops, ovs, standing
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError
@@ -21,6 +33,9 @@ from kvmifup.node.ports import Ports
 from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.routes import RouteEntry, by_prefix, route_of, routes_to
+
+if TYPE_CHECKING:
+    from kvmifup.node.sources import SourceTable
 
 FEW = 16  # prefixes to look for in a table, until it is quicker to sort the table by them
 
@@ -89,11 +104,14 @@ class View:
         self._uplinks: dict[tuple[str, int], Uplink] = {}
         self.ports = Ports(self.netlink)
         self._switch: Switch | None = None
+        self.sources: SourceTable | None = None  # `sources_of`
         self.reserved: dict[tuple[int, str], Any] = {}  # by family, and where it is from: `kvmifup.node.reserved`
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the sockets."""
         self.netlink.close()
+        if self.sources:
+            self.sources.close()
 
     def refresh(self) -> None:
         """Forget what was read, because something may have changed."""
@@ -102,6 +120,8 @@ class View:
         self._uplinks.clear()
         self.ports.clear()
         self._switch = None
+        if self.sources:
+            self.sources.clear()
         self.reserved.clear()
         for known in self._of_tables:
             known.clear()
@@ -110,7 +130,7 @@ class View:
     def forget(self, op: Op) -> None:
         """Forget what writing *op* may have changed. Changing a link can change anything."""
         match op:
-            case Neighbour() | ProxyNeighbour() | Announce():
+            case Neighbour() | ProxyNeighbour() | Announce() | Sources() | UplinkGuard():
                 pass
             case Rule():
                 self._rules.clear()
@@ -126,9 +146,12 @@ class View:
             case OvsPort():
                 self.refresh()
             case _:
-                switch = self._switch  # its database says the same as before
+                # The switch's database and nftables say the same as before.
+                switch, right = self._switch, self.sources and self.sources.right
                 self.refresh()
                 self._switch = switch
+                if self.sources:
+                    self.sources.right = right or None
 
     # --- devices ------------------------------------------------------------------------------------------
 
@@ -254,6 +277,15 @@ class View:
         if self._switch is None:
             self._switch = ovs.read()
         return self._switch
+
+
+def sources_of(view: View) -> SourceTable:
+    """The table about routed guests' sources; only they need its modules."""
+    if view.sources is None:
+        from kvmifup.node.sources import SourceTable
+
+        view.sources = SourceTable()
+    return view.sources
 
 
 def default_devices(view: View, family: int, table: int) -> list[str]:

@@ -45,6 +45,8 @@ TO_ROUTED = {
     "no proxy": f"ip neigh add proxy {GUEST_IP4} dev eth0; ip neigh del proxy {GUEST_IP4} dev eth0",
     "proxy_ndp": "sysctl -qw net.ipv6.conf.eth0.proxy_ndp=0",
     "proxy_delay": "sysctl -qw net.ipv4.neigh.eth0.proxy_delay=80",
+    "sources": "nft flush set inet kvm-ifup addresses",
+    "no rules": "nft flush chain inet kvm-ifup strict",
     "rp_filter": "sysctl -qw net.ipv4.conf.tap0.rp_filter=0",
     "forwarding": "sysctl -qw net.ipv4.conf.tap0.forwarding=0",
     "uplink forwarding": "sysctl -qw net.ipv4.conf.eth0.forwarding=0",

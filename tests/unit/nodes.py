@@ -24,6 +24,7 @@ from kvmifup.core.ops import (
     Route,
     Rule,
     Sysctl,
+    UplinkGuard,
     UplinkVlans,
     Value,
 )
@@ -49,7 +50,7 @@ def untouched(op: Op) -> Value:
             return 1500
         case Sysctl():
             return "80" if op.group == "neigh" else "0"
-        case Address() | LinkUp() | Rule() | Route() | ProxyNeighbour() | Program():
+        case Address() | LinkUp() | Rule() | Route() | ProxyNeighbour() | Program() | UplinkGuard():
             return False
         case UplinkVlans():
             return NONE

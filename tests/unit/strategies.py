@@ -37,7 +37,9 @@ from kvmifup.core.ops import (
     ProxyNeighbour,
     Route,
     Rule,
+    Sources,
     Sysctl,
+    UplinkGuard,
     UplinkVlans,
 )
 from kvmifup.core.vlans import NONE
@@ -110,7 +112,7 @@ configs = st.builds(
     routed=st.builds(
         RoutedConfig,
         rule_priority=st.integers(1, 32765),
-        rp_filter=st.sampled_from(["strict", "loose", "off", "keep"]),
+        rp_filter=st.sampled_from([None, "strict", "loose", "off", "keep"]),
     ),
 )
 
@@ -215,6 +217,8 @@ _fields: dict[type[Op], st.SearchStrategy[Op]] = {
         st.floats(0, 3600),
         st.booleans(),
     ),
+    Sources: st.builds(Sources, taps, st.none() | st.just("strict 2001:db8::1 2001:db8:1::/64") | st.just("loose")),
+    UplinkGuard: st.builds(UplinkGuard, uplink_names, prefixes.map(str), st.booleans()),
     ProxyNeighbour: st.builds(
         ProxyNeighbour, uplink_names, prefixes.map(lambda p: str(p.network_address)), st.booleans()
     ),

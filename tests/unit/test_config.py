@@ -67,6 +67,8 @@ def test_the_installed_file_shows_the_defaults(tmp_path: Path) -> None:
     assert shown.bridged == replace(port, filter="off", allow_mac=(), rate=unlimited)
     assert (shown.routed.rate, shown.openvswitch.rate) == (unlimited, unlimited)
     routed = replace(shown.routed, uplinks=Config().routed.uplinks, rate=None)
+    assert routed.rp_filter == Config().routed.reverse_path  # that nobody has written it is not the same
+    routed = replace(routed, rp_filter=None)
     shown = replace(shown, routed=routed, ext=replace(shown.ext, networks=()), link=(), bridged=BridgedConfig())
     shown = replace(shown, openvswitch=TapConfig())
     assert shown == Config()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from ipaddress import ip_network
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,9 @@ from kvmifup.core.ops import (
     ProxyNeighbour,
     Route,
     Rule,
+    Sources,
     Sysctl,
+    UplinkGuard,
 )
 
 from .samples import (
@@ -411,8 +414,10 @@ def test_withdrawing_removes_only_what_is_the_nics(case: tuple[Nic, Config, Node
         match op:
             case Rule():
                 assert op.iif == nic.tap
-            case Neighbour():
+            case Neighbour() | Sources():
                 assert op.dev == nic.tap
+            case UplinkGuard():
+                assert str(ip_network(op.prefix)) in prefixes - taken
             case Route():
                 assert op.dev == nic.tap
                 assert op.prefix in prefixes
@@ -426,6 +431,6 @@ def test_withdrawing_removes_only_what_is_the_nics(case: tuple[Nic, Config, Node
 @given(cases(ready=True))
 def test_withdrawing_removes_all_that_draws_traffic(case: tuple[Nic, Config, NodeFacts]) -> None:
     nic, config, facts = case
-    drawing = [op for op in phases.plan(Phase.POST, nic, config, facts) if isinstance(op, Route | ProxyNeighbour)]
+    drawing = [op for op in phases.plan(Phase.POST, nic, config, facts) if phases.only_here(op)]
     withdrawn = {op.key for op in phases.withdrawal(nic, facts)}
     assert {op.key for op in drawing} | {rule.key for rule in facts.rules} <= withdrawn

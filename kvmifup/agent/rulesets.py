@@ -1,0 +1,72 @@
+"""What the kernel reports of nftables: somebody has changed one of our tables.
+
+Who changes other tables is not heard of. libnftables has no events, and what exactly has changed does not matter: the
+planner looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from kvmifup.agent.events import ANYTHING, NetlinkMessage, Subscription, Thing
+from kvmifup.agent.loop import Loop
+from kvmifup.core.ops import Op
+from kvmifup.node import messages
+from kvmifup.node.elements import (
+    DELSETELEM,
+    ELEMENTS,
+    KEY,
+    NETLINK_NETFILTER,
+    NEWSETELEM,
+    NFPROTO_BRIDGE,
+    NFPROTO_INET,
+    NFTABLES,
+    VALUE,
+    listed,
+)
+from kvmifup.node.elements import HEADER as NFGENMSG
+from kvmifup.node.nft import TABLE
+
+NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
+NAME = TABLE.encode() + b"\0"
+IFNAMSIZ = 16
+OF_A_NIC = b"nic-"  # so the name of a chain begins that is about one tap
+FAMILIES = {"sources": NFPROTO_INET, "uplink-guard": NFPROTO_INET, "filter": NFPROTO_BRIDGE}  # by `Op.kind`
+
+
+class RulesetEvents(Subscription):
+    """Calls *changed* with what has changed in our tables: ("nft", family, device), or "" for what NICs share."""
+
+    def __init__(self, loop: Loop, changed: Callable[[frozenset[Thing]], None]) -> None:
+        def heard(found: list[NetlinkMessage]) -> None:
+            if things := frozenset(touched(found)):
+                changed(things)
+
+        lost = frozenset({ANYTHING})
+        super().__init__(loop, (NFNLGRP_NFTABLES,), heard, lambda: changed(lost), NETLINK_NETFILTER)
+
+
+def touched(found: list[NetlinkMessage]) -> Iterator[Thing]:
+    """What *found* is about, if it is about our tables."""
+    for one in found:
+        if one.kind >> 8 != NFTABLES or NAME not in one.body:
+            continue
+        attributes = messages.attributes(one.body, NFGENMSG.size)
+        if attributes.get(1) != NAME:  # NFTA_*_TABLE
+            continue
+        family = one.body[0]
+        if one.kind & 0xFF in (NEWSETELEM, DELSETELEM):
+            for element in listed(attributes.get(ELEMENTS, b"")):
+                key = messages.attributes(messages.attributes(element).get(KEY, b"")).get(VALUE, b"")
+                yield "nft", family, messages.text(key[:IFNAMSIZ])
+        else:
+            # The chain of a rule, or that of a chain (NFTA_RULE_CHAIN, NFTA_CHAIN_NAME): text where it is one.
+            names = [value for kind in (2, 3) if (value := attributes.get(kind, b"")).startswith(OF_A_NIC)]
+            yield "nft", family, messages.text(names[0][len(OF_A_NIC) :]) if names else ""
+
+
+def relied_on(op: Op, dev: str) -> Iterator[Thing]:
+    """What *op*, which is about the device *dev*, relies on in our tables."""
+    if family := FAMILIES.get(op.kind):
+        yield "nft", family, dev
+        yield "nft", family, ""

@@ -1,0 +1,260 @@
+"""The table `inet kvm-ifup`: from which IPv6 addresses a routed guest may send, and whose nobody on an uplink may have.
+
+The rules are the same for all guests. What is of one guest are elements of sets and maps, so that a packet does not
+take longer on a node with more of them. The element of `sources` for a tap leads to the rules; its comment names what
+was put into the sets for that tap, so that it can be found there without reading all.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+from collections.abc import Callable, Collection, Iterator
+
+from kvmifup.node.elements import (
+    DATA,
+    KEY,
+    KEY_END,
+    NFPROTO_INET,
+    USERDATA,
+    VALUE,
+    VERDICT,
+    Nfnetlink,
+    Request,
+    nested,
+    put,
+    remove,
+)
+from kvmifup.node.messages import NetlinkError, attributes, packed
+from kvmifup.node.messages import attribute as raw
+from kvmifup.node.messages import text as text_of
+from kvmifup.node.nft import TABLE
+from kvmifup.node.refusals import refusal
+from kvmifup.node.source_rules import (
+    ADDRESSES,
+    DROPPED,
+    GUESTS,
+    NETWORKS,
+    NFT_GOTO,
+    PREFIXES,
+    SOURCES,
+    are_ours,
+    rules_made,
+    verdict,
+)
+
+COMMENT = 0  # NFTNL_UDATA_SET_ELEM_COMMENT, libnftnl/udata.h
+LONGEST = 120  # characters of a comment: nft takes 128
+NOTHING = "none"  # the comment for a guest without IPv6 addresses
+AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
+TRIES = 5  # of a change that another one has come before
+OWNED = 2  # NFT_TABLE_F_OWNER, linux/netfilter/nf_tables.h
+
+
+class SourceTable:
+    """The table, through a socket of its own. Whether its rules are there is read once, until `clear`."""
+
+    def __init__(self) -> None:
+        self._kernel = Nfnetlink(NFPROTO_INET, TABLE)
+        self.right: bool | None = None
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._kernel.close()
+
+    def clear(self) -> None:
+        """Forget whether the rules are there."""
+        self.right = None
+
+    def refused(self) -> str | None:
+        """Why this kernel cannot have the table, None if it can. Nothing is changed. Raises PrivilegeError."""
+        try:
+            if not self._is_right():
+                self._kernel.change(list(rules_made()), really=False)
+        except NetlinkError as error:
+            if error.errno in (errno.EPERM, errno.EACCES) and not self._owned():
+                raise refusal(f"reading nftables table inet {TABLE}", error.errno) from None
+            return said(error)
+        return None
+
+    def read(self, tap: str) -> str | None:
+        """From where the guest on *tap* may send: "strict 2001:db8::1 2001:db8:1::/64"; None: from anywhere.
+
+        Raises NetlinkError.
+        """
+        if not self._is_right():
+            return None
+        found = self._led(tap)
+        if found is None:
+            return None
+        chain, named = found
+        there = self._all_of(tap) if named is None else [one for one in named if self._has(tap, one)]
+        return " ".join((chain, *ordered(there)))
+
+    def write(self, tap: str, want: str | None) -> None:
+        """Make it so, in one transaction. Raises NetlinkError."""
+        for last in [False] * TRIES + [True]:
+            try:
+                self._kernel.change(
+                    [*([] if self._is_right() or want is None else rules_made()), *self._due(tap, want)]
+                )
+                return
+            except NetlinkError as error:
+                # Somebody has changed the same between reading and writing.
+                if last or error.errno not in (errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART):
+                    raise
+            finally:
+                self.clear()
+
+    def read_guard(self, dev: str, prefix: str) -> bool:
+        """Whether what comes in on the uplink *dev* from *prefix* is dropped. Raises NetlinkError."""
+        name, element = guard(dev, prefix)
+        return bool(self._is_right()) and self._kernel.element(name, element) is not None
+
+    def write_guard(self, dev: str, prefix: str, want: bool) -> None:
+        """Make it so. Raises NetlinkError."""
+        name, element = guard(dev, prefix)
+        try:
+            if want:
+                self._kernel.change([*([] if self._is_right() else rules_made()), put(name, element)])
+            elif self._kernel.element(name, element) is not None:
+                self._kernel.change([remove(name, element)])
+        finally:
+            self.clear()
+
+    # --- what is there ---------------------------------------------------------------------------------------
+
+    def _is_right(self) -> bool:
+        if self.right is None:
+            self.right = self._kernel.flags() == 0 and are_ours(tuple(self._kernel.rules()))
+        return self.right
+
+    def _owned(self) -> bool:
+        try:
+            return bool((self._kernel.flags() or 0) & OWNED)
+        except NetlinkError:
+            return False
+
+    def _led(self, tap: str) -> tuple[str, list[str] | None] | None:
+        """The chain that *tap* is led to, and what its comment names; None if there is no comment."""
+        found = self._kernel.element(SOURCES, nested(KEY, raw(VALUE, name_of(tap))))
+        if found is None:
+            return None
+        verdict = attributes(attributes(found.get(DATA, b"")).get(VERDICT, b""))
+        words = comment_of(found.get(USERDATA, b""))
+        return text_of(verdict.get(2)) or "?", None if words is None else [one for one in words if one != NOTHING]
+
+    def _all_of(self, tap: str) -> list[str]:
+        """All that is in the sets for *tap*: to be read whole."""
+        name, found = name_of(tap), []
+        for one in (*self._kernel.elements(ADDRESSES), *self._kernel.elements(PREFIXES)):
+            first, last = (attributes(one.get(kind, b"")).get(VALUE, b"") for kind in (KEY, KEY_END))
+            if first.startswith(name):
+                address, end = (ipaddress.IPv6Address(key[len(name) :]) for key in (first, last or first))
+                found += [str(prefix) for prefix in ipaddress.summarize_address_range(address, end)]
+        return [one.removesuffix("/128") for one in found]
+
+    def _has(self, tap: str, source: str) -> bool:
+        try:
+            name, element = place(tap, source)
+        except (ValueError, OSError):  # somebody else's comment
+            return False
+        return exactly(self._kernel.element(name, element), element)
+
+    # --- what is to be ---------------------------------------------------------------------------------------
+
+    def _due(self, tap: str, want: str | None) -> Iterator[Request]:
+        """What makes *want* true for *tap*."""
+        key = nested(KEY, raw(VALUE, name_of(tap)))
+        chain, *wanted = want.split() if want else [""]
+        there = self._kernel.flags() is not None
+        led = self._led(tap) if there else None
+        named = led[1] if led else []
+        having = self._all_of(tap) if named is None else [one for one in named if self._has(tap, one)]
+        lacking, over = set(wanted).difference(having), set(having).difference(wanted)
+        yield from changes(put, tap, lacking)
+        if led and (chain, wanted) != (led[0], led[1]):
+            yield remove(SOURCES, key)
+        if want and (led is None or (chain, wanted) != (led[0], led[1])):
+            yield put(SOURCES, key + nested(DATA, verdict(NFT_GOTO, chain)) + commented(wanted))
+        yield from changes(remove, tap, over)
+        if want:
+            yield put(DROPPED, key)
+        elif there and self._kernel.element(DROPPED, key) is not None:
+            yield remove(DROPPED, key)
+
+
+def changes(how: Callable[..., Request], tap: str, sources: Collection[str]) -> Iterator[Request]:
+    """The requests that put or remove *sources* of the guest on *tap*."""
+    found: dict[str, list[bytes]] = {}
+    for one in sources:
+        name, element = place(tap, one)
+        found.setdefault(name, []).append(element)
+    for name, elements in found.items():
+        yield from (how(name, *elements[first : first + AT_ONCE]) for first in range(0, len(elements), AT_ONCE))
+
+
+def said(error: OSError) -> str:
+    """What a refusal of the kernel means here."""
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return f"nftables table inet {TABLE} belongs to another program"
+    if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT, errno.EPROTONOSUPPORT, errno.ENOENT):
+        return f"the kernel's nftables cannot do it ({error.strerror})"
+    return f"nftables: {error.strerror}"
+
+
+def ordered(sources: Collection[str]) -> list[str]:
+    """*sources*, as a value has them."""
+    return sorted(sources, key=lambda one: (packed(one.partition("/")[0]), one))
+
+
+# --- elements ----------------------------------------------------------------------------------------------------
+
+
+def name_of(dev: str) -> bytes:
+    """A device's name as a key has it."""
+    return dev.encode("utf-8", "surrogateescape").ljust(16, b"\0")
+
+
+def place(dev: str, prefix: str) -> tuple[str, bytes]:
+    """The set for the source *prefix* of the guest on *dev*, and the element in it. Raises ValueError, OSError."""
+    return element(dev, prefix, ADDRESSES, PREFIXES)
+
+
+def guard(dev: str, prefix: str) -> tuple[str, bytes]:
+    """The set for *prefix* as a source on the uplink *dev*, and the element in it."""
+    family = 6 if ":" in prefix else 4
+    return element(dev, prefix, GUESTS[family], NETWORKS[family])
+
+
+def element(dev: str, prefix: str, single: str, wide: str) -> tuple[str, bytes]:
+    """The set, *single* for a single address and else *wide*, and the element in it."""
+    network = ipaddress.ip_network(prefix)
+    first, last = network.network_address.packed, network.broadcast_address.packed
+    key = nested(KEY, raw(VALUE, name_of(dev) + first))
+    if first == last:
+        return single, key
+    return wide, key + nested(KEY_END, raw(VALUE, name_of(dev) + last))
+
+
+def exactly(found: dict[int, bytes] | None, element: bytes) -> bool:
+    """Whether what was *found* for *element* is that one; a set of intervals has one also for what is inside."""
+    wanted = attributes(element)
+    return found is not None and all(
+        attributes(found.get(kind, b"")).get(VALUE) == attributes(wanted[kind]).get(VALUE) for kind in wanted
+    )
+
+
+def commented(sources: Collection[str]) -> bytes:
+    """The attribute of a comment that names *sources*; none if they are too many."""
+    said = " ".join(sources) or NOTHING
+    if len(said) > LONGEST:
+        return b""
+    return raw(USERDATA, bytes((COMMENT, len(said) + 1)) + said.encode() + b"\0")
+
+
+def comment_of(data: bytes) -> list[str] | None:
+    """The words of the comment in the *data* of an element, None if there is none."""
+    if len(data) < 2 or data[0] != COMMENT:
+        return None
+    return data[2 : 2 + data[1]].rstrip(b"\0").decode("utf-8", "replace").split()
