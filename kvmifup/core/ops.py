@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import ClassVar
 
+from kvmifup.core import bridgeport
 from kvmifup.core.records import field_names, record
 from kvmifup.core.text import listed
 from kvmifup.core.vlans import ids, tagged
@@ -189,11 +190,13 @@ class LinkMtu(Op):
 
 @record
 class LinkMaster(Op):
-    """The bridge that *dev* is a port of, None for none: "BRIDGE", or "BRIDGE VLANS" if the port has exactly these.
+    """The bridge that *dev* is a port of, None for none: as `kvmifup.core.bridgeport` has it.
 
-    The VLANs are as in `kvmifup.core.vlans`. They are one value with the bridge, because a port that joins a bridge is
-    in the VLAN for new ports, until somebody says otherwise: the device is down until then. Without VLANs they are the
-    bridge's affair, or another's.
+    Wanted is "BRIDGE", or "BRIDGE VLANS" if the port has exactly these. Without VLANs they are the bridge's affair, or
+    another's. What is found on another bridge, and so goes with it, is all said, to be put back.
+
+    A device joins while it is down, and stays so: a port that joins is in the VLAN for new ports, and no option is in
+    force. `LinkUp` comes when all is. Only a text that says everything sets the device up itself.
 
     It leaves first, or its MTU and MAC, when they are changed, would become those of the bridge that it is still on.
     """
@@ -206,21 +209,21 @@ class LinkMaster(Op):
     @property
     def vlans(self) -> str:
         """The VLANs of the port; empty if they are not said."""
-        return (self.want or "").partition(" ")[2]
+        return bridgeport.vlans_of(self.want or "")
 
     def place(self, value: Value) -> Value:
-        return value.partition(" ")[0] if isinstance(value, str) else value
+        return bridgeport.bridge_of(value) if isinstance(value, str) else value
 
     def disturbs(self, now: Value) -> frozenset[str]:
         if self.place(now) == self.place(self.want):
             return frozenset()
-        return frozenset({self.kind, DOWN} if self.vlans else {self.kind})
+        return frozenset({self.kind, DOWN} if self.want else {self.kind})
 
     def subject(self) -> str:
         return f"{self.dev} bridge"
 
     def say(self, value: Value) -> str:
-        return str(value or "none")
+        return str(value or "none").removesuffix(f" {bridgeport.UP}")
 
 
 @record

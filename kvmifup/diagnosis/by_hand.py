@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 
+from kvmifup.core import bridgeport
 from kvmifup.core.ops import (
     PORT_OPTIONS,
     RTPROT_STATIC,
@@ -36,8 +37,8 @@ from kvmifup.runs.apply import Change
 def lines(change: Change) -> list[str]:
     """The command lines that make *change*, quoted for a shell; none where no such command exists."""
     match change.op:
-        case LinkMaster() if change.op.vlans:
-            return [shlex.join(words) for words in port(change.op, change.now)]
+        case LinkMaster() if change.op.want:
+            return [shlex.join(words) for words in port(change.op, change.op.want, change.now)]
         case UplinkVlans():
             there, wanted = (dict.fromkeys(ids(str(value)), 0) for value in (change.now, change.op.want))
             return [shlex.join(words) for words in vlans(change.op.dev, there, wanted)]
@@ -48,16 +49,22 @@ def lines(change: Change) -> list[str]:
     return [shlex.join(words)] if words else []
 
 
-def port(op: LinkMaster, now: Value) -> Iterator[list[str]]:
-    """`ip` and `bridge` for a port with VLANs of its own; it joins its bridge while it is down."""
-    wanted = flags_of(op.vlans)
-    if op.place(now) == op.place(op.want):
-        yield from vlans(op.dev, flags_of(str(now)), wanted)
-        return
-    yield ["ip", "link", "set", "dev", op.dev, "down"]
-    yield ["ip", "link", "set", "dev", op.dev, "master", str(op.place(op.want))]
-    yield ["bridge", "vlan", "del", "dev", op.dev, "vid", f"1-{MAX_VLAN}"]
-    yield from vlans(op.dev, {}, wanted)
+def port(op: LinkMaster, want: str, now: Value) -> Iterator[list[str]]:
+    """`ip` and `bridge` for a port of a bridge; it joins while it is down."""
+    wanted, joins = flags_of(op.vlans), op.place(now) != op.place(want)
+    if joins:
+        yield ["ip", "link", "set", "dev", op.dev, "down"]
+        yield ["ip", "link", "set", "dev", op.dev, "master", bridgeport.bridge_of(want)]
+    if op.vlans:
+        if joins:
+            yield ["bridge", "vlan", "del", "dev", op.dev, "vid", f"1-{MAX_VLAN}"]
+        yield from vlans(op.dev, {} if joins else flags_of(str(now)), wanted)
+    there = {} if joins else bridgeport.options_of(str(now))
+    for option, value in bridgeport.options_of(want).items():
+        if there.get(option) != value:
+            yield port_option(op.dev, option, value)
+    if bridgeport.says_up(want):
+        yield ["ip", "link", "set", "dev", op.dev, "up"]
 
 
 def vlans(dev: str, there: Mapping[int, int], wanted: Mapping[int, int]) -> Iterator[list[str]]:
@@ -90,11 +97,11 @@ def argv(op: Op) -> list[str]:
         case LinkMtu():
             return ["ip", "link", "set", "dev", op.dev, "mtu", str(op.want)]
         case LinkMaster():
-            return ["ip", "link", "set", "dev", op.dev, *(("master", op.want) if op.want else ("nomaster",))]
+            return ["ip", "link", "set", "dev", op.dev, "nomaster"]
         case LinkUp():
             return ["ip", "link", "set", "dev", op.dev, op.say(op.want)]
         case PortOption():
-            return port_option(op)
+            return port_option(op.dev, op.option, PORT_OPTIONS[op.option][2] if op.want is None else op.want)
         case PortForwarding():  # there is nothing to set: look until it forwards
             return ["bridge", "link", "show", "dev", op.dev]
         case Sysctl():
@@ -114,11 +121,10 @@ def argv(op: Op) -> list[str]:
     return []
 
 
-def port_option(op: PortOption) -> list[str]:
-    """`bridge link`; absent is what a new port has."""
-    value = PORT_OPTIONS[op.option][2] if op.want is None else op.want
-    word = ["mcast_router", str(value)] if op.option == "multicast_router" else [op.option, "on" if value else "off"]
-    return ["bridge", "link", "set", "dev", op.dev, *word]
+def port_option(dev: str, option: str, value: int) -> list[str]:
+    """`bridge link`."""
+    word = ["mcast_router", str(value)] if option == "multicast_router" else [option, "on" if value else "off"]
+    return ["bridge", "link", "set", "dev", dev, *word]
 
 
 def rule(op: Rule) -> list[str]:

@@ -106,7 +106,8 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
     went = "it went when the tap went down"
     match change.op:
         case LinkMaster(want=None):
-            return f"somebody has put it on the bridge {change.now}: what comes in on a bridge port is not routed"
+            bridge = change.op.place(change.now)
+            return f"somebody has put it on the bridge {bridge}: what comes in on a bridge port is not routed"
         case UplinkVlans():
             return "something has taken it out of them: a restarted network does that. Nobody reaches the guest there"
         case LinkMaster():

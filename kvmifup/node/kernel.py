@@ -10,6 +10,7 @@ import ipaddress
 import socket
 import time
 
+from kvmifup.core import bridgeport
 from kvmifup.core.errors import KernelError, NotReadyError, VanishedError
 from kvmifup.core.model import Config, Nic, NodeFacts
 from kvmifup.core.ops import (
@@ -161,12 +162,19 @@ class Kernel:
         # A switch is the master of its ports, too: `OvsPort` is about those.
         if not link.master or link.port_of == "openvswitch":
             return None
-        bridge = device_name(link.master)
-        # On the bridge that it is to be on, without VLANs of its own, they are somebody else's affair.
-        if op.want == bridge or link.port_of != "bridge" or not self._view.link(bridge).filters:
+        bridge, want = device_name(link.master), op.want or ""
+        if link.port_of != "bridge":
             return bridge
-        with refusals(f"reading the VLANs of {op.dev}"):
-            return f"{bridge} {text_of(self._view.ports.vlans(link.index))}"
+        here = bridgeport.bridge_of(want) == bridge
+        vlans, options = "", link.port_options
+        # On the bridge that it is to be on, what is not said is somebody else's affair.
+        if (op.vlans or not here) and self._view.link(bridge).filters:
+            with refusals(f"reading the VLANs of {op.dev}"):
+                vlans = text_of(self._view.ports.vlans(link.index))
+        said = bridgeport.options_of(want) if here else bridgeport.NEW
+        found = {name: options[name] for name in said if name in options and (here or options[name] != said[name])}
+        up = bool(link.flags & IFF_UP) and (bridgeport.says_up(want) or not here)
+        return bridgeport.text_of(bridge, vlans, found, up=up)
 
     def _trunk(self, op: UplinkVlans) -> int:
         """The index of the uplink. Raises VanishedError if it is no port of its bridge any more."""
@@ -272,19 +280,21 @@ class Kernel:
             # The bridge to go back to is gone: what is left to do is to leave this one.
             self._netlink.set_link(index, messages.number(messages.IFLA_MASTER, 0))
             raise
-        if not op.vlans:
-            self._netlink.set_link(index, messages.number(messages.IFLA_MASTER, master))
-            return
-        # A port that joins is in the VLAN for new ports at once (nbp_vlan_init in net/bridge/br_vlan.c).
-        shut = link.master != master and link.flags & IFF_UP
-        if shut:
-            self._netlink.set_link(index, change=IFF_UP)
         if link.master != master:
+            if bridge is not None and link.flags & IFF_UP:
+                # What restricts it is not in force when it joins (nbp_vlan_init in net/bridge/br_vlan.c, new_nbp).
+                self._netlink.set_link(index, change=IFF_UP)
             self._netlink.set_link(index, messages.number(messages.IFLA_MASTER, master))
-        ports = self._view.ports
-        ports.clear()
-        ports.change(index, *exactly(op, ports.vlans(index)))
-        if shut:
+        if op.vlans:
+            ports = self._view.ports
+            ports.clear()
+            ports.change(index, *exactly(op, ports.vlans(index)))
+        options = bridgeport.options_of(op.want or "")
+        if options:
+            kinds = messages.IFLA_BRPORT
+            attrs = (messages.attribute(kinds[name], bytes([value])) for name, value in options.items())
+            self._netlink.set_port(index, b"".join(attrs))
+        if bridgeport.says_up(op.want or ""):
             self._netlink.set_link(index, flags=IFF_UP, change=IFF_UP)
 
     def _await_forwarding(self, op: PortForwarding) -> None:

@@ -49,7 +49,12 @@ IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 
 IFLA_BR_VLAN_FILTERING, IFLA_BR_VLAN_DEFAULT_PVID = 7, 39
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BRPORT_STATE, IFLA_INET6_ADDR_GEN_MODE = 1, 5, 1, 8
 IFLA_BR_MCAST_SNOOPING = 23
-IFLA_BRPORT = {"hairpin": 4, "learning": 8, "multicast_router": 25, "isolated": 33}  # IFLA_BRPORT_MODE is hairpin's
+# By the names of kvmifup.core.bridgeport. IFLA_BRPORT_MODE is hairpin's, _PROTECT is root_block's.
+IFLA_BRPORT = {
+    **{"hairpin": 4, "guard": 5, "root_block": 6, "fastleave": 7, "learning": 8, "flood": 9, "multicast_router": 25},
+    **{"mcast_flood": 27, "mcast_to_unicast": 28, "bcast_flood": 30, "neigh_suppress": 32, "isolated": 33},
+    "locked": 39,
+}
 # linux/if_addr.h
 IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD = 1, 2, 0x02
 # linux/neighbour.h
@@ -182,10 +187,15 @@ class Link:
     default_pvid: int  # of a bridge: the VLAN of a new port; 0 for none
     port_of: str | None  # the kind of device that it is a port of
     port_state: int | None  # of a port of a bridge: BR_STATE_*
-    port_options: Mapping[str, int]  # of a port of a bridge: those of PORT_OPTIONS in kvmifup.core.ops
+    port: Mapping[int, bytes]  # of a port of a bridge: IFLA_BRPORT_*
     snoops: bool  # of a bridge: it sends multicast only to those who have asked for it
     addr_gen_mode: int | None  # IN6_ADDR_GEN_MODE_*; None without IPv6
     lower: int | None  # the index of the device that it is a VLAN of, if that is in this network namespace
+
+    @property
+    def port_options(self) -> dict[str, int]:
+        """Of a port of a bridge: its options, as far as this kernel has them."""
+        return {name: self.port[kind][0] for name, kind in IFLA_BRPORT.items() if kind in self.port}
 
     @property
     def is_tap(self) -> bool:
@@ -219,7 +229,7 @@ def link_of(message: bytes) -> Link:
         forward_delay=(u32(bridge.get(IFLA_BR_FORWARD_DELAY)) or 0) / USER_HZ,
         port_of=port_of,
         port_state=u8(port.get(IFLA_BRPORT_STATE)),
-        port_options={name: port[kind][0] for name, kind in IFLA_BRPORT.items() if kind in port} if port else {},
+        port=port,
         snoops=bool(u8(bridge.get(IFLA_BR_MCAST_SNOOPING))),
         addr_gen_mode=u8(inet6.get(IFLA_INET6_ADDR_GEN_MODE)),
         lower=None if IFLA_LINK_NETNSID in found else u32(found.get(IFLA_LINK)),

@@ -74,13 +74,12 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
             now, needed = None, getattr(op, "force", False) or bool(written)
         else:
             now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
-            dev = getattr(op, "dev", None)
-            lost = any((what, dev) in written for what in op.lost_with)  # writing that undoes this
+            lost = any((what, device(op)) in written for what in op.lost_with)  # writing that undoes this
             if lost and op.leaves:
                 now = op.leaves[0]
             needed = lost or now != op.wanted
         if needed:
-            written |= {(what, getattr(op, "dev", None)) for what in op.disturbs(now)}
+            written |= {(what, device(op)) for what in op.disturbs(now)}
         changes.append(Change(op, now, needed))
     return tuple(changes)
 
@@ -90,7 +89,7 @@ def survey_undo(entries: Sequence[Entry], node: Node, past: type[KvmIfupError] =
     changes: list[Change] = []
     written: set[tuple[str, object]] = set()
     for entry in backwards(entries):
-        op, dev = entry.undo, getattr(entry.op, "dev", None)
+        op, dev = entry.undo, device(entry.op)
         with suppress(past):
             now = node.read(op)
             gone = any((kind, dev) in written for kind in op.gone_with)
@@ -134,8 +133,7 @@ def apply(jobs: Sequence[Job], node: Node, store: Store, rest: Callable[[], obje
             error.undone = bool(written)
         for job in jobs:
             store.discard(job.before.nic.tap)
-        if any(change.op.moves for change in written):  # what was true of the place has gone with it, unwritten or not
-            written += [change for job in jobs for change in job.needed if change.op.of_place]
+        written += disturbed(written, [change for job in jobs for change in job.needed])
         problems = undo([change.entry for change in written], node)
         if problems:
             for job in jobs:
@@ -152,6 +150,18 @@ def apply(jobs: Sequence[Job], node: Node, store: Store, rest: Callable[[], obje
             else:
                 store.delete(job.before.nic.tap)
         raise
+
+
+def disturbed(written: Sequence[Change], changes: Sequence[Change]) -> list[Change]:
+    """Those of *changes* that are not among the *written*, but whose values have gone with what was written."""
+    gone = {(what, device(one.op)) for one in written for what in one.op.disturbs(one.now)}
+    lost = [one for one in changes if any((what, device(one.op)) in gone for what in one.op.lost_with)]
+    return [one for one in lost if one not in written]
+
+
+def device(op: Op) -> object:
+    """The device that *op* is about, None if it is about none."""
+    return getattr(op, "dev", None)
 
 
 def note(job: Job, store: Store) -> None:

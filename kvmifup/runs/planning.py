@@ -40,9 +40,14 @@ class Plan:
 
     @property
     def due(self) -> tuple[Change, ...]:
-        """What is not as it is to be. (An announcement is worth making only when something else is due.)"""
+        """What is not as it is to be.
+
+        Without what is only done once more, because something else disturbs it. That goes for an announcement as well.
+        """
         return tuple(
-            change for change in (*self.dropped, *self.changes) if change.needed and not change.op.after_change
+            change
+            for change in (*self.dropped, *self.changes)
+            if change.needed and not change.op.after_change and change.now != change.op.wanted
         )
 
 

@@ -67,6 +67,8 @@ def transition(change: Change) -> str:
         return op.describe() if change.needed else f"{op.describe()} (only after a change)"
     if not change.needed:
         return op.describe()
+    if change.now == op.wanted:
+        return f"{op.describe()} (once more)"
     return f"{op.subject()}: {op.say(change.now)} -> {op.say(op.wanted)}"
 
 

@@ -80,9 +80,11 @@ def set_up(node: Node, nic: str, phase: str) -> None:
 
 
 def due(ops: list[dict[str, Any]]) -> What:
-    """What of *ops* is to be done; an announcement only follows from the others."""
+    """What of *ops* differs; an announcement only follows from that, and so does what is done once more."""
     return {
-        (op["about"], str(op["now"]), op["want"]) for op in ops if op.get("needed", True) and op["op"] != "announce"
+        (op["about"], str(op["now"]), op["want"])
+        for op in ops
+        if op.get("needed", True) and op["op"] != "announce" and op["now"] != op["want"]
     }
 
 

@@ -344,7 +344,7 @@ def test_the_pvid_is_never_a_range() -> None:
             "bridge vlan add dev eth0 vid 102",
         ]),
         (UplinkVlans("br0", "eth0", ":100-102", NONE), ":100-102", ["bridge vlan del dev eth0 vid 100-102"]),
-        (LinkMaster("tap0", "br0"), None, ["ip link set dev tap0 master br0"]),
+        (LinkMaster("tap0", "br0"), None, ["ip link set dev tap0 down", "ip link set dev tap0 master br0"]),
     ],
 )  # fmt: skip
 def test_the_commands_that_do_it_by_hand(op: Op, now: str | None, lines: list[str]) -> None:

@@ -242,6 +242,7 @@ PURE = {
         "typing",
         "kvmifup.core.records",
         "kvmifup.core.text",
+        "kvmifup.core.bridgeport",
         "kvmifup.core.vlans",
     },
     "core.model": {
@@ -260,6 +261,7 @@ PURE = {
     "core.text": {"__future__", "collections.abc"},
     "core.rates": {"__future__", "collections.abc", "re"},
     "core.ovsport": {"__future__", "re", "kvmifup.core.records"},
+    "core.bridgeport": {"__future__", "collections.abc"},
     "core.vlans": {"__future__", "collections.abc", "re"},
 }
 
