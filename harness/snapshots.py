@@ -77,7 +77,7 @@ def _files() -> Iterator[str]:
     for path in sorted(RUN_DIR.rglob("*")):
         # Lock files stay: removing one that another run has just opened would give both the lock. And the agent's
         # counts go on.
-        if path.name in ("metrics.prom", "metrics.new"):
+        if path.name in ("metrics.prom", "metrics.new", "drops.json"):
             continue
         if path.is_symlink():
             yield f"{path} -> {path.readlink()}"

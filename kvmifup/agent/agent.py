@@ -42,8 +42,10 @@ from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
 from kvmifup.inputs import config, ganeti
-from kvmifup.node import standing
+from kvmifup.node import drops, standing
+from kvmifup.node.drops import Counts
 from kvmifup.runs import clock, expected
+from kvmifup.runs.drops import save as save_drops
 from kvmifup.tell import syslog
 
 SOCKET = "agent.sock"
@@ -63,6 +65,7 @@ class Agent:
         self._forget = standing.keep()
         self._runner = Runner(run_dir, say)
         self._listener = listener
+        self._dropped: Counts = {}
         self._announcements = Announcements(loop, self._runner)
         self._departures = Departures(
             loop, self._runner, lambda: self._taps.look(), lambda tap: self._mending.answered(tap)
@@ -102,6 +105,7 @@ class Agent:
         self._expectations.look()
         loop.later(min(RESYNC, self._runner.config.agent.idle_exit or RESYNC), self._periodically)
         self._write_metrics()
+        self._count_drops()
         self._sign_of_life()
 
     def close(self) -> None:
@@ -213,6 +217,22 @@ class Agent:
         with suppress(OSError):
             metrics.write(self._runner.run_dir / METRICS)
         self._loop.later(COUNT, self._write_metrics)
+
+    def _count_drops(self) -> None:
+        """Have a thread read what was dropped, from time to time."""
+        self._loop.work(drops.counted, self._drops_counted)
+
+    def _drops_counted(self, counts: Counts) -> None:
+        metrics, name = self._runner.metrics, "kvm_ifup_dropped_packets_total"
+        metrics.forget(name)
+        for tap in self._taps:
+            for reason, packets in counts.get(tap.name, {}).items():
+                metrics.set(name, packets, tap=tap.name, instance=tap.nic.instance or "", reason=reason)
+        if counts or self._dropped:
+            with suppress(OSError):
+                save_drops(self._runner.run_dir, counts)
+        self._dropped = counts
+        self._loop.later(COUNT, self._count_drops)
 
     def _sign_of_life(self) -> None:
         """Tell systemd's watchdog, if there is one, twice as often as it wants to hear of us."""

@@ -27,6 +27,7 @@ FAMILIES = {
     "kvm_ifup_mends_total": ("counter", "Times that what a NIC had lost on the node was put back."),
     "kvm_ifup_mend_failures_total": ("counter", "Attempts to put it back that failed."),
     "kvm_ifup_leftovers_total": ("counter", "Leftovers of dead NICs and killed runs that were undone."),
+    "kvm_ifup_dropped_packets_total": ("counter", "Packets of guests that our rules have dropped, by NIC and reason."),
     "kvm_ifup_nics": ("gauge", "NICs that have a journal, by the phase that they have reached."),
     "kvm_ifup_armed": ("gauge", "NICs whose guest is waited for."),
 }
@@ -54,6 +55,11 @@ class Metrics:
         """What *name* is now."""
         with self._lock:
             self._values[name]["", tuple(labels.items())] = value
+
+    def forget(self, name: str) -> None:
+        """Nothing of *name* is known any more."""
+        with self._lock:
+            self._values[name].clear()
 
     def text(self) -> str:
         """All of it."""

@@ -157,7 +157,8 @@ def add_subcommands(made: Parser) -> None:
     one = add(subcommands, "gc", "clear up after dead NICs and killed runs")
     one.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
     add(subcommands, "expect", "for Ganeti's hooks: a guest is to move here; fail if this node cannot take it")
-    add(subcommands, "watch", "print what hooks and the agent do, as they do it, until interrupted")
+    one = add(subcommands, "watch", "print what hooks and the agent do, as they do it, until interrupted")
+    one.add_argument("--trace", metavar="TAP", help="instead, what nftables does with each packet of this tap's guest")
     one = add(subcommands, "nic", "write, list and remove NIC files")
     verbs = one.add_subparsers(dest="verb", required=True, metavar="VERB")
     one.words = verbs.choices

@@ -32,6 +32,7 @@ def nic_object(one: Known, phase: str, state: State) -> dict[str, Any]:
         "reason": journal.reason if journal else None,
         "wired": state.wired,
         "missing": [render.change_object(change) for change in state.missing],
+        "dropped": dict(state.dropped),
         "problem": render.error_object(state.problem) if state.problem else None,
     }
 

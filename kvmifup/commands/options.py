@@ -31,6 +31,7 @@ class Options:
     phase = ""
     index: int | None = None
     file = ""
+    trace: str | None = None  # a tap's name
     announce = plan = json = wrong = repair = probe = node = False
     verbose = 0
     config: Path | None = None

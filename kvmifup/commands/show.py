@@ -33,6 +33,7 @@ def run(call: Call) -> int:
     else:
         print_table(call, rows)
         call.say(line for one, _, state in rows if (line := what_is_wrong(one, state)))
+        call.say(f"{one.label}: {what_was_dropped(state)}" for one, _, state in rows if state.dropped)
     return 0
 
 
@@ -50,6 +51,11 @@ def what_is_wrong(one: Known, state: State) -> str:
     first, *more = [render.transition(change) for change in state.missing]
     rest = f", and {len(more)} more" if more else ""
     return printable(f"{one.label}: {first}{rest} (`kvm-ifup check {one.tap}` says why)")
+
+
+def what_was_dropped(state: State) -> str:
+    """How many packets of a guest were dropped, by reason."""
+    return f"dropped of what it sent: {', '.join(f'{packets} ({why})' for why, packets in state.dropped)}"
 
 
 def print_table(call: Call, rows: Sequence[Row]) -> None:

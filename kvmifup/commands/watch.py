@@ -1,28 +1,43 @@
-"""`kvm-ifup watch`: what hooks and the agent do, as they do it, until a signal comes."""
+"""`kvm-ifup watch`: what hooks and the agent do, and what is dropped of guests' packets, until a signal comes."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 from kvmifup.commands.call import Call
 from kvmifup.commands.streams import Output
 from kvmifup.core.errors import InterruptedRun
+from kvmifup.diagnosis import live
 from kvmifup.tell import watchers
 
 
 def run(call: Call) -> int:
     """A line for each event, and one for each op that changed something; returns 0."""
-    with suppress(InterruptedRun), watchers.watching(call.run_dir) as events:
+    if call.options.trace:
+        return traced(call, call.options.trace)
+    with suppress(InterruptedRun), watchers.watching(call.run_dir, live.Drops().news) as events:
         for event in events:
             if call.options.json:
                 call.out.write(json.dumps(event) + "\n")
             else:
                 call.say(event_lines(event))
             call.out.flush()
+            if isinstance(call.out, Output) and call.out.unread:
+                break
+    return 0
+
+
+def traced(call: Call, tap: str) -> int:
+    """Print what nft says of each packet that comes out of *tap*; returns 0."""
+    with suppress(InterruptedRun), closing(live.trace(tap)) as lines:
+        for line in lines:
+            if line:
+                call.say([json.dumps({"at": time.time(), "nic": tap, "trace": line}) if call.options.json else line])
+                call.out.flush()
             if isinstance(call.out, Output) and call.out.unread:
                 break
     return 0

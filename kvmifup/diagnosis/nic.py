@@ -15,6 +15,7 @@ from kvmifup.core.ops import PortForwarding, ProxyNeighbour, Sysctl
 from kvmifup.core.records import record
 from kvmifup.diagnosis.bridged import on_bridge
 from kvmifup.diagnosis.causes import cause, described_otherwise, wanted_before
+from kvmifup.diagnosis.dropped import dropped_now
 from kvmifup.diagnosis.findings import Finding, of_error
 from kvmifup.diagnosis.firewall import filtered
 from kvmifup.diagnosis.nics import Known
@@ -110,6 +111,7 @@ def wired_findings(one: Known, state: State, look: Look, *, ask: bool) -> Iterat
     elif nic.mode == "bridged":
         yield from on_bridge(one, nic, missing, look)
     yield from filtered(nic, look)
+    yield from dropped_now(one, state, look)
 
 
 def why_not_wired(one: Known, look: Look) -> str:

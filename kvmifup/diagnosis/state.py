@@ -16,13 +16,16 @@ from kvmifup.core.ops import ProxyNeighbour
 from kvmifup.core.records import record
 from kvmifup.diagnosis.nics import Known, all_nics, selected
 from kvmifup.inputs import values
+from kvmifup.node import drops
 from kvmifup.node.bridges import Bridges
+from kvmifup.node.drops import Counts
 from kvmifup.node.firewall import Chains, chains
 from kvmifup.node.frames import is_station
 from kvmifup.node.guests import Qemu, behind_taps
 from kvmifup.node.overview import Overview
 from kvmifup.runs import clock, planning
 from kvmifup.runs.apply import Change
+from kvmifup.runs.drops import noted
 from kvmifup.runs.session import Session, alive, opened
 from kvmifup.runs.store import Store
 
@@ -51,6 +54,16 @@ class Look:
     def bridges(self) -> Bridges:
         """What `bridge` knows."""
         return Bridges()
+
+    @cached_property
+    def dropped(self) -> Counts:
+        """What our rules have dropped of each guest's packets."""
+        return drops.counted()
+
+    @cached_property
+    def noted(self) -> tuple[float, Counts] | None:
+        """The same when the agent last looked, and how many seconds ago that was."""
+        return noted(self.session.run_dir)
 
     @cached_property
     def firewall(self) -> Chains:
@@ -89,17 +102,23 @@ class State:
     """How a NIC is. *wired* is None where nothing has been asked for yet.
 
     *missing* is what its hook would change, *problem* why that could not be found out, or what keeps it from working.
-    *tolerable*: in spite of *problem* the guest can be reached for now.
+    *tolerable*: in spite of *problem* the guest can be reached for now. *dropped*: packets, by why they were dropped.
     """
 
     wired: bool | None
     missing: tuple[Change, ...] = ()
     problem: KvmIfupError | None = None
     tolerable: bool = False
+    dropped: tuple[tuple[str, int], ...] = ()
 
 
 def state_of(one: Known, look: Look) -> State:
     """Compare *one* with what its phase's hook would make of it, and look whether it can work so."""
+    return replace(as_wired(one, look), dropped=tuple(look.dropped.get(one.tap, {}).items()))
+
+
+def as_wired(one: Known, look: Look) -> State:
+    """The same, but for what was dropped."""
     problem = one.trouble or stopped(one, look.session)
     if problem:
         return State(False, problem=problem)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +17,7 @@ from kvmifup.core.records import record
 from kvmifup.inputs import trust
 
 DIRECTORY = Path("/etc/kvm-ifup/ext")  # the administrator's programs, one for each ext network
+LOOK = 0.2  # seconds to wait for a line
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -81,6 +84,49 @@ def run(argv: Sequence[str], environ: Mapping[str, str], timeout: float) -> Resu
         err.seek(0)
         lines = err.read().decode(errors="replace").strip().splitlines()
         return Result(code, out.read().decode(errors="replace"), lines[-1] if lines else "")
+
+
+@contextmanager
+def following(argv: Sequence[str]) -> Iterator[Iterator[str]]:
+    """The lines that *argv* prints as it prints them, until it ends; "" after `LOOK` seconds without one.
+
+    It ends with the block. Raises ProgramError when it cannot be started.
+    """
+    import subprocess
+
+    try:
+        process = subprocess.Popen(
+            argv,
+            env={"PATH": PATH, "LC_ALL": "C"},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError as error:
+        raise ProgramError(f"{argv[0]} cannot be started: {error.strerror}") from error
+    assert process.stdout is not None
+    try:
+        yield lines_of(process.stdout.fileno())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def lines_of(descriptor: int) -> Iterator[str]:
+    """The lines that come out of *descriptor*."""
+    poll, rest = select.poll(), b""
+    poll.register(descriptor, select.POLLIN)
+    while True:
+        if not poll.poll(1000 * LOOK):
+            yield ""
+            continue
+        data = os.read(descriptor, 1 << 16)
+        if not data:
+            return
+        *whole, rest = (rest + data).split(b"\n")
+        yield from (line.decode(errors="replace") for line in whole if line)
 
 
 def run_for_phase(op: Program) -> None:

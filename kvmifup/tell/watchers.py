@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kvmifup.tell import render
 BUFFER = 1 << 20  # bytes that may wait for a watcher that is busy writing
 LARGEST = 1 << 17  # bytes of a datagram
 OPS = 400  # in one event, so that it is not larger
+More = Callable[[], Iterable[dict[str, Any]]]  # events that somebody else knows of
 CHECK = 0.2  # seconds between two looks whether a signal has come
 
 
@@ -110,8 +111,11 @@ def tell(run_dir: Path, program: str, event: dict[str, Any]) -> None:
 
 
 @contextmanager
-def watching(run_dir: Path) -> Iterator[Iterator[dict[str, Any]]]:
-    """An endless iterator of the events from now on. Raises OSError; the iterator InterruptedRun, after a signal."""
+def watching(run_dir: Path, more: More = lambda: ()) -> Iterator[Iterator[dict[str, Any]]]:
+    """An endless iterator of the events from now on, and *more*, which is asked every `CHECK` seconds.
+
+    Raises OSError; the iterator InterruptedRun, after a signal.
+    """
     directory = places.made(run_dir, "watch", mode=0o700)
     path = directory / f"{os.getpid()}.sock"
     path.unlink(missing_ok=True)
@@ -119,15 +123,16 @@ def watching(run_dir: Path) -> Iterator[Iterator[dict[str, Any]]]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         listener.bind(str(path))
         try:
-            yield _events(listener)
+            yield _events(listener, more)
         finally:
             path.unlink(missing_ok=True)
 
 
-def _events(listener: socket.socket) -> Iterator[dict[str, Any]]:
+def _events(listener: socket.socket, more: More) -> Iterator[dict[str, Any]]:
     listener.settimeout(CHECK)
     while True:
         checkpoint()
+        yield from more()
         with suppress(ValueError, TimeoutError):
             event: dict[str, Any] = json.loads(listener.recv(LARGEST))
             yield event

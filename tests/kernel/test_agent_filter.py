@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 import subprocess
 import threading
 import time
@@ -10,12 +13,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from harness import agents, manager, nodes, tools, wire
+from harness import agents, hooks, manager, nodes, tools, wire
 from harness.addresses import GUEST_IP6
 from harness.agents import Agent, until
 from harness.guests import witness
+from harness.hooks import call, check
 from harness.nodes import Node
 from tests.kernel.test_sources import FORGED, NIC, elements, from_guest, met, packet, passed, sources
+from tests.kernel.test_watch import METRICS, Watcher
 
 WITHIN = 1.0  # seconds until it is closed again
 
@@ -123,3 +128,106 @@ def test_a_guest_that_is_armed_is_closed_again_too(uplinked: Node) -> None:
         tools.run("nft", "flush", "ruleset")
         until(lambda: len(elements("sources")) == 1, WITHIN)
         assert tap.name == "tap0"
+
+
+# --- what was dropped ------------------------------------------------------------------------------------------------
+
+
+def metric(reason: str) -> int:
+    """What the agent has counted for the guest."""
+    found = re.search(
+        rf'^kvm_ifup_dropped_packets_total{{tap="tap0",instance="web1",reason="{reason}"}} (\d+)$',
+        METRICS.read_text(),
+        re.MULTILINE,
+    )
+    return int(found[1]) if found else 0
+
+
+def shown() -> dict[str, int]:
+    """What `kvm-ifup show --json` says."""
+    (one,) = json.loads(call("kvm-ifup", "show", "--json").out)
+    assert isinstance(one["dropped"], dict)
+    return one["dropped"]
+
+
+def a_guest(node: Node) -> tuple[wire.Tap, wire.Wire]:
+    """One without an agent."""
+    met(node)
+    tap = node.guest()
+    manager.write_nic("tap0", "web1", **NIC)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    return tap, node.listen()
+
+
+def test_what_is_dropped_is_counted_shown_and_kept_when_addresses_change(uplinked: Node) -> None:
+    tap, client = a_guest(uplinked)
+    assert shown() == {}
+    passed(tap, client, map(packet, FORGED))
+    assert shown() == {"address": len(FORGED)}
+    assert f"dropped of what it sent: {len(FORGED)} (address)" in call("kvm-ifup", "show").out
+    manager.write_nic("tap0", "web1", **{**NIC, "ip": [GUEST_IP6]})
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert shown() == {"address": len(FORGED)}
+    with agents.running():
+        until(lambda: METRICS.exists() and metric("address") == len(FORGED))
+    check(call("kvm-ifdown", "tap0"), 0)
+    with agents.running() as agent:
+        time.sleep(0.5)
+        assert agent.process.poll() is None
+    assert metric("address") == 0
+
+
+def test_check_names_a_guest_of_which_much_is_dropped_and_does_not_fail(uplinked: Node) -> None:
+    tap, client = a_guest(uplinked)
+    passed(tap, client, map(packet, FORGED[:5]))
+    few = call("kvm-ifup", "check")
+    assert (few.code, "dropped" in few.out) == (0, False)
+    passed(tap, client, [packet(FORGED[0])] * 2000)
+    many = call("kvm-ifup", "check")
+    assert many.code == 0
+    assert re.search(r"\d+ packets a second from the guest are dropped \(address\), 2005 so far", many.out)
+    assert "not in ip of its NIC" in many.out
+
+
+@pytest.mark.parametrize(("ago", "noted", "named"), [(20, 2000, False), (20, 0, True), (1, 0, True), (90, 0, True)])
+def test_what_the_agent_has_noted_tells_what_happens_now(uplinked: Node, ago: float, noted: int, named: bool) -> None:
+    """Many that were dropped in the past are no news; but a note that is too fresh or too old tells nothing."""
+    tap, client = a_guest(uplinked)
+    passed(tap, client, [packet(FORGED[0])] * 2000)
+    counts = {"tap0": {"address": noted}}
+    note = manager.RUN_DIR / "drops.json"
+    note.write_text(json.dumps({"at": time.monotonic() - ago, "counts": counts}))
+    note.chmod(0o600)
+    assert ("packets a second" in call("kvm-ifup", "check").out) is named
+
+
+def test_watch_shows_it_live(uplinked: Node) -> None:
+    tap, client = a_guest(uplinked)
+    watcher = Watcher()
+    time.sleep(0.5)
+    passed(tap, client, map(packet, FORGED))
+    until(lambda: f"nftables: tap0: dropped of what its guest sent: {len(FORGED)} (address)" in watcher.said())
+    assert watcher.end() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_trace_shows_each_packet_of_one_guest_and_is_off_again(uplinked: Node, number: int) -> None:
+    tap, client = a_guest(uplinked)
+    out = nodes.scratch() / "trace"
+    with out.open("w") as file:
+        tracer = subprocess.Popen(hooks.command("kvm-ifup", "watch", "--trace", "tap0"), env=tools.CLEAN, stdout=file)
+    until(lambda: "kvm-ifup-trace" in tools.run("nft", "list", "tables"))
+    verdict = "rule iifname @dropped_address drop (verdict drop)"
+    until(lambda: passed(tap, client, [packet(FORGED[0])]) == [] and verdict in out.read_text())
+    said = out.read_text()
+    assert f"ip6 saddr {FORGED[0]}" in said
+    assert 'iif "tap0"' in said
+    assert 'iif "eth0"' not in said
+    tracer.send_signal(number)
+    assert tracer.wait(tools.PATIENCE) == (0 if number == signal.SIGINT else -number)
+    assert "kvm-ifup-trace" not in tools.run("nft", "list", "tables")
+
+
+def test_a_trace_of_what_is_not_there_is_refused(uplinked: Node) -> None:
+    assert uplinked.taps == []
+    check(call("kvm-ifup", "watch", "--trace", "tap7"), 69, "no such device: tap7")

@@ -1,0 +1,49 @@
+"""How many packets of each guest our tables of nftables have dropped, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+from kvmifup.node.elements import EXPRESSION, EXPRESSIONS, KEY, NFPROTO_BRIDGE, NFPROTO_INET, VALUE, Nfnetlink, listed
+from kvmifup.node.messages import attributes, text
+from kvmifup.node.nft import TABLE
+
+Counts = Mapping[str, Mapping[str, int]]  # packets, by tap and reason
+# Each reason has a set `dropped_REASON` of taps, whose elements count, in the tables that know the reason.
+REASONS = ("mac", "address", "router", "dhcp", "protocol")
+FAMILIES = {NFPROTO_BRIDGE: REASONS, NFPROTO_INET: ("address",)}
+COUNTER_PACKETS = 2  # NFTA_COUNTER_PACKETS, linux/netfilter/nf_tables.h
+
+
+def counted() -> Counts:
+    """What has been dropped so far, of each guest of which something was; nothing where that cannot be read."""
+    found: dict[str, dict[str, int]] = {}
+    for family, reasons in FAMILIES.items():
+        table = Nfnetlink(family, TABLE)
+        with suppress(OSError):
+            for reason in reasons if table.flags() is not None else ():
+                for element in table.elements(f"dropped_{reason}"):
+                    tap = text(attributes(element.get(KEY, b"")).get(VALUE)) or ""
+                    if packets := packets_of(element):
+                        of_tap = found.setdefault(tap, {})
+                        of_tap[reason] = of_tap.get(reason, 0) + packets
+        table.close()
+    return found
+
+
+def packets_of(element: Mapping[int, bytes]) -> int:
+    """What the counter of *element* has counted; a newer kernel lists it among several expressions."""
+    one = element.get(EXPRESSION) or next(listed(element.get(EXPRESSIONS, b"")), b"")
+    return int.from_bytes(attributes(attributes(one).get(2, b"")).get(COUNTER_PACKETS, b""), "big")
+
+
+def since(earlier: Counts, now: Counts) -> Counts:
+    """What was dropped between two looks; who was counted from the beginning meanwhile counts whole."""
+    found = {}
+    for tap, reasons in now.items():
+        before = earlier.get(tap, {})
+        more = {why: n - before.get(why, 0) if n >= before.get(why, 0) else n for why, n in reasons.items()}
+        if grown := {why: n for why, n in more.items() if n}:
+            found[tap] = grown
+    return found
