@@ -12,8 +12,9 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from bench import picture
+from bench import picture, results
 from harness import agents, guests, hooks, manager, nodes, tools, wire
 from harness.addresses import GUEST_IP4, GUEST_IP6, NODE_MAC
 from harness.nodes import Node
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.arrival", description=__doc__)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--out", type=output.directory, default="demo-out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
     options = parser.parse_args(argv)
     rows: dict[str, list[float]] = {}
     for family, address in FAMILIES.items():
@@ -78,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
                 with agents.running() if heard else contextlib.nullcontext():
                     rows[label] = [arrival(node, number, address, begin) for number in range(runs)]
     print(picture.table("ms", rows, "IPv4, kvm-ifup-post"))
+    results.write(options.json, rows)
     title = "From the guest's first frame (or the manager's call) to the announcement at the client"
     for path in picture.save("bench-arrival", title, "ms", rows, options.out):
         print(path)

@@ -1,47 +1,66 @@
-"""A hook through the agent beside Ganeti 3.0's own kvm-ifup: `python -m bench.hook [--runs N] [--out DIR]`.
+"""How long a hook takes, beside what could be called instead: `python -m bench.hook [--runs N] [--out DIR]`.
 
-Whole processes, from their start to their end, in turn in one run: each wires a new tap, as a NIC of a guest that
-starts. Ganeti's script comes from Debian's package, and is run from a copy that finds its library beside itself
-instead of below /usr. Then the same among 100 and among 500 other routed NICs, on two nodes in turn, with 64 hooks at
-once, and the agent's memory.
+Whole processes, from their start to their end, in turn in one run. Each wires a new tap, as a NIC of a guest that
+starts, on a node where other guests run: Ganeti 3.0's own script; a shell script with the very commands that
+`kvm-ifup plan` prints, and the same commands in batches; kvm-ifup-post with the agent and without it; and Python's
+interpreter with nothing to do: no script in Python can be faster. Then post once more, when there is nothing to do, and
+kvm-ifdown. Then the same among 100 and among 500 other routed NICs, 64 hooks at once, and the agent's memory.
+
+Ganeti's script comes from Debian's package, and is run from a copy that finds its library beside itself instead of
+below /usr. Without the agent the configuration is the one that is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench import picture
-from harness import agents, manager, nodes, tools
+from bench import by_hand, picture, results
+from bench.results import Rows
+from harness import agents, hooks, manager, namespaces, nodes, tools
 from harness.addresses import CLIENT_IP4
 from lab import debian, output
 
 PATIENCE = 60.0  # seconds
+NOT_READY = 69
 AT_ONCE = 64
 TABLE = "100"
 KINDS: Mapping[str, Mapping[str, str]] = {
     "bridged": {"MODE": "bridged", "LINK": "br0"},
-    "routed": {"MODE": "routed"},
-    "routed with a table": {"MODE": "routed", "LINK": TABLE},
+    "bridged with a VLAN": {"MODE": "bridged", "LINK": "brv", "VLAN": ".100"},
+    "bridged with a filter": {"MODE": "bridged", "LINK": "br0", "IP": "{4}", "TAGS": "kvm-ifup:filter:address"},
+    "routed": {"MODE": "routed", "IP": "{4}"},
+    "routed with a table": {"MODE": "routed", "LINK": TABLE, "IP": "{4}"},
+    "routed, IPv6": {"MODE": "routed", "IP": "{6}"},
 }
-GANETI, AGENT, ALONE = "Ganeti 3.0", "kvm-ifup-post, agent", "kvm-ifup-post, no agent"
+WITH_MORE = ("bridged with a VLAN", "bridged with a filter")
+GANETIS = ("bridged", "routed", "routed with a table")  # the kinds that its script knows
+BARE = "python3 -IS with nothing to do"
+GANETI = "Ganeti's own script"
+SHELL, BATCHES = "a shell script of what plan prints", "the same with ip -batch"
+AGENT, ALONE = "kvm-ifup-post, agent", "kvm-ifup-post, no agent"
+AGAIN, DOWN = "once more", "kvm-ifdown"  # what comes after post: there is nothing to do, or all is undone
+SELDOM = 3  # it takes long without the agent, so only every so many runs
 
 
 def environment(kind: str, number: int) -> dict[str, str]:
     """What Ganeti's node daemon says of NIC *number*."""
     told = {**tools.CLEAN, **manager.ganeti(f"tap{number}", **KINDS[kind])}
     told |= {"INSTANCE": f"web{number}.example.com", "MAC": f"aa:00:00:35:{number >> 8:02x}:{number & 255:02x}"}
-    if told["MODE"] == "routed":
-        told["IP"] = f"198.18.{number >> 8}.{number & 255}"
+    for mark, address in {"{4}": f"198.18.{number >> 8}.{number & 255}", "{6}": f"2001:db8:1::{number:x}"}.items():
+        if told.get("IP") == mark:
+            told["IP"] = address
     return told
 
 
@@ -95,34 +114,85 @@ def memory(pid: int) -> float:
     return int(found[1]) / 1024
 
 
-def one(who: str, kind: str, number: int, ganeti: str) -> float:
-    """A new NIC wired by *who*: milliseconds. Nothing of it is left."""
+@contextlib.contextmanager
+def node(*, agent: bool) -> Iterator[list[str]]:
+    """A node on which guests of each kind run already; the kinds that can be done there."""
+    with nodes.fresh_node() as here, namespaces.private_etc():
+        here.uplink()
+        nodes.add_bridge()
+        tools.ip(f"route add default via {CLIENT_IP4} table {TABLE}")
+        shutil.rmtree("/etc/kvm-ifup", ignore_errors=True)
+        Path("/etc/kvm-ifup").mkdir()
+        shutil.copy(tools.ROOT / "etc/config.toml", "/etc/kvm-ifup")
+        nodes.add_bridge("brv")
+        nodes.add_port("brv")
+        # Not every kernel can keep VLANs on a bridge apart.
+        subprocess.run(["ip", "link", "set", "brv", "type", "bridge", "vlan_filtering", "1"], capture_output=True)
+        with agents.running() if agent else contextlib.nullcontext():
+            yield [kind for number, kind in enumerate(KINDS) if resident(kind, number)]
+
+
+def resident(kind: str, number: int) -> bool:
+    """Wire a NIC that stays. False if the node is not ready for one of this kind, and says so."""
+    add_taps([number])
+    wired = hooks.hook("kvm-ifup-post", f"tap{number}", environ=environment(kind, number))
+    assert wired.code in (0, NOT_READY), wired.err
+    return wired.code == 0
+
+
+def one(who: str, kind: str, number: int, argv: Sequence[str]) -> dict[str, float]:
+    """A new NIC wired by *argv*: milliseconds, of a hook of ours also those of what follows. Nothing of it is left."""
     add_taps([number])
     environ, tap = environment(kind, number), f"tap{number}"
-    # With --run-dir the agent is not asked.
-    ours = [script("kvm-ifup-post"), tap, *([f"--run-dir={manager.RUN_DIR}"] if who == ALONE else [])]
-    if who == GANETI:
-        taken = timed([ganeti, tap], environ, silent=(0, 1, 2))  # it first removes what is not there, and says so
-        if environ.get("LINK") == TABLE:  # the rule outlives the tap
-            tools.ip(f"rule del iif {tap}")
+    label = f"{kind}: {who}"
+    if who in (SHELL, BATCHES):
+        lines = (by_hand.one_by_one if who == SHELL else by_hand.in_batches)(by_hand.commands(tap, environ))
+        argv = [by_hand.script(lines)]
+    if who in (AGENT, ALONE):
+        taken = {label: timed([*argv, tap], environ)}
+        taken[f"{label}, {AGAIN}"] = timed([*argv, tap], environ)
+        taken[f"{label}, {DOWN}"] = timed([script("kvm-ifdown"), tap], environ)
     else:
-        taken = timed(ours, environ)
-        timed([script("kvm-ifdown"), tap], environ)
+        taken = {label: timed([*argv, tap], environ, silent=(0, 1, 2))}  # some tell what they do, or what was not there
+        clean(environ)
     tools.ip(f"link del {tap}")
     return taken
 
 
-def compare(runs: int, ganeti: str) -> dict[str, list[float]]:
-    """All three kinds, by Ganeti's script and by ours, in turn."""
-    rows: dict[str, list[float]] = {f"{kind}: {who}": [] for kind in KINDS for who in (GANETI, AGENT, ALONE)}
-    number = 4000
-    for run in range(runs):
-        for kind in KINDS:
-            # Taking turns in being first; and it takes long without the agent, so not each time.
-            for who in [*((GANETI, AGENT)[:: 1 if run % 2 else -1]), *([ALONE] if run % 10 == 0 else [])]:
-                number += 1
-                rows[f"{kind}: {who}"].append(one(who, kind, number, ganeti))
-    return rows
+def clean(environ: Mapping[str, str]) -> None:
+    """Remove what outlives the tap of a NIC that no hook of ours has wired."""
+    family = 6 if ":" in environ.get("IP", "") else 4
+    for words in (["rule", "del", "iif", environ["INTERFACE"]],
+                  ["neigh", "del", "proxy", environ.get("IP", ""), "dev", "eth0"]):  # fmt: skip
+        subprocess.run(["ip", f"-{family}", *words], capture_output=True)  # it may not be there
+
+
+def compare(runs: int) -> dict[str, list[float]]:
+    """All kinds, wired in all ways, in turn."""
+    rows: dict[str, list[float]] = {BARE: []}
+    without = Peer(0)
+    with node(agent=True) as kinds:
+        bare = by_hand.script([])
+        Path(bare).write_text("#!/usr/bin/python3 -IS\n")
+        bare = str(Path(bare).rename("/run/bare"))
+        ways = {GANETI: [ganetis()], SHELL: [], BATCHES: [], AGENT: [script("kvm-ifup-post")]}
+        numbers = itertools.count(4000)
+        for run in range(runs):
+            rows[BARE].append(timed([bare], tools.CLEAN))
+            for kind in kinds:
+                # Taking turns in being first.
+                for who, argv in [*ways.items()][:: 1 if run % 2 else -1]:
+                    if who == GANETI and kind not in GANETIS:
+                        continue
+                    for label, taken in one(who, kind, next(numbers), argv).items():
+                        rows.setdefault(label, []).append(taken)
+                if run % SELDOM == 0:
+                    for label, taken in without.ask(kind).items():
+                        rows.setdefault(label, []).append(taken)
+    without.close()
+    ordered = [BARE, *(f"{kind}: {who}" for kind in KINDS for who in (*ways, ALONE))]
+    labels = [label for first in ordered for label in (first, f"{first}, {AGAIN}", f"{first}, {DOWN}")]
+    return {label: rows[label] for label in labels if label in rows}
 
 
 def fill(numbers: range) -> None:
@@ -133,44 +203,53 @@ def fill(numbers: range) -> None:
         timed([script("kvm-ifup-post"), f"tap{number}"], environment(kind, number))
 
 
-class Crowd:
-    """A node with an agent and that many routed NICs, in a process of its own."""
+class Peer:
+    """Another node, in a process of its own: with an agent and *many* routed NICs, or, if there are none, without."""
 
     def __init__(self, many: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.hook", "--crowd", str(many)],
+            [sys.executable, "-m", "bench.hook", "--peer", str(many)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
-        self.ask("ready")
 
-    def ask(self, what: str) -> float:
-        """One of `answers`."""
+    def ask(self, what: str) -> dict[str, float]:
+        """What `alone` or `crowd` answers."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(f"{what}\n")
-        return float(self._process.stdout.readline())
+        found: dict[str, float] = json.loads(self._process.stdout.readline())
+        return found
 
     def close(self) -> None:
         """Let the node end."""
         self._process.communicate(timeout=PATIENCE)
 
 
+def alone() -> None:
+    """What is at the other end of a Peer without an agent: it wires a NIC of the kind that it is told."""
+    with node(agent=False):
+        numbers = itertools.count(4000)
+        for kind in map(str.strip, sys.stdin):
+            print(json.dumps(one(ALONE, kind, next(numbers), [script("kvm-ifup-post")])), flush=True)
+
+
 def crowd(many: int) -> None:
-    """What is at the other end of a Crowd."""
-    with nodes.fresh_node() as node:
-        node.uplink()
+    """What is at the other end of a Peer with that many NICs."""
+    with nodes.fresh_node() as here:
+        here.uplink()
         tools.ip(f"route add default via {CLIENT_IP4} table {TABLE}")
         with agents.running() as agent:
             fill(range(many))
             numbers = itertools.count(4000)
-            answers: Mapping[str, Callable[[], float]] = {
-                "ready": lambda: 0,
-                "one": lambda: one(AGENT, "routed with a table", next(numbers), ""),
-                "at once": at_once,
-                "memory": lambda: memory(agent.process.pid),
+            label, kind = f"{AGENT}, among {many} NICs", "routed with a table"
+            argv = [script("kvm-ifup-post")]
+            answers: Mapping[str, Callable[[], dict[str, float]]] = {
+                "one": lambda: {label: one(AGENT, kind, next(numbers), argv)[f"{kind}: {AGENT}"]},
+                "at once": lambda: {f"{AT_ONCE} at once, {AT_ONCE + many} NICs": at_once()},
+                "memory": lambda: {f"MB of memory of the agent, {AT_ONCE + many} NICs": memory(agent.process.pid)},
             }
             for line in sys.stdin:
-                print(answers[line.strip()](), flush=True)
+                print(json.dumps(answers[line.strip()]()), flush=True)
 
 
 def at_once() -> float:
@@ -183,49 +262,66 @@ def at_once() -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def title(rows: Mapping[str, Sequence[float]]) -> str:
-    """What the picture says in one sentence: how long hooks take with the agent, and how long without it."""
-    said = []
-    for who in (AGENT, ALONE):
-        times = [statistics.median(rows[f"{k}: {who}"]) / statistics.median(rows[f"{k}: {GANETI}"]) for k in KINDS]
-        said.append(f"{min(times):.2g} to {max(times):.2g}")
-    return f"A hook's time, in times of Ganeti's own script: {said[0]} with the agent, {said[1]} without"
+def ratios(rows: Rows, who: str, reference: str) -> str:
+    """How *who* is to *reference*, by their medians: the best kind and the worst one, as far as both know it."""
+    found = []
+    for kind in KINDS:
+        base = rows.get(reference) or rows.get(f"{kind}: {reference}")
+        if base and (mine := rows.get(f"{kind}: {who}")):
+            found.append(statistics.median(mine) / statistics.median(base))
+    return f"{min(found):.2g} to {max(found):.2g}"
+
+
+def beside(rows: Rows, reference: str) -> str:
+    """How long hooks take with the agent, and how long without it."""
+    agent, alone = (ratios(rows, who, reference) for who in (AGENT, ALONE))
+    return f"in times of {reference}: {agent} with the agent, {alone} without"
+
+
+def title(rows: Rows) -> str:
+    """What the picture says in one sentence."""
+    return f"A hook's time, {beside(rows, GANETI)}"
+
+
+def note(rows: Rows) -> str:
+    """What is to be said below the picture: the same beside all else, and what a NIC costs that wants more."""
+    plain = statistics.median(rows[f"bridged: {AGENT}"])
+    more = {kind: rows[f"{kind}: {AGENT}"] for kind in WITH_MORE if f"{kind}: {AGENT}" in rows}
+    lines = [beside(rows, reference) for reference in (BARE, SHELL, BATCHES)]
+    lines += [f"{kind}, agent: {statistics.median(values) / plain:.2f} of without" for kind, values in more.items()]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
     parser = argparse.ArgumentParser(prog="bench.hook", description=__doc__)
-    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--out", type=output.directory, default="demo-out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
-    parser.add_argument("--crowd", type=int, help=argparse.SUPPRESS)  # for Crowd
+    parser.add_argument("--peer", type=int, help=argparse.SUPPRESS)  # for Peer
     options = parser.parse_args(argv)
-    if options.crowd:
-        crowd(options.crowd)
+    if options.peer is not None:
+        crowd(options.peer) if options.peer else alone()
         return 0
-    with nodes.fresh_node() as here:
-        ganeti = ganetis()
-        here.uplink()
-        nodes.add_bridge()
-        tools.ip(f"route add default via {CLIENT_IP4} table {TABLE}")
-        with agents.running():
-            rows = compare(options.runs, ganeti)
-    few, full = Crowd(100), Crowd(500)
-    among: dict[str, list[float]] = {f"{AGENT}, among {many} NICs": [] for many in (100, 500)}
+    rows = compare(options.runs)
+    few, full = Peer(100), Peer(500)
+    among: dict[str, list[float]] = {}
     for _ in range(options.runs):
-        for values, node in zip(among.values(), (few, full), strict=True):
-            values.append(node.ask("one"))
-    together, peak = full.ask("at once"), full.ask("memory")
+        for label, taken in (few.ask("one") | full.ask("one")).items():
+            among.setdefault(label, []).append(taken)
+    once = {label: [value] for what in ("at once", "memory") for label, value in full.ask(what).items()}
     few.close()
     full.close()
     for kind in KINDS:
-        print(picture.table("ms", {k: v for k, v in rows.items() if k.startswith(f"{kind}:")}, f"{kind}: {GANETI}"))
+        if found := {label: values for label, values in rows.items() if label.startswith(f"{kind}: ")}:
+            print(picture.table("ms", {BARE: rows[BARE], **found}, f"{kind}: {GANETI if kind in GANETIS else SHELL}"))
+        else:
+            print(f"{kind}: it cannot be done here")
     print(picture.table("ms", among, f"{AGENT}, among 100 NICs"))
-    print(f"{AT_ONCE} hooks at once, {AT_ONCE + 500} NICs: {together:.0f} ms for all, {together / AT_ONCE:.1f} ms each")
-    print(f"the agent's memory with {AT_ONCE + 500} NICs, at most: {peak:.1f} MB")
-    if options.json:
-        options.json.write_text(json.dumps({**rows, **among, "64 at once": [together], "memory in MB": [peak]}))
-    for path in picture.save("bench-hook", title(rows), "ms", {**rows, **among}, options.out):
+    print("".join(f"{label}: {values[0]:.1f}\n" for label, values in once.items()), title(rows), note(rows), sep="\n")
+    results.write(options.json, {**rows, **among, **once})
+    drawn = {label: values for label, values in rows.items() if not label.endswith((AGAIN, DOWN))}
+    for path in picture.save("bench-hook", title(rows), "ms", {**drawn, **among}, options.out, note(rows)):
         print(path)
     return 0
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import picture
+from bench import picture, results
 from lab import cases, guest, hooks, output
 from lab.cases import Case
 from lab.style import EMULATED
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.migration", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=output.directory, default="demo-out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
     options = parser.parse_args(argv)
     image = guest.build(print)
     rows: dict[str, list[float]] = {case.title: [] for case in (BRIDGED, AGENT, LATE)}
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     print(
         f"ARP probes answered by two nodes, the first {1000 * cases.HANDOVER:.0f} ms of the arrival aside: {contested}"
     )
+    results.write(options.json, rows)
     title = "Client's silence minus the guest's own downtime, in live migrations"
     for path in picture.save("bench-migration", title, "ms", rows, options.out, EMULATED):
         print(path)

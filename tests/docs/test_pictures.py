@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from bench import hook
+from bench import by_hand, hook, results
 from lab import demo, plot
 from lab.cases import CASES, Result
 from lab.observe import Gap
@@ -34,16 +35,53 @@ def test_the_difference_is_of_all_parts_together() -> None:
     assert " 250 ms in 2 parts |" in demo.table([split])
 
 
-def test_the_picture_of_hooks_says_how_long_they_take_without_the_agent() -> None:
-    times = {hook.GANETI: [10.0], hook.AGENT: [8.0], hook.ALONE: [90.0]}
-    rows = {f"{kind}: {who}": values for kind in hook.KINDS for who, values in times.items()}
-    rows[f"routed: {hook.ALONE}"] = [50.0]
-    assert hook.title(rows).endswith(": 0.8 to 0.8 with the agent, 5 to 9 without")
+def test_the_picture_of_hooks_says_the_best_and_the_worst_case() -> None:
+    times = {hook.GANETI: [10.0], hook.SHELL: [20.0], hook.BATCHES: [5.0], hook.AGENT: [8.0], hook.ALONE: [90.0]}
+    rows = {f"{kind}: {who}": values for kind in hook.GANETIS for who, values in times.items()}
+    rows |= {f"routed: {hook.ALONE}": [50.0], f"bridged: {hook.AGENT}": [1.0, 12.0, 99.0], hook.BARE: [4.0]}
+    rows["bridged with a VLAN: " + hook.AGENT] = [15.0]  # Ganeti's script has nothing to compare it to
+    assert hook.title(rows).endswith("script: 0.8 to 1.2 with the agent, 5 to 9 without")
+    assert hook.note(rows).splitlines() == [
+        f"in times of {hook.BARE}: 2 to 3.8 with the agent, 12 to 22 without",
+        f"in times of {hook.SHELL}: 0.4 to 0.6 with the agent, 2.5 to 4.5 without",
+        f"in times of {hook.BATCHES}: 1.6 to 2.4 with the agent, 10 to 18 without",
+        "bridged with a VLAN, agent: 1.25 of without",
+    ]
 
 
 def test_the_picture_of_hooks_in_docs_says_both() -> None:
     title = r"A hook's time, in times of Ganeti's own script: [\d.]+ to [\d.]+ with the agent, [\d.]+ to [\d.]+ without"
     assert re.search(title, picture("bench-hook"))
+
+
+def test_commands_in_batches_are_the_same_commands_in_the_same_order() -> None:
+    found = [
+        ["ip", "link", "set", "dev", "a", "up"],
+        ["sysctl", "-w", "net/a=1"],
+        ["sysctl", "-w", "net/b=2"],
+        ["ip", "-6", "route", "add", "2001:db8::1", "dev", "a"],
+        ["ip", "-6", "route", "add", "2001:db8::2", "dev", "a"],
+        ["bridge", "link", "show", "dev", "a"],
+        ["ovs-vsctl", "--may-exist", "add-port", "b", "a b"],
+    ]
+    assert by_hand.in_batches(found) == [
+        *("ip -batch - <<'END'", "link set dev a up", "END"),
+        "sysctl -w net/a=1 net/b=2",
+        *("ip -6 -batch - <<'END'", "route add 2001:db8::1 dev a", "route add 2001:db8::2 dev a", "END"),
+        *("bridge -batch - <<'END'", "link show dev a", "END"),
+        "ovs-vsctl --may-exist add-port b 'a b'",
+    ]
+    assert by_hand.one_by_one(found)[-1] == "ovs-vsctl --may-exist add-port b 'a b'"
+
+
+def test_two_runs_are_compared_by_their_medians(tmp_path: Path) -> None:
+    one, other = tmp_path / "before.json", tmp_path / "after.json"
+    results.write(one, {"hook: a": [1.0, 2.0, 9.0], "hook: gone": [1.0]})
+    results.write(other, {"hook: a": [1.0], "hook: new": [1.0]})
+    heading, line, *rest = results.comparison(one, other).splitlines()
+    assert heading.split() == ["before", "after", "ratio"]
+    assert line.split() == ["hook:", "a", "2.00", "1.00", "0.50"]
+    assert rest == [f"only in {one}: hook: gone", f"only in {other}: hook: new"]
 
 
 @pytest.mark.parametrize("name", ["migration", "frames"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import PARTS
+
 from .conftest import ROOT
 
 VERBS = sorted(set(re.findall(r"^\./dev (\w+)", (ROOT / "dev").read_text(encoding="utf-8"), re.MULTILINE)))
@@ -37,7 +39,9 @@ def test_a_word_that_is_not_known_is_refused_at_once(verb: str, word: str, tmp_p
 
 @pytest.mark.parametrize(("words", "said"), [
     ("demo --out", "dev: --out needs a value"),
-    ("bench --json x", "dev: bench takes --out --runs, not: --json"),
+    ("bench --jsn x", "dev: bench takes --out --runs --json, not: --jsn"),
+    ("bench --compare x", "dev: --compare takes two files of --json"),
+    ("bench --runs 3 --compare x y", "dev: bench takes --out --runs --json, not: --compare"),
     ("demo --out=x more", "dev: demo takes --out --scripts --python, not: more"),
     ("demos", "dev: no verb demos"),
 ])  # fmt: skip
@@ -64,16 +68,17 @@ def test_what_is_known_goes_on(tmp_path: Path) -> None:
 
 def test_the_options_of_demo_and_bench_are_those_that_they_have() -> None:
     text = (ROOT / "dev").read_text(encoding="utf-8")
-    for verb, sources in {
-        "demo": ["lab/demo.py"],
-        "bench": ["bench/hook.py", "bench/arrival.py", "bench/migration.py"],
-    }.items():
-        (options,) = re.findall(rf'^ +{verb}\) only "(.*?)"', text, re.MULTILINE)
-        has = [
-            set(re.findall(r'add_argument\(\s*"(--[a-z]+)"', (ROOT / source).read_text(encoding="utf-8")))
-            for source in sources
-        ]
-        assert set(options.split()) == set.intersection(*has)
+    for verb, source in {"demo": "lab/demo.py", "bench": "bench/__main__.py"}.items():
+        takes = re.search(r'only "(.*?)"', text.split(f"\n    {verb})")[1])
+        assert takes
+        has = set(re.findall(r'add_argument\(\s*"(--[a-z]+)"', (ROOT / source).read_text(encoding="utf-8")))
+        assert set(takes[1].split()) == has - {"--compare"}  # which stands alone
+
+
+def test_each_part_of_the_bench_takes_what_the_whole_gives_it() -> None:
+    for part in PARTS:
+        text = (ROOT / f"bench/{part}.py").read_text(encoding="utf-8")
+        assert {"--runs", "--out", "--json"} <= set(re.findall(r'add_argument\("(--[a-z]+)"', text))
 
 
 def test_building_installs_what_debian_control_and_the_build_need(tmp_path: Path) -> None:
