@@ -340,14 +340,15 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
     for uplink in uplinks:
         proxied = [bare(host) for host in hosts if host.version == uplink.family]
         if proxied:
+            # What guests share is set before any arrives, so that one that does changes nothing for the others.
             # The random delay before a proxied answer belongs to the device where the question arrives.
-            yield POST, Sysctl(uplink.family, "neigh", uplink.name, "proxy_delay", True, "0")
+            yield PRE, Sysctl(uplink.family, "neigh", uplink.name, "proxy_delay", True, "0")
             if uplink.family == 6:
-                yield POST, Sysctl(6, "conf", uplink.name, "proxy_ndp", True, "1")
+                yield PRE, Sysctl(6, "conf", uplink.name, "proxy_ndp", True, "1")
                 if uplink == six:
                     # Without it what is asked of the uplink's MAC alone stays unanswered (ip6_forward): every
                     # neighbour asks like that before it forgets an entry.
-                    yield POST, Sysctl(6, "conf", EVERYWHERE, "proxy_ndp", True, "1")
+                    yield PRE, Sysctl(6, "conf", EVERYWHERE, "proxy_ndp", True, "1")
             for address in proxied:
                 yield POST, ProxyNeighbour(uplink.name, address, True)
     if config.routed.guard_uplinks:
