@@ -7,6 +7,7 @@ import ipaddress
 import itertools
 import os
 import signal
+import socket
 import struct
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,6 +32,17 @@ def udp4(mac: str = GUEST_MAC) -> bytes:
     """An IPv4 datagram of a guest's."""
     header = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 28, 0, 0, 64, 17, 0, bytes([192, 0, 2, 8]), bytes([192, 0, 2, 1]))
     return wire.ethernet(TAP_MAC, mac, wire.ETH_P_IP, header + struct.pack("!HHHH", 1024, 9, 8, 0))
+
+
+def packet(source: str, hops: int = 64, mac: str = GUEST_MAC) -> bytes:
+    """A packet that a guest sends from *source* through its node, or with fewer *hops* passes on."""
+    if ":" in source:
+        return wire.icmp6(TAP_MAC, mac, source, "2001:db8::1", struct.pack("!BBHHH", 128, 0, 0, 7, 1), hops)
+    header = struct.pack(
+        "!BBHHHBBH4s4s", 0x45, 0, 28, 0, 0, hops, 17, 0, socket.inet_aton(source), bytes([192, 0, 2, 1])
+    )
+    checked = header[:10] + struct.pack("!H", 0xFFFF - wire.ones_sum(header)) + header[12:]
+    return wire.ethernet(TAP_MAC, mac, wire.ETH_P_IP, checked + struct.pack("!HHHH", 1024, 9, 8, 0))
 
 
 FRAMES = {

@@ -99,7 +99,7 @@ def advertisement(frame: bytes) -> Advertisement | None:
         override=bool(flags & 0x20),
         target=socket.inet_ntop(socket.AF_INET6, body[8:24]),
         mac=option[2:8].hex(":") if option[:2] == b"\x02\x01" else "",
-        checksum_right=_sum(source + destination + struct.pack("!IxxxB", len(body), 58) + body) == 0xFFFF,
+        checksum_right=ones_sum(source + destination + struct.pack("!IxxxB", len(body), 58) + body) == 0xFFFF,
     )
 
 
@@ -117,16 +117,17 @@ def router_advertisement(mac: str, sender: str) -> bytes:
     return icmp6("33:33:00:00:00:01", mac, sender, "ff02::1", body)
 
 
-def icmp6(frame_target: str, mac: str, sender: str, target: str, body: bytes) -> bytes:
-    """An ICMPv6 message with hop limit 255; its checksum is filled in."""
+def icmp6(frame_target: str, mac: str, sender: str, target: str, body: bytes, hops: int = 255) -> bytes:
+    """An ICMPv6 message with so many *hops* left; its checksum is filled in."""
     source, destination = ipaddress.IPv6Address(sender).packed, ipaddress.IPv6Address(target).packed
-    total = _sum(source + destination + struct.pack("!IxxxB", len(body), 58) + body)
+    total = ones_sum(source + destination + struct.pack("!IxxxB", len(body), 58) + body)
     body = body[:2] + struct.pack("!H", ~total & 0xFFFF) + body[4:]
-    header = struct.pack("!IHBB", 6 << 28, len(body), 58, 255) + source + destination
+    header = struct.pack("!IHBB", 6 << 28, len(body), 58, hops) + source + destination
     return ethernet(frame_target, mac, ETH_P_IPV6, header + body)
 
 
-def _sum(data: bytes) -> int:
+def ones_sum(data: bytes) -> int:
+    """The sum of RFC 1071."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)

@@ -1,36 +1,57 @@
-"""A guest that arrives: its tap is armed, post is prepared, and its first frame has post done."""
+"""A guest that arrives: its tap is armed, post is prepared, and its first frame has post done.
+
+A guest that is to be asked for its addresses has those wired at once that it answers for; the rest follows (`late`).
+"""
 
 from __future__ import annotations
 
 import math
+import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+from kvmifup import phases
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.events import ANYTHING, DEFAULT_ROUTES, Thing
+from kvmifup.agent.late import ASK_SOON, Late, LateAnswers
 from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.suspects import Handed, Key, ask
-from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
+from kvmifup.agent.taps import LISTENING, Prepared, State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, as_ours
 from kvmifup.core.model import Nic
+from kvmifup.core.records import record
 from kvmifup.node import frames, sockets
 from kvmifup.runs import clock
-from kvmifup.runs.journal import Journal
-from kvmifup.runs.moves import PreparedArrival, arrive, prepare_arrival, run_post
+from kvmifup.runs.moves import PreparedArrival, arrive, limited, prepare_arrival, run_post
 from kvmifup.runs.outcome import Outcome
+from kvmifup.runs.session import Session
 from kvmifup.tell import syslog
 
 RECHECK = 1.0  # seconds after a failure until it is tried again
 
 ASK_AGAIN, ASK_LAST = 0.05, 200.0  # seconds from one question for a guest that has left to the next; to the last
-ASK_SOON = 0.01  # the same for one that is here, and is asked for its addresses
-ENOUGH = 0.1  # seconds from its first answer until those that it has given are all
+FEW = 8  # addresses: post is prepared for each of them alone as well
 
 Result = Outcome | KvmIfupError | None  # of post
-Preparation = tuple[TapRecord, PreparedArrival | KvmIfupError | None]
+Preparation = tuple[TapRecord, Prepared | KvmIfupError]
+
+
+@record
+class Arrival:
+    """A guest that has arrived on *tap*: *frame* was its first, and *sent* when.
+
+    *only*: for these of its addresses it has answered, None if it need not be asked for any other. *listener* is for
+    those that follow.
+    """
+
+    tap: TapRecord
+    frame: str
+    sent: float
+    only: frozenset[str] | None = None
+    listener: socket.socket | None = None
 
 
 def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None:
@@ -60,12 +81,26 @@ def time_left(runner: Runner, tap: TapRecord) -> float:
     return math.inf if tap.left else tap.reached + runner.config.agent.arrival_timeout - clock.uptime()
 
 
-def relied_on(prepared: PreparedArrival, nic: Nic) -> frozenset[Thing]:
+def prepare_all(tap: TapRecord, session: Session) -> Prepared:
+    """post for *tap*, prepared; where the guest is asked, for each address alone as well: it may come before others.
+
+    Nothing if its NIC does not wait for its guest any more. Raises as `prepare_arrival`.
+    """
+    hosts = [phases.bare(prefix) for prefix in tap.nic.ip if phases.is_host(prefix)]
+    alone = hosts if tap.nic.to_ask and 1 < len(tap.nic.ip) <= FEW else []
+    found: dict[str | None, PreparedArrival | None] = {None: prepare_arrival(tap.name, session)}
+    found |= {address: prepare_arrival(tap.name, session, [address]) for address in alone}
+    return {address: one for address, one in found.items() if one}
+
+
+def relied_on(prepared: Prepared, nic: Nic) -> frozenset[Thing]:
     """The things whose change may make wrong what is *prepared* for *nic*.
 
     The tap does not count: `arrive` looks at it when it is needed.
     """
-    devices: set[Thing] = {("device", index) for dev, index in prepared.devices if dev != nic.tap}
+    devices: set[Thing] = {
+        ("device", index) for one in prepared.values() for dev, index in one.devices if dev != nic.tap
+    }
     return frozenset({ANYTHING, *DEFAULT_ROUTES, *devices, *(("route", to) for to in nic.destinations)})
 
 
@@ -94,6 +129,7 @@ class Arrivals:
         self._announcements = announcements
         self._listen, self._catch_up, self._stir = listen, catch_up, stir
         self._came_back = came_back
+        self._late = LateAnswers(loop, runner, announcements)
         self._unprepared: dict[str, TapRecord] = {}
         self._preparing = OneAtATime(loop, self._begin_preparing, self._prepared)
         self._ending = False
@@ -166,7 +202,7 @@ class Arrivals:
         try:
             # Whoever works on the tap may do so for long, and the others wait for us.
             with self._runner.session(patience=BUSY) as session:
-                return tap, prepare_arrival(tap.name, session)
+                return tap, prepare_all(tap, session)
         except Exception as error:
             return tap, as_ours(error)
 
@@ -176,7 +212,7 @@ class Arrivals:
         if tap.state not in LISTENING:
             return
         first = tap.state is State.ARMING
-        if isinstance(prepared, PreparedArrival):
+        if prepared and not isinstance(prepared, KvmIfupError):
             tap.ready(prepared)
             things = relied_on(prepared, tap.nic)
             if things.isdisjoint(self._meanwhile):
@@ -221,67 +257,65 @@ class Arrivals:
     def _heard(self, tap: TapRecord) -> None:
         """The guest on *tap* has sent something: it runs here."""
         assert tap.listener
-        try:
-            data, sent = sockets.receive(tap.listener)
-        except BlockingIOError:
-            return
-        except OSError:  # ENETDOWN, once: the device is down, and may come up again; or it is gone, and so will be this
-            return
-        if not tap.nic.to_ask:
-            self._arrive(tap, frames.name_of(data), sent)
-            return
-        began = tap.answers.first is None
-        tap.answers.take(data, sent)
-        if tap.answers.complete:
-            self._has_answered(tap)
-            return
-        if began:
-            self._ask(tap, ASK_SOON)
+        for data, sent in sockets.received(tap.listener):
+            if not tap.nic.to_ask:
+                self._arrive(Arrival(tap, frames.name_of(data), sent))
+                return
+            if tap.answers.first is None:
+                self._ask(tap, ASK_SOON)
+            tap.answers.take(data, sent)
         if tap.answers.given:
-            tap.timers.set_once("enough", ENOUGH, partial(self._has_answered, tap))
+            self._has_answered(tap)
 
     def _has_answered(self, tap: TapRecord) -> None:
         """The guest has said which of its addresses it has. Any other is left to who knows better, and calls post."""
         assert tap.answers.first
-        self._arrive(tap, *tap.answers.first, None if tap.answers.whole else frozenset(tap.answers.given))
+        only = None if tap.answers.whole else frozenset(tap.answers.given)
+        self._arrive(Arrival(tap, *tap.answers.first, only, None if tap.answers.complete else tap.hand_over()))
 
-    def _arrive(self, tap: TapRecord, frame: str, sent: float, only: Collection[str] | None = None) -> None:
-        """Have post done, for *only* these addresses if that is said. *frame* was its first, and *sent* when."""
+    def _arrive(self, arrival: Arrival) -> None:
+        """Have post done."""
+        tap, frame = arrival.tap, arrival.frame
         if tap.left and frame != frames.RARP:
             self._came_back((tap.ifindex, tap.nic.mac))
         self._catch_up()
-        prepared = None if only is not None else tap.prepared
+        prepared = prepared_for(arrival)
         if prepared and not prepared.waits:
             outcome = self._runner.attempt(partial(arrive, prepared), frame)
             if outcome:
                 tap.become(State.ARRIVING)
-                self._arrived(tap, frame, sent, outcome)
+                self._arrived(arrival, outcome)
                 return
             prepared = None
         tap.become(State.ARRIVING)
-        post = partial(self._post, tap.name, tap.is_of, frame, prepared, only)
-        self._loop.work(post, partial(self._arrived, tap, frame, sent))
+        self._loop.work(partial(self._post, arrival, prepared), partial(self._arrived, arrival))
 
-    def _post(
-        self,
-        name: str,
-        wanted: Callable[[Journal], bool],
-        reason: str | None,
-        prepared: PreparedArrival | None,
-        only: Collection[str] | None,
-    ) -> Result:
-        """In a thread: post, as it was *prepared*, or else from the beginning, for *only* these addresses."""
-        done = prepared and self._runner.attempt(partial(arrive, prepared), reason)
-        return done or self._runner.attempt(partial(run_post, name, wanted, only=only), reason)
+    def _post(self, arrival: Arrival, prepared: PreparedArrival | None) -> Result:
+        """In a thread: post, as it was *prepared*, or else from the beginning."""
+        done = prepared and self._runner.attempt(partial(arrive, prepared), arrival.frame)
+        post = partial(run_post, arrival.tap.name, arrival.tap.is_of)
+        if arrival.only is not None:
+            post = partial(post, known=partial(limited, addresses=arrival.only))
+        return done or self._runner.attempt(post, arrival.frame)
 
-    def _arrived(self, tap: TapRecord, frame: str, sent: float, outcome: Result) -> None:
+    def _arrived(self, arrival: Arrival, outcome: Result) -> None:
+        tap, listener = arrival.tap, arrival.listener
+        if listener and isinstance(outcome, Outcome):
+            late = Late(tap.nic, tap.ifindex, listener, tap.answers, arrival.only or frozenset())
+            self._late.wait_for(late)
+        elif listener:
+            sockets.close(listener)
         if isinstance(outcome, KvmIfupError):
             self._not_arrived(tap, outcome)
         elif outcome:
-            seconds = max(0.0, time.time() - sent)  # the kernel's stamp is of the clock that can be set
-            self._runner.metrics.add("kvm_ifup_arrivals_total", frame=frame)
+            seconds = max(0.0, time.time() - arrival.sent)  # the kernel's stamp is of the clock that can be set
+            self._runner.metrics.add("kvm_ifup_arrivals_total", frame=arrival.frame)
             self._runner.metrics.took("kvm_ifup_arrival_seconds", seconds)
-            self._runner.say(f"arrived, first frame {frame}; wired {1000 * seconds:.1f} ms after it", outcome.label)
+            answered = tap.answers.answered
+            waited = f"answered {1000 * (answered - arrival.sent):.1f} ms and " if answered else ""
+            self._runner.say(
+                f"arrived, first frame {arrival.frame}; {waited}wired {1000 * seconds:.1f} ms after it", outcome.label
+            )
             self._announcements.repeat(outcome)
 
     def _not_arrived(self, tap: TapRecord, error: KvmIfupError) -> None:
@@ -294,3 +328,10 @@ class Arrivals:
     def _rearm(self, tap: TapRecord) -> None:
         if tap.state is State.ARRIVING:
             self._taps.look_again_at(tap)
+
+
+def prepared_for(arrival: Arrival) -> PreparedArrival | None:
+    """What is prepared for the addresses with which the guest has arrived."""
+    if arrival.only is None:
+        return arrival.tap.prepared.get(None)
+    return arrival.tap.prepared.get(*arrival.only) if len(arrival.only) == 1 else None

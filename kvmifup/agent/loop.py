@@ -167,11 +167,6 @@ class Timers:
             earlier.cancel()
         self._timers[purpose] = self._loop.later(delay, action)
 
-    def set_once(self, purpose: str, delay: float, action: Callable[[], None]) -> None:
-        """The same, unless something was set for *purpose* before."""
-        if purpose not in self._timers:
-            self.set(purpose, delay, action)
-
     def cancel(self) -> None:
         """Cancel all of them."""
         for timer in self._timers.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from functools import partial
@@ -28,6 +28,7 @@ REST, REST_AT_MOST = 4.0, 0.5  # times what the last look took, until the next; 
 AGAIN = 1.0  # seconds from a look that failed to the next one
 REMOVING = 2.0  # seconds that somebody may take to remove the whole directory
 
+Prepared = Mapping[str | None, PreparedArrival]
 Place = tuple[str, str]  # where this node answers for a guest: uplink, address
 
 
@@ -65,7 +66,8 @@ class TapRecord:
 
     *stamp* tells this version of the journal from others. *reached*: when it reached its phase, by the clock of
     `runs.clock`. *places* are where this node answers for the guest, *uplinks* the indices of those devices.
-    *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY. *timers* are
+    *listener* is there while the state is one of `LISTENING`, *prepared* while it is READY: post for all of its
+    addresses, by None, and where the guest is asked for each alone, by that. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
     *doubtful*: its guest may be here, and have nothing more to say, so it is asked. *answers*: what it says of its
@@ -89,7 +91,7 @@ class TapRecord:
         self.uplinks = frozenset(index for dev, index in journal.devices if dev in answering)
         self.state = state_of(journal)
         self.listener: socket.socket | None = None
-        self.prepared: PreparedArrival | None = None
+        self.prepared: Prepared = {}
         self.timers = Timers(loop)
         self.tries = 0
         self.complaint = ""
@@ -108,7 +110,7 @@ class TapRecord:
             raise BugError(f"{self.nic.label} cannot become {state.name}, being {self.state.name}")
         self.state = state
         if state is not State.READY:
-            self.prepared = None
+            self.prepared = {}
         if state not in LISTENING:
             self.timers.cancel()
             if self.listener:
@@ -128,7 +130,14 @@ class TapRecord:
             sockets.close(self.listener)
             self.listener, before.listener = before.listener, None
 
-    def ready(self, prepared: PreparedArrival) -> None:
+    def hand_over(self) -> socket.socket:
+        """Let go of the listener: somebody else listens on."""
+        assert self.listener
+        listener, self.listener = self.listener, None
+        self._loop.ignore(listener)
+        return listener
+
+    def ready(self, prepared: Prepared) -> None:
         """post is *prepared*."""
         self.become(State.READY)
         self.prepared = prepared

@@ -15,9 +15,9 @@ from kvmifup.core.model import Nic, link_local_of
 from kvmifup.core.records import record
 from kvmifup.node.messages import mac_bytes, packed
 
-ETH_P_ARP, ETH_P_IPV6 = 0x0806, 0x86DD  # linux/if_ether.h
+ETH_P_IP, ETH_P_ARP, ETH_P_IPV6 = 0x0800, 0x0806, 0x86DD  # linux/if_ether.h
 RARP = "RARP"  # what QEMU sends when a guest has come from another node; nobody else does
-NAMES = {0x0800: "IPv4", ETH_P_ARP: "ARP", 0x8035: RARP, ETH_P_IPV6: "IPv6"}
+NAMES = {ETH_P_IP: "IPv4", ETH_P_ARP: "ARP", 0x8035: RARP, ETH_P_IPV6: "IPv6"}
 MIN_FRAME = 60  # bytes, without the checksum: IEEE 802.3
 BROADCAST = b"\xff" * 6
 ARP_REQUEST, ARP_REPLY = 1, 2  # RFC 826
@@ -29,6 +29,7 @@ NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 135, 136  # RFC 4861, sections
 DISCOVERY = {ROUTER_SOLICITATION: 8, NEIGHBOUR_SOLICITATION: 24, NEIGHBOUR_ADVERTISEMENT: 24}
 HOP_OPTIONS, OPTIONS = socket.IPPROTO_HOPOPTS, socket.IPPROTO_DSTOPTS  # headers that may be in front of a message
 ECHO_REQUEST = 128  # RFC 4443, section 4.1
+FIRST_LIMITS = frozenset({64, 128, 255})  # what hop limits begin with, in all the usual systems
 QUESTIONS = 64  # for one guest at a time
 SOLICITED, OVERRIDE = 0x40000000, 0x20000000  # flags of an advertisement: RFC 4861, section 4.4
 SOURCE_MAC, TARGET_MAC = 1, 2  # options: RFC 4861, section 4.6.1
@@ -172,6 +173,22 @@ def announcement_in(frame: bytes) -> tuple[str, str] | None:
     found = discovery_in(frame)
     if found and found.mac and (found.override or found.kind != NEIGHBOUR_ADVERTISEMENT):
         return found.address, found.mac.hex(":")
+    return None
+
+
+def sender_in(frame: bytes) -> str | None:
+    """The address from which a machine has sent the IP packet in *frame* itself; None for any other frame.
+
+    Who only passes a packet on has made its hop limit one less, so that it is none of those that packets begin with.
+    """
+    family, packet = frame[12:14], frame[14:]
+    if family == struct.pack("!H", ETH_P_IP) and len(packet) >= 20 and packet[0] >> 4 == 4:
+        header = packet[: 4 * (packet[0] & 0xF)]
+        if len(header) >= 20 and packet[8] in FIRST_LIMITS and not internet_checksum(header):
+            return socket.inet_ntoa(packet[12:16])
+    six = family == struct.pack("!H", ETH_P_IPV6) and len(packet) >= 40 and packet[0] >> 4 == 6
+    if six and packet[7] in FIRST_LIMITS:
+        return str(ipaddress.IPv6Address(packet[8:24]))
     return None
 
 

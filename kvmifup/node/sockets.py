@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -287,6 +287,13 @@ def receive(via: socket.socket) -> tuple[bytes, float]:
             seconds, nanoseconds = struct.unpack("@ll", value[:16])
             return frame, seconds + nanoseconds / 1e9
     return frame, time.time()
+
+
+def received(via: socket.socket) -> Iterator[tuple[bytes, float]]:
+    """All frames that have come by now, as `receive` gives them. An error ends them."""
+    with suppress(OSError):  # EAGAIN: no more; ENETDOWN, once: the device is down, and may come up again, or is gone
+        while True:
+            yield receive(via)
 
 
 def is_device(name: str, index: int) -> bool:

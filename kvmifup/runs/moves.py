@@ -44,15 +44,17 @@ class PreparedArrival:
         return len(self.job.needed) > MANY or any(change.op.waits for change in self.job.needed)
 
 
-def prepare_arrival(tap: str, session: Session) -> PreparedArrival | None:
+def prepare_arrival(tap: str, session: Session, only: Collection[str] | None = None) -> PreparedArrival | None:
     """Find out what post will have to do for *tap*; None if its NIC does not wait for its guest.
 
+    *only*: for these of its addresses, and no others.
     Raises what `phases.plan` raises, LockTimeoutError, JournalError and NamespaceError.
     """
     with holding(tap, session, lambda journal: journal.phase is Phase.PRE) as journal:
         if journal is None:
             return None
-        outcome, job = prepare(Phase.POST, journal.nic, session, announce=False)
+        nic = journal.nic if only is None else limited(journal.nic, only)
+        outcome, job = prepare(Phase.POST, nic, session, announce=False)
         devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
         indices = tuple((dev, session.kernel.ifindex(dev)) for dev in devices)
         return PreparedArrival(outcome, job, session.store.stamp(tap), indices)
@@ -102,22 +104,24 @@ def begin(nic: Nic, session: Session) -> Outcome | None:
         return carry_out([prepared], session.kernel, session.store)[0]
 
 
+def limited(nic: Nic, addresses: Collection[str]) -> Nic:
+    """*nic*, with only those of its addresses that are among *addresses*: its guest has these, so it is not asked."""
+    ip = tuple(prefix for prefix in nic.ip if phases.is_host(prefix) and phases.bare(prefix) in addresses)
+    return replace(nic, ip=ip, to_ask=False)
+
+
 def run_post(
-    tap: str, wanted: Callable[[Journal], bool], session: Session, only: Collection[str] | None = None
+    tap: str, wanted: Callable[[Journal], bool], session: Session, known: Callable[[Nic], Nic] = lambda nic: nic
 ) -> Outcome | None:
     """post for the NIC whose journal *tap* has, whoever wired it; None if it is not the *wanted* one (any more).
 
-    *only*: for these of its addresses, and no others.
+    *known* gives the NIC as it is known by now.
     Raises what `phases.plan` and `apply.apply` raise, LockTimeoutError, JournalError and NamespaceError.
     """
     with holding(tap, session, lambda journal: journal.phase is not Phase.DOWN and wanted(journal)) as journal:
         if journal is None:
             return None
-        nic = journal.nic
-        if only is not None:
-            ip = tuple(prefix for prefix in nic.ip if phases.is_host(prefix) and phases.bare(prefix) in only)
-            nic = replace(nic, ip=ip, to_ask=False)
-        return run(Phase.POST, nic, session, admitted=False)
+        return run(Phase.POST, known(journal.nic), session, admitted=False)
 
 
 def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Outcome | None:

@@ -232,6 +232,58 @@ def test_what_the_guest_announces_by_itself_is_an_answer(uplinked: Node, agent: 
         until(lambda: wired() == ({GUEST_IP4}, {GUEST_IP4}))
 
 
+HOPS = {"sent by the guest": 64, "passed on by the guest": 63}
+
+
+@pytest.mark.parametrize("how", [*HOPS, "of another address"])
+@pytest.mark.parametrize("ip", IPS)
+def test_a_packet_that_the_guest_has_sent_from_an_address_shows_that_it_has_it(
+    uplinked: Node, agent: Agent, ip: str, how: str
+) -> None:
+    """Nobody answers here: a guest that is busy sends what it has to send before it does."""
+    guest = uplinked.guest("tap0")
+    expect({**FIRST, "IP": ip})
+    with qemu((guest, GUEST_MAC)), agent.when_armed():
+        other = "2001:db8::77" if ":" in ip else "192.0.2.77"
+        guest.send(guests.packet(other if how == "of another address" else ip, HOPS.get(how, 64)))
+        if how == "sent by the guest":
+            until(lambda: wired() == ({ip}, {ip}))
+        else:
+            witness(uplinked, agent)
+            assert wired() == NOT_WIRED
+
+
+@pytest.mark.parametrize("first", IPS)
+def test_an_address_is_wired_at_once_and_those_answered_for_later_follow(
+    uplinked: Node, agent: Agent, first: str
+) -> None:
+    client = uplinked.listen()
+    guest = uplinked.guest("tap0")
+    expect(BOTH)
+    (second,) = {*IPS} - {first}
+    with qemu((guest, GUEST_MAC)), agent.when_armed():
+        guest.send(guests.packet(first))
+        until(lambda: wired() == ({first}, {first}))
+        assert announced(uplinked, client) == {first}
+        with answering(guest, only=[second]):
+            until(lambda: wired() == (set(IPS), set(IPS)))
+            client.until(guests.rounds_of(*IPS, rounds=1))
+    agent.heard("as well: wired")
+    assert oracle.neighbours() == dict.fromkeys(IPS, GUEST_MAC)
+
+
+def test_what_somebody_else_has_said_meanwhile_is_not_changed_by_a_late_answer(uplinked: Node, agent: Agent) -> None:
+    guest = uplinked.guest("tap0")
+    expect(BOTH)
+    with qemu((guest, GUEST_MAC)), agent.when_armed():
+        guest.send(guests.packet(GUEST_IP4))
+        until(lambda: phase() == "post")
+        by_ganeti("tap0", f"{GUEST_IP4},{SECOND_IP4}")
+        guest.send(guests.packet(GUEST_IP6))
+        witness(uplinked, agent)
+        assert wired() == ({GUEST_IP4, SECOND_IP4}, {GUEST_IP4, SECOND_IP4})
+
+
 def test_a_migration_that_is_cancelled_leaves_nothing_and_can_be_ordered_again(uplinked: Node, agent: Agent) -> None:
     for number in range(2):
         guest = uplinked.guest("tap0")

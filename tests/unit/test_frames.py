@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import wire
+from harness import guests, wire
 from kvmifup.core.model import Nic
 from kvmifup.node import frames, sockets
 
@@ -168,7 +168,7 @@ def test_a_guest_is_asked_in_each_family_once() -> None:
     assert socket.inet_ntop(socket.AF_INET6, ndp[38:54]) == "2001:db8::8" == str(ipaddress.IPv6Address(ndp[62:78]))
     assert ndp[78:] == b"\x01\x01" + bytes.fromhex("fe000035ac01")
     pseudo = ndp[22:54] + struct.pack("!I3xB", len(ndp) - 54, 58) + ndp[54:]
-    assert wire._sum(pseudo) == 0xFFFF
+    assert wire.ones_sum(pseudo) == 0xFFFF
 
 
 @pytest.mark.parametrize(
@@ -319,3 +319,25 @@ def test_however_many_addresses_there_are_a_filter_lets_all_pass_and_few_others(
     for number in {number + by for number in few for by in (-1, 1) if 0 < number + by <= 0xFFFFFFFF}:
         frame = wire.arp_request(OTHER, str(ipaddress.IPv4Address(number)), "192.0.2.1")
         assert passes(program, frame) == (number in few)
+
+
+@pytest.mark.parametrize("source", ["192.0.2.8", "2001:db8::8"])
+def test_a_packet_tells_from_which_address_its_machine_has_sent_it(source: str) -> None:
+    for hops in (64, 128, 255):
+        assert frames.sender_in(guests.packet(source, hops)) == source
+    for hops in (0, 1, 63, 127, 254):
+        assert frames.sender_in(guests.packet(source, hops)) is None
+
+
+def test_a_packet_that_no_kernel_would_take_tells_nothing() -> None:
+    packet = guests.packet("192.0.2.8")
+    assert frames.sender_in(packet[:26] + b"\xc0\x00\x02\x09" + packet[30:]) is None  # its checksum is wrong
+    tagged = packet[:12] + b"\x81\x00\x00\x64" + packet[12:]
+    for one in (packet[:33], guests.packet("2001:db8::8")[:53], ARP, guests.rarp(), tagged):
+        assert frames.sender_in(one) is None
+
+
+@given(st.binary(min_size=14, max_size=sockets.SNAP))
+def test_whatever_a_guest_sends_can_be_looked_at(frame: bytes) -> None:
+    found = frames.sender_in(frame)
+    assert found is None or ipaddress.ip_address(found)

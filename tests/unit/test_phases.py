@@ -26,7 +26,6 @@ from kvmifup.core.ops import (
     Route,
     Rule,
     Sources,
-    Sysctl,
     UplinkGuard,
 )
 

@@ -44,7 +44,7 @@ def record(loop: Loop, state: State) -> tuple[TapRecord, socket.socket | None]:
         loop.watch(ours, lambda: None)
     listener = tap.listener
     if state is State.READY:
-        tap.ready(PREPARED)
+        tap.ready({None: PREPARED})
     elif state is not tap.state:
         tap.become(state)
     assert tap.state is state
@@ -136,7 +136,7 @@ def test_who_does_not_listen_any_more_lets_go_of_all_that_it_took(loop: Loop, be
     fired: list[str] = []
     tap.timers.set("arrival", 0, partial(fired.append, "arrival"))
     tap.become(after)
-    assert (tap.listener, tap.prepared) == (None, None)
+    assert (tap.listener, dict(tap.prepared)) == (None, {})
     assert listener
     assert ended(listener)
     loop.later(0.01, loop.stop)
@@ -146,12 +146,14 @@ def test_who_does_not_listen_any_more_lets_go_of_all_that_it_took(loop: Loop, be
 
 def test_what_was_prepared_is_there_while_it_is_ready(loop: Loop) -> None:
     tap, _ = record(loop, State.READY)
-    assert tap.prepared is PREPARED
+    assert tap.prepared == {None: PREPARED}
     tap.become(State.ARMED)
-    assert tap.prepared is None
+    assert tap.prepared == {}
     assert tap.listener
-    tap.ready(PREPARED)
-    assert tap.prepared is PREPARED
+    tap.ready({None: PREPARED})
+    assert tap.prepared == {None: PREPARED}
+    tap.become(State.ARMED)
+    assert tap.prepared == {}
     tap.become(State.OVER)
 
 
@@ -161,7 +163,7 @@ def test_timers_do_not_get_more_with_every_change(loop: Loop) -> None:
     for _ in range(1000):
         tap.become(State.ARMED)
         tap.timers.set("prepare", 0.2, lambda: None)
-        tap.ready(PREPARED)
+        tap.ready({None: PREPARED})
     assert len(tap.timers._timers) == 1
     tap.become(State.OVER)
 
@@ -200,7 +202,8 @@ class Prepared:
     ],
 )
 def test_what_was_prepared_relies_on_its_devices_and_routes(touched: set[Thing], relies: bool) -> None:
-    assert relied_on(cast(PreparedArrival, Prepared()), DUAL).isdisjoint(touched) is not relies
+    prepared: dict[str | None, PreparedArrival] = {None: cast(PreparedArrival, Prepared())}
+    assert relied_on(prepared, DUAL).isdisjoint(touched) is not relies
 
 
 # --- the journals ---------------------------------------------------------------------------------------
