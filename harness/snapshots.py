@@ -96,21 +96,35 @@ BATCHES = {
 }
 
 
+def _nftables(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Tables, chains, sets and their elements, rules in their order; without handles, and what is counted."""
+    rules: Counter[tuple[str, str]] = Counter()
+    for one in found:
+        ((kind, what),) = one.items()
+        if kind == "metainfo":
+            continue
+        if what["family"] == "inet" and what.get("table", what["name"] if kind == "table" else "") == "kvm-ifup":
+            # Of this table only what is in sets and maps goes with the last NIC.
+            for element in what.get("elem", ()):
+                said = re.sub(r', "counter": {[^}]*}', "", json.dumps(element))
+                yield f"nft element inet {what['name']} {said}"
+            continue
+        place = [what.get("table", ""), what.get("chain", ""), what.get("name", "")]
+        if kind == "rule":
+            rules[what["table"], what["chain"]] += 1
+            place.append(str(rules[what["table"], what["chain"]]))
+        for element in what.pop("elem", ()):
+            key = element.get("elem", {}).get("val", element) if isinstance(element, dict) else element
+            yield f"nft element {'/'.join(place)} {json.dumps(key)}"
+        rest = {name: value for name, value in what.items() if name != "handle"}
+        yield f"nft {kind} {'/'.join(place)} {json.dumps(rest, sort_keys=True)}"
+
+
 def _answers() -> Iterator[list[dict[str, Any]]]:
     script = "".join(f"{program} <<.\n" + "\n".join(lines) + "\n.\n" for program, lines in BATCHES.items())
-    for line in tools.run("sh", "-ec", script + "nft -j list ruleset").splitlines():
+    for line in tools.run("sh", "-ec", f"{script}nft -j list ruleset").splitlines():
         found = json.loads(line)
         yield [one for one in (found["nftables"] if isinstance(found, dict) else found) if one]
-
-
-def _elements(ruleset: list[dict[str, Any]]) -> Iterator[str]:
-    """What is in sets and maps of nftables. The rules and the sets themselves stay when the last NIC has gone."""
-    for one in ruleset:
-        (kind, what) = next(iter(one.items()))
-        for element in what.get("elem", ()) if kind in ("set", "map") else ():
-            # What a counter has counted goes on.
-            said = re.sub(r', "counter": {[^}]*}', "", json.dumps(element))
-            yield f"nft {what['family']} {what['table']} {what['name']} {said}"
 
 
 def snapshot() -> Snapshot:
@@ -121,7 +135,7 @@ def snapshot() -> Snapshot:
 def snapshot_of_kernel() -> Snapshot:
     """The same without files: what `ip`, `bridge`, `nft` and /proc/sys tell."""
     links, addresses, neighs, proxied, routes4, rules4, routes6, rules6, ports, ruleset = _answers()
-    found = Counter([*_links(links), *_sysctls(), *_elements(ruleset)])
+    found = Counter([*_links(links), *_sysctls(), *_nftables(ruleset)])
     for port in ports:
         found.update(_lines("port", port, f"/{port['ifname']}"))
     for address in addresses:

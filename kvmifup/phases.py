@@ -22,7 +22,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any
 
-from kvmifup.core import ovsport, rates
+from kvmifup.core import filters, ovsport, rates
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import (
     ASK,
@@ -48,6 +48,7 @@ from kvmifup.core.ops import (
     AddrGenMode,
     Announce,
     BridgeAddress,
+    Filter,
     LinkAddress,
     LinkMaster,
     LinkMtu,
@@ -127,7 +128,8 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
         yield PRE, BridgeAddress(name, bridge.mac)
     # Before it becomes a port: a bridge takes over the lowest MTU among its ports.
     yield PRE, LinkMtu(nic.tap, bridge.mtu)
-    unfiltered(nic, config, "a bridge yet")
+    if lets_through := filter_of(nic, config):
+        yield PRE, Filter(nic.tap, lets_through)
     yield from ((PRE, op) for op in port_settings(nic, bridge, facts))
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     vlans = canonical(nic.vlan) if nic.vlan else bridge.new_port if bridge.keeps and bridge.filters else ""
@@ -139,6 +141,15 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     yield PRE, LinkUp(nic.tap, True)
     if not slow(bridge, config):
         yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
+
+
+def filter_of(nic: Nic, config: Config) -> str | None:
+    """What the guest may send, as `Filter` has it; None: anything."""
+    rungs = ladder(nic, config)
+    kind = said("filter", *rungs) or "off"
+    if kind == "off":
+        return None
+    return filters.facts(kind, (nic.mac, *(said("allow_mac", *rungs) or ())), nic.ip).text
 
 
 def port_options(nic: Nic, config: Config, bridge: Bridge) -> Iterator[Op]:

@@ -262,6 +262,29 @@ class UplinkVlans(Op):
 
 
 @record
+class Filter(Op):
+    """What the guest behind the tap *dev* may send onto its bridge, as `kvmifup.core.filters` has it; None: anything.
+
+    It is in nftables, by the name of the tap. So it stays when the tap goes, and then applies to the next one.
+    """
+
+    kind = "filter"
+    leaves = (None,)
+    dev: str
+    want: str | None
+
+    @property
+    def outlives_tap(self) -> bool:
+        return True
+
+    def subject(self) -> str:
+        return f"{self.dev} filter"
+
+    def say(self, value: Value) -> str:
+        return "off" if value is None else str(value)
+
+
+@record
 class LinkUp(Op):
     """Whether *dev* is administratively up."""
 
@@ -566,6 +589,7 @@ KINDS: dict[str, type[Op]] = {
         LinkMtu,
         LinkMaster,
         UplinkVlans,
+        Filter,
         LinkUp,
         PortOption,
         PortForwarding,

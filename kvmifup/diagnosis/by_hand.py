@@ -1,4 +1,4 @@
-"""A change as the commands with which a person would make it by hand: ip, sysctl, bridge or ovs-vsctl."""
+"""A change as the commands with which a person would make it by hand: ip, sysctl, bridge, nft or ovs-vsctl."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvmifup.core.ops import (
     Address,
     AddrGenMode,
     BridgeAddress,
+    Filter,
     LinkAddress,
     LinkMaster,
     LinkMtu,
@@ -30,7 +31,8 @@ from kvmifup.core.ops import (
     Value,
 )
 from kvmifup.core.vlans import MAX_VLAN, PVID, UNTAGGED, flags_of, ids, ranges
-from kvmifup.node import ovs
+from kvmifup.node import filters, ovs
+from kvmifup.node.filter_shape import HERE
 from kvmifup.runs.apply import Change
 
 
@@ -42,6 +44,14 @@ def lines(change: Change) -> list[str]:
         case UplinkVlans():
             there, wanted = (dict.fromkeys(ids(str(value)), 0) for value in (change.now, change.op.want))
             return [shlex.join(words) for words in vlans(change.op.dev, there, wanted)]
+        case Filter():
+            found = [shlex.join(["nft", one]) for one in filters.by_hand(change.op, change.now)]
+            # The last one takes the table along.
+            return (
+                found
+                if change.op.want
+                else [*found, f"nft list map {HERE} guests | grep -q goto || nft delete table {HERE}"]
+            )
         case OvsPort():
             now = None if change.now is None else str(change.now)
             return [shlex.join(["ovs-vsctl", *ovs.transaction(change.op.dev, change.op.want, now)])]

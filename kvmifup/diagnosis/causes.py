@@ -10,6 +10,7 @@ from kvmifup.core.model import Nic
 from kvmifup.core.ops import (
     Address,
     AddrGenMode,
+    Filter,
     LinkAddress,
     LinkMaster,
     LinkMtu,
@@ -116,6 +117,10 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
             if change.now is None:
                 return "something took it off its bridge: restarting the network does that"
             return "somebody has moved it to another bridge"
+        case Filter():
+            if change.now is None:
+                return "something has deleted it, `nft flush ruleset` perhaps: the guest can send what it likes"
+            return "somebody has changed what is ours in nftables"
         case LinkUp():
             return "somebody has set it down: every frame for and from the guest is lost"
         case LinkMtu():

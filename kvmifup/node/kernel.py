@@ -9,6 +9,7 @@ import errno
 import ipaddress
 import socket
 import time
+from typing import TYPE_CHECKING
 
 from kvmifup.core import bridgeport
 from kvmifup.core.errors import KernelError, NotReadyError, VanishedError
@@ -19,6 +20,7 @@ from kvmifup.core.ops import (
     AddrGenMode,
     Announce,
     BridgeAddress,
+    Filter,
     LinkAddress,
     LinkMaster,
     LinkMtu,
@@ -59,6 +61,9 @@ from kvmifup.node.refusals import forgiven, refusals
 from kvmifup.node.routes import RouteEntry, route_entry
 from kvmifup.node.view import View, sources_of
 
+if TYPE_CHECKING:
+    from kvmifup.node.filters import Filters
+
 PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")  # BR_STATE_*, linux/if_bridge.h
 BEST_IPV6 = 1  # the priority of our routes: 0 stands for 1024 there, and routing daemons use less
 FIRST, BETWEEN = "first: ", "; "  # of routes of others: they come before those out of other devices; between two
@@ -71,10 +76,13 @@ class Kernel:
     def __init__(self, view: View | None = None) -> None:
         self._view = view or View()
         self._netlink = self._view.netlink
+        self.filters: Filters | None = None
 
     def close(self) -> None:
-        """Close the netlink socket."""
+        """Close the netlink sockets."""
         self._view.close()
+        if self.filters:
+            self.filters.close()
 
     def refresh(self) -> None:
         """Forget what was read, because something may have changed."""
@@ -123,6 +131,8 @@ class Kernel:
                 return self._read_master(op)
             case UplinkVlans():
                 return present(op, self._view.ports.vlans(self._trunk(op)))
+            case Filter():
+                return filters_of(self).read(op.dev)
             case LinkUp():
                 return bool(self._view.link(op.dev).flags & IFF_UP)
             case PortOption():
@@ -229,6 +239,8 @@ class Kernel:
                 index = self._trunk(op)
                 self._view.ports.clear()
                 self._view.ports.change(index, *share(op, self._view.ports.vlans(index)))
+            case Filter():
+                filters_of(self).write(op)
             case LinkUp():
                 self._netlink.set_link(self._view.index(op.dev), flags=IFF_UP if op.want else 0, change=IFF_UP)
             case PortOption():
@@ -357,6 +369,15 @@ class Kernel:
             self._view.refresh()  # it may be half done
             raise
         self._view.routes_out.note(prefix, op.table, index, now)
+
+
+def filters_of(kernel: Kernel) -> Filters:
+    """The filters, which few NICs have: their modules are loaded when they are needed."""
+    if kernel.filters is None:
+        from kvmifup.node.filters import Filters
+
+        kernel.filters = Filters()
+    return kernel.filters
 
 
 def ours(op: Route, index: int) -> RouteEntry:

@@ -1,6 +1,7 @@
 """nftables through libnftables: commands as one transaction, and what there is.
 
-Commands and answers are those of libnftables-json(5). Nothing here knows what is in a table.
+Commands and answers are those of libnftables-json(5), a script's those of nft(8). Nothing here knows what is
+in a table.
 
 No other module imports nftables, and this one does so only inside its function: it is Debian's python3-nftables, which
 need not be installed, and few NICs have a filter.
@@ -29,6 +30,13 @@ def run(commands: Sequence[Command], what: str) -> None:
     Raises KernelError if the kernel refuses one, PrivilegeError, NotReadyError without libnftables.
     """
     code, _, error = context().json_cmd({"nftables": list(commands)})
+    if code:
+        raise refused(what, error)
+
+
+def script(text: str, what: str) -> None:
+    """Do the commands of *text*, as nft(8) has them, as one transaction, or none. Raises what `run` raises."""
+    code, _, error = context().cmd(text)
     if code:
         raise refused(what, error)
 

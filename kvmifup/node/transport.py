@@ -1,4 +1,4 @@
-"""The rtnetlink socket: sends a request, and takes in its answer or the messages of its dump."""
+"""A netlink socket: sends a request, and takes in its answer or the messages of its dump."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ Keep = Callable[[bytes], bool] | None  # which messages of a dump; None is all
 class Transport:
     """One request at a time, so not for two threads at once. A request that the kernel refuses raises NetlinkError."""
 
-    def __init__(self) -> None:
-        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._sequence = 0
         self._warm = False  # whether it has received something
         # The kernel obeys the filters of a dump, and refuses a request that it does not understand.
@@ -60,9 +60,13 @@ class Transport:
 
     def send(self, kind: int, flags: int, body: bytes) -> int:
         """Send a request of the type *kind* (RTM_*) with *flags* (NLM_F_*); returns its sequence number."""
+        sequence = self.next_sequence()
+        self.socket.send(NLMSGHDR.pack(BODY + len(body), kind, NLM_F_REQUEST | flags, sequence, 0) + body)
+        return sequence
+
+    def next_sequence(self) -> int:
+        """The number for the next request."""
         self._sequence += 1
-        header = NLMSGHDR.pack(BODY + len(body), kind, NLM_F_REQUEST | flags, self._sequence, 0)
-        self.socket.send(header + body)
         return self._sequence
 
     def ask(self, kind: int, flags: int, body: bytes) -> bytes:
@@ -89,7 +93,7 @@ class Transport:
         every: dict[bytes, bytes] = {}
         for _ in range(TRIES):
             warm = self._warm
-            parts, undisturbed = self._dump_once(kind, body)
+            parts, undisturbed = self.dump_once(kind, body)
             if undisturbed and len(parts) <= 1 and not every:
                 return [one for part in parts for one in filter(keep, split(part, wanted))]
             every |= {identity(one): one for part in parts for one in filter(keep, split(part, wanted))}
@@ -97,7 +101,7 @@ class Transport:
                 # The first part that a socket gets is small, until it has received something (netlink_dump).
                 other = Transport() if warm else self
                 try:
-                    parts, undisturbed = other._dump_once(kind, body)
+                    parts, undisturbed = other.dump_once(kind, body)
                 finally:
                     if warm:
                         other.close()
@@ -106,7 +110,7 @@ class Transport:
                 break
         return list(every.values())
 
-    def _dump_once(self, kind: int, body: bytes) -> tuple[list[bytes], bool]:
+    def dump_once(self, kind: int, body: bytes) -> tuple[list[bytes], bool]:
         """The parts of a dump, each with all of its messages; and False if the kernel says that it was disturbed."""
         request = self.send(kind, NLM_F_DUMP, body)
         parts: list[bytes] = []

@@ -12,6 +12,7 @@ from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Prefix, Uplink
 from kvmifup.core.ops import (
     Announce,
+    Filter,
     Neighbour,
     Op,
     OvsPort,
@@ -130,7 +131,7 @@ class View:
     def forget(self, op: Op) -> None:
         """Forget what writing *op* may have changed. Changing a link can change anything."""
         match op:
-            case Neighbour() | ProxyNeighbour() | Announce() | Sources() | UplinkGuard():
+            case Neighbour() | ProxyNeighbour() | Filter() | Announce() | Sources() | UplinkGuard():
                 pass
             case Rule():
                 self._rules.clear()

@@ -11,6 +11,7 @@ from harness.hooks import call, check
 
 NICS: dict[str, dict[str, Any]] = {
     "bridged": {"mode": "bridged", "link": "br0"},
+    "bridged, filter": {"mode": "bridged", "link": "br0", "ip": [GUEST_IP4, GUEST_IP6], "filter": "address"},
     "routed, table": {
         "mode": "routed", "link": "100", "ip": [GUEST_IP4, "198.51.100.0/29", GUEST_IP6],
     },
@@ -18,7 +19,7 @@ NICS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # So many writes the whole of each takes at least, from any tap: a loop over all of them that ends early has
 # missed some. Without the announcement: its failure undoes nothing.
-WRITES = {"bridged": 4, "routed, table": 19, "routed": 16}
+WRITES = {"bridged": 4, "bridged, filter": 5, "routed, table": 19, "routed": 16}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,6 @@ def scenes(*, elsewhere: bool = True) -> list[Scene]:
         for scene in (
             Scene(nic),
             *([Scene(nic, "elsewhere")] if elsewhere else []),
-            *([Scene(nic, earlier="kvm-ifup-pre")] if nic != "bridged" else []),
+            *([Scene(nic, earlier="kvm-ifup-pre")] if not nic.startswith("bridged") else []),
         )
     ]

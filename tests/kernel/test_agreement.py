@@ -14,6 +14,7 @@ from harness.nodes import Node
 
 NICS: dict[str, dict[str, Any]] = {
     "bridged": {"mode": "bridged", "link": "br0"},
+    "filter": {"mode": "bridged", "link": "br0", "ip": [GUEST_IP4, GUEST_IP6], "filter": "address"},
     "table": {"mode": "routed", "link": "100", "ip": [GUEST_IP4, "198.51.100.0/29", GUEST_IP6]},
     "routed": {"mode": "routed", "ip": [GUEST_IP4, GUEST_IP6]},
 }
@@ -35,6 +36,21 @@ TO_BRIDGED = {
     "addrgenmode": "ip link set tap0 addrgenmode eui64",
     "port option": "bridge link set dev tap0 mcast_router 1",
     "snooping": "ip link set br0 type bridge mcast_snooping 0",
+}
+TO_FILTERED = {
+    "no ruleset": "nft flush ruleset",
+    "no table": "nft delete table bridge kvm-ifup",
+    "no rules": "nft flush table bridge kvm-ifup",
+    "a rule more": "nft insert rule bridge kvm-ifup address accept",
+    "no rules of its own": "nft flush chain bridge kvm-ifup nic-tap0",
+    "a MAC more": "nft add element bridge kvm-ifup macs { tap0 . 02:00:00:00:00:77 }",
+    "a prefix more": "nft add element bridge kvm-ifup nets6 { tap0 . 2001:db8:7::/48 }",
+    "an address less": f"nft delete element bridge kvm-ifup hosts4 {{ tap0 . {GUEST_IP4} }}",
+    "another kind": "nft delete element bridge kvm-ifup guests { tap0 }; "
+    "nft add element bridge kvm-ifup guests { tap0 : goto mac }",
+    "no element": "nft delete element bridge kvm-ifup guests { tap0 }",
+    "another policy": "nft add chain bridge kvm-ifup prerouting '{ policy drop; }'",
+    "asleep": "nft add table bridge kvm-ifup '{ flags dormant; }'",
 }
 TO_ROUTED = {
     "no rule": "ip rule add iif tap0 lookup 100; ip rule del iif tap0 lookup 100",
@@ -59,11 +75,12 @@ TO_ROUTED = {
     "default elsewhere": "ip link add eth1 type veth peer name far; ip link set eth1 up; ip link set far up;"
     " sysctl -qw net.ipv4.conf.eth1.forwarding=1; ip route replace default dev eth1",
 }
+TO_MODE = {"bridged": TO_BRIDGED, "table": TO_ROUTED, "routed": TO_ROUTED}
 CASES = [
     pytest.param(nic, phase, line, id=f"{nic}, {phase}, {name}")
     for nic in NICS
-    for phase in ("pre", "post")
-    for name, line in {**TO_ANY, **(TO_BRIDGED if nic == "bridged" else TO_ROUTED)}.items()
+    for phase in (("post",) if nic == "filter" else ("pre", "post"))
+    for name, line in (TO_FILTERED if nic == "filter" else {**TO_ANY, **TO_MODE[nic]}).items()
 ]
 What = set[tuple[str, str, Any]]
 

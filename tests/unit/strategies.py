@@ -25,6 +25,7 @@ from kvmifup.core.ops import (
     PORT_OPTIONS,
     Address,
     AddrGenMode,
+    Filter,
     LinkAddress,
     LinkMaster,
     LinkMtu,
@@ -192,6 +193,7 @@ _fields: dict[type[Op], st.SearchStrategy[Op]] = {
     LinkMtu: st.builds(LinkMtu, taps, st.integers(68, 65535)),
     LinkMaster: st.builds(LinkMaster, taps, st.none() | bridge_names | st.just("br0 .100:200-299")),
     UplinkVlans: st.builds(UplinkVlans, bridge_names, uplink_names, vlan_sets, vlan_sets),
+    Filter: st.builds(Filter, taps, st.none() | st.just("address aa:00:00:35:ac:01 192.0.2.8")),
     LinkUp: st.builds(LinkUp, taps, st.booleans()),
     Sysctl: st.builds(
         Sysctl,

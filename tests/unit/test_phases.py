@@ -92,6 +92,14 @@ SCENARIOS = {
             link=(("br0", LinkConfig(isolated=False, multicast_router=False)), ("br1", LinkConfig(learning=True))),
         ),
     ),
+    "bridged-filter-mac": Scenario(
+        replace(BRIDGED, filter="mac"),
+        FACTS_BRIDGED,
+        Config(link=(("br0", LinkConfig(filter="address", allow_mac=("02:00:00:00:00:0b",))),)),
+    ),
+    "bridged-filter-address": Scenario(
+        replace(BRIDGED, ip=SEVERAL), FACTS_BRIDGED, Config(bridged=BridgedConfig(filter="address"))
+    ),
     "openvswitch": Scenario(replace(OVS, vlan=None), FACTS_BRIDGED),
     "openvswitch-vlans": Scenario(OVS, FACTS_BRIDGED),
     "ext": Scenario(EXT, FACTS_EXT),

@@ -1,0 +1,287 @@
+"""The filters of bridged NICs: what there is of one in nftables, and how it becomes what it is to be.
+
+Reading trusts nothing that was written: it looks at the table, the base chain, every rule that NICs share, the rules
+and elements of this one. A change of one NIC is one transaction.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from ipaddress import IPv4Address, IPv6Address, ip_network, summarize_address_range
+
+from kvmifup.core import filters
+from kvmifup.core.errors import KernelError, NotReadyError
+from kvmifup.core.filters import Facts, Prefix
+from kvmifup.core.ops import Filter
+from kvmifup.core.records import record
+from kvmifup.node import filter_shape as shape
+from kvmifup.node import nfnetlink, nft
+from kvmifup.node.filter_shape import Element
+from kvmifup.node.nfnetlink import Entry, Nftables
+from kvmifup.node.refusals import refusals
+
+TRIES = 8  # of a change that other changes disturb
+MAC, IP4, IP6 = 6, 4, 16  # bytes
+KEYS = {"macs": MAC, "hosts4": IP4, "nets4": IP4, "hosts6": IP6, "nets6": IP6}  # of what comes after the tap's name
+PREROUTING, ACCEPT = 0, 1  # NF_BR_PRE_ROUTING, NF_ACCEPT
+HOOKED = (PREROUTING, -300, ACCEPT, "filter")
+# What nft numbers its types with (datatype.h): of a concatenation each has six bits.
+IFNAME, NUMBERS = 41, {"ifname": 41, "ether_addr": 9, "ipv4_addr": 7, "ipv6_addr": 8}
+VERDICT, INTERVAL, IS_MAP = 0xFFFFFF00, 0x4, 0x8  # NFT_DATA_VERDICT, NFT_SET_INTERVAL, NFT_SET_MAP
+DISTURBED = (errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART)
+THE_TABLE, BASE_CHAIN, NOTHING_WHOLE = "the table", f"the hook of chain {shape.BASE}", "nothing whole"
+NOT_PLAIN = '"\\*'  # in the name of a tap: nft has no way to write it
+
+
+@record
+class Found:
+    """What there is of the filter of one NIC.
+
+    *missing* is what is not as it is to be of what NICs share. *marks* are those of the rules in its own chain, None if
+    that is not there.
+    """
+
+    missing: tuple[str, ...]
+    elements: frozenset[Element] = frozenset()
+    marks: tuple[str, ...] | None = None
+    entries: tuple[tuple[str, Entry], ...] = ()
+    generation: int = 0
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is nothing of this NIC."""
+        return not self.elements and self.marks is None
+
+    @property
+    def facts(self) -> Facts | None:
+        """What it lets through, by its elements; None if they do not say."""
+        kind = next((verdict for name, _, verdict in self.elements if name == "guests"), "")
+        macs = [key for name, key, _ in self.elements if name == "macs"]
+        if kind not in ("mac", "address") or not macs:
+            return None
+        prefixes = [
+            ip_network(key) for name, key, _ in self.elements if name[:4] in ("host", "nets") and "-" not in key
+        ]
+        return filters.facts(kind, macs, prefixes)
+
+    def damage(self, tap: str) -> tuple[str, ...]:
+        """What is not as `facts` says."""
+        facts = self.facts
+        found = list(self.missing)
+        if facts is None or self.elements != shape.elements(tap, facts):
+            found.append("its elements")
+        if facts is None or self.marks != own_marks(tap, facts):
+            found.append(f"chain {shape.chain_of(tap)}")
+        return tuple(found)
+
+
+def own_marks(tap: str, facts: Facts) -> tuple[str, ...]:
+    """The comments of the rules of its small chain."""
+    chain = shape.chain_of(tap)
+    return tuple(shape.mark(chain, rule) for rule in shape.own_rules(facts))
+
+
+def text(found: Found, tap: str) -> str | None:
+    """The value of `Filter`: None for nothing, the facts, or what can be said of one that is not whole."""
+    if found.nothing:
+        return None
+    damage = found.damage(tap)
+    said = found.facts.text if found.facts else NOTHING_WHOLE
+    return f"{said}{filters.BROKEN}{', '.join(damage)})" if damage else said
+
+
+class Filters:
+    """The filters of one node, through a netlink socket of its own, which is opened when it is needed first."""
+
+    def __init__(self) -> None:
+        self._socket: Nftables | None = None
+        self._shared: tuple[int, tuple[str, ...]] = -1, ()  # by generation
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._socket:
+            self._socket.close()
+            self._socket = None
+
+    @property
+    def nftables(self) -> Nftables:
+        """The table."""
+        if self._socket is None:
+            self._socket = Nftables(nft.TABLE)
+        return self._socket
+
+    def read(self, tap: str) -> str | None:
+        """The value of `Filter` for *tap*. Raises KernelError, PrivilegeError, NotReadyError."""
+        return text(self.look(tap), tap)
+
+    def look(self, tap: str) -> Found:
+        """What there is for *tap*. Raises KernelError, PrivilegeError; NotReadyError if the table is not ours."""
+        with refusals(f"reading the filter of {tap}"):
+            for _ in range(TRIES):
+                found = self._look(tap)
+                if self.nftables.generation() == found.generation:
+                    break
+            return found
+
+    def _look(self, tap: str) -> Found:
+        table = self.nftables
+        generation = table.generation()
+        if self._shared[0] != generation:
+            self._shared = generation, tuple(missing(table))
+        if THE_TABLE in self._shared[1]:
+            return Found(self._shared[1], generation=generation)
+        raw, chain = os.fsencode(tap), shape.chain_of(tap)
+        entries = tuple((name, entry) for name in shape.TYPES for entry in table.elements(name, raw))
+        elements = frozenset(element(name, entry) for name, entry in entries)
+        marks = None if table.chain(chain) is None else table.comments(chain)
+        return Found(self._shared[1], elements, marks, entries, generation)
+
+    def write(self, op: Filter) -> None:
+        """Make what *op* wants true, all of it or nothing. Raises KernelError, PrivilegeError, NotReadyError."""
+        if op.want is not None and any(one in NOT_PLAIN or not one.isprintable() for one in op.dev):
+            raise NotReadyError(f"{op.dev} cannot have a filter: nft cannot write its name", hint="give it another one")
+        for attempt in range(1, TRIES + 1):
+            found = self.look(op.dev)
+            try:
+                if op.want is None:
+                    self._remove(op, found)
+                elif facts := facts_in(op.want):
+                    nft.script("\n".join(commands(op.dev, facts, found)), op.describe())
+                return
+            except KernelError as error:  # somebody was quicker
+                if error.errno not in DISTURBED or attempt == TRIES:
+                    raise
+
+    def _remove(self, op: Filter, found: Found) -> None:
+        if found.nothing:
+            return
+        table = self.nftables
+        own = sum(name == "guests" for name, _ in found.entries)
+        with refusals(op.describe()):
+            if table.count("guests") <= own:  # the last one takes the table along
+                table.remove(found.generation, (), ())
+            else:
+                chains = () if found.marks is None else (shape.chain_of(op.dev),)
+                table.remove(found.generation, found.entries, chains)
+
+
+def missing(table: Nftables) -> Iterator[str]:
+    """What is not as it is to be of what NICs share. Raises NotReadyError if the table is not ours."""
+    itself = table.itself()
+    if itself is None:
+        yield THE_TABLE
+        return
+    flags, used = itself
+    if flags & nfnetlink.NFT_TABLE_F_OWNER:
+        raise not_ours("a running program owns it")
+    known = [table.set_types(name) for name in shape.TYPES]
+    wrong = [name for name, one in zip(shape.TYPES, known, strict=True) if one and not fits(one, shape.TYPES[name])]
+    if wrong:
+        raise not_ours(f"its set {wrong[0]} is another one")
+    base = table.chain(shape.BASE)
+    marks = {name: table.comments(name) for name in shape.SHARED}
+    if used and not any(known):
+        raise not_ours("it has none of our sets")
+    if flags & nfnetlink.NFT_TABLE_F_DORMANT:
+        yield "the table, which sleeps"
+    yield from (f"{shape.TYPES[name][0]} {name}" for name, one in zip(shape.TYPES, known, strict=True) if not one)
+    if base is None:
+        yield f"chain {shape.BASE}"
+    elif base != HOOKED:
+        yield BASE_CHAIN
+    wanted = shape.shared_marks()
+    yield from (f"chain {name}" for name, found in marks.items() if found != wanted[name])
+
+
+def not_ours(why: str) -> NotReadyError:
+    """The error for a table of somebody else."""
+    return NotReadyError(
+        f"the table {shape.HERE} of nftables is not ours: {why}",
+        hint=f"`nft delete table {shape.HERE}` if nobody needs it",
+    )
+
+
+def fits(found: tuple[int, int, int], wanted: tuple[str, str]) -> bool:
+    """Whether a set is what `filter_shape.TYPES` says."""
+    flags, key, data = found
+    types, _, verdict = wanted[1].partition(";")[0].removeprefix("type ").partition(" : ")
+    number = 0
+    for one in types.split(" . "):
+        number = number << 6 | NUMBERS[one]
+    is_map = bool(verdict)
+    return (
+        key == number
+        and bool(flags & INTERVAL) == ("interval" in wanted[1])
+        and (bool(flags & IS_MAP), data == VERDICT) == (is_map, is_map)
+    )
+
+
+def element(name: str, entry: Entry) -> Element:
+    """An element as `filter_shape` has it."""
+    key, end, verdict = entry
+    size = KEYS.get(name, 0)
+    raw, last = (one[nfnetlink.IFNAMSIZ : nfnetlink.IFNAMSIZ + size] for one in (key, end or key))
+    if size == MAC:
+        return name, raw.hex(":"), verdict
+    if not size:
+        return name, "", verdict
+    return name, spanned(raw, last), verdict
+
+
+def spanned(first: bytes, last: bytes) -> str:
+    """The prefix from one address to another; "FIRST-LAST" if that is none."""
+    make = IPv4Address if len(first) == IP4 else IPv6Address
+    if first == last:
+        return str(make(first))
+    found: list[Prefix] = list(summarize_address_range(make(first), make(last)))
+    return str(found[0]) if len(found) == 1 else f"{make(first)}-{make(last)}"
+
+
+def facts_in(value: str) -> Facts | None:
+    """The facts in a value of `Filter`; None if it has none, because what was found was not whole."""
+    said = value.partition(filters.BROKEN)[0]
+    return None if said == NOTHING_WHOLE else filters.parsed(said)
+
+
+def commands(tap: str, facts: Facts, found: Found) -> Iterator[str]:
+    """What makes *facts* of what was found: one transaction, which leaves alone what is right."""
+    if found.missing:
+        yield from shape.shared_part(hooked=BASE_CHAIN in found.missing)
+    chain = shape.chain_of(tap)
+    if found.marks != own_marks(tap, facts):
+        yield f"add chain {shape.HERE} {chain}"
+        yield from shape.added(chain, shape.own_rules(facts))
+    wanted = shape.elements(tap, facts)
+    # One whose chain is another now has to go before it can come again.
+    yield from (shape.element("delete", tap, one) for one in sorted(found.elements - wanted))
+    yield from (shape.element("add", tap, one) for one in sorted(wanted - found.elements))
+
+
+def by_hand(op: Filter, now: object) -> Iterator[str]:
+    """What nft(8) is to be told to make what *op* wants of *now*: first what NICs share, then what is the NIC's own."""
+    said = None if now is None else str(now)
+    damage = said.partition(filters.BROKEN)[2].rstrip(")").split(", ") if said else [THE_TABLE]
+    before = facts_in(said) if said else None
+    elements = shape.elements(op.dev, before) if before else frozenset()
+    wanted = facts_in(op.want) if op.want else None
+    if wanted is None:
+        yield one_line(
+            (
+                *(shape.element("delete", op.dev, one) for one in sorted(elements)),
+                f"flush chain {shape.HERE} {shape.chain_of(op.dev)}",
+                f"delete chain {shape.HERE} {shape.chain_of(op.dev)}",
+            )
+        )
+        return
+    if damage != [""]:
+        yield one_line(shape.shared_part(hooked=BASE_CHAIN in damage))
+    whole = before and damage == [""]
+    marks = own_marks(op.dev, before) if before and whole else None
+    yield one_line(commands(op.dev, wanted, Found((), elements if whole else frozenset(), marks)))
+
+
+def one_line(words: Iterable[str]) -> str:
+    """Several commands for nft as one. (Two commands for the shell are told apart by a semicolon and a blank.)"""
+    return ";".join(words).replace("; ", ";")
