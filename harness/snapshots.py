@@ -107,7 +107,7 @@ def _nftables(found: list[dict[str, Any]]) -> Iterator[str]:
             # Of this table only what is in sets and maps goes with the last NIC.
             for element in what.get("elem", ()):
                 said = re.sub(r', "counter": {[^}]*}', "", json.dumps(element))
-                yield f"nft element inet {what['name']} {said}"
+                yield f"nft inet {what['table']} {what['name']} {said}"
             continue
         place = [what.get("table", ""), what.get("chain", ""), what.get("name", "")]
         if kind == "rule":
