@@ -1,6 +1,8 @@
 """Reads and writes the node's value for each op; it decides nothing.
 
 The errors of netlink, /proc and /sys come out as those of `kvmifup.core.errors`.
+
+Large because it has a case for each op, and these are easier to see in one place.
 """
 
 from __future__ import annotations
