@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from kvmifup.agent.loop import Loop
+from kvmifup.agent.loop import Loop, Timer
 from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import LOCAL_TABLE
 from kvmifup.core.records import record
@@ -29,8 +29,12 @@ IFF_LOWER_UP = 0x10000  # linux/if.h
 NUD_DYNAMIC = 0x1F  # linux/neighbour.h: INCOMPLETE, REACHABLE, STALE, DELAY, PROBE
 NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
 KIND_TUN = messages.attribute(messages.IFLA_INFO_KIND, b"tun\0")
-BUFFER = 1 << 20  # bytes: some thousand events
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+BUFFER = 4 << 20  # bytes: some thousand events, each of which takes 1 to 4 KB
 AT_ONCE = 512  # events
+# Seconds from the first of several changes until they are taken: a hook makes dozens, and each time that the loop woke
+# up for one, the hook's thread would have to wait.
+MOMENT = 0.02
 
 
 @record
@@ -42,7 +46,10 @@ class NetlinkMessage:
 
 
 class Subscription:
-    """Calls *heard* with the messages of *groups*, *lost* when the kernel could not tell all."""
+    """Calls *heard* with the messages of *groups*, *lost* when the kernel could not tell all.
+
+    At once only if it is *urgent*; else with those of a `MOMENT` together.
+    """
 
     def __init__(
         self,
@@ -51,14 +58,30 @@ class Subscription:
         heard: Callable[[list[NetlinkMessage]], None],
         lost: Callable[[], None],
         protocol: int = socket.NETLINK_ROUTE,
+        *,
+        urgent: bool = False,
     ) -> None:
         self.heard, self.lost = heard, lost
+        self._loop = loop
         self.socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol
         )
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        except PermissionError:  # in a user namespace: as much as everybody gets
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         self.socket.bind((0, sum(1 << group - 1 for group in groups)))
-        loop.watch(self.socket, self.read)
+        self._read_when_due = self.read if urgent else self._read_soon
+        loop.watch(self.socket, self._read_when_due)
+
+    def _read_soon(self) -> None:
+        """Something has come: take it in a moment, and hear of nothing until then."""
+        self._loop.ignore(self.socket)
+        self._loop.later(MOMENT, self._read_all)
+
+    def _read_all(self) -> None:
+        self.read()
+        self._loop.watch(self.socket, self._read_when_due)
 
     def read(self) -> bool:
         """Take what has come, at most `AT_ONCE` messages; False if there was nothing.
@@ -237,6 +260,18 @@ def touched_settings(body: bytes) -> Iterator[Thing]:
         yield ANYTHING
 
 
+# Routes that were added, and not by the kernel or by hand: our own are "static". In linux/rtnetlink.h the protocol is
+# byte 5 of struct rtmsg.
+OF_DAEMONS = [
+    (sockets.LOAD_HALF, 0, 0, 4),
+    (sockets.IF_EQUAL, 0, 3, int.from_bytes(messages.RTM_NEWROUTE.to_bytes(2, sys.byteorder), "big")),
+    (sockets.LOAD_BYTE, 0, 0, messages.BODY + 5),
+    (sockets.IF_GREATER, 0, 1, RTPROT_STATIC),
+    (sockets.RETURN, 0, 0, 0xFFFFFFFF),
+    (sockets.RETURN, 0, 0, 0),
+]
+
+
 class RouteEvents(Subscription):
     """Calls *learnt* for each route that a routing daemon has added: its prefix, its protocol, its device if any.
 
@@ -254,21 +289,25 @@ class RouteEvents(Subscription):
                             address = socket.inet_ntop(family, attributes.get(messages.RTA_DST, b""))
                             learnt(f"{address}/{length}", protocol, messages.u32(attributes.get(messages.RTA_OIF)))
 
-        super().__init__(loop, RTNLGRP_ROUTE, heard, lambda: None)
+        super().__init__(loop, RTNLGRP_ROUTE, heard, lambda: None, urgent=True)
+        sockets.attach(self.socket, OF_DAEMONS)
 
 
 class DirectoryEvents:
     """Calls *changed* after files in *directory* have come, gone or been replaced (fcntl(2), F_NOTIFY).
 
     *also* are directories that others make, once they are there: there it counts, too, what is written into files.
+    It is called a `MOMENT` after the first change, and once for all until then: a hook writes its journal twice.
     """
 
     def __init__(self, loop: Loop, directory: Path, changed: Callable[[], None], also: Sequence[Path] = ()) -> None:
+        self._loop = loop
         self._directory = directory
         self._changed = changed
         self._also = also
         self._missing: tuple[Path, ...] = ()
-        self._descriptors: tuple[int, ...] = ()
+        self._watched: dict[int, int] = {}  # what each descriptor is watched for; the directory's own is the first
+        self._timer: Timer | None = None
         loop.on_signal(signal.SIGIO, self._notified)
         self.renew()
 
@@ -279,17 +318,26 @@ class DirectoryEvents:
         """
         self.close()
         places.made(self._directory.parent, self._directory.name)
-        wanted = fcntl.DN_RENAME | fcntl.DN_DELETE | fcntl.DN_MULTISHOT
-        # DN_ATTRIB: for `Store.mark`.
-        self._descriptors = (opened(self._directory, wanted | fcntl.DN_ATTRIB),)
-        self._descriptors += (opened(self._directory.parent, wanted | fcntl.DN_CREATE),)
+        wanted = fcntl.DN_RENAME | fcntl.DN_DELETE
+        # DN_ATTRIB: for `Store.mark`. DN_MODIFY: for a person with an editor.
+        self._open(self._directory, wanted | fcntl.DN_ATTRIB | fcntl.DN_MODIFY)
+        self._open(self._directory.parent, wanted | fcntl.DN_CREATE)
         missing = []
         for directory in self._also:
             try:
-                self._descriptors += (opened(directory, wanted | fcntl.DN_CREATE | fcntl.DN_MODIFY),)
+                self._open(directory, wanted | fcntl.DN_CREATE | fcntl.DN_MODIFY)
             except OSError:
                 missing.append(directory)
         self._missing = tuple(missing)
+        self._watch()
+
+    def _open(self, directory: Path, events: int) -> None:
+        self._watched[os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)] = events
+
+    def _watch(self) -> None:
+        # Each sends one SIGIO, until it is watched anew: no DN_MULTISHOT.
+        for descriptor, events in self._watched.items():
+            fcntl.fcntl(descriptor, fcntl.F_NOTIFY, events)
 
     def complete(self) -> None:
         """Watch also what was not there before."""
@@ -299,24 +347,24 @@ class DirectoryEvents:
 
     def close(self) -> None:
         """Watch it no longer."""
-        for descriptor in self._descriptors:
+        for descriptor in self._watched:
             os.close(descriptor)
-        self._descriptors = ()
+        self._watched = {}
 
     def is_watched(self) -> bool:
         """Whether what is at the directory's path now is what is watched. Raises OSError if there is nothing."""
-        return bool(self._descriptors) and os.path.samestat(self._directory.stat(), os.fstat(self._descriptors[0]))
+        mine = next(iter(self._watched), None)
+        return mine is not None and os.path.samestat(self._directory.stat(), os.fstat(mine))
 
     def _notified(self) -> None:
-        # Only once there is another: it may still be on its way out.
+        if self._timer is None:
+            self._timer = self._loop.later(MOMENT, self._due)
+
+    def _due(self) -> None:
+        self._timer = None
         with suppress(OSError, NotReadyError):
-            if self._descriptors and not self.is_watched():
+            self._watch()  # before anybody looks: what changes from now on is told once more
+            # Only once there is another: it may still be on its way out.
+            if self._watched and not self.is_watched():
                 self.renew()
         self._changed()
-
-
-def opened(directory: Path, events: int) -> int:
-    """A descriptor of *directory* that has SIGIO sent for *events*, as in fcntl(2). Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.fcntl(descriptor, fcntl.F_NOTIFY, events)
-    return descriptor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmifup.agent import events
 from kvmifup.agent.events import (
     ANYTHING,
     NOT_LEARNT,
@@ -211,6 +213,24 @@ def test_files_that_come_are_replaced_and_go(seen: Seen) -> None:
     seen.wait("a", "b")
     (seen.directory / "a").unlink()
     seen.wait("b")
+
+
+def test_many_changes_are_one_signal_until_somebody_looks(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "MOMENT", 3600.0)
+    signals: list[int] = []
+    one = DirectoryEvents(loop, tmp_path / "run" / "state", loop.stop)
+    loop.on_signal(signal.SIGIO, lambda: None)  # keeps its descriptor for signals
+    signal.signal(signal.SIGIO, lambda number, _frame: signals.append(number))
+    for number in range(20):
+        put(tmp_path / "run" / "state", f"file{number}")
+        (tmp_path / "run" / f"file{number}").touch()
+    assert 1 <= len(signals) <= 2  # one from each directory
+    one._due()
+    put(tmp_path / "run" / "state", "more")
+    assert 2 <= len(signals) <= 4
+    one.close()
 
 
 def test_directories_of_others_are_watched_once_they_are_there(loop: Loop, tmp_path: Path) -> None:
