@@ -1,8 +1,12 @@
-"""What is the same for all NICs of a node: its own addresses, and its default routes in every table.
+"""What a run asks for, and the kernel can tell only with all that is there of all guests.
 
-Each run asks for it, and to find it the kernel has to tell all addresses and routes of all guests. A process that lives
-long keeps it (`keep`), and reads it anew only after the kernel has told of a change that can matter. A change is
-reported before whoever made it goes on, so what is kept is right whenever it is asked for.
+That is the node's own addresses, its default routes in every table, and which routes and rules there may be at all. A
+process that lives long keeps it (`keep`), and reads it anew only after the kernel has told of a change that can matter.
+A change is reported before whoever made it goes on, so what is kept is right whenever it is asked for.
+
+Of routes and rules it is kept that there may be one: additions are always told, but IPv4 routes go without a word with
+their device. Whoever is told that there may be one asks the kernel. A new guest's are not there, so nobody has to look
+through those of thousands.
 """
 
 from __future__ import annotations
@@ -10,30 +14,45 @@ from __future__ import annotations
 import errno
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from kvmifup.node import nexthops
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import (
     BODY,
+    FIB_RULE_HDR,
+    FRA_IIFNAME,
     IFADDRMSG,
     IFINFOMSG,
     NLMSGHDR,
-    RECEIVE,
+    RTA_NH_ID,
     RTM_DELADDR,
     RTM_DELLINK,
     RTM_DELROUTE,
+    RTM_DELRULE,
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWROUTE,
+    RTM_NEWRULE,
+    RTMSG,
+    attributes,
+    text,
 )
 from kvmifup.node.netlink import Netlink
+from kvmifup.node.routes import route_of
 
 EVERY_TABLE = 0  # RT_TABLE_UNSPEC
-GROUPS = (1, 5, 7, 9, 11, 32)  # linux/rtnetlink.h: LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE, NEXTHOP
+# linux/rtnetlink.h: LINK; IPV4_ and IPV6_IFADDR, _ROUTE, _RULE; NEXTHOP
+GROUPS = (1, 5, 9, 7, 11, 8, 19, 32)
 RT_SCOPE_LINK = 253  # linux/rtnetlink.h
+RULES = (RTM_NEWRULE, RTM_DELRULE)
+START = 1024  # bytes of a message: what matters comes first
+MANY = 20_000  # routes in a table, of which no more is kept then: a router may have a million
 
 Addresses = list[tuple[int, str]]  # the device's index, the address with its prefix length
+Destination = tuple[bytes, int]  # of a route: the address, the length of the prefix
+Leading = dict[Destination, set[int | None]]  # the indices of the devices out of which routes may lead; None: elsewhere
 
 
 def read_defaults(family: int, via: Netlink) -> list[bytes]:
@@ -54,6 +73,8 @@ class Standing:
         self._defaults: dict[int, list[bytes]] = {}  # by family
         self._addresses: dict[int, Addresses] = {}
         self._devices: set[int] = set()  # what happens to one of these matters
+        self._leading: dict[tuple[int, int], Leading | None] = {}  # by family and table; None: too many
+        self._iifs: dict[int, Counter[str]] = {}  # the incoming devices of rules, by family
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
         )
@@ -83,25 +104,68 @@ class Standing:
                 self._addresses[family] = found
             return self._addresses[family]
 
+    def leading(self, family: int, table: int, to: Destination, via: Netlink) -> set[int | None] | None:
+        """Out of which devices routes in *table* to exactly *to* may lead; None if that is not kept."""
+        with self._lock:
+            self._catch_up()
+            if (family, table) not in self._leading:
+                found: Leading = {}
+                for message in via.routes(family, table):
+                    note_route(message, found)
+                self._leading[family, table] = found if len(found) <= MANY else None
+            known = self._leading[family, table]
+            return None if known is None else known.get(to, set())
+
+    def may_name(self, family: int, iif: str, via: Netlink) -> bool:
+        """Whether a rule of *family* may name the incoming device *iif*."""
+        with self._lock:
+            self._catch_up()
+            if family not in self._iifs:
+                there = via.rules_by_iif(family)
+                self._iifs[family] = Counter({name: len(rules) for name, rules in there.items()})
+            return self._iifs[family][iif] > 0
+
     def _catch_up(self) -> None:
         """Forget what is kept if something has happened since that can change it."""
-        for kind, body in self._happened():
+        for message in self._happened():
+            if not message:
+                self._leading.clear()
+                self._iifs.clear()
+            kind, body = NLMSGHDR.unpack_from(message)[1] if message else 0, message[BODY:]
+            if kind == RTM_NEWROUTE:
+                self._route_added(message, (body[0], nexthops.table_of(message)))
+            elif kind == RTM_DELLINK and body[0] == socket.AF_UNSPEC:
+                self._device_gone(IFINFOMSG.unpack_from(body)[2])
+            elif kind in RULES and body[0] in self._iifs:
+                iif = text(attributes(body, FIB_RULE_HDR.size).get(FRA_IIFNAME)) or ""
+                self._iifs[body[0]][iif] += 1 if kind == RTM_NEWRULE else -1
             if self._matters(kind, body):
                 for known in (self._defaults, self._addresses, self._devices):
                     known.clear()
 
-    def _happened(self) -> Iterator[tuple[int, bytes]]:
+    def _route_added(self, message: bytes, table: tuple[int, int]) -> None:
+        known = self._leading.get(table)
+        if known is not None:
+            note_route(message, known)
+            if len(known) > MANY:  # perhaps of guests that have left: read anew when somebody asks
+                del self._leading[table]
+
+    def _device_gone(self, index: int) -> None:
+        for known in filter(None, self._leading.values()):
+            for devices in known.values():
+                devices.discard(index)
+
+    def _happened(self) -> Iterator[bytes]:
+        """The start of each message that has come since, b"" for more than there was room for."""
         while True:
             try:
-                data = self._socket.recv(RECEIVE)
+                yield self._socket.recv(START)  # one message each
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                yield 0, b""  # more than there was room for
-                continue
-            yield NLMSGHDR.unpack_from(data)[1], data[BODY:]  # one message each
+                yield b""
 
     def _matters(self, kind: int, body: bytes) -> bool:
         """Whether a message of *kind* can be about an address or a default route.
@@ -116,7 +180,14 @@ class Standing:
         if kind in (RTM_NEWADDR, RTM_DELADDR):
             family, _length, _flags, scope, index = IFADDRMSG.unpack_from(body)
             return index in self._devices or (family, scope) != (socket.AF_INET6, RT_SCOPE_LINK)
-        return True
+        return kind not in RULES
+
+
+def note_route(message: bytes, known: Leading) -> None:
+    """Add the route in *message* to *known*. One through a nexthop object leads elsewhere without a word of its own."""
+    entry, to = route_of(message)
+    through_object = RTA_NH_ID in attributes(message, BODY + RTMSG.size)
+    known.setdefault(to, set()).add(None if through_object else entry.oif)
 
 
 _kept: list[Standing] = []
@@ -142,3 +213,16 @@ def defaults(family: int, via: Netlink) -> list[bytes]:
 def own_addresses(family: int, via: Netlink) -> Addresses:
     """The addresses of *family*, AF_*, that the node has; perhaps without those of link scope. Raises NetlinkError."""
     return _kept[0].addresses(family, via) if _kept else read_addresses(family, via)
+
+
+def leading(family: int, table: int, to: Destination, via: Netlink) -> set[int | None] | None:
+    """Out of which devices (None: elsewhere) routes of *family*, AF_*, in *table* to exactly *to* may lead.
+
+    None if nobody knows without looking. Raises NetlinkError.
+    """
+    return _kept[0].leading(family, table, to, via) if _kept else None
+
+
+def may_name(family: int, iif: str, via: Netlink) -> bool:
+    """Whether a rule of *family*, AF_*, may name the incoming device *iif*. Raises NetlinkError."""
+    return not _kept or _kept[0].may_name(family, iif, via)

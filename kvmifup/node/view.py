@@ -208,7 +208,8 @@ class View:
         """Every policy rule of *family*, 4 or 6, that names the incoming device *iif*, as whole messages, in order."""
         if (family, iif) not in self._rules:
             with refusals("reading policy rules"):
-                self._rules[family, iif] = self.netlink.rules(FAMILIES[family], iif)
+                there = standing.may_name(FAMILIES[family], iif, self.netlink)
+                self._rules[family, iif] = self.netlink.rules(FAMILIES[family], iif) if there else []
         return self._rules[family, iif]
 
     def routes(self, family: int, table: int) -> list[bytes]:
@@ -223,6 +224,9 @@ class View:
         if (prefix, table) in self._routes_to:
             return self._routes_to[prefix, table]
         key, raw = (prefix.version, table), prefix.network_address.packed
+        if self.ALONE and key not in self._routes and (only := self._routes_out_of_one(prefix, table)) is not None:
+            self._routes_to[prefix, table] = only
+            return only
         self._searched[key] = self._searched.get(key, 0) + 1
         if key not in self._routes and self._searched[key] <= self.ALONE:
             with refusals(f"reading table {table}"):
@@ -235,6 +239,20 @@ class View:
             routes = self._routes_by_prefix[key].get((raw, prefix.prefixlen), [])
         found = self._routes_to[prefix, table] = routes_to(prefix, routes)
         return found
+
+    def _routes_out_of_one(self, prefix: Prefix, table: int) -> list[RouteEntry] | None:
+        """As `routes_to`, if it is known that all of them lead out of one device at most; else None."""
+        to = (prefix.network_address.packed, prefix.prefixlen)
+        with refusals(f"reading table {table}"):
+            devices = standing.leading(FAMILIES[prefix.version], table, to, self.netlink)
+            if devices is None or len(devices) > 1 or None in devices:
+                return None
+            try:
+                return [one for index in devices for one in self.routes_out.to(prefix, table, index or 0, self.netlink)]
+            except NetlinkError as error:
+                if error.errno != errno.ENODEV:  # and with a device go its routes
+                    raise
+                return []
 
     def routes_of(self, op: Route) -> list[RouteEntry]:
         """The routes that *op* is about: to its prefix, out of its device.
