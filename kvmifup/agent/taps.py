@@ -23,7 +23,7 @@ from kvmifup.runs.journal import Journal
 from kvmifup.runs.moves import PreparedArrival
 from kvmifup.tell import syslog
 
-SETTLE = 0.05  # seconds from a change of the journals to the look at them: QEMU takes longer to start
+SETTLE = 0.03  # seconds from the news of a change of the journals to the look at them: QEMU takes longer to start
 REST, REST_AT_MOST = 4.0, 0.5  # times what the last look took, until the next; and seconds
 AGAIN = 1.0  # seconds from a look that failed to the next one
 REMOVING = 2.0  # seconds that somebody may take to remove the whole directory
@@ -254,6 +254,8 @@ class Taps:
                 self._complaint = str(error)
                 self._runner.complain("cannot look at the journals", error)
             return set(known), {}, False
+        with suppress(KvmIfupError, OSError):  # else hooks look for themselves
+            self._runner.store.heed(now)
         self._complaint, sure = "", True
         stamps = {name: stamp for name, stamp in now.items() if self._elsewhere.get(name) != stamp}
         names = set(stamps)

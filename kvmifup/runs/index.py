@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -54,6 +54,9 @@ class Files(Protocol):
     def trusted_stamps(self) -> dict[str, Stamp]:
         """The stamps of all journals, by tap. Raises KvmIfupError."""
 
+    def trusted_stamp(self, tap: str) -> Stamp | None:
+        """That of the journal of *tap*; None if it has none. Raises KvmIfupError."""
+
     def read(self, tap: str) -> tuple[str, Journal]:
         """The text of the file of *tap*, and the journal that it is. Raises JournalError, FileNotFoundError, and other
         errors if that cannot be found out."""
@@ -71,6 +74,7 @@ class Index:
         self._taps: dict[Hashable, set[str]] = {}  # by name
         self._token = b""
         self._updated = 0.0
+        self._heeded = False  # somebody looks whenever a file has changed
 
     @property
     def updated(self) -> bool:
@@ -80,10 +84,12 @@ class Index:
     def take_over(self, before: bytes, token: bytes) -> bool:
         """Take over the lock as *token*, after the holder that left *before*; whether what is known is still right.
 
-        It is if the last holder was this process, and if it has looked at the files a moment ago.
+        It is if the last holder was this process, and if it has looked at the files a moment ago, or looks whenever
+        one changes.
         """
         with self._lock:
-            ours = self._token == before != b"" and time.monotonic() - self._updated < TRUSTED
+            recent = self._heeded or time.monotonic() - self._updated < TRUSTED
+            ours = self._token == before != b"" and recent
             self._token = token if ours else b""
             return ours
 
@@ -103,17 +109,34 @@ class Index:
 
     def update(self, files: Files) -> None:
         """Look at every file, and read those that have changed. Raises what *files* raises: then not all are known."""
-        with self._lock:
-            self._updated = time.monotonic()
-            there = files.trusted_stamps()
-            for tap, stamp in there.items():
-                self._look_at(tap, stamp, files)
-            for tap in self._seen.keys() - there.keys():
-                self._forget(tap)
+        self._updated = time.monotonic()
+        self._catch_up(files, files.trusted_stamps())
 
-    def _look_at(self, tap: str, stamp: Stamp, files: Files) -> None:
+    def heed(self, files: Files, stamps: Mapping[str, Stamp]) -> None:
+        """The same, for who looks at the *stamps* whenever a file changes: then nobody else need do it. Raises so."""
+        self._heeded = False
+        self._catch_up(files, stamps)
+        self._heeded = True
+
+    def _catch_up(self, files: Files, there: Mapping[str, Stamp]) -> None:
+        # To look at thousands takes long, and hooks wait for the lock: so what seems new is looked at once more.
+        with self._lock:
+            new = [tap for tap, stamp in there.items() if not self._knows(tap, stamp)]
+            gone = self._seen.keys() - there.keys()
+        for tap in (*new, *gone):
+            with self._lock:
+                self._look_at(tap, files)
+
+    def _knows(self, tap: str, stamp: Stamp) -> bool:
         seen = self._seen.get(tap)
-        if seen and seen.settled and seen.stamp == stamp:
+        return seen is not None and seen.settled and seen.stamp == stamp
+
+    def _look_at(self, tap: str, files: Files) -> None:
+        stamp = files.trusted_stamp(tap)
+        if stamp is None:
+            self._forget(tap)
+            return
+        if self._knows(tap, stamp):
             return
         now = time.time_ns()
         text, journal = "", None

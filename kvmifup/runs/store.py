@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -162,10 +162,9 @@ class Store:
     def stamp(self, tap: str) -> Stamp | None:
         """A stamp that changes whenever the journal of *tap* does; None if it has none. Raises OSError."""
         try:
-            info = self.path(tap).stat()
+            return stamp_of(os.lstat(self.path(tap)))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return stamp_of(info)
 
     def save(self, journal: Journal) -> None:
         """Write *journal* so that it is either wholly there or not at all, even after a crash. Raises as `draft`."""
@@ -304,6 +303,17 @@ class Store:
             return self.stamps()
         except OSError as error:
             raise refused(error, f"cannot read {self.directory}") from None
+
+    def trusted_stamp(self, tap: str) -> Stamp | None:
+        """The same of one; None if there is none."""
+        try:
+            return self.stamp(tap)
+        except OSError as error:
+            raise refused(error, f"cannot read {self.path(tap)}") from None
+
+    def heed(self, stamps: Mapping[str, Stamp]) -> None:
+        """Take in what has changed, for who looks at the *stamps* whenever a file does. Raises as `others`."""
+        self._index.heed(self, stamps)
 
     def others(self, tap: str, name: Hashable) -> Iterator[Journal]:
         """The readable journals of other taps that name *name*: an instance, an address or prefix of the NIC, or

@@ -1,0 +1,258 @@
+"""What a hook costs does not grow with the number of NICs: it reads as much among many as among few."""
+
+from __future__ import annotations
+
+import ipaddress
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from harness import manager, nodes, tools
+from harness.hooks import call, check
+from harness.nodes import Node
+from kvmifup.agent import events
+from kvmifup.agent.loop import Loop
+from kvmifup.node import standing
+from kvmifup.node.messages import RTM_GETRULE
+from kvmifup.node.transport import Transport, split
+from kvmifup.node.view import View
+from kvmifup.runs import store
+from kvmifup.runs.index import Index
+from kvmifup.runs.store import Store
+
+
+@pytest.fixture(autouse=True)
+def as_in_the_agent(uplinked: Node) -> Iterator[None]:
+    """What the agent keeps of the node is kept by this process."""
+    end = standing.keep()
+    yield
+    end()
+
+
+# --- routes and rules that there may be ----------------------------------------------------------------------
+
+ROUTES: dict[str, list[str]] = {
+    "IPv4": ["route add 198.18.0.9 dev tap5", "route del 198.18.0.9"],
+    "IPv6": ["-6 route add 2001:db8:1::9 dev tap5", "-6 route del 2001:db8:1::9"],
+    "a prefix": ["route add 198.18.9.0/29 via 192.0.2.77", "route del 198.18.9.0/29"],
+    "another device": ["route add 198.18.0.9 dev tap5", "route replace 198.18.0.9 dev tap6"],
+    "another device, IPv6": ["-6 route add 2001:db8:1::9 dev tap5", "-6 route replace 2001:db8:1::9 dev tap6"],
+    "two": ["route add 198.18.0.9 dev tap5 metric 7", "route add 198.18.0.9 dev tap6 metric 5"],
+    "two, IPv6": ["-6 route add 2001:db8:1::9 dev tap5", "-6 route append 2001:db8:1::9 dev tap6"],
+    "several hops": ["route add 198.18.0.9 nexthop dev tap5 nexthop dev tap6"],
+    "several hops, IPv6": [
+        "-6 route add 2001:db8:1::9 nexthop via fe80::5 dev tap5 nexthop via fe80::6 dev tap6",
+        "-6 route del 2001:db8:1::9 nexthop via fe80::5 dev tap5",
+        "-6 route append 2001:db8:1::9 dev tap5",
+    ],
+    "a nexthop object": [
+        "link add name eth1 type veth peer name far1",
+        "link set far1 up",
+        "link set eth1 up",
+        "nexthop add id 8 dev eth0",
+        "route add 198.18.0.9 nhid 8",
+        "nexthop replace id 8 dev eth1",
+    ],
+    "nowhere": ["route add blackhole 198.18.0.9", "-6 route add unreachable 2001:db8:1::9"],
+    "a device that goes": ["route add 198.18.0.9 dev tap5", "link del tap5"],
+    "a device that goes down": ["route add 198.18.0.9 dev tap5", "link set tap5 down", "link set tap5 up"],
+    "another table": ["route add 198.18.0.9 dev tap5 table 100", "route add 198.18.0.9 dev tap6 table 1000"],
+    "rules": ["rule add iif tap5 lookup 100", "-6 rule add iif tap5 lookup 100", "rule del iif tap5 lookup 100"],
+}
+
+
+def found() -> list[object]:
+    """What a run finds of the routes and rules that `ROUTES` are about."""
+    view = View()
+    prefixes = [ipaddress.ip_network(one) for one in ("198.18.0.9", "198.18.9.0/29", "2001:db8:1::9")]
+    routes = [view.routes_to(prefix, table) for prefix in prefixes for table in (254, 100, 1000)]
+    rules = [view.rules(family, name) for family in (4, 6) for name in ("tap5", "tap6")]
+    view.close()
+    return [*routes, *rules]
+
+
+def without_what_is_kept(what: Callable[[], list[object]]) -> list[object]:
+    """The same as a hook without the agent does it: it looks."""
+    held, standing._kept[:] = standing._kept[:], []
+    try:
+        return what()
+    finally:
+        standing._kept[:] = held
+
+
+@pytest.mark.parametrize("kind", ROUTES)
+@pytest.mark.parametrize("late", [False, True], ids=["read before", "read after"])
+def test_routes_and_rules_are_what_a_look_finds(kind: str, late: bool) -> None:
+    nodes.taps(["tap5", "tap6"])
+    for name in ("tap5", "tap6"):
+        tools.ip(f"link set {name} up")
+    seen = []
+    for line in (*ROUTES[kind], ROUTES[kind][0]):
+        if not late:
+            found()
+        subprocess.run(["ip", *line.split()], check=False, capture_output=True)  # once more may fail
+        seen.append(found())
+        assert seen[-1] == without_what_is_kept(found)
+    assert any(any(one) for one in seen)
+
+
+def test_more_changes_than_the_socket_holds_hide_no_route() -> None:
+    nodes.taps(["tap5", "tap6"])
+    tools.ip("link set tap5 up")
+    assert not any(found())
+    lines = "".join(f"link set lo mtu {65536 - number % 2}\n" for number in range(3000))
+    subprocess.run(["ip", "-batch", "-"], input=lines, text=True, check=True)
+    for line in ("route add 198.18.0.9 dev tap5", "rule add iif tap6 lookup 100"):
+        tools.ip(line)
+    assert found() == without_what_is_kept(found)
+    assert any(found())
+
+
+def test_of_a_table_with_very_many_routes_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standing, "MANY", 20)
+    nodes.taps(["tap5", "tap6"])
+    tools.ip("link set tap5 up")
+    found()
+    for number in range(40):  # first while it is kept, then as it is read
+        tools.ip(f"route add 198.18.3.{number} dev tap5")
+        if number % 10 == 0:
+            tools.ip("route replace 198.18.0.9 dev tap5")
+            assert found() == without_what_is_kept(found)
+            tools.ip("route del 198.18.0.9")
+
+
+def test_changes_that_come_together_are_heard_of_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the loop goes round meanwhile: each time it wakes up, a hook's thread has to wait."""
+    monkeypatch.setattr(events, "MOMENT", 3600.0)
+    nodes.add_tap("tap5")
+    heard: list[frozenset[events.Thing]] = []
+    rounds = iter(range(20))
+    loop = Loop()
+    node = events.NodeEvents(loop, heard.append)
+
+    def change() -> None:
+        number = next(rounds, None)
+        if number is None:
+            loop.stop()
+        else:
+            tools.ip(f"link set tap5 mtu {1400 + number}")
+            loop.soon(change)
+
+    loop.soon(change)
+    loop.run()
+    assert heard == []
+    node.catch_up()  # as whoever needs to know does
+    assert len(heard) == 1
+    assert ("name", "tap5") in heard[0]
+    node.socket.close()
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    ("added", "learnt"),
+    [
+        ("route add 198.18.0.9 dev tap5 proto bird", [("198.18.0.9/32", 12)]),
+        ("-6 route add 2001:db8:1::9 dev tap5 proto zebra", [("2001:db8:1::9/128", 11)]),
+        ("route add 198.18.0.9 dev tap5 proto static", []),
+        ("route add 198.18.0.9 dev tap5", []),
+        ("-6 route add 2001:db8:1::9 dev tap5 proto kernel", []),
+    ],
+)
+def test_only_for_routes_of_daemons_is_the_loop_woken_up(added: str, learnt: list[tuple[str, int]]) -> None:
+    nodes.add_tap("tap5")
+    tools.ip("link set tap5 up")
+    heard: list[tuple[str, int]] = []
+    loop = Loop()
+    routes = events.RouteEvents(loop, lambda prefix, protocol, _index: heard.append((prefix, protocol)))
+    tools.ip(added)
+    assert routes.read() is bool(learnt)
+    assert heard == learnt
+    routes.socket.close()
+    loop.close()
+
+
+# --- how much is read ------------------------------------------------------------------------------------------
+
+KINDS = {
+    "bridged": {"MODE": "bridged", "LINK": "br0"},
+    "routed": {"MODE": "routed", "IP": "198.18.{n}.9,2001:db8:1::{n}"},
+    "with a table": {"MODE": "routed", "LINK": "100", "IP": "198.18.{n}.9"},
+}
+NAMES = list(KINDS)
+
+
+def run(program: str, kind: str, number: int) -> None:
+    """A hook for the NIC with that number, as Ganeti calls it."""
+    more = {name: value.replace("{n}", str(number)) for name, value in KINDS[kind].items()}
+    more |= {"INSTANCE": f"web{number}", "MAC": f"aa:00:00:35:00:{number:02x}"}
+    check(call(program, environ=manager.ganeti(f"tap{number}", **more)), 0)
+
+
+class Reading:
+    """Counts what is read: requests, the messages of dumps by kind, journals, and looks at all journals."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._counts: Counter[str] = Counter()
+        self._patch = monkeypatch
+        self._count(Transport, "send")
+        self._count(Store, "stamps")
+        self._count(Store, "read")
+        once = Transport._dump_once
+
+        def dumped(transport: Transport, kind: int, body: bytes) -> tuple[list[bytes], bool]:
+            parts, undisturbed = once(transport, kind, body)
+            self._counts[f"messages of {kind}"] += sum(len(list(split(part))) for part in parts)
+            return parts, undisturbed
+
+        monkeypatch.setattr(Transport, "_dump_once", dumped)
+
+    def _count(self, owner: type, name: str) -> None:
+        before = getattr(owner, name)
+
+        def counting(*given: object, **named: object) -> object:
+            self._counts[name] += 1
+            return before(*given, **named)
+
+        self._patch.setattr(owner, name, counting)
+
+    def of(self, kind: str) -> dict[str, Counter[str]]:
+        """What it takes to wire a NIC, once more, and to take it down."""
+        taken = {}
+        for what, program in (("post", "kvm-ifup-post"), ("again", "kvm-ifup-post"), ("down", "kvm-ifdown")):
+            self._counts.clear()
+            run(program, kind, 99)
+            taken[what] = Counter(self._counts)
+        return taken
+
+
+def test_a_hook_among_many_reads_as_much_as_among_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index()
+    monkeypatch.setattr(store, "index_of", lambda _directory: index)
+    nodes.add_bridge()
+    tools.ip("route add default via 192.0.2.1 table 100")
+    nodes.add_tap("tap99")
+    for kind in KINDS:  # from now on what is to be kept is kept
+        run("kvm-ifup-post", kind, 99)
+        run("kvm-ifdown", kind, 99)
+    reading = Reading(monkeypatch)
+    counts = []
+    for numbers in (range(4), range(4, 40)):
+        for number in numbers:
+            nodes.add_tap(f"tap{number}")
+            run("kvm-ifup-post", NAMES[number % len(NAMES)], number)
+        time.sleep(0.05)  # what has only just been written is read once more: a second write could have the same time
+        journals = Store(manager.RUN_DIR)
+        journals.heed(journals.stamps())  # as the agent does when a journal has changed
+        counts.append({kind: reading.of(kind) for kind in KINDS})
+    few, many = counts
+    for kind in KINDS:
+        for what in few[kind]:
+            if kind == "with a table":  # to find its own rule, all are read
+                few[kind][what].pop(f"messages of {RTM_GETRULE}", None)
+                many[kind][what].pop(f"messages of {RTM_GETRULE}", None)
+            assert many[kind][what] == few[kind][what], (kind, what)
+            assert few[kind][what]["send"] > 0
+            assert few[kind][what]["stamps"] == 0
