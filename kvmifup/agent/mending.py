@@ -8,7 +8,7 @@ like any run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 from kvmifup.agent.announcements import Announcements
@@ -21,9 +21,13 @@ from kvmifup.core.model import Nic
 from kvmifup.runs import clock
 
 RECENT = 5.0  # seconds since an arrival
-PERIOD = 4.0  # seconds between two looks at what the kernel tells nobody about
-SHARE = 2  # each of these looks is at one tap in so many, and at all that is on uplinks
-EVERYTHING = 300.0  # seconds between two looks at everything, whatever has been heard or not
+# Seconds between two looks at what the kernel tells nobody about: that, or for each op so many. So a node with
+# thousands of NICs does not spend its time on it.
+PERIOD, FOR_EACH = 4.0, 0.002
+SHARE, MOST = 2, 32  # each is at one tap in so many, at so many at most, and at all that is on uplinks
+# Seconds in which everything is looked at, whatever has been heard or not: some taps in each of so many turns, at most
+# so many. All at once would take the processor from a guest that arrives.
+EVERYTHING, TURNS, A_TURN = 300.0, 30, 8
 
 KEPT = {State.WIRED, State.DISARMED, *LISTENING}
 
@@ -56,9 +60,10 @@ class Mending:
         self._uplinks: set[int] = set()  # the indices of those on which this node answers for somebody
         self._looking = OneAtATime(loop, self._begin, self._looked)
         self._checking = OneAtATime(loop, self._begin_check, self._checked)
-        self._turn = 0
-        loop.later(PERIOD, self._check)
-        loop.later(EVERYTHING, self._from_time_to_time)
+        self._turn = self._checks = 0
+        self._rest = PERIOD  # seconds until the next look at what the kernel tells nobody about
+        loop.later(PERIOD, self._checking.ask)
+        loop.later(EVERYTHING / TURNS, self._from_time_to_time)
 
     # --- what has happened ----------------------------------------------------------------------------------
 
@@ -109,8 +114,9 @@ class Mending:
         self._soon([tap.name for tap in self._taps])
 
     def _from_time_to_time(self) -> None:
-        self.look_at_all()
-        self._loop.later(EVERYTHING, self._from_time_to_time)
+        self._turn += 1
+        self._soon(share([tap.name for tap in self._taps], self._turn, TURNS, A_TURN))
+        self._loop.later(EVERYTHING / TURNS, self._from_time_to_time)
 
     def look(self) -> None:
         """Look at what is due."""
@@ -151,20 +157,23 @@ class Mending:
 
     # --- what the kernel tells nobody about ---------------------------------------------------------------------
 
-    def _check(self) -> None:
-        self._turn += 1
-        self._checking.ask()
-        self._loop.later(PERIOD, self._check)
-
     def _begin_check(self) -> Callable[[], set[str]] | None:
-        if not self._runner.config.agent.mend:
-            return None
-        asked = [
-            (name, op)
-            for number, (name, known) in enumerate(self._known.items())
-            for op in (known.unheard if (number + self._turn) % SHARE == 0 else known.outliving)
-        ]
-        return partial(self._mender.check, asked) if asked else None
+        self._checks += 1
+        asked = [(name, op) for name, known in self._known.items() for op in known.outliving]
+        names = share(list(self._known), self._checks, SHARE, MOST)
+        asked += [(name, op) for name in names for op in self._known[name].unheard]
+        self._rest = max(PERIOD, FOR_EACH * len(asked))
+        if asked and self._runner.config.agent.mend:
+            return partial(self._mender.check, asked)
+        self._checking.ask_in(self._rest)
+        return None
 
     def _checked(self, differing: set[str]) -> None:
         self._soon(differing)
+        self._checking.ask_in(self._rest)
+
+
+def share(names: Sequence[str], turn: int, turns: int, most: int) -> Sequence[str]:
+    """Those of *names* whose *turn* it is: one in *turns*, or in more so that they are at most *most*."""
+    turns = max(turns, -(-len(names) // most))
+    return names[turn % turns :: turns]
