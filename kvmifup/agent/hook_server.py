@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import socket
 import struct
 import threading
@@ -209,6 +210,8 @@ class Exchange:
         self.running = False
         self.gone = False
         self.answering = threading.Lock()
+        self._end_of_it = select.poll()
+        self._end_of_it.register(connection, select.POLLRDHUP)
         self.timer: Timer | None = self.loop.later(TO_ASK, self.end)
         self.loop.watch(connection, self.read)
 
@@ -256,27 +259,24 @@ class Exchange:
         self.loop.work(partial(self._run, request), lambda _: self.end(), hook=True)
 
     def _hung_up(self) -> bool:
-        try:
-            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        return bool(self._end_of_it.poll(0))
 
     def _run(self, request: Request) -> None:
         """In a thread: run the command, and answer."""
         out, err = (Stream(terminal) for terminal in request.terminals)
-        short = False
 
         def observe(program: str, code: int, seconds: float, failures: Sequence[KvmIfupError]) -> None:
-            nonlocal short
-            short = any(map(exhausted, failures))
+            answer = DONE + bytes([code]) + out.content + err.content
+            if any(map(exhausted, failures)):  # whatever had been done is undone, or can be
+                self.server.short()
+                answer = REFUSED + TOO_FEW.encode()
+            self._answer(answer)
             if self.server.observer:
                 self.server.observer(program, code, seconds, failures)
 
         # Not only what the loop has noticed: after a stop (SIGSTOP) this thread may go on before it.
         with signals.while_wanted(lambda: self.gone or self._hung_up()):
-            code = main.main(
+            main.main(
                 request.program,
                 request.argv,
                 request.environ,
@@ -285,10 +285,8 @@ class Exchange:
                 self.server.background,
                 observer=observe,
             )
-        answer = DONE + bytes([code]) + out.content + err.content
-        if short:  # whatever had been done is undone, or can be
-            self.server.short()
-            answer = REFUSED + TOO_FEW.encode()
+
+    def _answer(self, answer: bytes) -> None:
         with self.answering, suppress(OSError):
             # From here, not from the loop, which may be busy; and long output takes the script a while to read.
             self.connection.settimeout(TO_ASK)

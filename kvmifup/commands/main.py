@@ -25,7 +25,7 @@ from kvmifup.inputs import config
 from kvmifup.runs import announcing
 from kvmifup.tell import render, syslog, watchers
 
-# Told the program, its exit code, how many seconds it took, and what went wrong.
+# Told the program, its exit code, how many seconds it took, and what went wrong, once all is written for the caller.
 Observer = Callable[[str, int, float, Sequence[KvmIfupError]], None]
 
 
@@ -77,9 +77,10 @@ def main(
 
             traceback.print_exception(error, file=stderr)
     seconds = time.monotonic() - begun
-    tell(call, argv, failures, seconds)
+    complain(call, argv, failures)
     if observer:
         observer(program, code, seconds, failures)
+    record(call, argv, failures, seconds)  # last: nobody waits for the log
     return code
 
 
@@ -149,14 +150,16 @@ def runner(verb: str) -> Callable[[Call], int]:
     return run
 
 
-def tell(call: Call, argv: Sequence[str], failures: Sequence[KvmIfupError], seconds: float) -> None:
-    """Tell the log and the watchers what was done, and the caller what went wrong."""
-    hook_failed = failures and call.program in request.PHASES and "--plan" not in argv
-    if not failures and not call.done:
-        return
-    if call.done or hook_failed:
-        syslog.run(call.program, call.done, failures, seconds, call.by)
-        watchers.run(call.run_dir, call.program, call.done, failures, seconds, call.by, call.seconds)
+def complain(call: Call, argv: Sequence[str], failures: Sequence[KvmIfupError]) -> None:
+    """Tell the caller what went wrong."""
     if failures and "--json" in argv:
         call.out.write(render.errors_object(failures) + "\n")
     call.add(render.error_line(call.program, failure) for failure in failures)
+
+
+def record(call: Call, argv: Sequence[str], failures: Sequence[KvmIfupError], seconds: float) -> None:
+    """Tell the log and the watchers what was done."""
+    hook_failed = failures and call.program in request.PHASES and "--plan" not in argv
+    if call.done or hook_failed:
+        syslog.run(call.program, call.done, failures, seconds, call.by)
+        watchers.run(call.run_dir, call.program, call.done, failures, seconds, call.by, call.seconds)

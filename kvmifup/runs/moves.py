@@ -54,7 +54,7 @@ def prepare_arrival(tap: str, session: Session, only: Collection[str] | None = N
         if journal is None:
             return None
         nic = journal.nic if only is None else limited(journal.nic, only)
-        outcome, job = prepare(Phase.POST, nic, session, announce=False)
+        outcome, job = prepare(Phase.POST, nic, journal, session, announce=False)
         devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
         indices = tuple((dev, session.kernel.ifindex(dev)) for dev in devices)
         return PreparedArrival(outcome, job, session.store.stamp(tap), indices)
@@ -100,7 +100,7 @@ def begin(nic: Nic, session: Session) -> Outcome | None:
         if journal and alive(journal, session) and journal.nic.mac == nic.mac:
             return None
         session.share(stack, [nic], [journal] if journal else [])
-        prepared = prepare(Phase.PRE, nic, session, announce=False)
+        prepared = prepare(Phase.PRE, nic, journal, session, announce=False)
         return carry_out([prepared], session.kernel, session.store)[0]
 
 
@@ -121,7 +121,7 @@ def run_post(
     with holding(tap, session, lambda journal: journal.phase is not Phase.DOWN and wanted(journal)) as journal:
         if journal is None:
             return None
-        return run(Phase.POST, known(journal.nic), session, admitted=False)
+        return run(Phase.POST, known(journal.nic), journal, session, admitted=False)
 
 
 def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Outcome | None:
@@ -136,13 +136,13 @@ def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Out
         first = survey([LinkMtu(tap, mtu)], session.kernel) if mtu else ()
         for change in first:
             session.kernel.write(change.op)
-        outcome = run(min(journal.phase, most), journal.nic, session, admitted=True)
+        outcome = run(min(journal.phase, most), journal.nic, journal, session, admitted=True)
         return replace(outcome, changes=(*first, *outcome.changes))
 
 
-def run(phase: Phase, nic: Nic, session: Session, *, admitted: bool) -> Outcome:
-    """Do *phase* for *nic*, whose locks are held. Raises what `mend` raises."""
-    prepared = prepare(phase, nic, session, announce=False, admitted=admitted)
+def run(phase: Phase, nic: Nic, journal: Journal, session: Session, *, admitted: bool) -> Outcome:
+    """Do *phase* for *nic*, whose locks are held, and whose tap has this *journal*. Raises what `mend` raises."""
+    prepared = prepare(phase, nic, journal, session, announce=False, admitted=admitted)
     return carry_out([prepared], session.kernel, session.store)[0]
 
 

@@ -149,12 +149,16 @@ def last_uplinks(nic: Nic, journal: Journal, facts: NodeFacts, session: Session)
     return tuple(one for one in found if (one.name, one.family) in known and phases.usable(one))
 
 
-def prepare(phase: Phase, nic: Nic, session: Session, *, announce: bool, admitted: bool = False) -> tuple[Outcome, Job]:
-    """Clear up after a dead or killed run on this tap, then find out what *nic* needs; in a dry run, what it would."""
-    journal = session.load(nic.tap)
+def prepare(
+    phase: Phase, nic: Nic, journal: Journal | None, session: Session, *, announce: bool, admitted: bool = False
+) -> tuple[Outcome, Job]:
+    """Clear up after a dead or killed run on this tap, then find out what *nic* needs; in a dry run, what it would.
+
+    *journal*: that of its tap, read since its lock was taken.
+    """
     undone: tuple[Change, ...] = ()
     if journal is not None:
-        journal, undone = recover(journal, session, nic)
+        journal, undone = recover(followed(journal, session.kernel), session, nic)
     if session.dry:
         session = replace(session, kernel=Foreseen(session.kernel, undone))
     found = plan(phase, nic, journal, session, announce=announce, admitted=admitted)

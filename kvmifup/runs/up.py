@@ -42,11 +42,15 @@ def sharing(
 ) -> list[tuple[Outcome, Job]]:
     """What *nics* need, as long as *stack* holds what they share. Raises as `up`."""
     # An earlier guest on this tap may have left something to clear up.
-    session.share(stack, nics, (journal for nic in nics if (journal := session.store.load(nic.tap))))
-    prepared = []
+    journals = []
     for nic in nics:
         with about(nic.label):
-            prepared.append(prepare(phases.effective(asked, nic), nic, session, announce=announce))
+            journals.append(session.store.load(nic.tap))
+    session.share(stack, nics, filter(None, journals))
+    prepared = []
+    for nic, journal in zip(nics, journals, strict=True):
+        with about(nic.label):
+            prepared.append(prepare(phases.effective(asked, nic), nic, journal, session, announce=announce))
     return prepared
 
 

@@ -256,3 +256,4 @@ def test_a_hook_among_many_reads_as_much_as_among_few(monkeypatch: pytest.Monkey
             assert many[kind][what] == few[kind][what], (kind, what)
             assert few[kind][what]["send"] > 0
             assert few[kind][what]["stamps"] == 0
+            assert few[kind][what]["read"] == (what != "post")
