@@ -295,8 +295,9 @@ class Taps:
         before, self._directory = self._directory, identity_of(self._runner.store.directory)
         if before in (None, self._directory) or not self._missing:
             return []
-        lost, self._missing = self._missing, {}
+        lost = self._missing
         names = [name for name, (journal, _) in sorted(lost.items()) if self._runner.restore(journal)]
+        self._missing = {name: (lost[name][0], now) for name in names}  # it may be removed again before we look
         if names:
             self._directory = identity_of(self._runner.store.directory)
             self._runner.say(f"the journals were removed: written again for {', '.join(names)}", severity=syslog.ERROR)
