@@ -200,14 +200,14 @@ class Reading:
         self._count(Transport, "send")
         self._count(Store, "stamps")
         self._count(Store, "read")
-        once = Transport._dump_once
+        once = Transport.dump_once
 
         def dumped(transport: Transport, kind: int, body: bytes) -> tuple[list[bytes], bool]:
             parts, undisturbed = once(transport, kind, body)
             self._counts[f"messages of {kind}"] += sum(len(list(split(part))) for part in parts)
             return parts, undisturbed
 
-        monkeypatch.setattr(Transport, "_dump_once", dumped)
+        monkeypatch.setattr(Transport, "dump_once", dumped)
 
     def _count(self, owner: type, name: str) -> None:
         before = getattr(owner, name)
