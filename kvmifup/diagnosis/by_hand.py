@@ -32,8 +32,11 @@ from kvmifup.core.ops import (
 )
 from kvmifup.core.vlans import MAX_VLAN, PVID, UNTAGGED, flags_of, ids, ranges
 from kvmifup.node import filters, ovs
-from kvmifup.node.filter_shape import HERE
+from kvmifup.node.filter_shape import GUARD, HERE
 from kvmifup.runs.apply import Change
+
+# The last filter takes its tables along.
+LAST = f"nft list map {HERE} guests | grep -q goto || nft 'delete table {HERE};delete table {GUARD}'"
 
 
 def lines(change: Change) -> list[str]:
@@ -46,12 +49,7 @@ def lines(change: Change) -> list[str]:
             return [shlex.join(words) for words in vlans(change.op.dev, there, wanted)]
         case Filter():
             found = [shlex.join(["nft", one]) for one in filters.by_hand(change.op, change.now)]
-            # The last one takes the table along.
-            return (
-                found
-                if change.op.want
-                else [*found, f"nft list map {HERE} guests | grep -q goto || nft delete table {HERE}"]
-            )
+            return found if change.op.want else [*found, LAST]
         case OvsPort():
             now = None if change.now is None else str(change.now)
             return [shlex.join(["ovs-vsctl", *ovs.transaction(change.op.dev, change.op.want, now)])]

@@ -186,6 +186,11 @@ def about(chain: str, rule: str) -> str:
 
 SHARED = {chain: tuple(about(chain, rule) for rule in rules) for chain, rules in _SHARED.items()}
 
+# A bridge also learns from frames to reserved addresses (STP, LLDP), which it does not show to its own hooks
+# (`__br_handle_local_finish`): so there is one more chain for each NIC, on the tap itself.
+GUARD = "netdev kvm-ifup"
+GUARD_PRIORITY = -500
+
 Element = tuple[str, str, str]  # the set, what comes after the tap's name ("" for nothing), the chain of a verdict
 
 
@@ -274,6 +279,30 @@ def own_rules(facts: Facts) -> tuple[str, ...]:
         rules += list(advertisements(macs))
     rules.append("goto drop_mac")
     return tuple(rules)
+
+
+def guard_rules(facts: Facts) -> tuple[str, ...]:
+    """The rules of the chain on the tap itself."""
+    macs = f"{{ {', '.join(facts.macs)} }}"
+    return (f"ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 ether saddr != {macs} drop",)
+
+
+def guard(tap: str, facts: Facts, *, there: bool) -> Iterator[str]:
+    """The commands that make the chain on the tap itself; *there*: it is there, but not as it is to be."""
+    chain = chain_of(tap)
+    yield f"add table {GUARD}"
+    if there:
+        yield from no_guard(tap)
+    hook = f'type filter hook ingress device "{tap}" priority {GUARD_PRIORITY}; policy accept;'
+    yield f"add chain {GUARD} {chain} {{ {hook} }}"
+    for rule in guard_rules(facts):
+        yield f'add rule {GUARD} {chain} {rule} comment "{mark(chain, rule)}"'
+
+
+def no_guard(tap: str) -> Iterator[str]:
+    """The commands that remove it."""
+    yield f"flush chain {GUARD} {chain_of(tap)}"
+    yield f"delete chain {GUARD} {chain_of(tap)}"
 
 
 def options(length: int, kind: int, macs: str, *, nonce: bool) -> Iterator[str]:

@@ -19,14 +19,15 @@ from kvmifup.core.records import record
 from kvmifup.node import filter_shape as shape
 from kvmifup.node import nfnetlink, nft
 from kvmifup.node.filter_shape import Element
-from kvmifup.node.nfnetlink import Entry, Nftables
+from kvmifup.node.nfnetlink import NFPROTO_BRIDGE, NFPROTO_NETDEV, Entry, Message, Nftables
 from kvmifup.node.refusals import refusals
 
 TRIES = 8  # of a change that other changes disturb
 MAC, IP4, IP6 = 6, 4, 16  # bytes
 KEYS = {"macs": MAC, "hosts4": IP4, "nets4": IP4, "hosts6": IP6, "nets6": IP6}  # of what comes after the tap's name
 PREROUTING, ACCEPT = 0, 1  # NF_BR_PRE_ROUTING, NF_ACCEPT
-HOOKED = (PREROUTING, -300, ACCEPT, "filter")
+HOOKED = (PREROUTING, -300, ACCEPT, "filter", ())
+INGRESS = 0  # NF_NETDEV_INGRESS
 # What nft numbers its types with (datatype.h): of a concatenation each has six bits.
 IFNAME, NUMBERS = 41, {"ifname": 41, "ether_addr": 9, "ipv4_addr": 7, "ipv6_addr": 8}
 VERDICT, INTERVAL, IS_MAP = 0xFFFFFF00, 0x4, 0x8  # NFT_DATA_VERDICT, NFT_SET_INTERVAL, NFT_SET_MAP
@@ -40,19 +41,20 @@ class Found:
     """What there is of the filter of one NIC.
 
     *missing* is what is not as it is to be of what NICs share. *marks* are those of the rules in its own chain, None if
-    that is not there.
+    that is not there; *guard* the same of the chain on the tap itself.
     """
 
     missing: tuple[str, ...]
     elements: frozenset[Element] = frozenset()
     marks: tuple[str, ...] | None = None
+    guard: tuple[str, ...] | None = None
     entries: tuple[tuple[str, Entry], ...] = ()
     generation: int = 0
 
     @property
     def nothing(self) -> bool:
         """Whether there is nothing of this NIC."""
-        return not self.elements and self.marks is None
+        return not self.elements and self.marks is None and self.guard is None
 
     @property
     def facts(self) -> Facts | None:
@@ -74,6 +76,8 @@ class Found:
             found.append("its elements")
         if facts is None or self.marks != own_marks(tap, facts):
             found.append(f"chain {shape.chain_of(tap)}")
+        if facts is None or self.guard != guard_marks(tap, facts):
+            found.append("the chain on the tap itself")
         return tuple(found)
 
 
@@ -81,6 +85,12 @@ def own_marks(tap: str, facts: Facts) -> tuple[str, ...]:
     """The comments of the rules of its small chain."""
     chain = shape.chain_of(tap)
     return tuple(shape.mark(chain, rule) for rule in shape.own_rules(facts))
+
+
+def guard_marks(tap: str, facts: Facts) -> tuple[str, ...]:
+    """Those of the chain on the tap itself."""
+    chain = shape.chain_of(tap)
+    return tuple(shape.mark(chain, rule) for rule in shape.guard_rules(facts))
 
 
 def text(found: Found, tap: str) -> str | None:
@@ -97,20 +107,28 @@ class Filters:
 
     def __init__(self) -> None:
         self._socket: Nftables | None = None
+        self._guards: Nftables | None = None
         self._shared: tuple[int, tuple[str, ...]] = -1, ()  # by generation
 
     def close(self) -> None:
         """Close the socket."""
         if self._socket:
             self._socket.close()
-            self._socket = None
+            self._socket = self._guards = None
 
     @property
     def nftables(self) -> Nftables:
         """The table."""
         if self._socket is None:
-            self._socket = Nftables(nft.TABLE)
+            self._socket = Nftables(nft.TABLE, NFPROTO_BRIDGE)
         return self._socket
+
+    @property
+    def guards(self) -> Nftables:
+        """The table of what is on the taps themselves."""
+        if self._guards is None:
+            self._guards = Nftables(nft.TABLE, NFPROTO_NETDEV, self.nftables.transport)
+        return self._guards
 
     def read(self, tap: str) -> str | None:
         """The value of `Filter` for *tap*. Raises KernelError, PrivilegeError, NotReadyError."""
@@ -130,13 +148,25 @@ class Filters:
         generation = table.generation()
         if self._shared[0] != generation:
             self._shared = generation, tuple(missing(table))
+        guard = self._guard(tap)
         if THE_TABLE in self._shared[1]:
-            return Found(self._shared[1], generation=generation)
+            return Found(self._shared[1], guard=guard, generation=generation)
         raw, chain = os.fsencode(tap), shape.chain_of(tap)
         entries = tuple((name, entry) for name in shape.TYPES for entry in table.elements(name, raw))
         elements = frozenset(element(name, entry) for name, entry in entries)
         marks = None if table.chain(chain) is None else table.comments(chain)
-        return Found(self._shared[1], elements, marks, entries, generation)
+        return Found(self._shared[1], elements, marks, guard, entries, generation)
+
+    def _guard(self, tap: str) -> tuple[str, ...] | None:
+        """The comments of the rules in the chain on the tap itself; None without it."""
+        chain = shape.chain_of(tap)
+        itself = self.guards.itself()
+        base = None if itself is None else self.guards.chain(chain)
+        if itself is None or base is None:
+            return None
+        if itself[0] or base != (INGRESS, shape.GUARD_PRIORITY, ACCEPT, "filter", (tap,)):
+            return ("another hook",)
+        return self.guards.comments(chain)
 
     def write(self, op: Filter) -> None:
         """Make what *op* wants true, all of it or nothing. Raises KernelError, PrivilegeError, NotReadyError."""
@@ -157,14 +187,20 @@ class Filters:
     def _remove(self, op: Filter, found: Found) -> None:
         if found.nothing:
             return
-        table = self.nftables
+        table, chain = self.nftables, shape.chain_of(op.dev)
         own = sum(name == "guests" for name, _ in found.entries)
+        last = table.count("guests") <= own  # it takes the tables along
+        messages: list[Message] = []
         with refusals(op.describe()):
-            if table.count("guests") <= own:  # the last one takes the table along
-                table.remove(found.generation, (), ())
-            else:
-                chains = () if found.marks is None else (shape.chain_of(op.dev),)
-                table.remove(found.generation, found.entries, chains)
+            if last and THE_TABLE not in found.missing:
+                messages.append(table.gone())
+            elif not last:
+                messages += table.without(found.entries, () if found.marks is None else (chain,))
+            if last and (itself := self.guards.itself()) and itself[1] <= (found.guard is not None):
+                messages.append(self.guards.gone())
+            elif found.guard is not None:
+                messages += self.guards.without((), (chain,))
+            table.commit(found.generation, messages)
 
 
 def missing(table: Nftables) -> Iterator[str]:
@@ -253,6 +289,8 @@ def commands(tap: str, facts: Facts, found: Found) -> Iterator[str]:
     if found.marks != own_marks(tap, facts):
         yield f"add chain {shape.HERE} {chain}"
         yield from shape.added(chain, shape.own_rules(facts))
+    if found.guard != guard_marks(tap, facts):
+        yield from shape.guard(tap, facts, there=found.guard is not None)
     wanted = shape.elements(tap, facts)
     # One whose chain is another now has to go before it can come again.
     yield from (shape.element("delete", tap, one) for one in sorted(found.elements - wanted))
@@ -272,14 +310,16 @@ def by_hand(op: Filter, now: object) -> Iterator[str]:
                 *(shape.element("delete", op.dev, one) for one in sorted(elements)),
                 f"flush chain {shape.HERE} {shape.chain_of(op.dev)}",
                 f"delete chain {shape.HERE} {shape.chain_of(op.dev)}",
+                *shape.no_guard(op.dev),
             )
         )
         return
     if damage != [""]:
         yield one_line(shape.shared_part(hooked=BASE_CHAIN in damage))
-    whole = before and damage == [""]
-    marks = own_marks(op.dev, before) if before and whole else None
-    yield one_line(commands(op.dev, wanted, Found((), elements if whole else frozenset(), marks)))
+    found = Found(())
+    if before and damage == [""]:
+        found = Found((), elements, own_marks(op.dev, before), guard_marks(op.dev, before))
+    yield one_line(commands(op.dev, wanted, found))
 
 
 def one_line(words: Iterable[str]) -> str:

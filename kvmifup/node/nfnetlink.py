@@ -26,7 +26,7 @@ from kvmifup.node.messages import (
 )
 from kvmifup.node.transport import TRIES, Transport, split
 
-NETLINK_NETFILTER, AF_BRIDGE = 12, 7
+NETLINK_NETFILTER, NFPROTO_NETDEV, NFPROTO_BRIDGE = 12, 5, 7
 NFNL_SUBSYS_NFTABLES, NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, NFNL_BATCH_GENID = 10, 0x10, 0x11, 1
 NFT_MSG_GETTABLE, NFT_MSG_DELTABLE, NFT_MSG_GETCHAIN, NFT_MSG_DELCHAIN = 1, 2, 4, 5
 NFT_MSG_GETRULE, NFT_MSG_DELRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_DELSETELEM = 7, 8, 10, 13, 14
@@ -35,7 +35,7 @@ NFTA_GEN_ID = 1
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_USE = 1, 2, 3
 NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER = 1, 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE = 1, 3, 4, 5, 7
-NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY = 1, 2
+NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY, NFTA_HOOK_DEVS = 1, 2, 4
 NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_USERDATA = 1, 2, 7
 NFTNL_UDATA_RULE_COMMENT = 0
 NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_DATA_TYPE = 1, 2, 3, 4, 6
@@ -51,16 +51,17 @@ SO_SNDBUFFORCE, SENT = 32, 1 << 24  # a NIC may have thousands of addresses
 NFGENMSG = Struct(">BBH")  # family, version, what the batch is for
 BE32 = Struct(">I")
 HEADER = Struct("=HH")
-Chain = tuple[int, int, int, str]  # of a base chain: hook, priority, policy, type
+Chain = tuple[int, int, int, str, tuple[str, ...]]  # of a base chain: hook, priority, policy, type, devices
+Message = tuple[int, int, bytes]  # of a batch: family, type, body
 Entry = tuple[bytes, bytes, str]  # of an element: its key, that where its range ends, the chain of its verdict
 
 
 class Nftables:
-    """One table of the family bridge, in this network namespace. Not for two threads at once. Raises NetlinkError."""
+    """One table of a *family*, in this network namespace. Not for two threads at once. Raises NetlinkError."""
 
-    def __init__(self, table: str) -> None:
-        self.table = table
-        self._transport = Transport(NETLINK_NETFILTER)
+    def __init__(self, table: str, family: int, transport: Transport | None = None) -> None:
+        self.table, self.family = table, family
+        self.transport = self._transport = transport or Transport(NETLINK_NETFILTER)
         self._dumps: dict[str, list[bytes]] = {}  # of sets, as they were at a generation
         self._seen = -1
 
@@ -91,8 +92,9 @@ class Nftables:
             return None if found is None else ()
         hook = attributes(found[NFTA_CHAIN_HOOK])
         priority = int.from_bytes(hook[NFTA_HOOK_PRIORITY], "big", signed=True)
-        what = text(found.get(NFTA_CHAIN_TYPE)) or ""
-        return be32(hook[NFTA_HOOK_HOOKNUM]) or 0, priority, be32(found.get(NFTA_CHAIN_POLICY)) or 0, what
+        policy, what = be32(found.get(NFTA_CHAIN_POLICY)) or 0, text(found.get(NFTA_CHAIN_TYPE)) or ""
+        devices = attributes(hook.get(NFTA_HOOK_DEVS, b"")).values()
+        return be32(hook[NFTA_HOOK_HOOKNUM]) or 0, priority, policy, what, tuple(text(one) or "" for one in devices)
 
     def set_types(self, name: str) -> tuple[int, int, int] | None:
         """Flags, and the numbers that nft has for the types of key and data; None if there is no such set."""
@@ -129,7 +131,7 @@ class Nftables:
 
     def _get(self, what: int, body: bytes) -> dict[int, bytes] | None:
         try:
-            message = self._transport.ask(kind(what), 0, NFGENMSG.pack(AF_BRIDGE, 0, 0) + body)
+            message = self._transport.ask(kind(what), 0, NFGENMSG.pack(self.family, 0, 0) + body)
         except NetlinkError as error:
             if error.errno == errno.ENOENT:
                 return None
@@ -139,7 +141,7 @@ class Nftables:
     def _dump(self, what: int, body: bytes) -> list[bytes]:
         for _ in range(TRIES):
             try:
-                parts, undisturbed = self._transport.dump_once(kind(what), NFGENMSG.pack(AF_BRIDGE, 0, 0) + body)
+                parts, undisturbed = self._transport.dump_once(kind(what), NFGENMSG.pack(self.family, 0, 0) + body)
             except NetlinkError as error:
                 if error.errno == errno.ENOENT:
                     return []
@@ -150,36 +152,30 @@ class Nftables:
 
     # --- removing -------------------------------------------------------------------------------------------
 
-    def remove(self, generation: int, elements: Sequence[tuple[str, Entry]], chains: Sequence[str]) -> None:
-        """Remove elements (the set of each, and what it is) and chains in one transaction; nothing at all: the table.
-
-        NetlinkError with ERESTART if the ruleset is not of *generation* any more.
-        """
-        messages = [
-            (
-                NFT_MSG_DELSETELEM,
-                named(NFTA_SET_ELEM_LIST_TABLE, self.table)
-                + named(NFTA_SET_ELEM_LIST_SET, name)
-                + nested(NFTA_SET_ELEM_LIST_ELEMENTS, nested(NFTA_LIST_ELEM, keys(entry))),
-            )
-            for name, entry in elements
-        ]
+    def without(self, elements: Sequence[tuple[str, Entry]], chains: Sequence[str]) -> Iterator[Message]:
+        """What removes elements (the set of each, and what it is) and chains."""
+        table = named(NFTA_TABLE_NAME, self.table)  # the first attribute of all of them
+        for name, entry in elements:
+            element = nested(NFTA_SET_ELEM_LIST_ELEMENTS, nested(NFTA_LIST_ELEM, keys(entry)))
+            yield self.family, NFT_MSG_DELSETELEM, table + named(NFTA_SET_ELEM_LIST_SET, name) + element
         for chain in chains:
-            messages.append((NFT_MSG_DELRULE, named(NFTA_RULE_TABLE, self.table) + named(NFTA_RULE_CHAIN, chain)))
-            messages.append((NFT_MSG_DELCHAIN, named(NFTA_CHAIN_TABLE, self.table) + named(NFTA_CHAIN_NAME, chain)))
-        if not messages:
-            messages.append((NFT_MSG_DELTABLE, named(NFTA_TABLE_NAME, self.table)))
-        self._batch(generation, messages)
+            yield self.family, NFT_MSG_DELRULE, table + named(NFTA_RULE_CHAIN, chain)
+            yield self.family, NFT_MSG_DELCHAIN, table + named(NFTA_CHAIN_NAME, chain)
 
-    def _batch(self, generation: int, messages: Sequence[tuple[int, bytes]]) -> None:
+    def gone(self) -> Message:
+        """What removes the table."""
+        return self.family, NFT_MSG_DELTABLE, named(NFTA_TABLE_NAME, self.table)
+
+    def commit(self, generation: int, messages: Sequence[Message]) -> None:
+        """Do all of it in one transaction. NetlinkError, ERESTART: the ruleset is not of *generation* any more."""
         request = self._transport.next_sequence()
         subsystem = NFGENMSG.pack(0, 0, NFNL_SUBSYS_NFTABLES)
         whole = [
             packed(NFNL_MSG_BATCH_BEGIN, 0, request, subsystem + attribute(NFNL_BATCH_GENID, BE32.pack(generation)))
         ]
-        for position, (what, body) in enumerate(messages, 1):
+        for position, (family, what, body) in enumerate(messages, 1):
             flags = NLM_F_ACK if position == len(messages) else 0
-            whole.append(packed(kind(what), flags, request, NFGENMSG.pack(AF_BRIDGE, 0, 0) + body))
+            whole.append(packed(kind(what), flags, request, NFGENMSG.pack(family, 0, 0) + body))
         whole.append(packed(NFNL_MSG_BATCH_END, 0, request, subsystem))
         batch = b"".join(whole)
         if len(batch) > 1 << 17:

@@ -6,15 +6,17 @@ import ipaddress
 import json
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from harness import manager, nodes, tools
+from harness import disturb, hooks, manager, nodes, snapshots, tools
 from harness.addresses import FOREIGN_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC, IPS
 from harness.hooks import Result, call, check
 from harness.nodes import Node
+from harness.oracle import link
 from harness.wire import (
     BROADCAST,
     arp_request,
@@ -178,3 +180,187 @@ def test_what_is_the_guests_passes_and_nothing_else(bridged: Node, tag: str, kin
     every = right | {name: frame for name, (frame, _) in wrong.items()}
     assert passing(bridged, {name: TAGS[tag](frame) for name, frame in every.items()}) == right.keys()
     assert dropped() == {reason: sum(why == reason for _, why in wrong.values()) for reason in REASONS}
+
+
+def learnt() -> set[str]:
+    """The MACs that the bridge believes to be behind tap0."""
+    found = tools.ask("bridge -j fdb show br br0")
+    return {one["mac"] for one in found if one["ifname"] == "tap0" and one.get("state") != "permanent"}
+
+
+@pytest.mark.parametrize("kind", ["mac", "address"])
+@pytest.mark.parametrize("stp", [0, 1])
+def test_no_forged_mac_moves_the_bridges_table(bridged: Node, kind: str, stp: int) -> None:
+    """A frame to a reserved address as well, which the bridge does not show to its own hooks."""
+    check(wire(ip=IPS, filter=kind), 0)
+    tools.ip(f"link set br0 type bridge stp_state {stp}")
+    for frame, _ in WRONG_MAC.values():
+        bridged.taps[0].send(frame)
+    body = b"\x42\x42\x03" + bytes(43)
+    for last in range(16):
+        for frame_kind in (0x88CC, 38):  # LLDP; and a length, as STP has it
+            bridged.taps[0].send(ethernet(f"01:80:c2:00:00:{last:02x}", FOREIGN_MAC, frame_kind, body))
+    assert FOREIGN_MAC not in learnt()
+    tools.ip("link set br0 type bridge stp_state 0")
+    assert passing(bridged, {"ARP": ARP}) == {"ARP"}
+    assert learnt() == {GUEST_MAC}
+
+
+# --- before it joins, and while it changes ----------------------------------------------------------------------
+
+
+def elements(name: str) -> list[Any]:
+    """What is in one of our sets."""
+    every = table().get("set", []) + table().get("map", [])
+    return next((one.get("elem", []) for one in every if one["name"] == name), [])
+
+
+@pytest.mark.parametrize("kind", ["mac", "address"])
+def test_it_is_in_force_before_the_tap_joins_its_bridge(bridged: Node, kind: str) -> None:
+    manager.write_nic(mode="bridged", link="br0", ip=IPS, filter=kind, incoming=True)
+    seen = []
+
+    def look(_number: int, op: Any) -> None:
+        if type(op).__name__ in ("LinkMaster", "LinkUp"):
+            seen.append([["tap0", {"goto": {"target": kind}}]] == elements("guests"))
+
+    with disturb.disturbed(before=look):
+        check(call("kvm-ifup-pre", "tap0"), 0)
+    assert seen == [True, True]
+
+
+def test_down_takes_the_tap_off_its_bridge_first(bridged: Node) -> None:
+    check(wire(ip=IPS, filter="address"), 0)
+    seen = []
+
+    def look(_number: int, op: Any) -> None:
+        if type(op).__name__ == "Filter":
+            seen.append("master" in link("tap0"))
+
+    with disturb.disturbed(before=look):
+        check(call("kvm-ifdown", "tap0"), 0)
+    assert seen == [False]
+    assert nft("list", "ruleset") == ""
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, bytes], set[str]]] = {
+    "another address": (
+        {"ip": [GUEST_IP4], "filter": "address"},
+        {"ip": [GUEST_IP4, OTHER_IP4], "filter": "address"},
+        {"old": udp(GUEST_IP4, 1, 1), "new": udp(OTHER_IP4, 1, 1)},
+        {"old", "new"},
+    ),
+    "an address less": (
+        {"ip": [GUEST_IP4, OTHER_IP4], "filter": "address"},
+        {"ip": [GUEST_IP4], "filter": "address"},
+        {"old": udp(GUEST_IP4, 1, 1), "gone": udp(OTHER_IP4, 1, 1)},
+        {"old"},
+    ),
+    "a prefix around it": (
+        {"ip": [GUEST_IP4], "filter": "address"},
+        {"ip": ["192.0.2.0/28"], "filter": "address"},
+        {"old": udp(GUEST_IP4, 1, 1), "in it": udp("192.0.2.15", 1, 1), "outside": udp("192.0.2.16", 1, 1)},
+        {"old", "in it"},
+    ),
+    "no IPv6": (
+        {"ip": IPS, "filter": "address"},
+        {"ip": [GUEST_IP4], "filter": "address"},
+        {"old": udp(GUEST_IP4, 1, 1), "NS": RIGHT["NS"], "of the link": advertisement(LOCAL, source=LOCAL)},
+        {"old"},
+    ),
+    "another MAC": (
+        {"ip": [GUEST_IP4], "filter": "address"},
+        {"ip": [GUEST_IP4], "filter": "address", "allow_mac": [FOREIGN_MAC]},
+        {"own": udp(GUEST_IP4, 1, 1), "allowed": udp(GUEST_IP4, 1, 1, FOREIGN_MAC), "announced": rarp(FOREIGN_MAC)},
+        {"own", "allowed", "announced"},
+    ),
+    "only MACs": (
+        {"ip": [GUEST_IP4], "filter": "address"},
+        {"ip": [GUEST_IP4], "filter": "mac"},
+        {"any": udp(OTHER_IP4, 1, 1), "forged": udp(GUEST_IP4, 1, 1, FOREIGN_MAC)},
+        {"any"},
+    ),
+    "off": (
+        {"ip": [GUEST_IP4], "filter": "address"},
+        {"ip": [GUEST_IP4], "filter": "off"},
+        {"any": udp(OTHER_IP4, 1, 1), "forged": udp(GUEST_IP4, 1, 1, FOREIGN_MAC)},
+        {"any", "forged"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_on_a_running_nic_is_what_is_wired_anew(bridged: Node, name: str) -> None:
+    """And what is counted goes on, unless there is no filter any more."""
+    before, after, frames, right = CHANGES[name]
+    check(wire(**before), 0)
+    assert passing(bridged, {"forged": WRONG_MAC["another MAC"][0]}) == set()
+    check(wire(**after), 0)
+    assert passing(bridged, frames) == right
+    if name != "off":
+        assert dropped()["mac"] >= 1
+    changed = snapshots.snapshot_of_kernel()
+    check(call("kvm-ifdown", "tap0"), 0)
+    check(wire(**after), 0)
+    assert snapshots.changes(changed, snapshots.snapshot_of_kernel()) == []
+
+
+def add_filtered(tap: str, number: int) -> None:
+    """A further tap, and the NIC file of its guest."""
+    nodes.add_tap(tap)
+    mac, address = f"aa:00:00:35:ad:{number:02x}", f"192.0.2.{100 + number}"
+    manager.write_nic(tap, f"web{number}", mode="bridged", link="br0", mac=mac, ip=[address], filter="address")
+
+
+def test_guests_share_the_rules(bridged: Node) -> None:
+    """Each but its own few: 1 and 20 have as many."""
+    check(wire(ip=IPS, filter="address"), 0)
+    shared = [one for one in table()["rule"] if not one["chain"].startswith("nic-")]
+    for number in range(1, 20):
+        add_filtered(f"tap{number}", number)
+        check(call("kvm-ifup-post", f"tap{number}"), 0)
+    again = [one for one in table()["rule"] if not one["chain"].startswith("nic-")]
+    assert len(again) == len(shared)
+    assert len(elements("guests")) == 20
+    check(call("kvm-ifdown", "tap7"), 0)
+    assert len(elements("guests")) == 19
+    assert "tap7" not in nft("list", "ruleset")
+    assert passing(bridged, {"own": RIGHT["UDP"], "another's": udp("192.0.2.101", 1, 1)}) == {"own"}
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+FOREIGN = {
+    "another chain": "add table bridge kvm-ifup; add chain bridge kvm-ifup input",
+    "a set of that name": "add table bridge kvm-ifup; add set bridge kvm-ifup macs { type ether_addr; }",
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_table_of_somebody_else_is_left_alone(bridged: Node, what: str) -> None:
+    nft(FOREIGN[what])
+    before = snapshots.snapshot_of_kernel()
+    check(wire(ip=IPS, filter="address"), 69, "is not ours", "nft delete table bridge kvm-ifup")
+    assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
+    assert "master" not in link("tap0")
+
+
+def test_without_libnftables_a_filter_is_refused(bridged: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nftables", None)
+    check(wire(ip=IPS, filter="address"), 69, "libnftables", "python3-nftables")
+    assert "master" not in link("tap0")
+    assert "UP" not in link("tap0")["flags"]
+    check(wire(ip=IPS, filter="off"), 0)
+
+
+def test_two_at_once_are_both_filtered(bridged: Node) -> None:
+    taps = [f"tap{number}" for number in range(1, 9)]
+    for number, tap in enumerate(taps, 1):
+        add_filtered(tap, number)
+    running = [hooks.start("kvm-ifup-post", tap) for tap in taps]
+    assert [hooks.finish(one).code for one in running] == [0] * len(taps)
+    assert sorted(key for key, _ in elements("guests")) == taps
+    check(call("kvm-ifup", "check"), 0)
+    running = [hooks.start("kvm-ifdown", tap) for tap in taps]
+    assert [hooks.finish(one).code for one in running] == [0] * len(taps)
+    assert nft("list", "ruleset") == ""

@@ -47,7 +47,10 @@ def commands(phase: str, name: str = "tap0") -> list[str]:
     return found
 
 
-LAST_FILTER = "nft list map bridge kvm-ifup guests | grep -q goto || nft delete table bridge kvm-ifup"
+LAST_FILTER = (
+    "nft list map bridge kvm-ifup guests | grep -q goto || "
+    "nft 'delete table bridge kvm-ifup;delete table netdev kvm-ifup'"
+)
 
 
 def by_hand(lines: list[str]) -> None:
