@@ -145,11 +145,45 @@ def expecting(stack: ExitStack) -> Machine:
     return node
 
 
+# A guest that forges, when it is told to: ARP for the address of another, from an address of another, as a router.
+FORGE = """
+import fcntl, os, signal, struct
+tap = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", b"tap0", 0x1002))
+mac, other = bytes.fromhex("aa000035ac01"), bytes.fromhex("02000000002a")
+def arp(source, sender, address):
+    body = struct.pack("!HHBBH6s4s6s4s", 1, 0x800, 6, 4, 1, sender, bytes(address), bytes(6), bytes([192, 0, 2, 1]))
+    os.write(tap, b"\\xff" * 6 + source + b"\\x08\\x06" + body)
+def forge(*_):
+    arp(other, other, [192, 0, 2, 8])
+    for _ in range(2):
+        arp(mac, mac, [192, 0, 2, 9])
+    arp(mac, mac, [192, 0, 2, 8])
+signal.signal(signal.SIGUSR1, forge)
+while True:
+    signal.pause()
+"""
+
+
+def filtered(stack: ExitStack) -> Machine:
+    """A bridge, and web1 on tap0 with a filter; `kill -USR1 $(cat /run/guest)` makes it forge three frames."""
+    node = stack.enter_context(machine())
+    node.run("ip link add br0 type bridge stp_state 0; ip link set br0 up")
+    node.run(f"ip tuntap add tap0 mode tap\npython3 -I -c '{FORGE}' >/dev/null 2>&1 & echo $! >/run/guest")
+    node.run("until ip link set tap0 up && ip link show tap0 | grep -q LOWER_UP; do sleep 0.05; done")
+    node.run("ip link set tap0 down")
+    ip = '["192.0.2.8", "192.0.2.48/28", "2001:db8::8"]'
+    nic(node, "tap0", "web1", mac='"aa:00:00:35:ac:01"', mode='"bridged"', link='"br0"', ip=ip, filter='"address"')
+    node.run("kvm-ifup-post tap0")
+    return node
+
+
 NODES: dict[str, Callable[[ExitStack], Machine]] = {
     "bare": bare,
     "described": described,
     "wired": wired,
     "expecting": expecting,
+    "filtered": filtered,
 }
 
 

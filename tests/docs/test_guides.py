@@ -79,6 +79,7 @@ def site() -> Iterator[Site]:
 @pytest.mark.parametrize(("page", "places"), [
     ("routed.md", {"node", "node with a table", "guest", "router"}),
     ("bridged.md", {"node", "node with STP", "node after networking was restarted"}),
+    ("filters.md", {"node"}),
 ])  # fmt: skip
 def test_every_block_that_is_to_be_typed_says_where(page: str, places: set[str]) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
@@ -236,3 +237,34 @@ def test_a_vlan_on_a_linux_bridge_is_refused(site: Site) -> None:
     site.node.run(nic.replace("\nEND", '\nvlan = ".100"\nEND'))
     hold(site.node, "tap0")
     assert site.node.attempt("kvm-ifup-pre tap0").returncode == 69
+
+
+# --- filters --------------------------------------------------------------------------------------------
+
+
+def test_the_filters_page_closes_a_guest_and_opens_what_it_says(site: Site) -> None:
+    site.node.run(typed("bridged.md", "node")[0][1])
+    (_, closed), (_, opened) = typed("filters.md", "node")
+    site.node.run(closed)
+    site.start()
+
+    def reaches(source: str, dev: str = "eth0") -> bool:
+        """Whether the guest reaches the router from *source*, which is on its *dev*."""
+        site.guest.run(f"ip addr replace {source}/24 dev {dev}")
+        found = site.guest.attempt(f"ping -qc1 -W1 -I {source} 192.0.2.1").returncode == 0
+        site.guest.run(f"ip addr del {source}/24 dev {dev}; ip neigh flush dev {dev}")
+        return found
+
+    assert reaches("192.0.2.8")
+    assert not reaches("192.0.2.50")
+    for name, mac in (("virtual", "02:00:00:00:00:07"), ("other", "02:00:00:00:00:08")):
+        site.guest.run(f"ip link add link eth0 name {name} address {mac} type macvlan")
+        site.guest.run(f"ip link set {name} up")
+    assert not reaches("192.0.2.8", "virtual")
+    site.node.run(opened)
+    assert reaches("192.0.2.8")
+    assert reaches("192.0.2.50")
+    assert reaches("192.0.2.51", "virtual")
+    assert not reaches("192.0.2.52", "other")
+    assert not reaches("192.0.2.65")
+    site.node.run("nft list set bridge kvm-ifup dropped_mac | grep -q 'packets [1-9]'")
