@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from lab.style import BLUE, STYLE, VERMILION, write
 
@@ -28,11 +29,13 @@ def save(
                 f"{number(median)} {unit}", (median, row - 0.34), ha="center", va="bottom", size=9, color=MEDIAN
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_ylim(len(rows) - 0.4, -0.75)
-        axes.set_xlabel("\n".join([f"{unit}, logarithmic; dots: every run, lines: medians", *([note] if note else [])]))
+        said = "\n".join([f"{unit}, logarithmic; dots: every run, lines: medians", *([note] if note else [])])
+        axes.set_xlabel(said, x=1, ha="right")
         axes.grid(axis="x", which="both", color="#E6E6E6", linewidth=0.6)
         axes.set_axisbelow(True)
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=12)

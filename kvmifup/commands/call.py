@@ -87,7 +87,7 @@ def need_privileges() -> None:
 @cache
 def need_capability() -> None:
     """Raise PrivilegeError without CAP_NET_ADMIN. A process that has it keeps it, so one look is enough."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
     if not effective >> CAP_NET_ADMIN & 1:
         raise PrivilegeError("root, but not permitted to change the network", hint="this takes CAP_NET_ADMIN")

@@ -14,8 +14,8 @@ from kvmifup.core.records import record
 MAC, INTERFACE, INSTANCE = "attached-mac", "iface-id", "kvm-ifup-instance"  # external_ids of the interface
 TRANSIENT = "transient"  # other_config of the port: it goes at the next start of the node
 NAMES = (MAC, INTERFACE, INSTANCE, TRANSIENT)
-_SPECIAL = re.compile(r"[\s%()]")
-_QUOTED = re.compile(r"%([0-9a-f]+);")
+_SPECIAL = r"[\s%()]"
+_QUOTED = r"%([0-9a-f]+);"
 
 
 @record
@@ -30,7 +30,7 @@ class Port:
     @property
     def text(self) -> str:
         """The port as text, the same for equal ones."""
-        ids = (f"{name}={_SPECIAL.sub(_quoted, value)}" for name, value in sorted(self.ids))
+        ids = (f"{name}={re.sub(_SPECIAL, _quoted, value)}" for name, value in sorted(self.ids))
         return " ".join(filter(None, (self.bridge, self.vlan, self.mode, *ids)))
 
     def named(self, name: str) -> str | None:
@@ -55,7 +55,7 @@ def parsed(text: str) -> Port:
         bridge,
         next((word for word in plain if word[0] in ".:"), ""),
         next((word for word in plain if word[0] not in ".:"), ""),
-        tuple(sorted((name, _QUOTED.sub(_plain, value)) for name, _, value in ids)),
+        tuple(sorted((name, re.sub(_QUOTED, _plain, value)) for name, _, value in ids)),
     )
 
 

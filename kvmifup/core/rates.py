@@ -27,7 +27,7 @@ SIZES: dict[str, float] = {
 LEAST_RATE, MOST_RATE = 8_000, 32_000_000_000
 LEAST_BURST, MOST_BURST = 2_000, 2**28  # bytes
 
-_NUMBER = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([A-Za-z]*)", re.ASCII)
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([A-Za-z]*)"
 
 
 def rate(text: str) -> int:
@@ -41,7 +41,7 @@ def size(text: str) -> int:
 
 
 def _value(text: str, units: dict[str, float]) -> float:
-    found = _NUMBER.fullmatch(text)
+    found = re.fullmatch(_NUMBER, text)
     if not found or found[2].lower() not in units:
         raise ValueError
     return float(found[1]) * units[found[2].lower()]

@@ -17,12 +17,12 @@ NONE = "none"  # no VLAN at all
 PVID, UNTAGGED = 0x2, 0x4
 SIGNS = {PVID | UNTAGGED: ".", 0: ":", UNTAGGED: "~", PVID: "!"}
 _FLAGS = {sign: flags for flags, sign in SIGNS.items()}
-_PART = re.compile(r"([.:~!])([0-9]+)(?:-([0-9]+))?", re.ASCII)
+_PART = r"([.:~!])([0-9]+)(?:-([0-9]+))?"
 
 
 def parts(text: str) -> Iterator[tuple[str, int, int]]:
     """The parts of *text*: a sign, the first and the last VLAN."""
-    for sign, first, last in _PART.findall(text):
+    for sign, first, last in re.findall(_PART, text):
         yield sign, int(first), int(last or first)
 
 

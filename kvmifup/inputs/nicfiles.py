@@ -204,12 +204,13 @@ def parse_nic(text: str, *, instance: str | None, index: int | None, source: str
     )
 
 
-UNQUOTED = re.compile(r"""\s*(\w+)\s*=\s*([^\s"'\[{#][^"'#]*)$""")  # a key, and what is no string
+UNQUOTED = r"""\s*(\w+)\s*=\s*([^\s"'\[{#][^"'#]*)$"""  # a key, and what is no string
 
 
 def written_right(text: str) -> str:
     """A hint that writes the first line of *text* that lacks quotes as it has to be; empty if there is none."""
-    for key, value in (found.groups() for line in text.splitlines() if (found := UNQUOTED.fullmatch(line.rstrip()))):
+    found = (re.fullmatch(UNQUOTED, line.rstrip()) for line in text.splitlines())
+    for key, value in (one.groups() for one in found if one):
         if key in EXAMPLES:
             return f'write {key} = "{value.strip("“”„‘’ ")}"'
         if key == "incoming" and value not in ("true", "false"):

@@ -9,7 +9,7 @@ from kvmifup.inputs import trust
 
 # In the order in which iproute2 looks (lib/rt_names.c): the administrator's first.
 BUILT_IN = {"default": 253, "main": 254, "local": 255}  # known without any file, as in lib/rt_names.c
-_NUMBER = re.compile(r"0x[0-9a-fA-F]+|0|[1-9][0-9]*", re.ASCII)
+_NUMBER = r"0x[0-9a-fA-F]+|0|[1-9][0-9]*"
 PLACES = ("/etc/iproute2", "/usr/share/iproute2", "/usr/lib/iproute2")
 
 
@@ -26,6 +26,6 @@ def number(name: str, places: tuple[str, ...] = PLACES) -> int | None:
                 continue
             for line in text.splitlines():
                 fields = line.split("#", 1)[0].split()
-                if len(fields) >= 2 and fields[1] == name and _NUMBER.fullmatch(fields[0]):
+                if len(fields) >= 2 and fields[1] == name and re.fullmatch(_NUMBER, fields[0]):
                     return int(fields[0], 0)
     return BUILT_IN.get(name)

@@ -20,13 +20,13 @@ MAX_INDEX = 9999
 MAX_MACS = 256
 FILTERS = ("off", "mac", "address")
 
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
-_INDEX = re.compile(r"0|[1-9][0-9]{0,3}", re.ASCII)
-_VLAN = re.compile(r"(\.[0-9]{1,4})?(:[0-9]{1,4}(-[0-9]{1,4})?)*", re.ASCII)
-_VID = re.compile(r"[0-9]{1,4}", re.ASCII)
-_TABLE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
-_INTERFACE_ID = re.compile(r"[A-Za-z0-9._:/@-]{1,255}", re.ASCII)
-_BYTES_SLIP = re.compile(r"b'(.+)'|b\"(.+)\"", re.ASCII)
+_MAC = r"[0-9a-f]{2}(:[0-9a-f]{2}){5}"
+_INDEX = r"0|[1-9][0-9]{0,3}"
+_VLAN = r"(\.[0-9]{1,4})?(:[0-9]{1,4}(-[0-9]{1,4})?)*"
+_VID = r"[0-9]{1,4}"
+_TABLE_NAME = r"[A-Za-z0-9_.-]{1,64}"
+_INTERFACE_ID = r"[A-Za-z0-9._:/@-]{1,255}"
+_BYTES_SLIP = r"b'(.+)'|b\"(.+)\""
 
 
 # --- single values ------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def device(name: str, what: str) -> str:
 
 def tap_argument(text: str) -> str:
     """The tap in argv[1]: Ganeti 3.0 passes the text of a Python bytes object, b'tap0'."""
-    slip = _BYTES_SLIP.fullmatch(text)
+    slip = re.fullmatch(_BYTES_SLIP, text)
     return device((slip[1] or slip[2]) if slip else text, "tap")
 
 
@@ -60,7 +60,7 @@ def instance_name(name: str) -> str:
 
 def nic_index(text: str, what: str = "index") -> int:
     """The number of a guest's NIC, written in the one way that there is. Raises NicError."""
-    if not _INDEX.fullmatch(text):
+    if not re.fullmatch(_INDEX, text):
         raise NicError(f"{what} {shown(text)} is not a number from 0 to {MAX_INDEX}")
     return int(text)
 
@@ -68,7 +68,7 @@ def nic_index(text: str, what: str = "index") -> int:
 def guest_mac(text: str, what: str = "mac") -> str:
     """*text* in lower case, if it is a unicast MAC, and not the one that the guest's tap gets. Raises NicError."""
     mac = text.lower()
-    if not _MAC.fullmatch(mac):
+    if not re.fullmatch(_MAC, mac):
         raise NicError(f"{what} {shown(text)} is not six pairs of hex digits", hint='like "aa:00:00:35:ac:01"')
     if int(mac[:2], 16) & 1:
         raise NicError(f"{what} {mac} is a multicast address")
@@ -149,8 +149,8 @@ def vlans(text: str) -> str:
 
     As for Ganeti, "VID" is ".VID". Raises NicError.
     """
-    notation = f".{text}" if _VID.fullmatch(text) else text
-    if not notation or not _VLAN.fullmatch(notation):
+    notation = f".{text}" if re.fullmatch(_VID, text) else text
+    if not notation or not re.fullmatch(_VLAN, notation):
         raise NicError(f"vlan {shown(text)} is not .VID, :VID:VID, :VID-VID or .VID:VID")
     vids: set[int] = set()
     for _, first, last in parts(notation):
@@ -164,14 +164,14 @@ def vlans(text: str) -> str:
 
 def interface_id(text: str) -> str:
     """*text* if it can name a NIC to OVN: a word. Raises NicError."""
-    if not _INTERFACE_ID.fullmatch(text):
+    if not re.fullmatch(_INTERFACE_ID, text):
         raise NicError(f"iface_id {shown(text)} is not a word of 1 to 255 letters, digits and ._:/@-")
     return text
 
 
 def routing_table(text: str) -> str:
     """*text* if it can name a routing table that is not the kernel's own. Raises NicError."""
-    if not _TABLE_NAME.fullmatch(text):
+    if not re.fullmatch(_TABLE_NAME, text):
         raise NicError(f"link {shown(text)} is not the name or number of a routing table")
     if text.isdigit() and not 1 <= int(text) <= MAX_TABLE:
         raise NicError(f"link {text}: a routing table is 1 to {MAX_TABLE}")
@@ -182,7 +182,7 @@ def routing_table(text: str) -> str:
 
 def program_name(text: str) -> str:
     """*text* if it can name a program in /etc/kvm-ifup/ext. Raises NicError."""
-    if not _TABLE_NAME.fullmatch(text) or text in (".", ".."):
+    if not re.fullmatch(_TABLE_NAME, text) or text in (".", ".."):
         raise NicError(f"link {shown(text)} is no name for a program")
     return text
 
