@@ -66,7 +66,7 @@ class Runner:
         settings = self.config if patience is None else replace(self.config, lock_timeout=patience)
         # Somebody who watches wants to know how long each op takes.
         timed = watchers.watched(self.run_dir)
-        return opened(self.run_dir, settings, by="agent", reason=reason, timed=timed)
+        return opened(self.run_dir, settings, by="agent", reason=reason, timed=timed, store=self.store)
 
     def restore(self, journal: Journal) -> bool:
         """Write *journal* again, unless its tap has one, or all of it was undone; returns whether it was written."""

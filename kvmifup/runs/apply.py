@@ -44,12 +44,16 @@ class Change:
 
 @record
 class Job:
-    """The changes for one tap, with its journal before them and after; *after* None forgets the tap."""
+    """The changes for one tap, with its journal before them and after; *after* None forgets the tap.
+
+    *noted*: the journal `pending` is written already, and has only to be put in its place.
+    """
 
     changes: tuple[Change, ...]
     before: Journal
     known: bool  # whether `before` is on disk, or an empty one made up for a new tap
     after: Journal | None
+    noted: Draft | None = None
 
     @property
     def needed(self) -> tuple[Change, ...]:
@@ -166,6 +170,9 @@ def device(op: Op) -> object:
 
 def note(job: Job, store: Store) -> None:
     """Make the journal say what is about to be changed."""
+    if job.noted and job.noted.is_there():
+        store.publish(job.noted)
+        return
     if not job.pending.pending:
         return
     try:

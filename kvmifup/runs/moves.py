@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from kvmifup import phases
-from kvmifup.core.errors import LockTimeoutError
+from kvmifup.core.errors import KvmIfupError, LockTimeoutError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu, Sysctl, UplinkVlans
 from kvmifup.core.records import record
@@ -19,7 +19,7 @@ from kvmifup.runs.leftovers import revert
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
 from kvmifup.runs.session import Session, about, alive
-from kvmifup.runs.store import save_or_mark
+from kvmifup.runs.store import ARMED, save_or_mark
 
 MANY = 100  # changes: more of them take so long that the agent has a thread make them
 
@@ -28,7 +28,7 @@ MANY = 100  # changes: more of them take so long that the agent has a thread mak
 
 @record
 class PreparedArrival:
-    """post for a NIC whose guest has yet to arrive: computed and admitted, so that only the doing is left.
+    """post for a NIC whose guest has yet to arrive: computed, admitted and noted, so that only the doing is left.
 
     *stamp* is its journal's, *devices* are those that the ops are about, with their indices.
     """
@@ -57,6 +57,9 @@ def prepare_arrival(tap: str, session: Session, only: Collection[str] | None = N
         outcome, job = prepare(Phase.POST, nic, journal, session, announce=False)
         devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
         indices = tuple((dev, session.kernel.ifindex(dev)) for dev in devices)
+        if only is None and job.pending.pending:
+            with suppress(KvmIfupError):  # no space: then there is none at its arrival either, or there is again
+                job = replace(job, noted=session.store.draft(job.pending, ARMED))
         return PreparedArrival(outcome, job, session.store.stamp(tap), indices)
 
 

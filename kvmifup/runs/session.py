@@ -88,11 +88,17 @@ def opened(
     reason: str | None = None,
     timed: bool = False,
     kernel: Callable[[], Kernel] | None = None,
+    store: Store | None = None,
 ) -> Iterator[Session]:
-    """A session on this node, in the network namespace of the calling thread. *timed*: note how long each op takes."""
+    """A session on this node, in the network namespace of the calling thread. *timed*: note how long each op takes.
+
+    *store*: one that was made before in this namespace, for the same directory.
+    """
     node = (kernel or Kernel)()
+    if store:
+        store.refresh()
     try:
-        yield Session(Timed(node) if timed else node, Store(run_dir), run_dir, config, dry, by, reason)
+        yield Session(Timed(node) if timed else node, store or Store(run_dir), run_dir, config, dry, by, reason)
     finally:
         node.close()
 

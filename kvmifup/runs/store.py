@@ -31,6 +31,7 @@ from kvmifup.runs.journal import HEAD, Journal, Mark, OtherVersion, decode, enco
 NAMESPACE = "/proc/self/ns/net"
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 STATE = "state"
+ARMED = "armed"  # the directory of drafts that wait for a guest
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # the last one is a limit of our caller's
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
@@ -38,10 +39,18 @@ MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
 
 @record
 class Draft:
-    """A journal that is written, with its text, but not yet the one that counts."""
+    """A journal that is written into *file*, with its text and its *stamp*, but is not yet the one that counts."""
 
     journal: Journal
     text: str
+    file: str
+    stamp: Stamp
+
+    def is_there(self) -> bool:
+        """Whether the file still is as it was written."""
+        with suppress(OSError):
+            return stamp_of(os.lstat(self.file)) == self.stamp
+        return False
 
 
 class Store:
@@ -170,26 +179,28 @@ class Store:
         """Write *journal* so that it is either wholly there or not at all, even after a crash. Raises as `draft`."""
         self.publish(self.draft(journal))
 
-    def draft(self, journal: Journal) -> Draft:
+    def draft(self, journal: Journal, directory: str = STATE) -> Draft:
         """Write *journal*, but not yet in the place of the one that is there. `publish` then takes no more space.
 
+        There is one draft of each tap in a *directory*.
         Raises KernelError when the file system refuses, PrivilegeError when we may not, NotReadyError when others may.
         """
-        path = self.path(journal.nic.tap)
-        temporary = path.with_suffix(".new")
+        tap = journal.nic.tap
+        temporary = f"{self.run_dir}/{directory}/{tap}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            places.made(self.run_dir, STATE)
+            places.made(self.run_dir, directory)
             # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
             text = json.dumps(encode(journal))
             with open(os.open(temporary, flags, 0o600), "wb") as file:
                 file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
+                stamp = stamp_of(os.fstat(file.fileno()))
         except OSError as error:
-            self.discard(journal.nic.tap)
-            raise refused(error, f"cannot write {path}") from None
-        return Draft(journal, text)
+            self.discard(tap, directory)
+            raise refused(error, f"cannot write {self.path(tap)}") from None
+        return Draft(journal, text, temporary, stamp)
 
     def publish(self, draft: Draft) -> None:
         """Put *draft* in the place of the journal, at once or not at all. Raises KernelError, PrivilegeError."""
@@ -197,17 +208,17 @@ class Store:
         path = self.path(tap)
         try:
             with self._index.changing():
-                os.rename(path.with_suffix(".new"), path)
+                os.rename(draft.file, path)
                 sync(self.directory)
                 self._index.written(tap, draft.text, draft.journal)
         except OSError as error:
             self.discard(tap)
             raise refused(error, f"cannot write {path}") from None
 
-    def discard(self, tap: str) -> None:
-        """Let go of a draft of *tap*, if there is one: it takes space."""
+    def discard(self, tap: str, directory: str = STATE) -> None:
+        """Let go of the draft of *tap* in *directory*, if there is one: it takes space."""
         with suppress(OSError):
-            self.path(tap).with_suffix(".new").unlink()
+            os.unlink(f"{self.run_dir}/{directory}/{tap}.new")
 
     def mark(self, journal: Journal, mark: Mark) -> Journal:
         """Say *mark* in the file of *journal*, at once or not at all; returns what the journal is with it.
@@ -245,6 +256,7 @@ class Store:
                     self.path(tap).unlink()
                 sync(self.directory)
                 self._index.removed(tap)
+            self.discard(tap, ARMED)
         except OSError as error:
             raise refused(error, f"what was to be undone is, but cannot remove {self.path(tap)}") from None
 

@@ -10,9 +10,10 @@ import pytest
 
 from harness import agents, guests, hooks, manager, monitors, nodes, oracle, snapshots, tools, wire
 from harness.addresses import CLIENT_IP4, CLIENT_IP6, GUEST_IP4, GUEST_IP6, GUEST_MAC, IPS, NODE_MAC
-from harness.agents import NOT_WIRED, WIRED, Agent, phase, through, until, wired
+from harness.agents import NOT_WIRED, WIRED, Agent, journal, phase, through, until, wired
 from harness.guests import FRAMES, incoming, rarp, witness
 from harness.hooks import check, hook
+from harness.manager import RUN_DIR
 from harness.nodes import Node
 
 
@@ -216,6 +217,24 @@ def test_a_shared_sysctl_changed_since_pre_is_set_again(uplinked: Node, agent: A
     through("kvm-ifdown", "tap0")
     assert oracle.sysctl("ipv4/neigh/eth0/proxy_delay") == "80"
     assert oracle.sysctl("ipv6/conf/eth0/proxy_ndp") == "0"
+
+
+def test_what_is_noted_for_an_arrival_says_nothing_when_the_agent_is_killed(uplinked: Node) -> None:
+    with agents.running() as first:
+        guest = incoming(uplinked, first)
+        noted = [path.name for path in (RUN_DIR / "armed").iterdir()]
+        assert noted == ["tap0.new"]
+        before = journal()
+        first.end(signal.SIGKILL)
+    check(hook("kvm-ifup", "gc"), 0)
+    assert (journal(), wired()) == (before, NOT_WIRED)
+    with agents.running() as second:
+        second.armed()
+        guest.send(rarp())
+        until(lambda: phase() == "post")
+        assert wired() == WIRED
+        through("kvm-ifdown", "tap0")
+    assert list((RUN_DIR / "armed").iterdir()) == []
 
 
 def other_uplink() -> None:

@@ -152,8 +152,8 @@ def test_the_content_is_on_disk_before_it_has_its_name(store: Store, monkeypatch
         calls.append("fsync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
-    def spy_rename(source: Path, target: Path) -> None:
-        calls.append(f"rename {source.name} {target.name}")
+    def spy_rename(source: str, target: Path) -> None:
+        calls.append(f"rename {Path(source).name} {target.name}")
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", spy_fsync)

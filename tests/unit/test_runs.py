@@ -15,6 +15,7 @@ from kvmifup.core.errors import (
     KernelError,
     KvmIfupError,
     LockTimeoutError,
+    NoSpaceError,
     NotReadyError,
     RollbackError,
     raise_all,
@@ -38,10 +39,10 @@ from kvmifup.runs import locks
 from kvmifup.runs.down import down, taps_of_instance
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.leftovers import collect
-from kvmifup.runs.moves import mend, prepare_arrival, run_post, withdraw
+from kvmifup.runs.moves import PreparedArrival, arrive, mend, prepare_arrival, run_post, withdraw
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session
-from kvmifup.runs.store import Store
+from kvmifup.runs.store import Draft, Store
 from kvmifup.runs.up import up
 
 from .nodes import FailingStore, FakeKernel, Killed, identity, on_disk
@@ -705,6 +706,79 @@ def test_killed_at_any_instant(nic: Nic, next_run: str, nodes: Callable[[], Node
             break
         step += 1
     assert step > 3, "there were instants to be killed at"
+
+
+def armed(node: Node) -> PreparedArrival:
+    """What is prepared for a guest that is to come, beside one that is there."""
+    node.post(SECOND)
+    node.pre(TABLED)
+    prepared = prepare_arrival("tap0", node.session())
+    assert prepared is not None
+    return prepared
+
+
+@pytest.mark.parametrize("next_run", ["gc", "post", "down"])
+def test_an_arrival_that_is_killed_at_any_instant(next_run: str, nodes: Callable[[], Node]) -> None:
+    """Also before its first frame: what is noted for it while it is armed says nothing."""
+    at_home = nodes()
+    arrive(armed(at_home), at_home.session())
+    whole = dict(at_home.kernel.values)
+    step, killed = -1, True
+    while killed:
+        node = nodes()
+        prepared = armed(node)
+        before = dict(node.kernel.values)
+        assert prepared.job.noted
+        assert Path(prepared.job.noted.file).read_text() == prepared.job.noted.text
+        killed = step < 0 or killed_at(step, node, lambda: arrive(prepared, node.session()))  # noqa: B023
+        if next_run == "gc":
+            node.gc()
+            assert node.kernel.values in (before, whole), f"step {step}"
+        elif next_run == "post":
+            node.post(TABLED)
+            assert node.kernel.values == whole, f"step {step}"
+        node.down()
+        node.down("tap1")
+        assert node.kernel.values == {}, f"step {step}"
+        assert list((node.run_dir / "armed").iterdir()) == []
+        step += 1
+    assert step > 3, "there were instants to be killed at"
+
+
+@pytest.mark.parametrize("how", ["as it was", "gone", "written to", "replaced", "never written"])
+def test_what_is_noted_for_an_arrival_counts_only_as_it_was_written(
+    how: str, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = node.store.draft
+
+    def without_space(journal: Journal, *directory: str) -> Draft:
+        raise_if(bool(directory), NoSpaceError("full", errno=errno.ENOSPC))
+        return real(journal, *directory)
+
+    if how == "never written":
+        monkeypatch.setattr(node.store, "draft", without_space)
+    prepared = armed(node)
+    file = node.run_dir / "armed/tap0.new"
+    assert (prepared.job.noted is not None) == file.exists() == (how != "never written")
+    if how == "gone":
+        file.unlink()
+    elif how == "written to":
+        file.write_text("{half")
+    elif how == "replaced":
+        file.with_suffix(".other").write_text(file.read_text().replace("tap0", "tap1"))
+        file.with_suffix(".other").rename(file)
+    seen: list[tuple[Op, ...]] = []  # what the journal says is pending, at each write but the announcement
+
+    def note(_number: int) -> None:
+        if not node.kernel.writes[-1].after_change:
+            seen.append(tuple(one.op for one in node.journal().pending))
+
+    node.kernel.before = note
+    assert arrive(prepared, node.session())
+    needed = tuple(change.op for change in prepared.job.needed if change.op.undoable)
+    assert seen
+    assert set(seen) == {needed}
+    assert node.journal().phase is Phase.POST
 
 
 def test_a_neighbour_of_a_killed_run_knows_what_was_there_before_both(nodes: Callable[[], Node]) -> None:
