@@ -1,6 +1,6 @@
 """What an unmodified Ganeti's guests notice of a migration: bridged, routed, and routed with our agent on both nodes.
 
-`python -m tests.ganeti.demo --out docs` measures, and draws the last round as ganeti.png.
+`./dev demo --ganeti --out docs` measures, and draws the last round as ganeti.png.
 """
 
 from __future__ import annotations
