@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvmifup.commands.call import Call
 from kvmifup.commands.objects import nic_object
 from kvmifup.core.text import printable
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.state import State, look, state_of
-from kvmifup.runs import clock
+from kvmifup.runs import clock, expected
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "PHASE", "SINCE", "BY", "WIRED"]
@@ -34,7 +34,18 @@ def run(call: Call) -> int:
         print_table(call, rows)
         call.say(line for one, _, state in rows if (line := what_is_wrong(one, state)))
         call.say(f"{one.label}: {what_was_dropped(state)}" for one, _, state in rows if state.dropped)
+        if not call.options.wrong:
+            call.say(who_is_expected(call))
     return 0
+
+
+def who_is_expected(call: Call) -> Iterator[str]:
+    """A line about each guest that is to come, and has no taps here yet. Raises OSError."""
+    for one in expected.found(call.run_dir):
+        if call.options.name in (None, one.instance) and one.age < call.config.agent.arrival_timeout:
+            addresses = [render.short(prefix) for nic in one.nics for prefix in nic.ip]
+            what = f"expected with {', '.join(addresses)}" if addresses else "expected"
+            yield printable(f"{one.instance}: {what}, told {ago(one.age)} ago; its QEMU does not wait here yet")
 
 
 def is_wrong(state: State) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from harness import agents, manager, nodes, tools
 from harness.addresses import GUEST_IP4, GUEST_MAC
 from harness.hooks import Result, call, check, hook
-from harness.moving import FIRST, INSTANCE, environment
+from harness.moving import FIRST, INSTANCE, Qemu, environment
 from harness.nodes import Node
 from harness.snapshots import changes, snapshot
 
@@ -28,6 +28,22 @@ def test_a_node_that_can_take_the_guest_only_writes_down_that_it_is_to_come(upli
     check(hook("kvm-ifup", "expect", environ=environment(FIRST, {**BRIDGED, "MAC": SECOND["MAC"]})), 0)
     (change,) = changes(before, snapshot())
     assert change.startswith(f"+ /run/kvm-ifup/expected/{INSTANCE}.json: ")
+
+
+def test_show_says_who_is_expected_until_its_nic_is_there(uplinked: Node) -> None:
+    line = f"{INSTANCE}: expected with {GUEST_IP4}, told 0s ago; its QEMU does not wait here yet"
+    assert INSTANCE not in call("kvm-ifup", "show").out
+    check(expect(FIRST), 0)
+    assert line in call("kvm-ifup", "show").out.splitlines()
+    assert INSTANCE not in call("kvm-ifup", "show", "--wrong").out
+    guest = uplinked.guest("tap0")
+    with agents.running() as agent:
+        qemu = Qemu([(guest, GUEST_MAC)], instance=INSTANCE, incoming=True)
+        try:
+            agent.armed()
+            assert "expected" not in call("kvm-ifup", "show").out
+        finally:
+            qemu.end()
 
 
 @pytest.mark.parametrize(
