@@ -14,8 +14,9 @@ from kvmifup.core.errors import KvmIfupError, NoSpaceError, ProgramError, Rollba
 from kvmifup.core.ops import Op, Value
 from kvmifup.core.records import record
 from kvmifup.core.signals import checkpoint, still_wanted
+from kvmifup.runs.draft import Draft
 from kvmifup.runs.journal import Entry, Journal, Mark
-from kvmifup.runs.store import Draft, Store, save_or_mark
+from kvmifup.runs.store import Store, save_or_mark
 
 
 class Node(Protocol):

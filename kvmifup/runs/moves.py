@@ -13,13 +13,14 @@ from kvmifup.core.ops import LinkMtu, Sysctl, UplinkVlans
 from kvmifup.core.records import record
 from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.apply import Job, survey
+from kvmifup.runs.draft import ARMED
 from kvmifup.runs.index import Stamp
 from kvmifup.runs.journal import Journal, Mark, marked
 from kvmifup.runs.leftovers import revert
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
 from kvmifup.runs.session import Session, about, alive
-from kvmifup.runs.store import ARMED, save_or_mark
+from kvmifup.runs.store import save_or_mark
 
 MANY = 100  # changes: more of them take so long that the agent has a thread make them
 

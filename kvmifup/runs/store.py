@@ -23,34 +23,17 @@ from kvmifup.core.errors import (
     PrivilegeError,
 )
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.records import record
 from kvmifup.inputs import devices, places, trust
+from kvmifup.runs.draft import ARMED, Draft
 from kvmifup.runs.index import Stamp, index_of, stamp_of
 from kvmifup.runs.journal import HEAD, Journal, Mark, OtherVersion, decode, encode, marked
 
 NAMESPACE = "/proc/self/ns/net"
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 STATE = "state"
-ARMED = "armed"  # the directory of drafts that wait for a guest
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # the last one is a limit of our caller's
 MAX_BYTES = 16 << 20  # a NIC may have thousands of addresses
-
-
-@record
-class Draft:
-    """A journal that is written into *file*, with its text and its *stamp*, but is not yet the one that counts."""
-
-    journal: Journal
-    text: str
-    file: str
-    stamp: Stamp
-
-    def is_there(self) -> bool:
-        """Whether the file still is as it was written."""
-        with suppress(OSError):
-            return stamp_of(os.lstat(self.file)) == self.stamp
-        return False
 
 
 class Store:

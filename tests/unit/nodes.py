@@ -30,7 +30,8 @@ from kvmifup.core.ops import (
 )
 from kvmifup.core.vlans import NONE, ids, tagged
 from kvmifup.inputs import tables
-from kvmifup.runs.store import Draft, Store
+from kvmifup.runs.draft import Draft
+from kvmifup.runs.store import Store
 
 from .samples import BRIDGE, ETH0_4, ETH0_6
 

@@ -37,12 +37,13 @@ from kvmifup.core.ops import (
 )
 from kvmifup.runs import locks
 from kvmifup.runs.down import down, taps_of_instance
+from kvmifup.runs.draft import Draft
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.leftovers import collect
 from kvmifup.runs.moves import PreparedArrival, arrive, mend, prepare_arrival, run_post, withdraw
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session
-from kvmifup.runs.store import Draft, Store
+from kvmifup.runs.store import Store
 from kvmifup.runs.up import up
 
 from .nodes import FailingStore, FakeKernel, Killed, identity, on_disk

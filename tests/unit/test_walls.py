@@ -285,7 +285,7 @@ def test_pure_modules_import_nothing_that_could_do_anything(name: str) -> None:
 
 def test_apply_knows_no_mode_and_no_phase() -> None:
     tree = MODULES["runs.apply"]
-    known = {"core.errors", "core.ops", "core.records", "core.signals", "runs.journal", "runs.store"}
+    known = {"core.errors", "core.ops", "core.records", "core.signals", "runs.draft", "runs.journal", "runs.store"}
     assert own(imports(tree)) <= known
     assert not [word for word in words(tree) if re.search("bridged|routed|openvswitch|phase", word, re.IGNORECASE)]
 
