@@ -26,11 +26,14 @@ from kvmifup.core.ops import (
     ProxyNeighbour,
     Route,
     Rule,
+    Sources,
     Sysctl,
+    UplinkGuard,
     UplinkVlans,
     Value,
 )
 from kvmifup.core.vlans import MAX_VLAN, PVID, UNTAGGED, flags_of, ids, ranges
+from kvmifup.diagnosis import by_hand_sources
 from kvmifup.node import filters, ovs
 from kvmifup.node.filter_shape import GUARD, HERE
 from kvmifup.runs.apply import Change
@@ -50,6 +53,8 @@ def lines(change: Change) -> list[str]:
         case Filter():
             found = [shlex.join(["nft", one]) for one in filters.by_hand(change.op, change.now)]
             return found if change.op.want else [*found, LAST]
+        case Sources() | UplinkGuard():
+            return [shlex.join(by_hand_sources.command(change.op, change.now))]
         case OvsPort():
             now = None if change.now is None else str(change.now)
             return [shlex.join(["ovs-vsctl", *ovs.transaction(change.op.dev, change.op.want, now)])]

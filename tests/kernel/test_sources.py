@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import shlex
 import socket
 import struct
 from collections.abc import Iterable, Iterator
@@ -333,6 +334,23 @@ def test_what_others_do_to_the_table_is_seen_and_put_right(uplinked: Node, distu
     assert tools.run("nft", "list", "table", *TABLE).split("chain", 1)[1] == before.split("chain", 1)[1]
     assert sources(passed(guest, client, map(packet, [*FORGED, INSIDE]))) == [INSIDE]
     check(call("kvm-ifup", "check"), 0)
+
+
+@pytest.mark.parametrize("rp_filter", ["strict", "loose"])
+def test_what_plan_prints_for_nft_is_what_the_hook_writes(uplinked: Node, rp_filter: str) -> None:
+    uplinked.guest()
+    manager.write_nic(**NIC)
+    config = manager.configuration(routed={"rp_filter": rp_filter, "guard_uplinks": True})
+    printed = [line.strip() for line in call("kvm-ifup", "plan", "post", "tap0", config).out.splitlines()]
+    for line in printed:
+        if line.startswith("nft "):
+            tools.run(*shlex.split(line))
+    by_hand = tools.run("nft", "list", "table", *TABLE)
+    (planned,) = json.loads(call("kvm-ifup", "plan", "post", "tap0", "--json", config).out)
+    assert {op["needed"] for op in planned["ops"] if op["op"] in ("sources", "uplink-guard")} == {False}
+    tools.run("nft", "flush", "ruleset")
+    check(call("kvm-ifup-post", "tap0", config), 0)
+    assert tools.run("nft", "list", "table", *TABLE) == by_hand
 
 
 # --- where it cannot be done -----------------------------------------------------------------------------------------
