@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from harness import agents, hooks, manager, nodes, tools, wire
-from harness.addresses import GUEST_IP6
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
 from harness.agents import Agent, until
 from harness.guests import witness
 from harness.hooks import call, check
@@ -130,6 +130,36 @@ def test_a_guest_that_is_armed_is_closed_again_too(uplinked: Node) -> None:
         assert tap.name == "tap0"
 
 
+@pytest.mark.parametrize(
+    "command", ["flush ruleset", "flush chain bridge kvm-ifup prerouting", "delete chain nic-tap0"]
+)
+def test_a_bridged_guests_filter_is_put_back_as_well(uplinked: Node, command: str) -> None:
+    nodes.add_bridge()
+    with agents.running() as agent:
+        for number in range(2):
+            nodes.add_tap(f"tap{number}")
+            manager.write_nic(f"tap{number}", f"web{number}", mode="bridged", link="br0", ip=[f"192.0.2.{80 + number}"],
+                              filter="address", mac=f"aa:00:00:35:ac:0{number}")  # fmt: skip
+            agents.through("kvm-ifup-post", f"tap{number}")
+        witness(uplinked, agent)
+        time.sleep(0.5)
+        before = bridge_table()
+        if command == "of one guest alone":
+            tools.run("nft", "flush map bridge kvm-ifup own;flush chain bridge kvm-ifup nic-tap0;"
+                             "delete chain bridge kvm-ifup nic-tap0")  # fmt: skip
+        else:
+            tools.run("nft", *command.split())
+        until(lambda: bridge_table() == before, WITHIN)
+        until(lambda: "tap0): mended: " in agent.said())
+
+
+def bridge_table() -> list[str]:
+    """The table for bridged guests, in any order; the sets count on."""
+    found = json.loads(tools.run("nft", "-j", "list", "ruleset"))["nftables"]
+    text = [re.sub(r'"handle": \d+|"(packets|bytes)": \d+', "", json.dumps(one)) for one in found]
+    return sorted(one for one in text if '"family": "bridge"' in one)
+
+
 # --- what was dropped ------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +205,20 @@ def test_what_is_dropped_is_counted_shown_and_kept_when_addresses_change(uplinke
         time.sleep(0.5)
         assert agent.process.poll() is None
     assert metric("address") == 0
+
+
+def test_what_a_bridged_guest_sends_is_counted_by_reason(uplinked: Node) -> None:
+    nodes.add_bridge()
+    tap = uplinked.guest()
+    manager.write_nic("tap0", "web1", mode="bridged", link="br0", ip=[GUEST_IP4], filter="address")
+    check(call("kvm-ifup-post", "tap0"), 0)
+    tap.send(wire.arp_request("02:00:00:00:00:66", GUEST_IP4, "192.0.2.1"))
+    tap.send(wire.arp_request(GUEST_MAC, "192.0.2.66", "192.0.2.1"))
+    tap.send(wire.arp_request(GUEST_MAC, "192.0.2.67", "192.0.2.1"))
+    tap.send(wire.router_advertisement(GUEST_MAC, "fe80::a800:ff:fe35:ac01"))
+    until(lambda: shown() == {"mac": 1, "address": 3} or shown() == {"mac": 1, "address": 2, "router": 1})
+    with agents.running():
+        until(lambda: METRICS.exists() and metric("mac") == 1)
 
 
 def test_check_names_a_guest_of_which_much_is_dropped_and_does_not_fail(uplinked: Node) -> None:
