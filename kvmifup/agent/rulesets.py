@@ -31,7 +31,13 @@ NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
 NAME = TABLE.encode() + b"\0"
 IFNAMSIZ = 16
 OF_A_NIC = b"nic-"  # so the name of a chain begins that is about one tap
-FAMILIES = {"sources": NFPROTO_INET, "uplink-guard": NFPROTO_INET, "filter": NFPROTO_BRIDGE}  # by `Op.kind`
+NFPROTO_NETDEV = 5  # linux/netfilter.h
+# The tables that an op is in, by `Op.kind`.
+FAMILIES = {
+    "sources": (NFPROTO_INET,),
+    "uplink-guard": (NFPROTO_INET,),
+    "filter": (NFPROTO_BRIDGE, NFPROTO_NETDEV),
+}
 
 
 class RulesetEvents(Subscription):
@@ -67,6 +73,6 @@ def touched(found: list[NetlinkMessage]) -> Iterator[Thing]:
 
 def relied_on(op: Op, dev: str) -> Iterator[Thing]:
     """What *op*, which is about the device *dev*, relies on in our tables."""
-    if family := FAMILIES.get(op.kind):
+    for family in FAMILIES.get(op.kind, ()):
         yield "nft", family, dev
         yield "nft", family, ""
