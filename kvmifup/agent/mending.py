@@ -24,10 +24,10 @@ RECENT = 5.0  # seconds since an arrival
 # Seconds between two looks at what the kernel tells nobody about: that, or for each op so many. So a node with
 # thousands of NICs does not spend its time on it.
 PERIOD, FOR_EACH = 4.0, 0.002
-SHARE, MOST = 2, 32  # each is at one tap in so many, at so many at most, and at all that is on uplinks
+SHARE, MOST = 2, 16  # each is at one tap in so many, at so many at most, and at all that is on uplinks
 # Seconds in which everything is looked at, whatever has been heard or not: some taps in each of so many turns, at most
 # so many. All at once would take the processor from a guest that arrives.
-EVERYTHING, TURNS, A_TURN = 300.0, 30, 8
+EVERYTHING, TURNS, A_TURN = 300.0, 30, 4
 
 KEPT = {State.WIRED, State.DISARMED, *LISTENING}
 

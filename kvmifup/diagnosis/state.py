@@ -244,7 +244,7 @@ def seen_mac(nic: Nic, qemu: Qemu | None, look: Look) -> tuple[str | None, str]:
     if qemu and qemu.mac:
         return qemu.mac, f"the command line of its QEMU (process {qemu.pid})"
     if nic.mode == "bridged" and nic.link:
-        seen = [one.mac for one in look.bridges.learnt(nic.link) if one.port == nic.tap and not one.own]
+        seen = [one.mac for one in look.bridges.behind(nic.link, nic.tap) if not one.own]
     elif nic.mode == "routed":
         seen = list(filter(None, look.overview.neighbours(nic.tap).values()))
     else:

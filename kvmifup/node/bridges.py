@@ -29,11 +29,11 @@ class Bridges:
 
     def learnt(self, bridge: str) -> list[Learnt]:
         """What *bridge* knows of MACs."""
-        return [
-            Learnt(str(one["mac"]).lower(), str(one["ifname"]), one.get("state") == "permanent")
-            for one in self._macs or ()
-            if one.get("master") == bridge and "mac" in one and "ifname" in one
-        ]
+        return [one for behind in self._learnt.get(bridge, {}).values() for one in behind]
+
+    def behind(self, bridge: str, port: str) -> list[Learnt]:
+        """What *bridge* knows of MACs behind *port*."""
+        return self._learnt.get(bridge, {}).get(port, [])
 
     def querier(self, bridge: str) -> bool | None:
         """Whether *bridge* snoops multicast and somebody asks who listens: itself, or a neighbour of a port."""
@@ -55,11 +55,7 @@ class Bridges:
 
     def reported(self, bridge: str, port: str) -> bool:
         """Whether who is behind *port* has told *bridge* what IPv6 groups it listens to."""
-        groups = (group for part in self._groups or () for group in part.get("mdb", ()))
-        return any(
-            group.get("dev") == bridge and group.get("port") == port and ":" in str(group.get("grp"))
-            for group in groups
-        )
+        return (bridge, port) in self._reported
 
     def filtered(self, bridge: str, family: int) -> bool | None:
         """Whether what *bridge* forwards of *family*, 4 or 6, goes through iptables, by the bridge's own setting."""
@@ -69,23 +65,32 @@ class Bridges:
         )
 
     def _options(self, name: str, part: str) -> dict[str, Any] | None:
-        if self._links is None:
-            return None
-        found = next((one for one in self._links if one.get("ifname") == name), {})
-        options: dict[str, Any] = found.get("linkinfo", {}).get(part, {})
+        options: dict[str, Any] = self._links.get(name, {}).get("linkinfo", {}).get(part, {})
         return options or None
 
     @cached_property
-    def _links(self) -> Rows | None:
-        return asked("ip", "-j", "-d", "link", "show")
+    def _links(self) -> dict[str, dict[str, Any]]:
+        return {str(one["ifname"]): one for one in asked("ip", "-j", "-d", "link", "show") or () if "ifname" in one}
 
     @cached_property
     def _groups(self) -> Rows | None:
         return asked("bridge", "-j", "-d", "-s", "mdb", "show")
 
     @cached_property
-    def _macs(self) -> Rows | None:
-        return asked("bridge", "-j", "fdb", "show")
+    def _reported(self) -> set[tuple[object, object]]:
+        """Bridges and ports behind which somebody listens to IPv6 groups."""
+        groups = (group for part in self._groups or () for group in part.get("mdb", ()))
+        return {(group.get("dev"), group.get("port")) for group in groups if ":" in str(group.get("grp"))}
+
+    @cached_property
+    def _learnt(self) -> dict[str, dict[str, list[Learnt]]]:
+        """By bridge and port."""
+        found: dict[str, dict[str, list[Learnt]]] = {}
+        for one in asked("bridge", "-j", "fdb", "show") or ():
+            if "mac" in one and "ifname" in one and "master" in one:
+                entry = Learnt(str(one["mac"]).lower(), str(one["ifname"]), one.get("state") == "permanent")
+                found.setdefault(one["master"], {}).setdefault(entry.port, []).append(entry)
+        return found
 
 
 def asked(*argv: str) -> Rows | None:

@@ -57,6 +57,7 @@ class WholeView(View):
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
         self._addresses: dict[int, list[str]] | None = None
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
+        self._learnt: dict[int, dict[str, str | None]] | None = None  # by device and address
 
     @property
     def links(self) -> Mapping[str, Link]:
@@ -106,13 +107,13 @@ class WholeView(View):
 
     def learnt(self, dev: str) -> dict[str, str | None]:
         """The MACs of neighbours on *dev* that nobody has put there, by address."""
-        self.neighbour(dev, "", 0)  # reads all of them
-        index = self.index(dev)
-        return {
-            address: mac
-            for (where, address), (state, mac) in self._neighbours[0].items()
-            if where == index and mac and not state & (NUD_PERMANENT | NUD_NOARP)
-        }
+        if self._learnt is None:
+            self.neighbour(dev, "", 0)  # reads all of them
+            self._learnt = {}
+            for (where, address), (state, mac) in self._neighbours[0].items():
+                if mac and not state & (NUD_PERMANENT | NUD_NOARP):
+                    self._learnt.setdefault(where, {})[address] = mac
+        return self._learnt.get(self.index(dev), {})
 
 
 class Overview(Kernel):
