@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_network, summarize_address_range
+from threading import Lock
+from typing import Any
 
 from kvmifup.core import filters
 from kvmifup.core.errors import KernelError, NotReadyError
@@ -22,6 +25,7 @@ from kvmifup.node.filter_shape import Element
 from kvmifup.node.nfnetlink import NFPROTO_BRIDGE, NFPROTO_NETDEV, Entry, Message, Nftables
 from kvmifup.node.refusals import refusals
 
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 TRIES = 8  # of a change that other changes disturb
 MAC, IP4, IP6 = 6, 4, 16  # bytes
 KEYS = {"macs": MAC, "hosts4": IP4, "nets4": IP4, "hosts6": IP6, "nets6": IP6}  # of what comes after the tap's name
@@ -103,56 +107,55 @@ def text(found: Found, tap: str) -> str | None:
 
 
 class Filters:
-    """The filters of one node, through a netlink socket of its own, which is opened when it is needed first."""
+    """The filters of one network namespace. Threads share it, one after the other.
+
+    It keeps what it has read as long as the ruleset is of the same generation: any change of any table makes another.
+    """
 
     def __init__(self) -> None:
-        self._socket: Nftables | None = None
-        self._guards: Nftables | None = None
-        self._shared: tuple[int, tuple[str, ...]] = -1, ()  # by generation
+        self.owner = os.getpid()
+        self.nftables = Nftables(nft.TABLE, NFPROTO_BRIDGE)
+        self.guards = Nftables(nft.TABLE, NFPROTO_NETDEV, self.nftables.transport)
+        self._lock = Lock()
+        self._library: Any = None
+        self._shared: tuple[int, tuple[str, ...]] = -1, ()  # what is missing, and of which generation that is true
+        self._found: dict[str, Found] = {}  # by tap
 
     def close(self) -> None:
         """Close the socket."""
-        if self._socket:
-            self._socket.close()
-            self._socket = self._guards = None
-
-    @property
-    def nftables(self) -> Nftables:
-        """The table."""
-        if self._socket is None:
-            self._socket = Nftables(nft.TABLE, NFPROTO_BRIDGE)
-        return self._socket
-
-    @property
-    def guards(self) -> Nftables:
-        """The table of what is on the taps themselves."""
-        if self._guards is None:
-            self._guards = Nftables(nft.TABLE, NFPROTO_NETDEV, self.nftables.transport)
-        return self._guards
+        self.nftables.close()
 
     def read(self, tap: str) -> str | None:
         """The value of `Filter` for *tap*. Raises KernelError, PrivilegeError, NotReadyError."""
-        return text(self.look(tap), tap)
+        with self._lock:
+            return text(self._look(tap), tap)
 
-    def look(self, tap: str) -> Found:
+    def _look(self, tap: str) -> Found:
         """What there is for *tap*. Raises KernelError, PrivilegeError; NotReadyError if the table is not ours."""
         with refusals(f"reading the filter of {tap}"):
             for _ in range(TRIES):
-                found = self._look(tap)
-                if self.nftables.generation() == found.generation:
+                generation = self.nftables.generation()
+                if tap in self._found and self._found[tap].generation == generation:
+                    return self._found[tap]
+                found = self._look_once(tap, generation)
+                if self.nftables.generation() == generation:
+                    self._found[tap] = found
                     break
             return found
 
-    def _look(self, tap: str) -> Found:
+    def _look_once(self, tap: str, generation: int) -> Found:
         table = self.nftables
-        generation = table.generation()
         if self._shared[0] != generation:
             self._shared = generation, tuple(missing(table))
         guard = self._guard(tap)
         if THE_TABLE in self._shared[1]:
             return Found(self._shared[1], guard=guard, generation=generation)
         raw, chain = os.fsencode(tap), shape.chain_of(tap)
-        entries = tuple((name, entry) for name in shape.TYPES for entry in table.elements(name, raw))
+        entries = tuple(
+            (name, entry)
+            for name in shape.TYPES
+            for entry in (table.elements(name, raw) if name in KEYS else table.element(name, raw))
+        )
         elements = frozenset(element(name, entry) for name, entry in entries)
         marks = None if table.chain(chain) is None else table.comments(chain)
         return Found(self._shared[1], elements, marks, guard, entries, generation)
@@ -172,21 +175,34 @@ class Filters:
         """Make what *op* wants true, all of it or nothing. Raises KernelError, PrivilegeError, NotReadyError."""
         if op.want is not None and any(one in NOT_PLAIN or not one.isprintable() for one in op.dev):
             raise NotReadyError(f"{op.dev} cannot have a filter: nft cannot write its name", hint="give it another one")
-        for attempt in range(1, TRIES + 1):
-            found = self.look(op.dev)
-            try:
-                if op.want is None:
-                    self._remove(op, found)
-                elif facts := facts_in(op.want):
-                    nft.script("\n".join(commands(op.dev, facts, found)), op.describe())
-                return
-            except KernelError as error:  # somebody was quicker
-                if error.errno not in DISTURBED or attempt == TRIES:
-                    raise
+        with self._lock:
+            for attempt in range(1, TRIES + 1):
+                found = self._look(op.dev)
+                try:
+                    self._write_once(op, found)
+                except KernelError as error:  # somebody was quicker
+                    if error.errno not in DISTURBED or attempt == TRIES:
+                        raise
+                else:
+                    return
 
-    def _remove(self, op: Filter, found: Found) -> None:
-        if found.nothing:
-            return
+    def _write_once(self, op: Filter, found: Found) -> None:
+        if op.want is None:
+            if found.nothing:
+                return
+            lasting = self._remove(op, found)
+        elif facts := facts_in(op.want):
+            self._library = self._library or nft.context()
+            nft.script("\n".join(commands(op.dev, facts, found)), op.describe(), self._library)
+            lasting = True
+        with refusals(op.describe()):
+            # If nobody else has changed anything meanwhile, what NICs share is what it was, or has just been made.
+            if lasting and self.nftables.generation() == found.generation + 1:
+                self._shared = found.generation + 1, ()
+        self._found.pop(op.dev, None)
+
+    def _remove(self, op: Filter, found: Found) -> bool:
+        """Remove what was found; returns whether the table stays, and was whole."""
         table, chain = self.nftables, shape.chain_of(op.dev)
         own = sum(name == "guests" for name, _ in found.entries)
         last = table.count("guests") <= own  # it takes the tables along
@@ -201,6 +217,24 @@ class Filters:
             elif found.guard is not None:
                 messages += self.guards.without((), (chain,))
             table.commit(found.generation, messages)
+        return not last and not found.missing
+
+
+_KEEPING = Lock()
+_KEPT: dict[bytes, Filters] = {}  # of the namespace that was asked last
+
+
+def of_namespace(other: socket.socket) -> Filters:
+    """The filters of the network namespace that *other* is of. They are kept, with their socket, for the next run."""
+    cookie = other.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+    with _KEEPING, refusals("asking nftables"):
+        found = _KEPT.get(cookie)
+        if found is None or found.owner != os.getpid():  # a child must not use its parent's socket
+            for one in _KEPT.values():
+                one.close()
+            _KEPT.clear()
+            found = _KEPT[cookie] = Filters()
+        return found
 
 
 def missing(table: Nftables) -> Iterator[str]:

@@ -65,6 +65,7 @@ from kvmifup.node.view import View, sources_of
 
 if TYPE_CHECKING:
     from kvmifup.node.filters import Filters
+    from kvmifup.node.netlink import Netlink
 
 PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")  # BR_STATE_*, linux/if_bridge.h
 BEST_IPV6 = 1  # the priority of our routes: 0 stands for 1024 there, and routing daemons use less
@@ -78,13 +79,10 @@ class Kernel:
     def __init__(self, view: View | None = None) -> None:
         self._view = view or View()
         self._netlink = self._view.netlink
-        self.filters: Filters | None = None
 
     def close(self) -> None:
-        """Close the netlink sockets."""
+        """Close the netlink socket."""
         self._view.close()
-        if self.filters:
-            self.filters.close()
 
     def refresh(self) -> None:
         """Forget what was read, because something may have changed."""
@@ -134,7 +132,7 @@ class Kernel:
             case UplinkVlans():
                 return present(op, self._view.ports.vlans(self._trunk(op)))
             case Filter():
-                return filters_of(self).read(op.dev)
+                return filters_of(self._netlink).read(op.dev)
             case LinkUp():
                 return bool(self._view.link(op.dev).flags & IFF_UP)
             case PortOption():
@@ -242,7 +240,7 @@ class Kernel:
                 self._view.ports.clear()
                 self._view.ports.change(index, *share(op, self._view.ports.vlans(index)))
             case Filter():
-                filters_of(self).write(op)
+                filters_of(self._netlink).write(op)
             case LinkUp():
                 self._netlink.set_link(self._view.index(op.dev), flags=IFF_UP if op.want else 0, change=IFF_UP)
             case PortOption():
@@ -373,13 +371,11 @@ class Kernel:
         self._view.routes_out.note(prefix, op.table, index, now)
 
 
-def filters_of(kernel: Kernel) -> Filters:
+def filters_of(netlink: Netlink) -> Filters:
     """The filters, which few NICs have: their modules are loaded when they are needed."""
-    if kernel.filters is None:
-        from kvmifup.node.filters import Filters
+    from kvmifup.node.filters import of_namespace
 
-        kernel.filters = Filters()
-    return kernel.filters
+    return of_namespace(netlink.transport.socket)
 
 
 def ours(op: Route, index: int) -> RouteEntry:

@@ -117,6 +117,14 @@ class Nftables:
         wanted = tap.ljust(IFNAMSIZ, b"\0")
         return [one for message in self._every(name) for one in entries(message, wanted)]
 
+    def element(self, name: str, tap: bytes) -> list[Entry]:
+        """The same of a set that has nothing but taps: without reading all of it."""
+        wanted = tap.ljust(IFNAMSIZ, b"\0")
+        which = nested(NFTA_SET_ELEM_LIST_ELEMENTS, nested(NFTA_LIST_ELEM, keys((wanted, b"", ""))))
+        body = named(NFTA_SET_ELEM_LIST_TABLE, self.table) + named(NFTA_SET_ELEM_LIST_SET, name) + which
+        found = self._get(NFT_MSG_GETSETELEM, body)
+        return [] if found is None else list(entries(found.get(NFTA_SET_ELEM_LIST_ELEMENTS, b""), wanted))
+
     def count(self, name: str) -> int:
         """How many elements the set *name* has."""
         found = (attributes(message, BODY + 4).get(NFTA_SET_ELEM_LIST_ELEMENTS, b"") for message in self._every(name))

@@ -34,9 +34,12 @@ def run(commands: Sequence[Command], what: str) -> None:
         raise refused(what, error)
 
 
-def script(text: str, what: str) -> None:
-    """Do the commands of *text*, as nft(8) has them, as one transaction, or none. Raises what `run` raises."""
-    code, _, error = context().cmd(text)
+def script(text: str, what: str, library: Any = None) -> None:
+    """Do the commands of *text*, as nft(8) has them, as one transaction, or none. Raises what `run` raises.
+
+    *library* is a `context` that is used again.
+    """
+    code, _, error = (library or context()).cmd(text)
     if code:
         raise refused(what, error)
 
