@@ -40,6 +40,8 @@ TYPES = {
     "nets6": ("set", "type ifname . ipv6_addr; flags interval;"),
     **{f"dropped_{reason}": ("set", "type ifname; counter;") for reason in REASONS},
 }
+# An authentication header before what could be neighbour discovery: its receivers know it as any other header.
+SEALED = "meta l4proto ah ah nexthdr { 0, 43, 44, 58, 60 }"
 RARP = "meta protocol 0x8035"  # nft has no name for it
 # `>= 0` is true of whatever can be read. A later fragment has no header of its own to read; one that is the first has.
 _SHARED: dict[str, tuple[str, ...]] = {
@@ -51,7 +53,8 @@ _SHARED: dict[str, tuple[str, ...]] = {
         f"{RARP} iifname vmap @own",
         f"{RARP} goto drop_mac",
         "meta protocol ip6 goto mac_six",
-        "meta protocol { 8021q, 8021ad } goto drop_protocol",
+        # A second tag, or one from before there was a standard: nobody here looks behind those.
+        "meta protocol { 8021q, 8021ad, 0x9100, 0x9200, 0x9300 } goto drop_protocol",
         # ARP in an LLC frame (RFC 1042): some systems take it.
         "meta protocol 4 @nh,0,48 0xaaaa03000000 goto drop_protocol",
         "meta protocol 4 @nh,0,48 0xaaaa030000f8 goto drop_protocol",
@@ -59,7 +62,7 @@ _SHARED: dict[str, tuple[str, ...]] = {
     ),
     "mac_arp": (
         "@nh,0,48 != 0x000108000604 goto drop_protocol",
-        "iifname . arp saddr ether @macs accept",
+        "meta protocol arp iifname . arp saddr ether @macs accept",
         "goto drop_mac",
     ),
     "mac_six": (
@@ -67,9 +70,10 @@ _SHARED: dict[str, tuple[str, ...]] = {
         "goto drop_protocol",
     ),
     "mac_six_known": (
+        f"{SEALED} goto drop_protocol",
         "meta l4proto != icmpv6 accept",
-        "icmpv6 type { 133, 134, 135, 136, 137 } goto discovery",
-        "icmpv6 type >= 0 accept",
+        "meta protocol ip6 icmpv6 type { 133, 134, 135, 136, 137 } goto discovery",
+        "meta protocol ip6 icmpv6 type >= 0 accept",
         "frag frag-off != 0 accept",
         "goto drop_protocol",
     ),
@@ -86,10 +90,12 @@ _SHARED: dict[str, tuple[str, ...]] = {
     ),
     "address_arp": (
         "@nh,0,48 != 0x000108000604 goto drop_protocol",
-        "iifname . arp saddr ether != @macs goto drop_mac",
-        "iifname . arp saddr ip @hosts4 accept",
-        "iifname . arp saddr ip @nets4 accept",
-        "arp saddr ip 0.0.0.0 accept",
+        "meta protocol arp iifname . arp saddr ether != @macs goto drop_mac",
+        "meta protocol arp iifname . arp saddr ip @hosts4 accept",
+        "meta protocol arp iifname . arp saddr ip @nets4 accept",
+        # A probe. One for another's address would have that guest give it up.
+        "meta protocol arp arp saddr ip 0.0.0.0 iifname . arp daddr ip @hosts4 accept",
+        "meta protocol arp arp saddr ip 0.0.0.0 iifname . arp daddr ip @nets4 accept",
         "goto drop_address",
     ),
     "four": (
@@ -99,21 +105,21 @@ _SHARED: dict[str, tuple[str, ...]] = {
     "four_known": (
         "meta l4proto udp goto four_udp",
         "meta l4proto icmp goto four_icmp",
-        "ip saddr 0.0.0.0 igmp type != membership-query accept",
         "goto four_source",
     ),
     "four_udp": (
+        # First: kernels read ports in a later fragment of IPv4, too, where there are none.
+        "ip frag-off & 0x1fff != 0 goto four_source",
         "udp sport 67 goto drop_dhcp",
         "udp dport 68 goto drop_dhcp",
         "ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept",
         "udp length >= 0 goto four_source",
-        "ip frag-off & 0x1fff != 0 goto four_source",
         "goto drop_protocol",
     ),
     "four_icmp": (
+        "ip frag-off & 0x1fff != 0 goto four_source",
         "icmp type { redirect, router-advertisement } goto drop_router",
         "icmp type >= 0 goto four_source",
-        "ip frag-off & 0x1fff != 0 goto four_source",
         "goto drop_protocol",
     ),
     "four_source": (
@@ -128,6 +134,7 @@ _SHARED: dict[str, tuple[str, ...]] = {
     "six_known": (
         "meta l4proto udp goto six_udp",
         "meta l4proto icmpv6 goto six_icmp",
+        f"{SEALED} goto drop_protocol",
         "goto six_source",
     ),
     "six_udp": (
@@ -138,10 +145,10 @@ _SHARED: dict[str, tuple[str, ...]] = {
         "goto drop_protocol",
     ),
     "six_icmp": (
-        "icmpv6 type { 134, 137 } goto drop_router",
-        "icmpv6 type { 133, 135, 136 } goto discovery",
+        "meta protocol ip6 icmpv6 type { 134, 137 } goto drop_router",
+        "meta protocol ip6 icmpv6 type { 133, 135, 136 } goto discovery",
         "ip6 saddr :: icmpv6 type { 131, 132, 143 } accept",
-        "icmpv6 type >= 0 goto six_source",
+        "meta protocol ip6 icmpv6 type >= 0 goto six_source",
         "frag frag-off != 0 goto six_source",
         "goto drop_protocol",
     ),
