@@ -118,6 +118,7 @@ PARTS = (
         check=(pytest(KERNEL, "-m", "not sweep", cores=CORES),),
         all=(pytest(KERNEL, cores=CORES),),
     ),
+    both("attack", "attack", pytest("tests/attack")),
     only_all("installed-kernel", "package", pytest(AUTOPKGTEST, "-k", "kernel"), cores=CORES, after=("deb",)),
     only_all("package", "package", pytest(PACKAGE, f"--ignore={AUTOPKGTEST}", f"--ignore={SYSTEMD}"), after=("deb",)),
     only_all("systemd", "package", pytest(SYSTEMD), after=("deb",)),

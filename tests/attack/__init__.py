@@ -1,0 +1,1 @@
+"""Attack tools that Debian has, against filters."""
