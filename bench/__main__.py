@@ -17,7 +17,8 @@ from pathlib import Path
 from bench import results
 from lab import output
 
-PARTS = ("hook", "arrival", "migration")  # each a module; each is in namespaces of its own, so in its own process
+# Each a module; each is in namespaces of its own, so in its own process.
+PARTS = ("hook", "arrival", "filter", "migration")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import by_hand, hook, results
+from bench import filter as filter_
 from lab import demo, plot
 from lab.cases import CASES, Result
 from lab.observe import Gap
@@ -82,6 +83,11 @@ def test_two_runs_are_compared_by_their_medians(tmp_path: Path) -> None:
     assert heading.split() == ["before", "after", "ratio"]
     assert line.split() == ["hook:", "a", "2.00", "1.00", "0.50"]
     assert rest == [f"only in {one}: hook: gone", f"only in {other}: hook: new"]
+
+
+def test_the_picture_of_filters_shows_every_kind_with_one_nic_and_with_many() -> None:
+    text = picture("bench-filter")
+    assert [label for label in filter_.labels() if f">{label}<" not in text] == []
 
 
 @pytest.mark.parametrize("name", ["migration", "frames"])
