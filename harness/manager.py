@@ -18,14 +18,20 @@ def write_nic(
     values = {"tap": tap, "mac": GUEST_MAC, **{key: value for key, value in keys.items() if value is not None}}
     file = run_dir / "nic" / instance / f"{index}.toml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    # JSON's strings, lists and booleans are TOML's.
-    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    file.write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
     file.chmod(stat.S_IRUSR | stat.S_IWUSR)
     shortcut = run_dir / "tap" / tap
     shortcut.parent.mkdir(exist_ok=True)
     shortcut.unlink(missing_ok=True)
     shortcut.symlink_to(f"../nic/{instance}/{index}.toml")
     return file
+
+
+def toml(value: object) -> str:
+    """*value* in TOML. JSON's strings, numbers, lists and booleans are the same there."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(one)}" for key, one in value.items()) + " }"
+    return json.dumps(value)
 
 
 def ganeti(tap: str = "tap0", **more: str) -> dict[str, str]:
@@ -44,10 +50,10 @@ def ganeti(tap: str = "tap0", **more: str) -> dict[str, str]:
 
 def configuration(**settings: object) -> str:
     """`--config=FILE` for *settings*; a dictionary is a section."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {toml(value)}" for key, value in settings.items() if not isinstance(value, dict)]
     for name, section in settings.items():
         if isinstance(section, dict):
-            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
+            lines += [f"[{name}]", *(f"{key} = {toml(value)}" for key, value in section.items())]
     file = Path("/run/etc/config.toml")
     file.parent.mkdir(exist_ok=True)
     file.write_text("\n".join(lines) + "\n")

@@ -60,12 +60,14 @@ from kvmifup.core.ops import (
     PortOption,
     Program,
     ProxyNeighbour,
+    Rate,
     Route,
     Rule,
     Sources,
     Sysctl,
     UplinkGuard,
     UplinkVlans,
+    Value,
 )
 from kvmifup.core.vlans import canonical, ids, tagged
 
@@ -138,6 +140,7 @@ def bridged(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     if nic.vlan:
         text = tagged(ids(nic.vlan))
         yield from ((PRE, UplinkVlans(name, trunk.name, text, text)) for trunk in ready_trunks(nic, name, bridge))
+    yield from limits(nic, config, bridge.mtu)
     yield PRE, LinkUp(nic.tap, True)
     if not slow(bridge, config):
         yield PRE, PortForwarding(nic.tap, config.bridged.forwarding_timeout)
@@ -174,6 +177,28 @@ def ladder(nic: Nic, config: Config) -> tuple[Nic | TapConfig, ...]:
 def said(key: str, *rungs: Nic | TapConfig) -> Any:
     """What the first of *rungs* that says anything says of a key of the ladder; None if none does."""
     return next((value for one in rungs if (value := getattr(one, key, None)) is not None), None)
+
+
+def limited(nic: Nic, config: Config) -> rates.Limits:
+    """The limits of *nic*: each direction is said for itself."""
+    return rates.first_said(*(said("rate", rung) for rung in ladder(nic, config)))
+
+
+def limits(nic: Nic, config: Config, mtu: int) -> Iterator[Step]:
+    """Limits of what goes to and from the guest, in force before the tap is up, which will have the *mtu*."""
+    found = dict(limited(nic, config))
+    for direction in rates.DIRECTIONS:
+        if limit := rates.said_as_limit(direction, found, mtu):
+            yield PRE, Rate(nic.tap, direction, limit)
+
+
+def refuse_others(op: Op, now: Value) -> None:
+    """Raise NotReadyError if *op* would take the place of what others have made there, and we never have."""
+    if isinstance(op, Rate) and isinstance(now, str) and not rates.is_limit(now) and op.direction == rates.TO_GUEST:
+        raise NotReadyError(
+            f"{op.dev} has a queueing discipline of others: {now}",
+            hint=f"`tc qdisc del dev {op.dev} root`, or leave out rate.to_guest",
+        )
 
 
 OF_BRIDGED = 'link of a bridged NIC is a Linux bridge; for one of Open vSwitch write mode = "openvswitch"'
@@ -280,6 +305,7 @@ def openvswitch(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
         ids[ovsport.INSTANCE] = nic.instance
     if interface := nic.iface_id or given_by_others(nic, facts.port):
         ids[ovsport.INTERFACE] = interface
+    yield from limits(nic, config, facts.bridge.mtu)
     yield PRE, OvsPort(nic.tap, ovsport.Port(bridge, vlan, ids=tuple(ids.items())).text)
     yield PRE, LinkUp(nic.tap, True)
 
@@ -313,9 +339,9 @@ def said_to_program(nic: Nic, config: Config) -> dict[str, str]:
     """What the ladder says, for a program: only that can do something about it."""
     rungs = ladder(nic, config)
     flags = {key: str(value).lower() for key in PORT_OPTIONS if (value := said(key, *rungs)) is not None}
-    limits = {f"rate_{key}": value for key, value in rates.first_said(*(said("rate", rung) for rung in rungs))}
+    rate = {f"rate_{key}": value for key, value in limited(nic, config)}
     macs = " ".join(said("allow_mac", *rungs) or ())
-    found = {**flags, "filter": said("filter", *rungs), "allow_mac": macs, **limits}
+    found = {**flags, "filter": said("filter", *rungs), "allow_mac": macs, **rate}
     return {f"KVM_IFUP_{key.upper()}": value for key, value in found.items() if value}
 
 
@@ -341,6 +367,7 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
             priority = config.routed.rule_priority
             yield PRE, Rule(family, nic.tap, facts.table, priority, RTPROT_STATIC, True)
     yield from ((PRE, op) for op in judged(nic, config, facts))
+    yield from limits(nic, config, facts.tap.mtu)
     yield PRE, LinkUp(nic.tap, True)
     for host in hosts:
         yield PRE, Neighbour(nic.tap, bare(host), nic.mac)
@@ -555,6 +582,8 @@ def remarks(phase: Phase, nic: Nic, config: Config, facts: NodeFacts) -> tuple[s
             found.append(f"bridge {nic.link} runs STP: a new port forwards only after {late:g} s")
         if ends_here(nic, config, facts):
             found.append(f"no uplink of bridge {nic.link} found: VLANs {nic.vlan} do not leave this node")
+        if nic.allow_mac and said("filter", *ladder(nic, config)) in (None, "off"):
+            found.append("allow_mac does nothing without a filter")
         return tuple(found)
     if phase is Phase.DOWN or nic.mode != "routed":
         return ()

@@ -21,10 +21,12 @@ from kvmifup.node import messages, sockets
 
 RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IFADDR = (1,), (3,), (5, 9)  # linux/rtnetlink.h; addresses: IPv4, IPv6
 RTNLGRP_ROUTE, RTNLGRP_RULE, RTNLGRP_NETCONF = (7, 11), (8, 19), (24, 25)  # IPv4, IPv6
-RTNLGRP_NEXTHOP = (32,)
+RTNLGRP_NEXTHOP, RTNLGRP_TC = (32,), (4,)
 RTM_NEWNETCONF = 80
 RTM_NEWNEXTHOP, RTM_DELNEXTHOP = 104, 105
+RTM_NEWACTION, RTM_DELACTION = 48, 49
 RTPROT_STATIC, RTN_UNICAST = 4, 1  # linux/rtnetlink.h; routing daemons have the protocols above
+LIMITS = (messages.RTM_NEWQDISC, messages.RTM_DELQDISC, messages.RTM_NEWTFILTER, messages.RTM_DELTFILTER)
 IFF_LOWER_UP = 0x10000  # linux/if.h
 NUD_DYNAMIC = 0x1F  # linux/neighbour.h: INCOMPLETE, REACHABLE, STALE, DELAY, PROBE
 NETCONFA_IFINDEX, NETCONFA_IFINDEX_DEFAULT = 1, -2  # linux/netconf.h
@@ -193,7 +195,7 @@ class NodeEvents(Subscription):
                 changed(things)
 
         devices = (*RTNLGRP_LINK, *RTNLGRP_IFADDR, *RTNLGRP_NETCONF)
-        groups = (*devices, *RTNLGRP_NEIGH, *RTNLGRP_ROUTE, *RTNLGRP_RULE, *RTNLGRP_NEXTHOP)
+        groups = (*devices, *RTNLGRP_NEIGH, *RTNLGRP_ROUTE, *RTNLGRP_RULE, *RTNLGRP_NEXTHOP, *RTNLGRP_TC)
         super().__init__(loop, groups, heard, lambda: changed(frozenset({ANYTHING})))
         sockets.attach(self.socket, NOT_LEARNT)
 
@@ -223,6 +225,10 @@ def touched(found: list[NetlinkMessage]) -> Iterator[Thing]:
                     yield "neighbour", index, messages.address_of(address)
             case _ if one.kind in (RTM_NEWNEXTHOP, RTM_DELNEXTHOP):  # a default route may lead through it
                 yield from DEFAULT_ROUTES
+            case _ if one.kind in LIMITS:
+                yield "device", messages.TCMSG.unpack_from(one.body)[1]
+            case _ if one.kind in (RTM_NEWACTION, RTM_DELACTION):  # a filter of any device may use it
+                yield ANYTHING
             case _ if one.kind == RTM_NEWNETCONF:
                 yield from touched_settings(one.body)
 

@@ -347,6 +347,23 @@ class PortOption(Op):
 
 
 @record
+class Rate(Op):
+    """How much *dev* lets pass in a *direction*, to_guest or from_guest: "100mbit burst 128kb"; None for any amount."""
+
+    kind = "rate"
+    leaves = (None,)
+    dev: str
+    direction: str
+    want: str | None
+
+    def subject(self) -> str:
+        return f"{self.dev} limit {self.direction.replace('_', ' ')}"
+
+    def say(self, value: Value) -> str:
+        return str(value or "none")
+
+
+@record
 class Sysctl(Op):
     """The sysctl `net.ipv{family}.{group}.{dev}.{name}`; *group* is conf or neigh. NICs share those of an uplink.
 
@@ -593,6 +610,7 @@ KINDS: dict[str, type[Op]] = {
         LinkUp,
         PortOption,
         PortForwarding,
+        Rate,
         Sysctl,
         Rule,
         Sources,

@@ -27,6 +27,12 @@ SIZES: dict[str, float] = {
 LEAST_RATE, MOST_RATE = 8_000, 32_000_000_000
 LEAST_BURST, MOST_BURST = 2_000, 2**28  # bytes
 
+LONGEST_BURST = 200  # seconds: the kernel counts them in 32 bits, by 64 ns
+HEADERS = 22  # bytes before the packet: Ethernet, two VLAN tags
+# The largest packet that the kernel hands on in one piece is 64 KiB (GSO_MAX_SIZE), and each of the frames that it
+# becomes is counted with headers of its own.
+LARGEST = 128 * 1024
+
 _NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([A-Za-z]*)"
 
 
@@ -65,6 +71,56 @@ def size_text(count: int) -> str:
 
 def _text(value: int, units: tuple[tuple[int, str], ...]) -> str:
     return next(f"{value // step}{unit}" for step, unit in units if value % step == 0)
+
+
+# --- limits as ops have them: "100mbit burst 128kb" ---------------------------------------------------------
+
+
+def limit(bits: int, burst: int) -> str:
+    """The limit to *bits* a second, of which *burst* bytes may pass at once after a pause."""
+    return f"{rate_text(bits)} burst {size_text(burst)}"
+
+
+def is_limit(text: str) -> bool:
+    """Whether *text* is one, and not what else may be there."""
+    words = text.split(" ")
+    return len(words) == 3 and words[1] == "burst" and bool(re.fullmatch(_NUMBER, words[0]))
+
+
+def parts(text: str) -> tuple[int, int]:
+    """The rate in bits a second, and the burst in bytes."""
+    rate_of, _, burst = text.split(" ")
+    return int(_value(rate_of, RATES)), int(_value(burst, SIZES))
+
+
+def said_as_limit(direction: str, said: dict[str, str], mtu: int) -> str | None:
+    """What *said* comes to on a tap with *mtu*; None for no limit. At least one frame passes at once."""
+    if said.get(direction, OFF) == OFF:
+        return None
+    bits, burst = rate(said[direction]), said.get(direction + BURST)
+    return limit(bits, max(size(burst) if burst else chosen_burst(direction, bits), mtu + HEADERS))
+
+
+def chosen_burst(direction: str, bits: int) -> int:
+    """A burst for a rate of *bits* a second, if nobody says one.
+
+    To the guest: what passes in 10 ms, the longest that a kernel's clock ticks. A large packet passes in one piece if
+    that lasts no longer than 100 ms: else the shaper takes it apart, so that others get their turn. From the guest:
+    what passes in 50 ms, for what is dropped is sent again only after a round trip. A large packet must always fit,
+    because policing does not take it apart.
+    """
+    per_second = bits // 8
+    if direction == FROM_GUEST:
+        return min(max(per_second // 20, LARGEST), MOST_BURST)
+    return max(per_second // 100, min(per_second // 10, LARGEST))
+
+
+def queue(bits: int, burst: int) -> int:
+    """How many bytes may wait behind a shaper without a queue of its own: 50 ms, and no less than two large packets."""
+    return max(bits // 8 // 20, burst, 2 * LARGEST)
+
+
+# --- whose word counts --------------------------------------------------------------------------------------
 
 
 def first_said(*ladder: Limits | None) -> Limits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 
-from kvmifup.core import bridgeport
+from kvmifup.core import bridgeport, rates
 from kvmifup.core.ops import (
     PORT_OPTIONS,
     RTPROT_STATIC,
@@ -24,6 +24,7 @@ from kvmifup.core.ops import (
     PortOption,
     Program,
     ProxyNeighbour,
+    Rate,
     Route,
     Rule,
     Sources,
@@ -34,12 +35,13 @@ from kvmifup.core.ops import (
 )
 from kvmifup.core.vlans import MAX_VLAN, PVID, UNTAGGED, flags_of, ids, ranges
 from kvmifup.diagnosis import by_hand_sources
-from kvmifup.node import filters, ovs
+from kvmifup.node import filters, limits, ovs
 from kvmifup.node.filter_shape import GUARD, HERE
 from kvmifup.runs.apply import Change
 
 # The last filter takes its tables along.
 LAST = f"nft list map {HERE} guests | grep -q goto || nft 'delete table {HERE};delete table {GUARD}'"
+HANDLE, POLICE = f"{limits.OURS >> 16:x}", f"ingress pref {limits.PRIORITY}"
 
 
 def lines(change: Change) -> list[str]:
@@ -58,6 +60,8 @@ def lines(change: Change) -> list[str]:
         case OvsPort():
             now = None if change.now is None else str(change.now)
             return [shlex.join(["ovs-vsctl", *ovs.transaction(change.op.dev, change.op.want, now)])]
+        case Rate():
+            return list(limit(change.op, change.now))
     words = argv(change.op)
     return [shlex.join(words)] if words else []
 
@@ -94,6 +98,30 @@ def vlans(dev: str, there: Mapping[int, int], wanted: Mapping[int, int]) -> Iter
 def span(first: int, last: int) -> str:
     """A range as `bridge` takes it."""
     return str(first) if first == last else f"{first}-{last}"
+
+
+def limit(op: Rate, now: Value) -> Iterator[str]:
+    """`tc` for a limit; what others have made there is theirs to make again."""
+    if op.want is None:
+        what = "qdisc del dev {} root" if op.direction == rates.TO_GUEST else f"filter del dev {{}} {POLICE}"
+        yield "tc " + what.format(op.dev)
+    elif rates.is_limit(op.want):
+        yield from (shaper if op.direction == rates.TO_GUEST else police)(op.dev, now, *rates.parts(op.want))
+
+
+def shaper(dev: str, now: Value, rate: int, burst: int) -> Iterator[str]:
+    """`tc` for a limit to the guest, where there is *now* another."""
+    words = f"rate {rates.rate_text(rate)} burst {burst}b limit {rates.queue(rate, burst)}b"
+    yield f"tc qdisc replace dev {dev} root handle {HANDLE}: {limits.SHAPER} {words}"
+    if not rates.is_limit(str(now)) and limits.has_queue():
+        yield f"tc qdisc replace dev {dev} parent {HANDLE}:1 {limits.QUEUE}"
+
+
+def police(dev: str, now: Value, rate: int, burst: int) -> Iterator[str]:
+    """`tc` for a limit from the guest, where there is *now* another."""
+    yield f"tc filter del dev {dev} {POLICE}" if rates.is_limit(str(now)) else f"tc qdisc replace dev {dev} ingress"
+    words = f"rate {rates.rate_text(rate)} burst {burst}b mtu {burst}b conform-exceed drop/continue"
+    yield f"tc filter add dev {dev} {POLICE} {limits.FILTER} action police {words}"
 
 
 def argv(op: Op) -> list[str]:

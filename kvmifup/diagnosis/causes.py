@@ -21,6 +21,7 @@ from kvmifup.core.ops import (
     PortForwarding,
     PortOption,
     ProxyNeighbour,
+    Rate,
     Route,
     Rule,
     Sources,
@@ -133,6 +134,10 @@ def why(change: Change, missing: Collection[type[Op]], tap: str) -> str:
             if change.now is None or unplugged:
                 return "because the tap is on no bridge, or was on none for a moment"
             return PORT_OPTION_LOST.get((change.op.option, change.op.want), "somebody has set it")
+        case Rate():
+            if change.now is None:
+                return "something has deleted it: the guest has no limit there"
+            return "somebody has made it another, or put something else in its place"
         case PortForwarding():
             if down or unplugged:
                 return "because the tap is down or on no bridge"

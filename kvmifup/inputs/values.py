@@ -233,6 +233,8 @@ def limits(key: str, value: object) -> rates.Limits:
         name = direction + rates.BURST
         if name in found and found.get(direction, rates.OFF) == rates.OFF:
             raise NicError(f"{key}.{name} needs a rate in {key}.{direction}")
+        if name in found and rates.size(found[name]) * 8 > rates.rate(found[direction]) * rates.LONGEST_BURST:
+            raise NicError(f"{key}.{name}: at {found[direction]} it would last longer than {rates.LONGEST_BURST} s")
     return rates.first_said(tuple(found.items()))
 
 

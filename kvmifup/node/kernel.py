@@ -34,6 +34,7 @@ from kvmifup.core.ops import (
     PortOption,
     Program,
     ProxyNeighbour,
+    Rate,
     Route,
     Rule,
     Sources,
@@ -61,7 +62,7 @@ from kvmifup.node.ports import exactly, present, share
 from kvmifup.node.procfs import address_is_set, device_name, sysctl, sysfs_of, write_sysctl
 from kvmifup.node.refusals import forgiven, refusals
 from kvmifup.node.routes import RouteEntry, route_entry
-from kvmifup.node.view import View, sources_of
+from kvmifup.node.view import View, limits_of, sources_of
 
 if TYPE_CHECKING:
     from kvmifup.node.filters import Filters
@@ -139,6 +140,9 @@ class Kernel:
                 return self._view.link(op.dev).port_options.get(op.option)
             case PortForwarding():
                 return self._port_state(op)
+            case Rate():
+                with refusals(f"reading the limits of {op.dev}"):
+                    return limits_of(self._view).read(op, self._view.index(op.dev))
             case Sysctl():
                 if not op.everywhere:
                     self._view.index(op.dev)  # is it still the same device?
@@ -247,6 +251,8 @@ class Kernel:
                 write_port_option(op, self._view)
             case PortForwarding():
                 self._await_forwarding(op)
+            case Rate():
+                limits_of(self._view).write(op, self._view.index(op.dev))
             case Sysctl():
                 if not op.everywhere:
                     self._view.index(op.dev)  # is it still the same device?

@@ -4,7 +4,7 @@ pyroute2 knows every message there is, and that costs: importing it takes 150 ms
 which the kernel takes 0.02. A hook makes thirty requests, and a node with 500 NICs dumps 500 rules and routes for
 each of them. So what is the same for every NIC is written and read here. A dump is searched as bytes, and only the
 messages that name the device or address asked for are taken apart. Messages that others can fill with anything
-(foreign policy rules) go through pyroute2: `kvmifup.node.foreign_rules`.
+(foreign policy rules), and those that few NICs need (limits), go through pyroute2: `kvmifup.node.pyroute`.
 
 A message is passed round whole, as the bytes that the kernel sent, header included.
 """
@@ -30,6 +30,8 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
+RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
+RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
 RTM_NEWVLAN, RTM_DELVLAN, RTM_GETVLAN = 112, 113, 114
 RTM_F_FIB_MATCH, RTEXT_FILTER_SKIP_STATS = 0x2000, 0x8
 RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 2, 3, 4, 5, 6, 9, 15
@@ -73,6 +75,7 @@ RTMSG = Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, 
 RTNEXTHOP = Struct("=HBBi")  # length, flags, hops, ifindex
 NDMSG = Struct("=BxxxiHBB")  # family, ifindex, state, flags, type
 FIB_RULE_HDR = Struct("=BBBBBxxBI")  # family, dst_len, src_len, tos, table, action, flags
+TCMSG = Struct("=BxxxiIII")  # family, ifindex, handle, parent, info
 U32 = Struct("=I")
 BODY = NLMSGHDR.size  # where a message's own header begins
 RECEIVE = 1 << 16  # bytes to receive at once: the kernel puts up to 32 KiB of a dump into one datagram

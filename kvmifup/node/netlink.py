@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from struct import Struct
 
 from kvmifup.core.model import Prefix
-from kvmifup.node.foreign_rules import make_again
 from kvmifup.node.messages import (
     BODY,
     FIB_RULE_HDR,
@@ -64,6 +63,7 @@ from kvmifup.node.messages import (
     text,
     u32,
 )
+from kvmifup.node.pyroute import make_again
 from kvmifup.node.routes import RouteEntry, route_body
 from kvmifup.node.transport import Keep, Transport
 

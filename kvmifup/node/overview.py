@@ -15,6 +15,7 @@ from kvmifup.node import messages
 from kvmifup.node.addresses import addresses
 from kvmifup.node.guests import Qemu, sign_of
 from kvmifup.node.kernel import PORT_STATES, Kernel
+from kvmifup.node.limits import AllQueues, Limits
 from kvmifup.node.messages import (
     FAMILIES,
     IFF_UP,
@@ -54,6 +55,7 @@ class WholeView(View):
         with refusals("reading devices"):
             self._links = self.netlink.links()
         self.ports = AllPorts(self.netlink, self._links)
+        self.limits = Limits(AllQueues(self.netlink))
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
         self._addresses: dict[int, list[str]] | None = None
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}

@@ -22,8 +22,10 @@ from kvmifup.node.messages import (
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
+    RTM_NEWQDISC,
     RTM_NEWROUTE,
     RTM_NEWRULE,
+    RTM_NEWTFILTER,
     RTM_NEWVLAN,
     RTMSG,
     failure,
@@ -37,6 +39,8 @@ HEADERS = {
     RTM_NEWADDR: (IFADDRMSG.size, 6),
     RTM_NEWNEIGH: (NDMSG.size, 3),
     RTM_NEWVLAN: (8, 0),  # struct br_vlan_msg
+    RTM_NEWQDISC: (20, 7),  # struct tcmsg; counters (TCA_STATS2)
+    RTM_NEWTFILTER: (20, 7),
 }
 
 Keep = Callable[[bytes], bool] | None  # which messages of a dump; None is all

@@ -36,6 +36,7 @@ from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.routes import RouteEntry, by_prefix, route_of, routes_to
 
 if TYPE_CHECKING:
+    from kvmifup.node.limits import Limits
     from kvmifup.node.sources import SourceTable
 
 FEW = 16  # prefixes to look for in a table, until it is quicker to sort the table by them
@@ -104,6 +105,7 @@ class View:
         )
         self._uplinks: dict[tuple[str, int], Uplink] = {}
         self.ports = Ports(self.netlink)
+        self.limits: Limits | None = None  # `limits_of`
         self._switch: Switch | None = None
         self.sources: SourceTable | None = None  # `sources_of`
         self.reserved: dict[tuple[int, str], Any] = {}  # by family, and where it is from: `kvmifup.node.reserved`
@@ -120,6 +122,8 @@ class View:
         self._rules.clear()
         self._uplinks.clear()
         self.ports.clear()
+        if self.limits:
+            self.limits.clear()
         self._switch = None
         if self.sources:
             self.sources.clear()
@@ -305,6 +309,15 @@ def sources_of(view: View) -> SourceTable:
 
         view.sources = SourceTable()
     return view.sources
+
+
+def limits_of(view: View) -> Limits:
+    """The limits of taps; only guests that have one need its modules."""
+    if view.limits is None:
+        from kvmifup.node.limits import Limits, Queues
+
+        view.limits = Limits(Queues(view.netlink))
+    return view.limits
 
 
 def default_devices(view: View, family: int, table: int) -> list[str]:

@@ -107,6 +107,10 @@ def plan(
         stays = entry.op.key in later or (uplink is not None and uplink[1] in unusable)
         stays = stays or phases.unseen(entry.op, nic, config, facts)
         (kept if stays else dropped).append(entry)
+    changes = survey(ops, session.kernel, before)
+    for change in changes:
+        if change.needed and not before.noted(change.op.key):
+            phases.refuse_others(change.op, change.now)
     return Plan(
         nic,
         phase,
@@ -115,7 +119,7 @@ def plan(
         before,
         known=journal is not None,
         dropped=survey_undo(unshared(before, dropped, session), session.kernel) if dropped else (),
-        changes=survey(ops, session.kernel, before),
+        changes=changes,
         kept=tuple(kept),
     )
 

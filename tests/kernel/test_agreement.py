@@ -15,6 +15,7 @@ from harness.nodes import Node
 NICS: dict[str, dict[str, Any]] = {
     "bridged": {"mode": "bridged", "link": "br0"},
     "filter": {"mode": "bridged", "link": "br0", "ip": [GUEST_IP4, GUEST_IP6], "filter": "address"},
+    "limited": {"mode": "bridged", "link": "br0", "rate": {"to_guest": "100mbit"}},
     "table": {"mode": "routed", "link": "100", "ip": [GUEST_IP4, "198.51.100.0/29", GUEST_IP6]},
     "routed": {"mode": "routed", "ip": [GUEST_IP4, GUEST_IP6]},
 }
@@ -52,6 +53,14 @@ TO_FILTERED = {
     "another policy": "nft add chain bridge kvm-ifup prerouting '{ policy drop; }'",
     "asleep": "nft add table bridge kvm-ifup '{ flags dormant; }'",
 }
+TO_LIMITED = {
+    "nothing": "true",
+    "down and up": "ip link set tap0 down; ip link set tap0 up",
+    "another rate": "tc qdisc change dev tap0 root handle 6b76: tbf rate 1gbit burst 128kb limit 1mb",
+    "no limit": "tc qdisc del dev tap0 root",
+    "another shaper": "tc qdisc replace dev tap0 root handle 1: htb default 1",
+    "bridge MTU": "ip link set br0 mtu 1400",
+}
 TO_ROUTED = {
     "no rule": "ip rule add iif tap0 lookup 100; ip rule del iif tap0 lookup 100",
     "no route": f"ip route flush {GUEST_IP4} dev tap0 table all",
@@ -79,8 +88,12 @@ TO_MODE = {"bridged": TO_BRIDGED, "table": TO_ROUTED, "routed": TO_ROUTED}
 CASES = [
     pytest.param(nic, phase, line, id=f"{nic}, {phase}, {name}")
     for nic in NICS
+    if nic != "limited"
     for phase in (("post",) if nic == "filter" else ("pre", "post"))
     for name, line in (TO_FILTERED if nic == "filter" else {**TO_ANY, **TO_MODE[nic]}).items()
+] + [
+    pytest.param("limited", "post", line, id=f"limited, {name}", marks=pytest.mark.pyroute2)
+    for name, line in TO_LIMITED.items()
 ]
 What = set[tuple[str, str, Any]]
 

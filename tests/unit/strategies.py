@@ -36,6 +36,7 @@ from kvmifup.core.ops import (
     PortOption,
     Program,
     ProxyNeighbour,
+    Rate,
     Route,
     Rule,
     Sources,
@@ -70,6 +71,10 @@ prefixes = st.one_of(
 )
 prefix_lists = st.lists(prefixes, min_size=1, max_size=4, unique=True).map(tuple)
 
+limits = st.sampled_from(
+    [None, (("to_guest", "100mbit"),), (("to_guest", "off"), ("from_guest", "8kbit"), ("from_guest_burst", "2000b"))]
+)
+
 routed_nics = st.builds(
     Nic,
     tap=taps,
@@ -81,9 +86,17 @@ routed_nics = st.builds(
     instance=st.sampled_from([None, "web1.example.com"]),
     index=st.sampled_from([None, 0, 3]),
     to_ask=st.booleans(),
+    rate=limits,
 )
 plain_bridged_nics = st.builds(
-    Nic, tap=taps, mac=macs, mode=st.just("bridged"), link=bridge_names, ip=st.just(()), incoming=st.booleans()
+    Nic,
+    tap=taps,
+    mac=macs,
+    mode=st.just("bridged"),
+    link=bridge_names,
+    ip=st.just(()),
+    incoming=st.booleans(),
+    rate=limits,
 )
 said = st.sampled_from([None, True, False])
 options = st.fixed_dictionaries(dict.fromkeys(PORT_OPTIONS, said))
@@ -108,7 +121,7 @@ nics = st.one_of(
 
 configs = st.builds(
     Config,
-    bridged=st.builds(BridgedConfig, st.sampled_from([0.0, 5.0, 40.0]), isolated=said, learning=said),
+    bridged=st.builds(BridgedConfig, st.sampled_from([0.0, 5.0, 40.0]), isolated=said, learning=said, rate=limits),
     link=st.builds(lambda **keys: (("br0", LinkConfig(**keys)),), hairpin=said, multicast_router=said),
     routed=st.builds(
         RoutedConfig,
@@ -210,6 +223,9 @@ _fields: dict[type[Op], st.SearchStrategy[Op]] = {
     Neighbour: st.builds(Neighbour, taps, prefixes.map(lambda p: str(p.network_address)), st.none() | macs),
     Route: st.builds(Route, prefixes.map(str), taps, st.integers(1, 2**32 - 1), st.booleans()),
     PortOption: st.builds(PortOption, taps, st.sampled_from(list(PORT_OPTIONS)), st.sampled_from([None, 0, 1])),
+    Rate: st.builds(
+        Rate, taps, st.sampled_from(["to_guest", "from_guest"]), st.sampled_from([None, "1mbit burst 128kb", "htb 1:"])
+    ),
     OvsPort: st.builds(OvsPort, taps, st.none() | _words),
     Program: st.builds(
         Program,

@@ -90,6 +90,11 @@ def neighbour(kind: int, index: int, address: str, state: int, family: int = soc
     return netlink(kind, struct.pack("=BxxxiHBB", family, index, state, 0, 0) + packed)
 
 
+def limit(kind: int, index: int) -> bytes:
+    """A queueing discipline, or a filter."""
+    return netlink(kind, struct.pack("=BxxxiIII", 0, index, 0, 0, 0))
+
+
 NEWNEIGH, DELNEIGH, NEWRULE, DELRULE = 28, 29, 32, 33
 
 
@@ -102,10 +107,11 @@ def test_what_is_touched() -> None:
         + neighbour(DELNEIGH, 6, "192.0.2.8", 0) + neighbour(NEWNEIGH, 6, "", 0, AF_BRIDGE)
         + netlink(21, struct.pack("=BBBBi", socket.AF_INET6, 64, 0, 253, 8))
         + netconf(9) + netconf(-2)
+        + limit(36, 11) + limit(37, 12) + limit(44, 13) + limit(45, 14)
     )  # fmt: skip
     prefixes = ("0.0.0.0/0", "::/0", "192.0.2.8/32", "2001:db8::8/128", "198.51.100.0/29")
     assert set(touched(list(split(data)))) == {
-        *(("device", index) for index in (3, 4, 9)),
+        *(("device", index) for index in (3, 4, 9, 11, 12, 13, 14)),
         ("name", "tap0"),
         ("port", 5),
         *(("route", prefix) for prefix in prefixes),
@@ -118,6 +124,7 @@ def test_what_is_touched() -> None:
 
 def test_what_holds_for_all_devices_touches_any() -> None:
     assert list(touched(list(split(netconf(-1))))) == [ANYTHING]
+    assert list(touched(list(split(netlink(48, bytes(4)))))) == [ANYTHING]  # an action that a limit may use
 
 
 STALE, FAILED, PERMANENT = 0x04, 0x20, 0x80

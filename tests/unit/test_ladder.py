@@ -132,6 +132,10 @@ MISTAKES = {
         {"rate": '{ to_guest = "1mbit", from_guest_burst = "1mb" }'},
         "needs a rate in rate.from",
     ),
+    "a burst that takes too long": (
+        {"rate": '{ to_guest = "8kbit", to_guest_burst = "1mb" }'},
+        "at 8kbit it would last longer than 200 s",
+    ),
     "a burst of nothing": ({"rate": '{ to_guest = "off", to_guest_burst = "1mb" }'}, "needs a rate in rate.to_guest"),
 }
 
@@ -281,6 +285,15 @@ def test_the_first_who_says_anything_counts() -> None:
     assert counts(replace(BRIDGED, link="br1")) == ("off", ())
     assert counts(replace(BRIDGED, link="br2")) == ("mac", ("02:00:00:00:00:02",))
     assert counts(replace(BRIDGED, filter="off", allow_mac=(VRRP,))) == ("off", (VRRP,))
+
+
+def test_macs_that_are_allowed_for_nothing_are_remarked() -> None:
+    nic = replace(BRIDGED, allow_mac=(VRRP,))
+    (said,) = phases.remarks(Phase.POST, nic, Config(), FACTS_BRIDGED)
+    assert "allow_mac" in said
+    config = Config(bridged=BridgedConfig(filter="mac"))
+    assert phases.remarks(Phase.POST, nic, config, FACTS_BRIDGED) == ()
+    assert phases.remarks(Phase.POST, BRIDGED, Config(bridged=BridgedConfig(allow_mac=(VRRP,))), FACTS_BRIDGED) == ()
 
 
 def test_an_ext_program_hears_what_is_said() -> None:

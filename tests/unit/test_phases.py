@@ -100,6 +100,19 @@ SCENARIOS = {
     "bridged-filter-address": Scenario(
         replace(BRIDGED, ip=SEVERAL), FACTS_BRIDGED, Config(bridged=BridgedConfig(filter="address"))
     ),
+    "bridged-limits": Scenario(
+        replace(BRIDGED, rate=(("to_guest", "100mbit"),)),
+        FACTS_BRIDGED,
+        Config(
+            bridged=BridgedConfig(rate=(("to_guest", "1mbit"), ("from_guest", "1gbit"), ("from_guest_burst", "2mb")))
+        ),
+    ),
+    "openvswitch-limits": Scenario(replace(OVS, rate=(("to_guest", "1mbit"), ("from_guest", "1mbit"))), FACTS_BRIDGED),
+    "routed-limits": Scenario(
+        replace(ROUTED, link="100", rate=(("from_guest", "off"),)),
+        replace(FACTS_ROUTED, table=100, uplinks=(ETH0_4,)),
+        Config(link=(("100", LinkConfig(rate=(("to_guest", "8kbit"), ("from_guest", "1mbit")))),)),
+    ),
     "openvswitch": Scenario(replace(OVS, vlan=None), FACTS_BRIDGED),
     "openvswitch-vlans": Scenario(OVS, FACTS_BRIDGED),
     "ext": Scenario(EXT, FACTS_EXT),
