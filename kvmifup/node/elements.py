@@ -173,6 +173,8 @@ class Nfnetlink:
 
     def change(self, requests: Sequence[Request], *, really: bool = True) -> None:
         """Do all *requests* as one transaction, or none; not *really*: only ask the kernel whether it would."""
+        if not requests:
+            return
         begin = self._message(BATCH_BEGIN, 0, b"", 0, NFTABLES)
         first = self._sequence
         last = first + len(requests)

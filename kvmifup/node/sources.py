@@ -29,7 +29,6 @@ from kvmifup.node.messages import NetlinkError, attributes, packed
 from kvmifup.node.messages import attribute as raw
 from kvmifup.node.messages import text as text_of
 from kvmifup.node.nft import TABLE
-from kvmifup.node.refusals import refusal
 from kvmifup.node.source_rules import (
     ADDRESSES,
     DROPPED,
@@ -48,7 +47,6 @@ LONGEST = 120  # characters of a comment: nft takes 128
 NOTHING = "none"  # the comment for a guest without IPv6 addresses
 AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
 TRIES = 5  # of a change that another one has come before
-OWNED = 2  # NFT_TABLE_F_OWNER, linux/netfilter/nf_tables.h
 
 
 class SourceTable:
@@ -57,6 +55,7 @@ class SourceTable:
     def __init__(self) -> None:
         self._kernel = Nfnetlink(NFPROTO_INET, TABLE)
         self.right: bool | None = None
+        self._blind = False
 
     def close(self) -> None:
         """Close the socket."""
@@ -67,13 +66,11 @@ class SourceTable:
         self.right = None
 
     def refused(self) -> str | None:
-        """Why this kernel cannot have the table, None if it can. Nothing is changed. Raises PrivilegeError."""
+        """Why this kernel cannot have the table, None if it can, or nobody may ask it. Nothing is changed."""
         try:
-            if not self._is_right():
+            if not self._is_right() and not self._blind:
                 self._kernel.change(list(rules_made()), really=False)
-        except NetlinkError as error:
-            if error.errno in (errno.EPERM, errno.EACCES) and not self._owned():
-                raise refusal(f"reading nftables table inet {TABLE}", error.errno) from None
+        except OSError as error:
             return said(error)
         return None
 
@@ -126,14 +123,14 @@ class SourceTable:
 
     def _is_right(self) -> bool:
         if self.right is None:
-            self.right = self._kernel.flags() == 0 and are_ours(tuple(self._kernel.rules()))
+            try:
+                self.right = self._kernel.flags() == 0 and are_ours(tuple(self._kernel.rules()))
+            except NetlinkError as error:
+                # Who may change nothing may not look either. That can only be a plan: for it, nothing is there.
+                if error.errno not in (errno.EPERM, errno.EACCES):
+                    raise
+                self.right, self._blind = False, True
         return self.right
-
-    def _owned(self) -> bool:
-        try:
-            return bool((self._kernel.flags() or 0) & OWNED)
-        except NetlinkError:
-            return False
 
     def _led(self, tap: str) -> tuple[str, list[str] | None] | None:
         """The chain that *tap* is led to, and what its comment names; None if there is no comment."""

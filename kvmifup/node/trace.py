@@ -29,10 +29,11 @@ from kvmifup.node.elements import (
 from kvmifup.node.messages import attribute
 from kvmifup.node.refusals import refusals
 from kvmifup.node.source_rules import IIFNAME, NF_ACCEPT, expression, meta
-from kvmifup.node.sources import OWNED, name_of
+from kvmifup.node.sources import name_of
 
 FIRST = -1000  # before every other rule
 NFTRACE = 12  # NFT_META_NFTRACE
+OWNED = 2  # NFT_TABLE_F_OWNER, linux/netfilter/nf_tables.h
 CHAIN = "prerouting"
 
 
