@@ -6,11 +6,13 @@ The text is "KIND MAC,… PREFIX,…"; KIND is mac or address. It is the value o
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 
 from kvmifup.core.records import record
 
 Prefix = IPv4Network | IPv6Network
+KEPT = 512  # results of functions that are called with the same over and over again, in the agent
 BROKEN = " (not whole: "  # then what is wrong with what was found, and ")"
 
 
@@ -41,6 +43,11 @@ class Facts:
 
 def facts(kind: str, macs: Iterable[str], prefixes: Iterable[Prefix]) -> Facts:
     """The facts in their one form: sorted, without what is in another prefix, or follows from a MAC anyway."""
+    return _facts(kind, tuple(macs), tuple(prefixes))
+
+
+@lru_cache(KEPT)
+def _facts(kind: str, macs: tuple[str, ...], prefixes: tuple[Prefix, ...]) -> Facts:
     own = tuple(sorted(set(macs)))
     if kind != "address":
         return Facts(kind, own)
@@ -52,6 +59,7 @@ def facts(kind: str, macs: Iterable[str], prefixes: Iterable[Prefix]) -> Facts:
     return Facts(kind, own, tuple(found))
 
 
+@lru_cache(KEPT)
 def parsed(text: str) -> Facts:
     """The facts in *text*, which is canonical."""
     kind, macs, prefixes = (*text.split(" "), "")[:3]

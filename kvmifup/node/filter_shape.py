@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 
-from kvmifup.core.filters import Facts, said
+from kvmifup.core.filters import KEPT, Facts, said
 
 HERE = "bridge kvm-ifup"
 REASONS = ("mac", "address", "router", "dhcp", "protocol")
@@ -240,6 +240,7 @@ def shared_part(*, hooked: bool) -> Iterator[str]:
         yield from added(chain, rules)
 
 
+@lru_cache(KEPT)
 def elements(tap: str, facts: Facts) -> frozenset[Element]:
     """The elements of *tap*."""
     found = {("guests", "", facts.kind), ("own", "", chain_of(tap))}
@@ -258,6 +259,7 @@ def element(verb: str, tap: str, one: Element) -> str:
     return f'{verb} element {HERE} {name} {{ "{tap}"{f" . {key}" if key else ""}{value} }}'
 
 
+@lru_cache(KEPT)
 def own_rules(facts: Facts) -> tuple[str, ...]:
     """The rules of the small chain of a NIC: what is inside RARP and neighbour discovery."""
     strict = facts.kind == "address"
@@ -288,6 +290,7 @@ def own_rules(facts: Facts) -> tuple[str, ...]:
     return tuple(rules)
 
 
+@lru_cache(KEPT)
 def guard_rules(facts: Facts) -> tuple[str, ...]:
     """The rules of the chain on the tap itself."""
     macs = f"{{ {', '.join(facts.macs)} }}"

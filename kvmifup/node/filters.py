@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network, summarize_address_range
 from threading import Lock
 from typing import Any
@@ -63,14 +64,7 @@ class Found:
     @property
     def facts(self) -> Facts | None:
         """What it lets through, by its elements; None if they do not say."""
-        kind = next((verdict for name, _, verdict in self.elements if name == "guests"), "")
-        macs = [key for name, key, _ in self.elements if name == "macs"]
-        if kind not in ("mac", "address") or not macs:
-            return None
-        prefixes = [
-            ip_network(key) for name, key, _ in self.elements if name[:4] in ("host", "nets") and "-" not in key
-        ]
-        return filters.facts(kind, macs, prefixes)
+        return facts_of(self.elements)
 
     def damage(self, tap: str) -> tuple[str, ...]:
         """What is not as `facts` says."""
@@ -85,12 +79,25 @@ class Found:
         return tuple(found)
 
 
+@lru_cache(filters.KEPT)
+def facts_of(elements: frozenset[Element]) -> Facts | None:
+    """What the elements of a NIC say that it lets through; None if they do not say."""
+    kind = next((verdict for name, _, verdict in elements if name == "guests"), "")
+    macs = [key for name, key, _ in elements if name == "macs"]
+    if kind not in ("mac", "address") or not macs:
+        return None
+    prefixes = [ip_network(key) for name, key, _ in elements if name[:4] in ("host", "nets") and "-" not in key]
+    return filters.facts(kind, macs, prefixes)
+
+
+@lru_cache(filters.KEPT)
 def own_marks(tap: str, facts: Facts) -> tuple[str, ...]:
     """The comments of the rules of its small chain."""
     chain = shape.chain_of(tap)
     return tuple(shape.mark(chain, rule) for rule in shape.own_rules(facts))
 
 
+@lru_cache(filters.KEPT)
 def guard_marks(tap: str, facts: Facts) -> tuple[str, ...]:
     """Those of the chain on the tap itself."""
     chain = shape.chain_of(tap)

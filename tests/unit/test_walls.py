@@ -266,7 +266,7 @@ PURE = {
     "core.records": {"__future__", "dataclasses", "typing"},
     "core.errors": {"__future__", "collections.abc", "errno", "typing"},
     "core.text": {"__future__", "collections.abc"},
-    "core.filters": {"__future__", "collections.abc", "ipaddress", "kvmifup.core.records"},
+    "core.filters": {"__future__", "collections.abc", "functools", "ipaddress", "kvmifup.core.records"},
     "core.rates": {"__future__", "collections.abc", "re"},
     "core.ovsport": {"__future__", "re", "kvmifup.core.records"},
     "core.bridgeport": {"__future__", "collections.abc"},
