@@ -151,7 +151,6 @@ def scene(node: Node) -> Iterator[Scene]:
     manager.write_nic(mode="bridged", link="br0", filter="address", ip=[GUEST_IP4, GUEST_IP6])
     check(call("kvm-ifup-post", "tap0"), 0)
     with node.client:
-        nodes.certain("eth0")
         for name, value in (("accept_ra", 2), ("autoconf", 1), ("accept_redirects", 1)):
             oracle.sysctl(f"ipv6/conf/eth0/{name}", value)
     with node.client:

@@ -18,6 +18,7 @@ from harness.nodes import Node
 TABLE = guestframes.table()
 FORWARDED = "0xfff8"  # the groups of 802.1D that a bridge can be told to forward
 MTU = 9000
+SECOND_MAC, VIRTUAL_MAC = "aa:00:00:35:ac:02", "00:00:5e:00:01:07"
 
 
 def wired(node: Node, how: str, **more: Any) -> wire.Tap:
@@ -149,3 +150,46 @@ def _is_of(name: str, family: int) -> bool:
     while frame[12:14] in (b"\x81\0", b"\x88\xa8"):
         frame = frame[:12] + frame[16:]
     return frame[12:14] in ((b"\x08\0", b"\x08\x06") if family == 4 else (b"\x86\xdd",))
+
+
+def test_each_tap_has_its_own_facts_whatever_the_others_are_called(node: Node) -> None:
+    """Two NICs of one guest, on taps with names that begin alike: what is right for one is not for the other."""
+    guest = wired(node, "address", ip=[GUEST_IP4, GUEST_IP6])
+    second = node.guest("tap01")
+    manager.write_nic(
+        "tap01", index=1, mac=SECOND_MAC, mode="bridged", link="br0", filter="address", ip=["192.0.2.9"]
+    )  # fmt: skip
+    check(call("kvm-ifup-post", "tap01"), 0)
+    of_second = wire.arp_request(SECOND_MAC, "192.0.2.9", "192.0.2.254")
+    mixed = wire.arp_request(SECOND_MAC, GUEST_IP4, "192.0.2.254")
+    end = far_end(node)
+    for frame in (*(one.frame for one in TABLE), mixed, of_second):
+        second.send(frame)
+    came = end.passed(guest, [of_second, mixed])
+    end.close()
+    assert came & {*(one.frame for one in TABLE), mixed, of_second} == {of_second}
+    assert learnt("tap01") == {SECOND_MAC}
+
+
+def test_a_mac_that_is_allowed_is_as_good_as_the_guests_and_no_other_is(node: Node) -> None:
+    guest = wired(node, "address", allow_mac=[VIRTUAL_MAC])
+    right = [
+        guestframes.sent_by(VIRTUAL_MAC, guestframes.arp(mac=VIRTUAL_MAC, op=2)),
+        guestframes.sent_by(VIRTUAL_MAC, guestframes.reverse(sender=VIRTUAL_MAC, target=VIRTUAL_MAC)),
+        guestframes.sent_by(VIRTUAL_MAC, guestframes.nd(guestframes.NA, guestframes.option(2, VIRTUAL_MAC))),
+        guestframes.nd(guestframes.NA, guestframes.option(2, VIRTUAL_MAC)),
+        guestframes.arp(mac=VIRTUAL_MAC),
+        guestframes.arp(),
+    ]
+    forged = [
+        guestframes.sent_by(SECOND_MAC, guestframes.arp(mac=VIRTUAL_MAC)),
+        guestframes.sent_by(VIRTUAL_MAC, guestframes.arp(mac=SECOND_MAC)),
+        guestframes.sent_by(VIRTUAL_MAC, guestframes.reverse(sender=SECOND_MAC, target=VIRTUAL_MAC)),
+        guestframes.sent_by(VIRTUAL_MAC, guestframes.nd(guestframes.NA, guestframes.option(2, SECOND_MAC))),
+        guestframes.sent_by(VIRTUAL_MAC, guestframes.arp(mac=VIRTUAL_MAC, sender=guestframes.OTHER_IP4)),
+    ]
+    end = far_end(node)
+    came = end.passed(guest, [*right, *forged])
+    end.close()
+    assert came & {*right, *forged} == set(right)
+    assert learnt("tap0") == {GUEST_MAC, VIRTUAL_MAC}
