@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import results
+from bench import results, summary
 from lab import output
 
 # Each a module; each is in namespaces of its own, so in its own process.
@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{part} took {time.monotonic() - started:.0f} s")
             rows |= {f"{part}: {label}": values for label, values in json.loads(found.read_text()).items()}
     results.write(options.json, rows)
+    print("\nREADME.md says of these pictures:", *summary.lines(options.out), sep="\n")
     return 0
 
 

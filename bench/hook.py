@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -268,7 +267,7 @@ def ratios(rows: Rows, who: str, reference: str) -> str:
     for kind in KINDS:
         base = rows.get(reference) or rows.get(f"{kind}: {reference}")
         if base and (mine := rows.get(f"{kind}: {who}")):
-            found.append(statistics.median(mine) / statistics.median(base))
+            found.append(picture.median(mine) / picture.median(base))
     return f"{min(found):.2g} to {max(found):.2g}"
 
 
@@ -285,10 +284,10 @@ def title(rows: Rows) -> str:
 
 def note(rows: Rows) -> str:
     """What is to be said below the picture: the same beside all else, and what a NIC costs that wants more."""
-    plain = statistics.median(rows[f"bridged: {AGENT}"])
+    plain = picture.median(rows[f"bridged: {AGENT}"])
     more = {kind: rows[f"{kind}: {AGENT}"] for kind in WITH_MORE if f"{kind}: {AGENT}" in rows}
     lines = [beside(rows, reference) for reference in (BARE, SHELL, BATCHES)]
-    lines += [f"{kind}, agent: {statistics.median(values) / plain:.2f} of without" for kind, values in more.items()]
+    lines += [f"{kind}, agent: {picture.median(values) / plain:.2f} of without" for kind, values in more.items()]
     return "\n".join(lines)
 
 

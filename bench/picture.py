@@ -48,6 +48,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def median(values: Sequence[float]) -> float:
+    """The median as it stands in the picture, so that what is computed of it can be checked."""
+    return float(number(statistics.median(values)))
+
+
 def table(unit: str, rows: Mapping[str, Sequence[float]], reference: str) -> str:
     """Minimum, median and maximum of each row, and the median's ratio to that of the row `reference`."""
     width = max(map(len, rows))

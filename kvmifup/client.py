@@ -26,7 +26,7 @@ PROTOCOL = b"1"
 ALIVE, DONE, REFUSED = b".", b"=", b"!"
 HEARTBEAT = 0.5  # seconds
 # Whole seconds without a sign of life after which the agent counts as stuck. It may only be busy, with all the guests
-# of a node that has just booted: then it is better to wait, because without it all takes ten times as long.
+# of a node that has just booted: then it is better to wait, because without it all takes several times as long.
 PATIENCE = 10
 NAMESPACE = "/proc/self/ns/net"
 

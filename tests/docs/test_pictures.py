@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import by_hand, hook, results
+from bench import by_hand, hook, results, summary
 from bench import filter as filter_
 from lab import demo, plot
 from lab.cases import CASES, Result
@@ -53,6 +53,13 @@ def test_the_picture_of_hooks_says_the_best_and_the_worst_case() -> None:
 def test_the_picture_of_hooks_in_docs_says_both() -> None:
     title = r"A hook's time, in times of Ganeti's own script: [\d.]+ to [\d.]+ with the agent, [\d.]+ to [\d.]+ without"
     assert re.search(title, picture("bench-hook"))
+
+
+def test_the_readme_quotes_the_ratios_of_the_pictures() -> None:
+    text = readme("The agent").text
+    assert [line for line in summary.lines(ROOT / "docs") if line not in text] == []
+    measured = text[text.index("Measured with") : text.index("All that it needs to know")]
+    assert not re.search(r"\d (ms|s|MB)\b", measured)
 
 
 def test_commands_in_batches_are_the_same_commands_in_the_same_order() -> None:
