@@ -16,6 +16,7 @@ sense) is dropped. A test for something that is to be dropped comes before that 
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
@@ -202,9 +203,10 @@ Element = tuple[str, str, str]  # the set, what comes after the tap's name ("" f
 
 
 def chain_of(tap: str) -> str:
-    """The name of the small chain of *tap*: nft takes letters, digits and a few signs, so others are spelt out."""
+    """The name of the small chain of *tap*: nft takes letters, digits and a few signs, so other bytes are spelt out."""
+    plain = (chr(one) for one in os.fsencode(tap))
     return "nic-" + "".join(
-        one if one.isascii() and (one.isalnum() or one in "-._") else f"/{ord(one):x}" for one in tap
+        one if one.isascii() and (one.isalnum() or one in "-._") else f"/{ord(one):02x}" for one in plain
     )
 
 

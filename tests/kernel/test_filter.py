@@ -182,6 +182,16 @@ def test_what_is_the_guests_passes_and_nothing_else(bridged: Node, tag: str, kin
     assert dropped() == {reason: sum(why == reason for _, why in wrong.values()) for reason in REASONS}
 
 
+@pytest.mark.parametrize("kind", ["mac", "address"])
+@pytest.mark.parametrize("outer", [0x8100, 0x88A8])
+def test_nothing_passes_inside_two_tags(bridged: Node, kind: str, outer: int) -> None:
+    """What is in there cannot be judged."""
+    check(wire(ip=IPS, filter=kind), 0)
+    frames = {name: tagged(tagged(frame, 6), 5, outer) for name, frame in RIGHT.items()}
+    assert passing(bridged, frames) == set()
+    assert dropped()["protocol"] == len(frames)
+
+
 def learnt() -> set[str]:
     """The MACs that the bridge believes to be behind tap0."""
     found = tools.ask("bridge -j fdb show br br0")
