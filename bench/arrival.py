@@ -22,9 +22,11 @@ from harness import agents, guests, hooks, manager, nodes, tools, wire
 from harness.addresses import GUEST_IP4, GUEST_IP6, NODE_MAC
 from harness.nodes import Node
 from lab import clock, instrument, output
+from lab.errors import LabError
 
 MANY, WITHIN = 200, 2.0  # guests of a node that is evacuated, and the seconds in which they come
 BUFFER, SO_RCVBUFFORCE = 1 << 24, 33  # bytes for all that the client hears meanwhile; asm-generic/socket.h
+PATIENCE = 60.0  # seconds for all of them; this only turns a hang into a failure
 PAUSE = 1.2  # seconds after which nothing of an arrival goes on any more: announcements, the second look
 FAMILIES = {"IPv4": GUEST_IP4, "IPv6": GUEST_IP6}
 
@@ -93,12 +95,17 @@ def evacuation(node: Node, agent: agents.Agent) -> dict[str, list[float]]:
         time.sleep(max(0.0, begin + number * WITHIN / MANY - clock.now()))
         sent.append(clock.now())
         tap.send(guests.rarp(mac))
-    time.sleep(PAUSE)
+    missing = {address for ips in places for address in ips}
     heard: dict[str, float] = {}
-    while got := instrument.receive(client):
-        frame, at = got
-        for address in announces(frame):
-            heard.setdefault(address, at)
+    while missing:
+        if got := instrument.receive(client):
+            frame, at = got
+            heard |= {address: at for address in announces(frame) if address in missing}
+            missing -= heard.keys()
+        elif clock.now() > begin + PATIENCE:
+            raise LabError(f"{len(missing)} addresses were never announced", "is this machine overloaded?")
+        else:
+            time.sleep(0.05)
     client.close()
     return {
         f"{family}, agent, {MANY} in {WITHIN:g} s": [
