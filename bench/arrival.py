@@ -125,7 +125,7 @@ def announces(frame: bytes) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
     parser = argparse.ArgumentParser(prog="bench.arrival", description=__doc__)
-    parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--out", type=output.directory, default="demo-out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
     options = parser.parse_args(argv)

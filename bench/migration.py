@@ -26,7 +26,7 @@ LATE = Case("routed-late", "routed, post one second late", "routed", "kvm-ifup-p
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
     parser = argparse.ArgumentParser(prog="bench.migration", description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=output.directory, default="demo-out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
     options = parser.parse_args(argv)

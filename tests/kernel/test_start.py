@@ -21,6 +21,7 @@ PYTHON = {
     *("socket", "selectors", "select", "array", "struct"),
 }
 TOML = {"tomli", "datetime", "string"}
+FILTERS = {"ctypes", "nftables", "zlib"}
 PROGRAMS = {"subprocess", "locale", "msvcrt"}
 NEVER = ("kvmifup.commands.arguments", "kvmifup.diagnosis", "kvmifup.agent", "kvmifup.node.overview")
 
@@ -68,3 +69,10 @@ def test_a_program_of_the_administrator_takes_what_runs_it(ready: Node) -> None:
         program.write_text("#!/bin/sh\n")
         program.chmod(0o755)
         assert extra("kvm-ifup-post", manager.ganeti(MODE="ext", LINK="blue")) <= PROGRAMS
+
+
+def test_a_filter_takes_libnftables_and_no_more(ready: Node) -> None:
+    told = manager.ganeti(MODE="bridged", LINK="br0", IP=GUEST_IP4, TAGS="kvm-ifup:filter:address")
+    found = extra("kvm-ifup-post", told)
+    assert "ctypes" in found
+    assert found <= FILTERS
