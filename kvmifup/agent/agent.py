@@ -164,7 +164,8 @@ class Agent:
 
     def _settled(self, quiet: bool) -> None:
         """After a change the node has been *quiet* for a while, or it does not get quiet at all."""
-        self._mending.look()
+        # Many hooks at once want the processor first: each of their NICs would be looked at while others wait.
+        self._mending.look(later=not quiet and self._hooks.crowded)
         if quiet:  # or what is prepared would be thrown away at once
             self._arrivals.prepare_anew()
 

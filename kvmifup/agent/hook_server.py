@@ -27,6 +27,7 @@ from kvmifup.core.records import record
 
 MAX_REQUEST = 1 << 20  # bytes
 MAX_EXCHANGES = 1024
+MANY = 4  # of them
 AT_ONCE = 32  # scripts that are taken in before the loop does anything else
 TO_ASK = 5.0  # seconds that a script may take to say what it wants
 PAUSE = 0.1  # seconds without new scripts when there are no descriptors left
@@ -147,6 +148,11 @@ class HookServer:
                     connection.send(REFUSED + TOO_FEW.encode())
                     connection.recv(65536)  # what is not read makes it an error for the script
         self._reserve = spare()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether many scripts wait for their answers."""
+        return len(self.exchanges) > MANY
 
     def short(self) -> None:
         """There is not enough of something. For any thread."""

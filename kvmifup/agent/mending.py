@@ -29,6 +29,8 @@ SHARE, MOST = 2, 16  # each is at one tap in so many, at so many at most, and at
 # so many. All at once would take the processor from a guest that arrives.
 EVERYTHING, TURNS, A_TURN = 300.0, 30, 4
 
+PUT_OFF = 3  # times in a row that a look is put off
+
 KEPT = {State.WIRED, State.DISARMED, *LISTENING}
 
 
@@ -60,7 +62,7 @@ class Mending:
         self._uplinks: set[int] = set()  # the indices of those on which this node answers for somebody
         self._looking = OneAtATime(loop, self._begin, self._looked)
         self._checking = OneAtATime(loop, self._begin_check, self._checked)
-        self._turn = self._checks = 0
+        self._turn = self._checks = self._put_off = 0
         self._rest = PERIOD  # seconds until the next look at what the kernel tells nobody about
         loop.later(PERIOD, self._checking.ask)
         loop.later(EVERYTHING / TURNS, self._from_time_to_time)
@@ -118,9 +120,12 @@ class Mending:
         self._soon(share([tap.name for tap in self._taps], self._turn, TURNS, A_TURN))
         self._loop.later(EVERYTHING / TURNS, self._from_time_to_time)
 
-    def look(self) -> None:
-        """Look at what is due."""
-        self._looking.ask()
+    def look(self, *, later: bool = False) -> None:
+        """Look at what is due; *later* if it can wait, but not for ever."""
+        self._put_off += 1
+        if not later or self._put_off > PUT_OFF:
+            self._put_off = 0
+            self._looking.ask()
 
     def _soon(self, names: Collection[str]) -> None:
         if names and self._runner.config.agent.mend:

@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from kvmifup.agent.mending import A_TURN, MOST, SHARE, TURNS, share
+from kvmifup.agent.announcements import Announcements
+from kvmifup.agent.loop import Loop
+from kvmifup.agent.mending import A_TURN, MOST, PUT_OFF, SHARE, TURNS, Mending, share
+from kvmifup.agent.runner import Runner
+
+
+class NoTaps:
+    """A node without NICs, which counts how often somebody looks for those that are due."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def named(self, _names: object) -> list[Any]:
+        """None of them."""
+        self.looks += 1
+        return []
+
+
+def test_a_look_is_put_off_only_so_often(loop: Loop, tmp_path: Path) -> None:
+    taps = NoTaps()
+    runner = Runner(tmp_path, lambda *_: True)
+    watching: Any = taps
+    mending = Mending(loop, runner, watching, Announcements(loop, runner), lambda _nic: None, lambda: None)
+    for _ in range(2):
+        for _ in range(PUT_OFF):
+            mending.look(later=True)
+        assert taps.looks == 0
+        mending.look(later=True)
+        assert taps.looks == 1
+        taps.looks = 0
+    mending.look(later=True)
+    mending.look()
+    assert taps.looks == 1
+    mending.look()
+    assert taps.looks == 2
 
 
 @pytest.mark.parametrize(("turns", "most"), [(SHARE, MOST), (TURNS, A_TURN)])
