@@ -12,7 +12,7 @@ from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
 from kvmifup.core.ops import Route
 from kvmifup.core.records import record
 from kvmifup.node import messages
-from kvmifup.node.addresses import addresses
+from kvmifup.node.addresses import addresses, link_local
 from kvmifup.node.guests import Qemu, sign_of
 from kvmifup.node.kernel import PORT_STATES, Kernel
 from kvmifup.node.limits import AllQueues, Limits
@@ -27,7 +27,7 @@ from kvmifup.node.messages import (
     NetlinkError,
 )
 from kvmifup.node.ports import AllPorts
-from kvmifup.node.procfs import device_name, link_local, sysctl
+from kvmifup.node.procfs import device_name, sysctl
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.routes import RouteEntry, connected, default_type, local_addresses
 from kvmifup.node.view import View
@@ -187,8 +187,9 @@ class Overview(Kernel):
 
     def addresses(self, dev: str) -> list[str]:
         """The node's own addresses on *dev*: every IPv4 one, and an IPv6 one of link scope."""
-        found = local_addresses(self._view.routes(4, LOCAL_TABLE), self._view.index(dev))
-        return [*found, *filter(None, [link_local(dev)])]
+        index = self._view.index(dev)
+        found = local_addresses(self._view.routes(4, LOCAL_TABLE), index)
+        return [*found, *filter(None, [link_local(self._netlink.transport, index)])]
 
     def is_proxied(self, address: str, dev: str) -> bool:
         """Whether the node has a proxy entry for *address* on *dev*."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from functools import cache
@@ -14,8 +13,6 @@ SYSCTL = "/proc/sys"
 SYS_NET = "/sys/class/net"
 NET_ADDR_SET = "3"  # linux/netdevice.h, in /sys/class/net/DEV/addr_assign_type
 IFF_PERSIST = 0x0800  # linux/if_tun.h, in /sys/class/net/TAP/tun_flags
-IFA_F_TENTATIVE = 0x40  # linux/if_addr.h
-IPV6_ADDR_LINKLOCAL = 0x20  # net/ipv6.h
 
 
 def read_file(path: str, *, whole: bool = False) -> str | None:
@@ -109,20 +106,3 @@ def address_is_set(sysfs: str) -> bool:
 def ports_of(sysfs: str) -> set[str]:
     """The names of the ports of the bridge whose directory in /sys is *sysfs*. Raises OSError."""
     return set(os.listdir(f"{sysfs}/brif"))
-
-
-def link_local(dev: str) -> str | None:
-    """A link-local address of *dev* that may be sent from, because it is not tentative; None if there is none."""
-    try:
-        with open("/proc/net/if_inet6", encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        trust.need_answer(error)
-        return None
-    for line in lines:
-        if not line.endswith(dev):  # each tap has a line
-            continue
-        address, _index, _length, scope, flags, name = line.split()
-        if name == dev and int(scope, 16) == IPV6_ADDR_LINKLOCAL and not int(flags, 16) & IFA_F_TENTATIVE:
-            return str(ipaddress.IPv6Address(bytes.fromhex(address)))
-    return None

@@ -25,13 +25,13 @@ from kvmifup.core.ops import (
     UplinkVlans,
 )
 from kvmifup.node import messages, nexthops, ovs, standing
-from kvmifup.node.addresses import addresses
+from kvmifup.node.addresses import addresses, link_local
 from kvmifup.node.messages import ARPHRD_ETHER, FAMILIES, IFF_NOARP, IFF_UP, Link, NetlinkError
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.nexthops import Hop
 from kvmifup.node.ovs import Switch
 from kvmifup.node.ports import Ports
-from kvmifup.node.procfs import assignment, device_name, link_local, sysctl
+from kvmifup.node.procfs import assignment, device_name, sysctl
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.routes import RouteEntry, by_prefix, route_of, routes_to
 
@@ -349,6 +349,10 @@ def read_uplink(view: View, dev: str, family: int) -> Uplink:
     needed = {path: value for path, value in needed.items() if sysctl(path) != value}
     if family == 6 and any(path.endswith("/forwarding") for path in needed):
         needed = keeping_routes(default_devices(view, 6, MAIN_TABLE)) | needed
+    source = None
+    if family == 6:
+        with refusals(f"reading the addresses of {dev}"):
+            source = link_local(view.netlink.transport, link.index)
     return Uplink(
         dev,
         family,
@@ -357,5 +361,5 @@ def read_uplink(view: View, dev: str, family: int) -> Uplink:
         arp=link.type == ARPHRD_ETHER and not link.flags & IFF_NOARP,
         is_tap=link.is_tap,
         mend=tuple(assignment(path, value) for path, value in needed.items()),
-        source=link_local(dev) if family == 6 else None,
+        source=source,
     )

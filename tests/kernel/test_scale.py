@@ -13,9 +13,11 @@ import pytest
 from harness import manager, nodes, tools
 from harness.hooks import call, check
 from harness.nodes import Node
+from harness.oracle import sysctl
 from kvmifup.agent import events
 from kvmifup.agent.loop import Loop
 from kvmifup.node import standing
+from kvmifup.node.addresses import link_local
 from kvmifup.node.messages import RTM_GETRULE
 from kvmifup.node.transport import Transport, split
 from kvmifup.node.view import View
@@ -172,6 +174,32 @@ def test_only_for_routes_of_daemons_is_the_loop_woken_up(added: str, learnt: lis
     assert heard == learnt
     routes.socket.close()
     loop.close()
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        ([], None),
+        (["addr add 2001:db8:7::1/64 dev tap5 nodad"], None),
+        (["addr add 2001:db8:7::1/64 dev tap5 nodad", "addr add fe80::5/64 dev tap5 nodad"], "fe80::5"),
+        (["addr add fe80::5/64 dev tap6 nodad"], None),
+        (["addr add fe80::5/64 dev tap5"], None),  # tentative
+    ],
+)
+def test_the_link_local_address_of_one_device_is_asked_for(lines: list[str], wanted: str | None) -> None:
+    nodes.taps(["tap5", "tap6"])
+    for name in ("tap5", "tap6"):
+        sysctl(f"ipv6/conf/{name}/accept_dad", 1)
+        sysctl(f"ipv6/conf/{name}/dad_transmits", 1)
+        tools.ip(f"link set {name} addrgenmode none")
+    for line in lines:
+        tools.ip(line)
+    view = View()
+    assert link_local(view.netlink.transport, view.index("tap5")) == wanted
+    index = view.index("tap5")
+    tools.ip("link del tap5")
+    assert link_local(view.netlink.transport, index) is None
+    view.close()
 
 
 # --- how much is read ------------------------------------------------------------------------------------------
