@@ -305,8 +305,8 @@ def openvswitch(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
         ids[ovsport.INSTANCE] = nic.instance
     if interface := nic.iface_id or given_by_others(nic, facts.port):
         ids[ovsport.INTERFACE] = interface
-    yield from limits(nic, config, facts.bridge.mtu)
     yield PRE, OvsPort(nic.tap, ovsport.Port(bridge, vlan, ids=tuple(ids.items())).text)
+    yield from limits(nic, config, facts.bridge.mtu)  # the switch removes those of a port that it gets
     yield PRE, LinkUp(nic.tap, True)
 
 

@@ -352,6 +352,7 @@ class Rate(Op):
 
     kind = "rate"
     leaves = (None,)
+    lost_with = frozenset({"ovs-port"})  # iface_configure_qos in Open vSwitch's vswitchd/bridge.c
     dev: str
     direction: str
     want: str | None

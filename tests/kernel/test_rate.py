@@ -16,6 +16,7 @@ from harness.addresses import CLIENT_MAC, GUEST_IP4, GUEST_MAC
 from harness.hooks import Result, call, check
 from harness.nodes import Node
 from harness.wire import ethernet, packet_socket
+from tests.kernel.test_openvswitch import switch, vsctl  # noqa: F401 (a fixture)
 from tests.kernel.test_shell import by_hand, commands
 
 pytestmark = [pytest.mark.userns, pytest.mark.pyroute2]
@@ -24,7 +25,9 @@ LIMIT: dict[str, Any] = {"to_guest": "100mbit"}
 MODES: dict[str, dict[str, Any]] = {
     "bridged": {"mode": "bridged", "link": "br0"},
     "routed": {"mode": "routed", "ip": [GUEST_IP4]},
+    "openvswitch": {"mode": "openvswitch", "link": "ovs0"},
 }
+WITHOUT_SWITCH = ("bridged", "routed")
 
 
 def asked(command: str) -> list[dict[str, Any]]:
@@ -71,7 +74,7 @@ def ready(node: Node) -> Node:
 # --- what is said is there --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", WITHOUT_SWITCH)
 def test_a_limit_to_the_guest_is_a_shaper_on_its_tap(ready: Node, mode: str) -> None:
     check(wire(mode, rate=LIMIT), 0)
     assert is_limited(12_500_000, 131_072)
@@ -125,7 +128,7 @@ def test_who_is_nearer_to_the_nic_is_heard(ready: Node, who: str) -> None:
     assert (limit() or (None,))[0] == rate
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", WITHOUT_SWITCH)
 def test_it_is_in_force_before_the_tap_is_up(ready: Node, mode: str) -> None:
     seen = []
 
@@ -284,3 +287,23 @@ def test_the_printed_commands_do_the_same(ready: Node) -> None:
         assert root() == expected
         if phase == "post":
             check(call("kvm-ifup-post", "tap0"), 0)
+
+
+# --- Open vSwitch ---------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_on_a_switch_is_there_once_the_switch_has_the_tap(switch: Node) -> None:  # noqa: F811
+    """The switch removes every queueing discipline that it finds on a port that is added to it."""
+    check(wire("openvswitch", rate=LIMIT), 0)
+    assert is_limited(12_500_000, 131_072)
+    vsctl("set", "interface", "tap0", "external_ids:somebody=else")  # which makes it look at its ports again
+    assert is_limited(12_500_000, 131_072)
+    check(wire("openvswitch", rate={"to_guest": "1mbit"}), 0)
+    assert is_limited(125_000, 12_500)
+    assert call("kvm-ifup", "check").code == 0
+    vsctl("del-port", "tap0")
+    tools.run("sh", "-ec", "tc qdisc replace dev tap0 root handle 6b76: tbf rate 1mbit burst 12500b limit 1mb")
+    check(wire("openvswitch", rate={"to_guest": "1mbit"}, vlan=".5"), 0)
+    assert is_limited(125_000, 12_500), "it was right until the port was added again"
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert root() is None
