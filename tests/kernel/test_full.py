@@ -204,7 +204,8 @@ def test_the_next_guest_on_a_dead_ones_tap_finds_nothing_of_it(small: Node, fill
     hooks.reap()
     tools.ip("link del tap0")
     nodes.add_tap()
-    manager.write_nic(instance="web2", mode="routed", ip=["192.0.2.9"])
+    manager.write_nic(instance="web2", mode="routed", ip=[f"192.0.2.{number}" for number in range(100, 160)])
+    # Its journal takes more than that of the dead one, which makes room.
     fill()
     check(hook("kvm-ifup-post", "tap0"), 71, "No space left")
     tools.ip("link del tap0")
