@@ -24,21 +24,25 @@ RECEIVE = 33  # SO_RCVBUFFORCE
 
 
 @contextlib.contextmanager
-def attacker(guest: wire.Tap) -> Iterator[Namespace]:
+def attacker(guest: wire.Tap, *, fresh: bool = False) -> Iterator[Namespace]:
     """The guest is a namespace with all of a system's tools: its eth0 is the other end of the tap.
+
+    A *fresh* one has no addresses yet, and looks for them as its kernel does by itself.
 
     A process of its own carries the frames between the tap's end and that of a second one, which is the eth0.
     """
     place = Namespace()
     with place:
-        quieten()
+        if not fresh:
+            quieten()
         add_tap("eth0")
         inside = wire.attach("eth0")
         tools.ip("link set lo up")
         tools.ip(f"link set eth0 address {GUEST_MAC} mtu 1500 up")
-        tools.ip(f"addr add {GUEST_IP4}/24 dev eth0")
-        tools.ip(f"addr add {GUEST_IP6}/64 dev eth0")
-        certain("eth0")
+        if not fresh:
+            tools.ip(f"addr add {GUEST_IP4}/24 dev eth0")
+            tools.ip(f"addr add {GUEST_IP6}/64 dev eth0")
+            certain("eth0")
     pid = os.fork()
     if pid == 0:
         try:
