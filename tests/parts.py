@@ -186,14 +186,17 @@ class Run:
     left: list[Command] = field(default_factory=list)
     code: int = 0
     seconds: float = 0.0
+    cpu: float = 0.0  # seconds of its processes, as far as they have ended: what takes little of them only waits
 
     def go_on(self) -> bool:
         """Start the next command if it is time; returns whether anything still runs."""
-        if self.process is not None:
-            code = self.process.poll()
-            if code is None:
+        if self.process is not None and self.process.returncode is None:
+            ended, status, used = os.wait4(self.process.pid, os.WNOHANG)
+            if not ended:
                 return True
-            self.code = self.code or code
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            self.code = self.code or self.process.returncode
+            self.cpu += used.ru_utime + used.ru_stime
         if not self.left:
             self.seconds = time.monotonic() - self.begun
             return False
@@ -300,7 +303,7 @@ def tell(run: Run) -> None:
 
 def table(done: Sequence[Run], seconds: float) -> str:
     """How long each part took, the slowest tests, and the closing line."""
-    lines = [f"\n{'part':16} {'seconds':>8}  result"]
+    lines = [f"\n{'part':16} {'seconds':>8} {'CPU':>6}  result"]
     total: Counter[str] = Counter()
     slowest: list[tuple[float, str]] = []
     for run in done:
@@ -308,7 +311,7 @@ def table(done: Sequence[Run], seconds: float) -> str:
         total += found
         slowest += durations(run.text())
         result = said(found) if found else "ok"
-        lines.append(f"{run.part.name:16} {run.seconds:8.0f}  {result}")
+        lines.append(f"{run.part.name:16} {run.seconds:8.0f} {run.cpu:6.0f}  {result}")
     lines += [f"{'all of it':16} {seconds:8.0f}", "", "slowest tests:"]
     lines += [f"{taken:8.1f} s  {test}" for taken, test in sorted(slowest, reverse=True)[:SLOWEST]]
     return "\n".join([*lines, "", said(total)])
