@@ -22,10 +22,6 @@ from lab.nodes import Namespace, end
 
 T = TypeVar("T")
 
-# Not a round 128 MiB, for a reason: QEMU before 9.0 loses writes of a TCG guest during a migration (it clears the
-# dirty bits without telling the vCPU's TLB) when a RAM block is a whole number of 256 KiB, and then the busy guest
-# crashes on the target about every other time. An odd size takes QEMU's other path, which is right.
-MEMORY_KIB = 128 * 1024 + 8
 # Slow enough that a migration lasts a good second, and things that go wrong meanwhile can be seen.
 BANDWIDTH = 40 * 1024 * 1024
 
@@ -206,7 +202,7 @@ def start(
     netdev = f"tap,id=n0,ifname={wiring.tap},script={wiring.script or 'no'},downscript={wiring.downscript or 'no'}"
     argv = [
         *("qemu-system-x86_64", "-no-user-config", "-nodefaults", "-no-reboot", "-display", "none"),
-        *("-accel", "tcg", "-cpu", "max", "-m", f"{MEMORY_KIB}k"),
+        *("-accel", "tcg", "-cpu", "max", "-m", f"{guest.MEMORY_KIB}k"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
         *("-append", guest.command_line(addresses)),
         *("-serial", f"file:{directory}/serial.log"),

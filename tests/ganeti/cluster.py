@@ -24,9 +24,9 @@ from typing import Any
 
 from harness.addresses import GUEST_IP4, GUEST_MAC
 from harness.tools import CLEAN
+from harness.wire import readable
 from lab import debian, guest
 from lab.errors import LabError
-from lab.migrate import MEMORY_KIB
 from lab.nodes import NODE_IP4, Mode, Namespace, Network, end, guest_addresses, network
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,13 +131,15 @@ class Nic:
     mode: Mode
     link: str = ""
     ip: str | None = None
+    vlan: str = ""
 
     @property
     def given(self) -> dict[str, Any]:
         """For the driver."""
         # Ganeti names QEMU's devices after the first half of it.
         uuid = f"{self.mac.replace(':', '')[4:]}-0000-4000-8000-000000000000"
-        return {"mac": self.mac, "mode": self.mode, "link": self.link, "ip": self.ip, "uuid": uuid}
+        nic = {"mac": self.mac, "mode": self.mode, "link": self.link, "ip": self.ip, "vlan": self.vlan}
+        return {**nic, "uuid": uuid}
 
     @property
     def tap_mac(self) -> str:
@@ -156,6 +158,7 @@ class Instance:
     nics: tuple[Nic, ...]
     image: guest.Image | None = None
     name: str = INSTANCE
+    firmware: Path | None = None  # without an image: what runs instead of QEMU's own
 
     @property
     def given(self) -> dict[str, Any]:
@@ -170,6 +173,8 @@ class Instance:
         }
         if self.image is None:
             hvparams |= {"kernel_path": "", "boot_order": "network"}
+            if self.firmware:
+                hvparams["kvm_extra"] = f"-bios {self.firmware}"
         else:
             mode = self.nics[0].mode
             hvparams |= {
@@ -177,8 +182,8 @@ class Instance:
                 "initrd_path": str(self.image.initrd),
                 "kernel_args": guest.command_line(guest_addresses(mode)),
                 "root_path": "",
-                # A busy guest whose memory is a round number crashes when it moves: see lab.migrate.
-                "kvm_extra": f"--m {MEMORY_KIB}k",  # Ganeti looks for -m, and cannot read that
+                # A busy guest whose memory is a round number crashes when it moves: see lab.guest.
+                "kvm_extra": f"--m {guest.MEMORY_KIB}k",  # Ganeti looks for -m, and cannot read that
             }
         return {
             "name": self.name,
@@ -225,6 +230,7 @@ class Node:
     lab: Namespace
     init: int
     before: dict[str, Any] = field(default_factory=dict)
+    driver: subprocess.Popen[str] | None = None
 
     @property
     def name(self) -> str:
@@ -236,11 +242,15 @@ class Node:
         """Where other nodes reach it."""
         return NODE_IP4[self.name]
 
+    def inside(self, *argv: str) -> list[str]:
+        """A command as it is run from outside."""
+        enter = ["nsenter", "--target", str(self.init), "--net", "--mount", "--pid", "--uts", "--"]
+        return ["setpriv", "--pdeathsig", "KILL", *enter, *argv]
+
     def run(self, *argv: str, stdin: str = "", env: Mapping[str, str] = CLEAN) -> str:
         """Run a command here to its end; returns what it said. LabError when it fails."""
-        inside = ["setpriv", "--pdeathsig", "KILL", "nsenter", "--target", str(self.init)]
         done = subprocess.run(
-            [*inside, "--net", "--mount", "--pid", "--uts", "--", *argv],
+            self.inside(*argv),
             env={**CLEAN, **env},
             input=stdin,
             capture_output=True,
@@ -260,11 +270,26 @@ class Node:
     def ganeti(self, operation: str, instance: Instance, **arguments: object) -> Any:
         """One request to Ganeti's code on this node. Raises GanetiError with its words."""
         request = {"operation": operation, "instance": instance.given, "arguments": arguments}
-        said = self.run("/usr/bin/python3", str(DRIVER), stdin=json.dumps(request))
-        answer = json.loads(said.splitlines()[-1])
+        answer = json.loads(self._answer(json.dumps(request)))
         if "error" in answer:
             raise GanetiError(answer["error"])
         return answer["answer"]
+
+    def _answer(self, request: str) -> str:
+        """The driver's answer; it is started for the first request."""
+        if self.driver is None:
+            argv = self.inside("/usr/bin/python3", str(DRIVER))
+            self.driver = subprocess.Popen(argv, env=CLEAN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.driver.stdin
+        assert self.driver.stdout
+        self.driver.stdin.write(request + "\n")
+        self.driver.stdin.flush()
+        if not readable(self.driver.stdout.fileno(), PATIENCE):
+            raise LabError(f"Ganeti does not answer {request}", "is this machine overloaded?")
+        answer = self.driver.stdout.readline()
+        if not answer:
+            raise LabError(f"Ganeti has failed: {request}", "see above")
+        return answer
 
     def hooks(self, operation: str, instance: Instance) -> None:
         """Ganeti runs its post hooks of *operation* here: ours must be among them, and be content."""
@@ -375,8 +400,8 @@ class Node:
 
 
 @contextlib.contextmanager
-def _node(lab: Namespace, version: str) -> Iterator[Node]:
-    setup = ["sh", "-c", SETUP, "sh", str(debian.ganeti(version)), f"{lab.name}.example.com", version]
+def _node(lab: Namespace, version: str, files: Path) -> Iterator[Node]:
+    setup = ["sh", "-c", SETUP, "sh", str(files), f"{lab.name}.example.com", version]
     unshare = ["unshare", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
     holder = lab.popen([*unshare, *setup], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert holder.stdout is not None
@@ -385,7 +410,15 @@ def _node(lab: Namespace, version: str) -> Iterator[Node]:
         if holder.stdout.readline() != "ready\n":
             raise LabError(f"cannot make the node {lab.name}: {holder.stderr.read().strip()}", "overlay file systems?")
         (init,) = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()
-        yield Node(lab, int(init))
+        node = Node(lab, int(init))
+        try:
+            yield node
+        finally:
+            if node.driver:
+                end(node.driver)
+                for pipe in (node.driver.stdin, node.driver.stdout):
+                    assert pipe
+                    pipe.close()
     finally:
         end(holder)
         holder.stdout.close()
@@ -431,12 +464,17 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(mode: Mode, packages: Sequence[Path], version: str = "3.0") -> Iterator[Cluster]:
-    """Two nodes for guests of one mode, with *packages* installed, and that *version* of Ganeti."""
-    require()
+def cluster(mode: Mode, packages: Sequence[Path], version: str = "3.0", files: Path | None = None) -> Iterator[Cluster]:
+    """Two nodes for guests of one mode, with *packages* installed, and that *version* of Ganeti.
+
+    Its *files* are those that are on this machine, or else come from Debian's archive.
+    """
+    if files is None:
+        require()
+        files = debian.ganeti(version)
     with contextlib.ExitStack() as stack:
         net = stack.enter_context(network(mode))
-        a, b = (stack.enter_context(_node(lab, version)) for lab in (net.a, net.b))
+        a, b = (stack.enter_context(_node(lab, version, files)) for lab in (net.a, net.b))
         for node in (a, b):
             if mode == "bridged":  # for the migration itself; a routed node has its address on eth0
                 node.run("ip", "addr", "add", f"{node.address}/24", "dev", "br0")

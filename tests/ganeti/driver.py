@@ -1,7 +1,7 @@
-"""Stands in for Ganeti's node daemon: one request from stdin, carried out by Ganeti's own code, the answer to stdout.
+"""Stands in for Ganeti's node daemon: a request is a line of stdin, carried out by Ganeti's code; so is its answer.
 
 Runs on a node of the tests, on Debian's Python, where Ganeti is installed. It holds nothing between two
-requests, as the daemon forks for each. It only calls Ganeti: nothing of what it does is done here.
+requests, and forks for each, as the daemon does. It only calls Ganeti: nothing of what it does is done here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def nic_of(given: dict[str, Any]) -> Any:
         mac=given["mac"],
         ip=given["ip"],
         uuid=given["uuid"],
-        nicparams={"mode": given["mode"], "link": given["link"], "vlan": ""},
+        nicparams={"mode": given["mode"], "link": given["link"], "vlan": given["vlan"]},
     )
 
 
@@ -119,7 +119,7 @@ def run_hooks(instance: Any, operation: str, phase: str, more: dict[str, str]) -
     """Run the hooks of *phase*, as the master asks for it."""
     constants = module("constants")
     nics = [
-        (None, nic.uuid, nic.ip, nic.mac, nic.nicparams["mode"], nic.nicparams["link"], "", None, None)
+        (None, nic.uuid, nic.ip, nic.mac, *(nic.nicparams[one] for one in ("mode", "link", "vlan")), None, None)
         for nic in instance.nics
     ]
     environment = module("cmdlib.instance_utils").BuildInstanceHookEnv(
@@ -171,20 +171,32 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """What Ganeti says to a request: {"operation": …, "instance": {…}, "arguments": {…}}."""
+    operation = functools.partial(OPERATIONS[request["operation"]], **request["arguments"])
+    try:
+        kvm = module("hypervisor.hv_kvm").KVMHypervisor()
+        return {"answer": operation(kvm, instance_of(request["instance"]))}
+    except module("errors").GenericError as error:
+        return {"error": str(error)}
+
+
 def main() -> None:
-    """One request: {"operation": …, "instance": {…}, "arguments": {…}}."""
+    """All requests, one after the other."""
     # As the daemon runs: no terminal, nobody else's files, the root directory.
     os.umask(0o077)
     os.chdir("/")
-    request = json.load(sys.stdin)
-    kvm_class = module("hypervisor.hv_kvm").KVMHypervisor
-    errors = module("errors")
-    operation = functools.partial(OPERATIONS[request["operation"]], **request["arguments"])
-    try:
-        answer = {"answer": operation(kvm_class(), instance_of(request["instance"]))}
-    except errors.GenericError as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer))
+    out = os.dup(1)
+    os.dup2(2, 1)  # what else is said is no answer
+    for name in ("objects", "hypervisor.hv_kvm", "backend"):
+        module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            os.write(out, json.dumps(answer(json.loads(line))).encode() + b"\n")
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit("it has not answered")
 
 
 main()

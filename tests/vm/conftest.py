@@ -27,11 +27,14 @@ if remote.there():
 PACKAGES = (
     *("iproute2", "iputils-ping", "mount", "nftables", "openvswitch-switch", "util-linux"),
     *("python3-nftables", "python3-pyroute2", "python3-pytest", "python3-tomli"),
+    # For Ganeti.
+    *("qemu-system-x86", "socat", "python3-openssl", "python3-psutil", "python3-pyparsing", *debian.DEPENDENCIES),
 )
 CHECKOUT = Path("opt/kvm-ifup")  # over there
-TREES = ("harness", "kvmifup", "lab", "scripts", "tests/vm")
+TREES = ("harness", "kvmifup", "lab", "scripts", "tests/ganeti", "tests/vm")
 PYTHON = "/usr/bin/python3"  # the machine has the same release of Python, if this is Debian 12 as well
 GANETI = "usr/lib/ganeti/3.0/usr/lib/ganeti"  # its scripts, which look for each other in usr/lib/ganeti
+GANETI_TREE = Path("opt/ganeti")  # over there: what is below its usr
 # The longest time that a test may take; only turns a hang into a failure.
 PATIENCE = 240.0
 
@@ -89,6 +92,9 @@ def pack(scratch: Path, files: Path) -> None:
     (tree / "usr/lib/ganeti").mkdir(parents=True)
     for name in ("kvm-ifup", "net-common"):
         shutil.copy(debian.ganeti() / GANETI / name, tree / "usr/lib/ganeti" / name)
+    for name in ("etc", "usr/lib/ganeti", "usr/share/ganeti"):
+        shutil.copytree(debian.ganeti() / name, tree / GANETI_TREE / name, symlinks=True)
+    install(tree)
     found = importlib.util.find_spec("pyroute2")
     assert found
     assert found.origin
@@ -98,6 +104,20 @@ def pack(scratch: Path, files: Path) -> None:
     roots.run([PYTHON, "-m", "compileall", "-q", "-s", tree, "-p", "/", tree])
     with tarfile.open(files, "w") as archive:
         archive.add(tree, arcname="", filter=_root_s)
+
+
+def install(tree: Path) -> None:
+    """Our commands and what Ganeti runs of us, at the places where our packages have them."""
+    share = tree / "usr/share/kvm-ifup"
+    for name in ("kvmifup", "scripts"):
+        shutil.copytree(roots.CHECKOUT / name, share / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "usr/sbin").mkdir()
+    for script in (share / "scripts").iterdir():
+        (tree / "usr/sbin" / script.name).symlink_to(f"../share/kvm-ifup/scripts/{script.name}")
+    for line in (roots.CHECKOUT / "debian/kvm-ifup-ganeti.install").read_text().splitlines():
+        source, target = line.split()
+        (tree / target).mkdir(parents=True, exist_ok=True)
+        shutil.copy(roots.CHECKOUT / source, tree / target)
 
 
 def _root_s(member: tarfile.TarInfo) -> tarfile.TarInfo:
