@@ -3,6 +3,7 @@
 The guest sends nothing of its own accord: no DAD, no router solicitations, no neighbour probes, no daemons.
 Whatever leaves it is an answer, or an announcement after a migration: QEMU's RARP, and the gratuitous ARP and
 unsolicited NA of its own virtio-net driver, which QEMU asks for (GUEST_ANNOUNCE, left at QEMU's default).
+One that takes its addresses from the network (`DYNAMIC`) does what that takes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ MEMORY_KIB = 128 * 1024 + 8
 
 KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
 READY = "guest ready"
+DYNAMIC = "dhcp"  # for `Addresses.ip4`: DHCP, and SLAAC beside the address that is given, each checked by DAD
 
 # In the order in which they can be inserted: each needs the ones before it.
 MODULES = (
@@ -36,6 +38,7 @@ MODULES = (
     "failover",
     "net_failover",
     "virtio_net",
+    "af_packet",
 )
 
 INIT = f"""#!/bin/busybox sh
@@ -57,6 +60,20 @@ ip link set lo up
 sysctl -qw net.ipv6.conf.eth0.accept_ra=0 net.ipv6.conf.eth0.dad_transmits=0
 # Its own questions about the gateway would teach the switch where it is; a guest that is asked nothing keeps quiet.
 sysctl -qw net.ipv4.neigh.eth0.delay_first_probe_time=3600 net.ipv6.neigh.eth0.delay_first_probe_time=3600
+if [ "$(arg ip4)" = {DYNAMIC} ]; then
+    sysctl -qw net.ipv6.conf.eth0.accept_ra=1 net.ipv6.conf.eth0.dad_transmits=1
+    ip link set eth0 up
+    ip -6 addr add "$(arg ip6)" dev eth0
+    udhcpc -i eth0 -n -q -t 40 -T 1 -s /leased
+    until [ "$(ip -6 addr show dev eth0 scope global | grep -c inet6)" = 2 ]; do sleep 0.2; done
+    while ip -6 addr show dev eth0 | grep tentative; do sleep 0.2; done
+    if ip -6 addr show dev eth0 | grep dadfailed; then exit 1; fi
+    # A first packet can be lost while the other end asks for the guest's MAC.
+    until ping -c 1 -W 1 "$(arg gw4)"; do :; done
+    until ping -6 -c 1 -W 1 "$(arg gw6)"; do :; done
+    echo "{READY}"
+    while :; do sleep 3600; done
+fi
 ip link set eth0 up
 ip addr add "$(arg ip4)" dev eth0
 ip route add "$(arg gw4)/32" dev eth0
@@ -66,6 +83,11 @@ ip -6 route add "$(arg gw6)/128" dev eth0
 ip -6 route add default via "$(arg gw6)" dev eth0
 echo "{READY}"
 while :; do sleep 3600; done
+"""
+
+LEASED = """#!/bin/sh
+# What udhcpc calls with what it has been given.
+[ "$1" != bound ] || ip addr add "$ip/$mask" dev "$interface"
 """
 
 
@@ -106,7 +128,7 @@ def build(progress: Callable[[str], None]) -> Image:
     busybox = shutil.which("busybox")
     if busybox is None:
         raise LabError("busybox is not installed", "apt-get install busybox-static")
-    recipe = hashlib.sha256("\n".join((INIT, *MODULES)).encode() + Path(busybox).read_bytes()).hexdigest()
+    recipe = hashlib.sha256("\n".join((INIT, LEASED, *MODULES)).encode() + Path(busybox).read_bytes()).hexdigest()
     name = f"{package}_{version}_{recipe[:12]}".replace(":", "%")
 
     def make(scratch: Path) -> Path:
@@ -141,8 +163,9 @@ def _build_into(tmp: Path, package: str, busybox: Path) -> None:
     needed = [name for name in MODULES if _copy_module(unpacked, name, root / "modules")]
     (root / "modules/order").write_text("".join(f"{name}\n" for name in needed))
     shutil.copy(busybox, root / "bin/busybox")
-    (root / "init").write_text(INIT)
-    (root / "init").chmod(0o755)
+    for name, script in (("init", INIT), ("leased", LEASED)):
+        (root / name).write_text(script)
+        (root / name).chmod(0o755)
 
     names = sorted(str(p.relative_to(root)) for p in root.rglob("*"))
     with (image / "initrd").open("wb") as out:

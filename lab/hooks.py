@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
+from harness.addresses import GUEST_EUI64, GUEST_IP4, GUEST_IP6, GUEST_MAC
 from lab.errors import LabError
 from lab.nodes import Mode, Namespace
 
@@ -57,8 +58,11 @@ def hooks(directory: Path, interpreter: Path | None, scratch: Path) -> Hooks:
 
 def write_nic(node: Namespace, mode: Mode, incoming: bool) -> None:
     """Describes the guest's NIC to the scripts on `node`, in its own /run, as a process manager does at start."""
-    lines = [f'tap = "{TAP}"', f'mac = "{GUEST_MAC}"', f'mode = "{mode}"']
-    lines += ['link = "br0"'] if mode == "bridged" else [f'ip = ["{GUEST_IP4}", "{GUEST_IP6}"]']
+    ips = [GUEST_IP4, GUEST_IP6, *([GUEST_EUI64] if mode == "filtered" else [])]
+    lines = [f'tap = "{TAP}"', f'mac = "{GUEST_MAC}"', f'mode = "{"routed" if mode == "routed" else "bridged"}"']
+    lines += ['link = "br0"'] if mode != "routed" else []
+    lines += [f"ip = {json.dumps(ips)}"] if mode != "bridged" else []
+    lines += ['filter = "address"'] if mode == "filtered" else []
     lines += ["incoming = true"] if incoming else []
     run = "/run/kvm-ifup"
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:

@@ -24,9 +24,10 @@ from harness import addresses
 from harness.addresses import CLIENT_IP4, CLIENT_IP6, CLIENT_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC
 from harness.tools import CLEAN
 from lab.errors import LabError
-from lab.guest import Addresses
+from lab.guest import DYNAMIC, Addresses
 
-Mode = Literal["bridged", "routed"]
+# A filtered guest is a bridged one with `filter = "address"`, which takes its addresses from the network.
+Mode = Literal["bridged", "routed", "filtered"]
 
 # What the tap's MAC (fe: + the guest's last five bytes, the same on each node) makes of a link-local address.
 TAP_LINK_LOCAL = "fe80::fc00:ff:fe35:ac01"
@@ -50,6 +51,8 @@ _DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
 def guest_addresses(mode: Mode) -> Addresses:
     """How the guest is configured. A routed guest has no on-link prefix: all it sends goes to the node."""
+    if mode == "filtered":
+        return Addresses(GUEST_MAC, DYNAMIC, CLIENT_IP4, f"{GUEST_IP6}/64", CLIENT_IP6)
     if mode == "bridged":
         return Addresses(GUEST_MAC, f"{GUEST_IP4}/24", CLIENT_IP4, f"{GUEST_IP6}/64", CLIENT_IP6)
     return Addresses(GUEST_MAC, f"{GUEST_IP4}/32", CLIENT_IP4, f"{GUEST_IP6}/128", TAP_LINK_LOCAL)
@@ -190,7 +193,7 @@ def _wire(net: Network) -> None:
 
     _address(net.client, "eth0", CLIENT_IP4, CLIENT_IP6)
     for node in (net.a, net.b):
-        if net.mode == "bridged":
+        if net.mode != "routed":
             node.run("ip", "link", "add", "br0", "type", "bridge", "stp_state", "0", "forward_delay", "0")
             node.run("ip", "link", "set", "eth0", "master", "br0", "up")
             node.run("ip", "link", "set", "br0", "up")
