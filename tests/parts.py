@@ -70,7 +70,7 @@ SHELL = (
       for path in sorted((ROOT / "debian").glob(f"*.{kind}"))),
 )  # fmt: skip
 KERNEL = "tests/kernel"
-MIGRATIONS = ("tests/e2e/test_migration.py", "tests/e2e/test_agents.py")
+MIGRATIONS = ("tests/e2e/test_migration.py", "tests/e2e/test_agents.py", "tests/e2e/test_filtered.py")
 ONE_MIGRATION = "tests/e2e/test_migration.py::test_routed_guest_moves_with_phases"
 
 
