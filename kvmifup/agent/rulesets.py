@@ -12,26 +12,28 @@ from kvmifup.agent.events import ANYTHING, NetlinkMessage, Subscription, Thing
 from kvmifup.agent.loop import Loop
 from kvmifup.core.ops import Op
 from kvmifup.node import messages
-from kvmifup.node.elements import (
-    DELSETELEM,
-    ELEMENTS,
-    KEY,
+from kvmifup.node.nfmessages import (
+    IFNAMSIZ,
     NETLINK_NETFILTER,
-    NEWSETELEM,
+    NFGENMSG,
+    NFNL_SUBSYS_NFTABLES,
+    NFNLGRP_NFTABLES,
     NFPROTO_BRIDGE,
     NFPROTO_INET,
-    NFTABLES,
-    VALUE,
+    NFPROTO_NETDEV,
+    NFT_MSG_DELSETELEM,
+    NFT_MSG_NEWSETELEM,
+    NFTA_CHAIN_NAME,
+    NFTA_RULE_CHAIN,
+    NFTA_SET_ELEM_LIST_ELEMENTS,
+    NFTA_TABLE,
+    keys_of,
     listed,
 )
-from kvmifup.node.elements import HEADER as NFGENMSG
 from kvmifup.node.nft import TABLE
 
-NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
 NAME = TABLE.encode() + b"\0"
-IFNAMSIZ = 16
 OF_A_NIC = b"nic-"  # so the name of a chain begins that is about one tap
-NFPROTO_NETDEV = 5  # linux/netfilter.h
 # The tables that an op is in, by `Op.kind`.
 FAMILIES = {
     "sources": (NFPROTO_INET,),
@@ -55,19 +57,19 @@ class RulesetEvents(Subscription):
 def touched(found: list[NetlinkMessage]) -> Iterator[Thing]:
     """What *found* is about, if it is about our tables."""
     for one in found:
-        if one.kind >> 8 != NFTABLES or NAME not in one.body:
+        if one.kind >> 8 != NFNL_SUBSYS_NFTABLES or NAME not in one.body:
             continue
         attributes = messages.attributes(one.body, NFGENMSG.size)
-        if attributes.get(1) != NAME:  # NFTA_*_TABLE
+        if attributes.get(NFTA_TABLE) != NAME:
             continue
         family = one.body[0]
-        if one.kind & 0xFF in (NEWSETELEM, DELSETELEM):
-            for element in listed(attributes.get(ELEMENTS, b"")):
-                key = messages.attributes(messages.attributes(element).get(KEY, b"")).get(VALUE, b"")
+        if one.kind & 0xFF in (NFT_MSG_NEWSETELEM, NFT_MSG_DELSETELEM):
+            for element in listed(attributes.get(NFTA_SET_ELEM_LIST_ELEMENTS, b"")):
+                key, _ = keys_of(messages.attributes(element))
                 yield "nft", family, messages.text(key[:IFNAMSIZ])
         else:
-            # The chain of a rule, or that of a chain (NFTA_RULE_CHAIN, NFTA_CHAIN_NAME): text where it is one.
-            names = [value for kind in (2, 3) if (value := attributes.get(kind, b"")).startswith(OF_A_NIC)]
+            named = (attributes.get(kind, b"") for kind in (NFTA_RULE_CHAIN, NFTA_CHAIN_NAME))  # text where it is one
+            names = [value for value in named if value.startswith(OF_A_NIC)]
             yield "nft", family, messages.text(names[0][len(OF_A_NIC) :]) if names else ""
 
 

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 
-from kvmifup.node.elements import EXPRESSION, EXPRESSIONS, KEY, NFPROTO_BRIDGE, NFPROTO_INET, VALUE, Nfnetlink, listed
 from kvmifup.node.messages import attributes, text
+from kvmifup.node.nfmessages import (
+    NFPROTO_BRIDGE,
+    NFPROTO_INET,
+    NFTA_COUNTER_PACKETS,
+    NFTA_EXPR_DATA,
+    NFTA_SET_ELEM_EXPR,
+    NFTA_SET_ELEM_EXPRESSIONS,
+    Element,
+    big_of,
+    keys_of,
+    listed,
+)
+from kvmifup.node.nfnetlink import Nftables
 from kvmifup.node.nft import TABLE
 
 Counts = Mapping[str, Mapping[str, int]]  # packets, by tap and reason
 # Each reason has a set `dropped_REASON` of taps, whose elements count, in the tables that know the reason.
 REASONS = ("mac", "address", "router", "dhcp", "protocol")
 FAMILIES = {NFPROTO_BRIDGE: REASONS, NFPROTO_INET: ("address",)}
-COUNTER_PACKETS = 2  # NFTA_COUNTER_PACKETS, linux/netfilter/nf_tables.h
 
 
 def counted() -> Counts:
     """What has been dropped so far, of each guest of which something was; nothing where that cannot be read."""
     found: dict[str, dict[str, int]] = {}
     for family, reasons in FAMILIES.items():
-        table = Nfnetlink(family, TABLE)
+        table = Nftables(family, TABLE)
         with suppress(OSError):
-            for reason in reasons if table.flags() is not None else ():
+            for reason in reasons if table.itself() is not None else ():
                 for element in table.elements(f"dropped_{reason}"):
-                    tap = text(attributes(element.get(KEY, b"")).get(VALUE)) or ""
+                    tap = text(keys_of(element)[0]) or ""
                     if packets := packets_of(element):
                         of_tap = found.setdefault(tap, {})
                         of_tap[reason] = of_tap.get(reason, 0) + packets
@@ -32,10 +43,10 @@ def counted() -> Counts:
     return found
 
 
-def packets_of(element: Mapping[int, bytes]) -> int:
+def packets_of(element: Element) -> int:
     """What the counter of *element* has counted; a newer kernel lists it among several expressions."""
-    one = element.get(EXPRESSION) or next(listed(element.get(EXPRESSIONS, b"")), b"")
-    return int.from_bytes(attributes(attributes(one).get(2, b"")).get(COUNTER_PACKETS, b""), "big")
+    one = element.get(NFTA_SET_ELEM_EXPR) or next(listed(element.get(NFTA_SET_ELEM_EXPRESSIONS, b"")), b"")
+    return big_of(attributes(attributes(one).get(NFTA_EXPR_DATA, b"")).get(NFTA_COUNTER_PACKETS))
 
 
 def since(earlier: Counts, now: Counts) -> Counts:

@@ -6,7 +6,6 @@ and elements of this one. A change of one NIC is one transaction.
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -21,22 +20,38 @@ from kvmifup.core.filters import Facts, Prefix
 from kvmifup.core.ops import Filter
 from kvmifup.core.records import record
 from kvmifup.node import filter_shape as shape
-from kvmifup.node import nfnetlink, nft
+from kvmifup.node import nft
 from kvmifup.node.filter_shape import Element
-from kvmifup.node.nfnetlink import NFPROTO_BRIDGE, NFPROTO_NETDEV, Entry, Message, Nftables
+from kvmifup.node.nfmessages import (
+    IFNAMSIZ,
+    NF_ACCEPT,
+    NF_BR_PRE_ROUTING,
+    NF_NETDEV_INGRESS,
+    NFPROTO_BRIDGE,
+    NFPROTO_NETDEV,
+    NFT_DATA_VERDICT,
+    NFT_SET_INTERVAL,
+    NFT_SET_MAP,
+    NFT_TABLE_F_DORMANT,
+    NFT_TABLE_F_OWNER,
+    TYPES,
+    WITHOUT_TABLE,
+    Entry,
+    Request,
+    device_key,
+    entry_of,
+    keyed,
+    remove,
+    without_chain,
+)
+from kvmifup.node.nfnetlink import DISTURBED, Nftables
 from kvmifup.node.refusals import refusals
 
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 TRIES = 8  # of a change that other changes disturb
 MAC, IP4, IP6 = 6, 4, 16  # bytes
 KEYS = {"macs": MAC, "hosts4": IP4, "nets4": IP4, "hosts6": IP6, "nets6": IP6}  # of what comes after the tap's name
-PREROUTING, ACCEPT = 0, 1  # NF_BR_PRE_ROUTING, NF_ACCEPT
-HOOKED = (PREROUTING, -300, ACCEPT, "filter", ())
-INGRESS = 0  # NF_NETDEV_INGRESS
-# What nft numbers its types with (datatype.h): of a concatenation each has six bits.
-IFNAME, NUMBERS = 41, {"ifname": 41, "ether_addr": 9, "ipv4_addr": 7, "ipv6_addr": 8}
-VERDICT, INTERVAL, IS_MAP = 0xFFFFFF00, 0x4, 0x8  # NFT_DATA_VERDICT, NFT_SET_INTERVAL, NFT_SET_MAP
-DISTURBED = (errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART)
+HOOKED = (NF_BR_PRE_ROUTING, -300, NF_ACCEPT, "filter", ())
 THE_TABLE, BASE_CHAIN, NOTHING_WHOLE = "the table", f"the hook of chain {shape.BASE}", "nothing whole"
 NOT_PLAIN = '"\\*'  # in the name of a tap: nft has no way to write it
 
@@ -121,8 +136,8 @@ class Filters:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        self.nftables = Nftables(nft.TABLE, NFPROTO_BRIDGE)
-        self.guards = Nftables(nft.TABLE, NFPROTO_NETDEV, self.nftables.transport)
+        self.nftables = Nftables(NFPROTO_BRIDGE, nft.TABLE)
+        self.guards = Nftables(NFPROTO_NETDEV, nft.TABLE, self.nftables)
         self._lock = Lock()
         self._library: Any = None
         self._shared: tuple[int, tuple[str, ...]] = -1, ()  # what is missing, and of which generation that is true
@@ -157,15 +172,18 @@ class Filters:
         guard = self._guard(tap)
         if THE_TABLE in self._shared[1]:
             return Found(self._shared[1], guard=guard, generation=generation)
-        raw, chain = os.fsencode(tap), shape.chain_of(tap)
-        entries = tuple(
-            (name, entry)
-            for name in shape.TYPES
-            for entry in (table.elements(name, raw) if name in KEYS else table.element(name, raw))
-        )
+        chain = shape.chain_of(tap)
+        entries = tuple((name, entry) for name in shape.TYPES for entry in self._entries(name, tap))
         elements = frozenset(element(name, entry) for name, entry in entries)
         marks = None if table.chain(chain) is None else table.comments(chain)
         return Found(self._shared[1], elements, marks, guard, entries, generation)
+
+    def _entries(self, name: str, tap: str) -> list[Entry]:
+        """The elements of the set *name* that are about *tap*. One that has nothing but taps is not read whole."""
+        if name in KEYS:
+            return self.nftables.entries(name, tap)
+        found = self.nftables.element(name, keyed(device_key(tap)))
+        return [] if found is None else [entry_of(found)]
 
     def _guard(self, tap: str) -> tuple[str, ...] | None:
         """The comments of the rules in the chain on the tap itself; None without it."""
@@ -174,7 +192,7 @@ class Filters:
         base = None if itself is None else self.guards.chain(chain)
         if itself is None or base is None:
             return None
-        if itself[0] or base != (INGRESS, shape.GUARD_PRIORITY, ACCEPT, "filter", (tap,)):
+        if itself[0] or base != (NF_NETDEV_INGRESS, shape.GUARD_PRIORITY, NF_ACCEPT, "filter", (tap,)):
             return ("another hook",)
         return self.guards.comments(chain)
 
@@ -213,17 +231,19 @@ class Filters:
         table, chain = self.nftables, shape.chain_of(op.dev)
         own = sum(name == "guests" for name, _ in found.entries)
         last = table.count("guests") <= own  # it takes the tables along
-        messages: list[Message] = []
+        own_table: list[Request] = []
+        guards: list[Request] = []
         with refusals(op.describe()):
             if last and THE_TABLE not in found.missing:
-                messages.append(table.gone())
+                own_table.append(WITHOUT_TABLE)
             elif not last:
-                messages += table.without(found.entries, () if found.marks is None else (chain,))
+                own_table += [remove(name, keyed(key, end)) for name, (key, end, _) in found.entries]
+                own_table += () if found.marks is None else without_chain(chain)
             if last and (itself := self.guards.itself()) and itself[1] <= (found.guard is not None):
-                messages.append(self.guards.gone())
+                guards.append(WITHOUT_TABLE)
             elif found.guard is not None:
-                messages += self.guards.without((), (chain,))
-            table.commit(found.generation, messages)
+                guards += without_chain(chain)
+            table.change(own_table, (self.guards, guards), generation=found.generation)
         return not last and not found.missing
 
 
@@ -251,7 +271,7 @@ def missing(table: Nftables) -> Iterator[str]:
         yield THE_TABLE
         return
     flags, used = itself
-    if flags & nfnetlink.NFT_TABLE_F_OWNER:
+    if flags & NFT_TABLE_F_OWNER:
         raise not_ours("a running program owns it")
     known = [table.set_types(name) for name in shape.TYPES]
     wrong = [name for name, one in zip(shape.TYPES, known, strict=True) if one and not fits(one, shape.TYPES[name])]
@@ -261,7 +281,7 @@ def missing(table: Nftables) -> Iterator[str]:
     marks = {name: table.comments(name) for name in shape.SHARED}
     if used and not any(known):
         raise not_ours("it has none of our sets")
-    if flags & nfnetlink.NFT_TABLE_F_DORMANT:
+    if flags & NFT_TABLE_F_DORMANT:
         yield "the table, which sleeps"
     yield from (f"{shape.TYPES[name][0]} {name}" for name, one in zip(shape.TYPES, known, strict=True) if not one)
     if base is None:
@@ -286,12 +306,12 @@ def fits(found: tuple[int, int, int], wanted: tuple[str, str]) -> bool:
     types, _, verdict = wanted[1].partition(";")[0].removeprefix("type ").partition(" : ")
     number = 0
     for one in types.split(" . "):
-        number = number << 6 | NUMBERS[one]
+        number = number << 6 | TYPES[one]
     is_map = bool(verdict)
     return (
         key == number
-        and bool(flags & INTERVAL) == ("interval" in wanted[1])
-        and (bool(flags & IS_MAP), data == VERDICT) == (is_map, is_map)
+        and bool(flags & NFT_SET_INTERVAL) == ("interval" in wanted[1])
+        and (bool(flags & NFT_SET_MAP), data == NFT_DATA_VERDICT) == (is_map, is_map)
     )
 
 
@@ -299,7 +319,7 @@ def element(name: str, entry: Entry) -> Element:
     """An element as `filter_shape` has it."""
     key, end, verdict = entry
     size = KEYS.get(name, 0)
-    raw, last = (one[nfnetlink.IFNAMSIZ : nfnetlink.IFNAMSIZ + size] for one in (key, end or key))
+    raw, last = (one[IFNAMSIZ : IFNAMSIZ + size] for one in (key, end or key))
     if size == MAC:
         return name, raw.hex(":"), verdict
     if not size:

@@ -1,16 +1,14 @@
-"""What a hook must know of a table of nftables, by netlink; and the removal of elements, chains and the table.
+"""The nfnetlink requests that hooks make: what there is of a table of nftables, and changes as one transaction.
 
-libnftables reads all rules of all chains to tell one, which takes 60 ms with 500 NICs. So what every hook looks at is
-read here, and a dump is searched as bytes for the tap. Names are those of linux/netfilter/nf_tables.h.
+libnftables reads all rules of all chains to tell one, which takes 60 ms with 500 NICs, a whole set to find one element
+in it, and need not be installed. So what every hook looks at is read here, and a dump is searched as bytes for the tap.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
-import sys
-from collections.abc import Iterator, Sequence
-from struct import Struct
+from collections.abc import Sequence
 
 from kvmifup.node.messages import (
     BODY,
@@ -18,189 +16,237 @@ from kvmifup.node.messages import (
     NLM_F_REQUEST,
     NLMSG_ERROR,
     NLMSGHDR,
+    RECEIVE,
     NetlinkError,
-    attribute,
     attributes,
     failure,
     text,
 )
-from kvmifup.node.transport import TRIES, Transport, split
+from kvmifup.node.nfmessages import (
+    NETLINK_NETFILTER,
+    NFGENMSG,
+    NFNL_BATCH_GENID,
+    NFNL_MSG_BATCH_BEGIN,
+    NFNL_MSG_BATCH_END,
+    NFNL_SUBSYS_NFTABLES,
+    NFT_MSG_GETCHAIN,
+    NFT_MSG_GETGEN,
+    NFT_MSG_GETRULE,
+    NFT_MSG_GETSET,
+    NFT_MSG_GETSETELEM,
+    NFT_MSG_GETTABLE,
+    NFTA_CHAIN_HOOK,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_POLICY,
+    NFTA_CHAIN_TYPE,
+    NFTA_GEN_ID,
+    NFTA_HOOK_DEVS,
+    NFTA_HOOK_HOOKNUM,
+    NFTA_HOOK_PRIORITY,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_USERDATA,
+    NFTA_SET_DATA_TYPE,
+    NFTA_SET_ELEM_LIST_ELEMENTS,
+    NFTA_SET_ELEM_LIST_SET,
+    NFTA_SET_FLAGS,
+    NFTA_SET_KEY_TYPE,
+    NFTA_SET_NAME,
+    NFTA_TABLE,
+    NFTA_TABLE_FLAGS,
+    NFTA_TABLE_USE,
+    Element,
+    Entry,
+    Request,
+    among,
+    big,
+    big_of,
+    comment_of,
+    device_key,
+    entries,
+    listed,
+    named,
+)
+from kvmifup.node.refusals import forgiven
+from kvmifup.node.transport import TRIES, Transport, raise_error, split
 
-NETLINK_NETFILTER, NFPROTO_NETDEV, NFPROTO_BRIDGE = 12, 5, 7
-NFNL_SUBSYS_NFTABLES, NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, NFNL_BATCH_GENID = 10, 0x10, 0x11, 1
-NFT_MSG_GETTABLE, NFT_MSG_DELTABLE, NFT_MSG_GETCHAIN, NFT_MSG_DELCHAIN = 1, 2, 4, 5
-NFT_MSG_GETRULE, NFT_MSG_DELRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_DELSETELEM = 7, 8, 10, 13, 14
-NFT_MSG_GETGEN = 16
-NFTA_GEN_ID = 1
-NFTA_TABLE_NAME, NFTA_TABLE_FLAGS, NFTA_TABLE_USE = 1, 2, 3
-NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER = 1, 2
-NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE = 1, 3, 4, 5, 7
-NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY, NFTA_HOOK_DEVS = 1, 2, 4
-NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_USERDATA = 1, 2, 7
-NFTNL_UDATA_RULE_COMMENT = 0
-NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_DATA_TYPE = 1, 2, 3, 4, 6
-NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
-NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_KEY_END = 1, 1, 2, 10
-NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 1, 2, 1, 2
-NFT_GOTO = 0xFFFFFFFC
-NESTED = 0x8000
-IFNAMSIZ = 16
-ERESTART = 85  # the batch is for another generation of the ruleset than there is now
-SO_SNDBUFFORCE, SENT = 32, 1 << 24  # a NIC may have thousands of addresses
+# What a request says if another change has come before it. The last: the ruleset is of another generation.
+DISTURBED = (errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART)
+NO_NFTABLES = (errno.EINVAL, errno.EPROTONOSUPPORT)
+LARGE, SO_SNDBUFFORCE = 1 << 17, 32  # bytes that any socket can send at once; asm-generic/socket.h
+ATTRIBUTES = BODY + NFGENMSG.size  # where the attributes of a message begin
 
-NFGENMSG = Struct(">BBH")  # family, version, what the batch is for
-BE32 = Struct(">I")
-HEADER = Struct("=HH")
 Chain = tuple[int, int, int, str, tuple[str, ...]]  # of a base chain: hook, priority, policy, type, devices
-Message = tuple[int, int, bytes]  # of a batch: family, type, body
-Entry = tuple[bytes, bytes, str]  # of an element: its key, that where its range ends, the chain of its verdict
 
 
 class Nftables:
-    """One table of a *family*, in this network namespace. Not for two threads at once. Raises NetlinkError."""
+    """One table, of the *family* NFPROTO_* and the *name*, in the network namespace of its first request.
 
-    def __init__(self, table: str, family: int, transport: Transport | None = None) -> None:
-        self.table, self.family = table, family
-        self.transport = self._transport = transport or Transport(NETLINK_NETFILTER)
+    Not for two threads at once. What the kernel refuses raises NetlinkError.
+    """
+
+    def __init__(self, family: int, name: str, beside: Nftables | None = None) -> None:
+        """*beside* is another table, whose socket it uses."""
+        self.family, self._name = family, named(NFTA_TABLE, name)
+        self._beside = beside
+        self._own: Transport | None = None  # most NICs need none
         self._dumps: dict[str, list[bytes]] = {}  # of sets, as they were at a generation
         self._seen = -1
 
+    @property
+    def _transport(self) -> Transport:
+        if self._beside:
+            return self._beside._transport
+        self._own = self._own or Transport(NETLINK_NETFILTER)
+        return self._own
+
     def close(self) -> None:
-        """Close the socket."""
-        self._transport.close()
+        """Close the socket, if there is one."""
+        if self._own:
+            self._own.close()
+            self._own = None
+
+    # --- reading ---------------------------------------------------------------------------------------------
 
     def generation(self) -> int:
         """The number of the ruleset: each change of any table makes it another one."""
         message = self._transport.ask(kind(NFT_MSG_GETGEN), 0, NFGENMSG.pack(0, 0, 0))
-        found: int = BE32.unpack_from(attributes(message, BODY + 4)[NFTA_GEN_ID])[0]
+        found = big_of(attributes(message, ATTRIBUTES)[NFTA_GEN_ID])
         if found != self._seen:
             self._dumps.clear()
             self._seen = found
         return found
 
     def itself(self) -> tuple[int, int] | None:
-        """The flags of the table (NFT_TABLE_F_*), and how many chains and sets it has; None if there is none."""
-        found = self._get(NFT_MSG_GETTABLE, named(NFTA_TABLE_NAME, self.table))
-        if found is None:
+        """The flags of the table (NFT_TABLE_F_*), and how many chains and sets it has.
+
+        None if there is none, as in a kernel without nftables.
+        """
+        try:
+            found = self._get(NFT_MSG_GETTABLE, b"")
+        except OSError as error:
+            if error.errno not in NO_NFTABLES:
+                raise
             return None
-        return be32(found.get(NFTA_TABLE_FLAGS)) or 0, be32(found.get(NFTA_TABLE_USE)) or 0
+        return None if found is None else (big_of(found.get(NFTA_TABLE_FLAGS)), big_of(found.get(NFTA_TABLE_USE)))
 
     def chain(self, name: str) -> Chain | tuple[()] | None:
         """What there is to know of a base chain, nothing of another one; None if there is no such chain."""
-        found = self._get(NFT_MSG_GETCHAIN, named(NFTA_CHAIN_TABLE, self.table) + named(NFTA_CHAIN_NAME, name))
+        found = self._get(NFT_MSG_GETCHAIN, named(NFTA_CHAIN_NAME, name))
         if found is None or NFTA_CHAIN_HOOK not in found:
             return None if found is None else ()
         hook = attributes(found[NFTA_CHAIN_HOOK])
         priority = int.from_bytes(hook[NFTA_HOOK_PRIORITY], "big", signed=True)
-        policy, what = be32(found.get(NFTA_CHAIN_POLICY)) or 0, text(found.get(NFTA_CHAIN_TYPE)) or ""
+        policy, what = big_of(found.get(NFTA_CHAIN_POLICY)), text(found.get(NFTA_CHAIN_TYPE)) or ""
         devices = attributes(hook.get(NFTA_HOOK_DEVS, b"")).values()
-        return be32(hook[NFTA_HOOK_HOOKNUM]) or 0, priority, policy, what, tuple(text(one) or "" for one in devices)
+        return big_of(hook[NFTA_HOOK_HOOKNUM]), priority, policy, what, tuple(text(one) or "" for one in devices)
 
     def set_types(self, name: str) -> tuple[int, int, int] | None:
         """Flags, and the numbers that nft has for the types of key and data; None if there is no such set."""
-        found = self._get(NFT_MSG_GETSET, named(NFTA_SET_TABLE, self.table) + named(NFTA_SET_NAME, name))
+        found = self._get(NFT_MSG_GETSET, named(NFTA_SET_NAME, name))
         if found is None:
             return None
-        flags, key, data = (
-            be32(found.get(one)) or 0 for one in (NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_DATA_TYPE)
-        )
+        flags, key, data = (big_of(found.get(one)) for one in (NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_DATA_TYPE))
         return flags, key, data
+
+    def rules(self, chain: str = "") -> list[bytes]:
+        """The rules of *chain*, or of the table, each as attributes NFTA_RULE_*; none if there is no such thing."""
+        with forgiven(errno.ENOENT):
+            found = self._dump(NFT_MSG_GETRULE, named(NFTA_RULE_CHAIN, chain) if chain else b"")
+            return [one[ATTRIBUTES:] for one in found]
+        return []
 
     def comments(self, chain: str) -> tuple[str, ...]:
         """The comment of each rule of *chain*, empty for one without."""
-        body = named(NFTA_RULE_TABLE, self.table) + named(NFTA_RULE_CHAIN, chain)
-        found = self._dump(NFT_MSG_GETRULE, body)
-        return tuple(comment(attributes(one, BODY + 4).get(NFTA_RULE_USERDATA, b"")) for one in found)
+        return tuple(comment_of(attributes(one).get(NFTA_RULE_USERDATA, b"")) or "" for one in self.rules(chain))
 
-    def elements(self, name: str, tap: bytes) -> list[Entry]:
-        """The elements of the set *name* whose key begins with *tap*."""
-        wanted = tap.ljust(IFNAMSIZ, b"\0")
-        return [one for message in self._every(name) for one in entries(message, wanted)]
+    def element(self, name: str, element: bytes) -> Element | None:
+        """What the set *name* has for the *element* (`keyed`); None if it is not in it, or there is no such set."""
+        found = self._get(NFT_MSG_GETSETELEM, named(NFTA_SET_ELEM_LIST_SET, name) + among([element]))
+        for one in listed(found.get(NFTA_SET_ELEM_LIST_ELEMENTS, b"") if found else b""):
+            return attributes(one)
+        return None
 
-    def element(self, name: str, tap: bytes) -> list[Entry]:
-        """The same of a set that has nothing but taps: without reading all of it."""
-        wanted = tap.ljust(IFNAMSIZ, b"\0")
-        which = nested(NFTA_SET_ELEM_LIST_ELEMENTS, nested(NFTA_LIST_ELEM, keys((wanted, b"", ""))))
-        body = named(NFTA_SET_ELEM_LIST_TABLE, self.table) + named(NFTA_SET_ELEM_LIST_SET, name) + which
-        found = self._get(NFT_MSG_GETSETELEM, body)
-        return [] if found is None else list(entries(found.get(NFTA_SET_ELEM_LIST_ELEMENTS, b""), wanted))
+    def elements(self, name: str) -> list[Element]:
+        """All elements of the set *name*. Raises NetlinkError, also if there is no such set."""
+        found = (held(one) for one in self._dump(NFT_MSG_GETSETELEM, named(NFTA_SET_ELEM_LIST_SET, name)))
+        return [attributes(element) for part in found for element in listed(part)]
+
+    def entries(self, name: str, dev: str) -> list[Entry]:
+        """The elements of the set *name* whose key begins with *dev*, as they were at the `generation`."""
+        wanted = device_key(dev)
+        return [one for message in self._kept(name) for one in entries(message, wanted)]
 
     def count(self, name: str) -> int:
-        """How many elements the set *name* has."""
-        found = (attributes(message, BODY + 4).get(NFTA_SET_ELEM_LIST_ELEMENTS, b"") for message in self._every(name))
-        return sum(map(length, found))
+        """How many elements the set *name* has, likewise."""
+        return sum(1 for message in self._kept(name) for _ in listed(held(message)))
 
-    def _every(self, name: str) -> list[bytes]:
-        """All elements of the set *name*, as the messages that have them."""
+    def _kept(self, name: str) -> list[bytes]:
+        """All elements of the set *name*, as the messages that have them; none if there is no such set."""
         if name not in self._dumps:
-            body = named(NFTA_SET_ELEM_LIST_TABLE, self.table) + named(NFTA_SET_ELEM_LIST_SET, name)
-            self._dumps[name] = self._dump(NFT_MSG_GETSETELEM, body)
+            found: list[bytes] = []
+            with forgiven(errno.ENOENT):
+                found = self._dump(NFT_MSG_GETSETELEM, named(NFTA_SET_ELEM_LIST_SET, name))
+            self._dumps[name] = found
         return self._dumps[name]
 
-    def _get(self, what: int, body: bytes) -> dict[int, bytes] | None:
-        try:
-            message = self._transport.ask(kind(what), 0, NFGENMSG.pack(self.family, 0, 0) + body)
-        except NetlinkError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        return attributes(message, BODY + 4)
+    def _get(self, what: int, payload: bytes) -> dict[int, bytes] | None:
+        with forgiven(errno.ENOENT):
+            message = self._transport.ask(kind(what), 0, NFGENMSG.pack(self.family, 0, 0) + self._name + payload)
+            return attributes(message, ATTRIBUTES)
+        return None
 
-    def _dump(self, what: int, body: bytes) -> list[bytes]:
+    def _dump(self, what: int, payload: bytes) -> list[bytes]:
+        body = NFGENMSG.pack(self.family, 0, 0) + self._name + payload
         for _ in range(TRIES):
-            try:
-                parts, undisturbed = self._transport.dump_once(kind(what), NFGENMSG.pack(self.family, 0, 0) + body)
-            except NetlinkError as error:
-                if error.errno == errno.ENOENT:
-                    return []
-                raise
+            parts, undisturbed = self._transport.dump_once(kind(what), body)
             if undisturbed:
-                break
-        return [one for part in parts for one in split(part)]
+                return [one for part in parts for one in split(part)]
+        raise failure(errno.EINTR)
 
-    # --- removing -------------------------------------------------------------------------------------------
+    # --- changing --------------------------------------------------------------------------------------------
 
-    def without(self, elements: Sequence[tuple[str, Entry]], chains: Sequence[str]) -> Iterator[Message]:
-        """What removes elements (the set of each, and what it is) and chains."""
-        table = named(NFTA_TABLE_NAME, self.table)  # the first attribute of all of them
-        for name, entry in elements:
-            element = nested(NFTA_SET_ELEM_LIST_ELEMENTS, nested(NFTA_LIST_ELEM, keys(entry)))
-            yield self.family, NFT_MSG_DELSETELEM, table + named(NFTA_SET_ELEM_LIST_SET, name) + element
-        for chain in chains:
-            yield self.family, NFT_MSG_DELRULE, table + named(NFTA_RULE_CHAIN, chain)
-            yield self.family, NFT_MSG_DELCHAIN, table + named(NFTA_CHAIN_NAME, chain)
+    def change(
+        self,
+        requests: Sequence[Request],
+        others: tuple[Nftables, Sequence[Request]] | None = None,
+        *,
+        generation: int | None = None,
+        really: bool = True,
+    ) -> None:
+        """Do all *requests* as one transaction, or none; after them those of another table.
 
-    def gone(self) -> Message:
-        """What removes the table."""
-        return self.family, NFT_MSG_DELTABLE, named(NFTA_TABLE_NAME, self.table)
-
-    def commit(self, generation: int, messages: Sequence[Message]) -> None:
-        """Do all of it in one transaction. NetlinkError, ERESTART: the ruleset is not of *generation* any more."""
-        request = self._transport.next_sequence()
+        With a *generation*, NetlinkError with ERESTART if the ruleset is not of it any more. Not *really*: only ask the
+        kernel whether it would.
+        """
+        every = [(self, one) for one in requests] + ([(others[0], one) for one in others[1]] if others else [])
+        if not every:
+            return
+        transport = self._transport
+        expected = b"" if generation is None else big(NFNL_BATCH_GENID, generation)
         subsystem = NFGENMSG.pack(0, 0, NFNL_SUBSYS_NFTABLES)
-        whole = [
-            packed(NFNL_MSG_BATCH_BEGIN, 0, request, subsystem + attribute(NFNL_BATCH_GENID, BE32.pack(generation)))
-        ]
-        for position, (family, what, body) in enumerate(messages, 1):
-            flags = NLM_F_ACK if position == len(messages) else 0
-            whole.append(packed(kind(what), flags, request, NFGENMSG.pack(family, 0, 0) + body))
-        whole.append(packed(NFNL_MSG_BATCH_END, 0, request, subsystem))
-        batch = b"".join(whole)
-        if len(batch) > 1 << 17:
-            for option, size in ((SO_SNDBUFFORCE, SENT), (socket.SO_SNDBUF, SENT)):
-                try:
-                    self._transport.socket.setsockopt(socket.SOL_SOCKET, option, size)
-                    break
-                except OSError:
-                    continue
-        self._transport.socket.send(batch)
+        first = transport.next_sequence()
+        whole = [packed(NFNL_MSG_BATCH_BEGIN, 0, first, subsystem + expected)]
+        last = first + len(every)
+        for table, (what, flags, payload) in every:
+            sequence = transport.next_sequence()
+            body = NFGENMSG.pack(table.family, 0, 0) + table._name + payload
+            whole.append(packed(kind(what), flags | NLM_F_ACK * (sequence == last), sequence, body))
+        if really:
+            whole.append(packed(NFNL_MSG_BATCH_END, 0, transport.next_sequence(), subsystem))
+        send(transport.socket, b"".join(whole))
+        failed: NetlinkError | None = None
         while True:
-            data = self._transport.socket.recv(1 << 16)
+            data = transport.socket.recv(RECEIVE)
             _length, answer, _flags, sequence, _port = NLMSGHDR.unpack_from(data)
-            if sequence == request and answer == NLMSG_ERROR:
-                code = -int.from_bytes(data[BODY : BODY + 4], sys.byteorder, signed=True)
-                if code:
-                    raise failure(code)
+            if answer != NLMSG_ERROR or not first <= sequence <= last:
+                continue
+            try:
+                raise_error(data, BODY)
+            except NetlinkError as error:
+                failed = failed or error
+            if sequence == last or (sequence == first and failed):  # the first: not even the transaction is allowed
+                if failed:
+                    raise failed
                 return
 
 
@@ -209,14 +255,9 @@ def kind(what: int) -> int:
     return NFNL_SUBSYS_NFTABLES << 8 | what
 
 
-def named(attr: int, name: str) -> bytes:
-    """An attribute that is a name."""
-    return attribute(attr, name.encode() + b"\0")
-
-
-def nested(attr: int, inner: bytes) -> bytes:
-    """An attribute that has others in it."""
-    return attribute(attr | NESTED, inner)
+def held(message: bytes) -> bytes:
+    """The list of elements in a message."""
+    return attributes(message, ATTRIBUTES).get(NFTA_SET_ELEM_LIST_ELEMENTS, b"")
 
 
 def packed(what: int, flags: int, sequence: int, body: bytes) -> bytes:
@@ -224,59 +265,13 @@ def packed(what: int, flags: int, sequence: int, body: bytes) -> bytes:
     return NLMSGHDR.pack(BODY + len(body), what, NLM_F_REQUEST | flags, sequence, 0) + body
 
 
-def keys(entry: Entry) -> bytes:
-    """What names an element: its key, or both ends of its range."""
-    key, end, _ = entry
-    found = nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))
-    return found + (nested(NFTA_SET_ELEM_KEY_END, attribute(NFTA_DATA_VALUE, end)) if end else b"")
-
-
-def be32(data: bytes | None) -> int | None:
-    """A number as nf_tables has it."""
-    return None if data is None else int(BE32.unpack_from(data)[0])
-
-
-def comment(data: bytes) -> str:
-    """The comment in what nft has noted of a rule; empty without one."""
-    offset = 0
-    while offset + 2 <= len(data):
-        what, length = data[offset], data[offset + 1]
-        if what == NFTNL_UDATA_RULE_COMMENT:
-            return data[offset + 2 : offset + 2 + length].rstrip(b"\0").decode("utf-8", "replace")
-        offset += 2 + length
-    return ""
-
-
-def length(data: bytes) -> int:
-    """How many attributes there are in *data*."""
-    offset = found = 0
-    while offset + HEADER.size <= len(data):
-        offset += HEADER.unpack_from(data, offset)[0] + 3 & ~3
-        found += 1
-    return found
-
-
-def entries(message: bytes, wanted: bytes) -> Iterator[Entry]:
-    """The elements in *message* whose key begins with *wanted*.
-
-    Each is an attribute with others in it. The first is the key, in which there is one with the value.
-    """
-    hit = message.find(wanted)
-    while hit >= 0:
-        start = hit - 3 * HEADER.size
-        if start >= 0:
-            (whole, outer), (_, key), (size, value) = (HEADER.unpack_from(message, start + 4 * one) for one in range(3))
-            if (outer & ~NESTED, key & ~NESTED, value) == (NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE):
-                inner = attributes(message[start + 4 : start + whole])
-                end = attributes(inner.get(NFTA_SET_ELEM_KEY_END, b"")).get(NFTA_DATA_VALUE, b"")
-                data = attributes(inner.get(NFTA_SET_ELEM_DATA, b""))
-                yield message[hit : hit + size - 4], end, verdict(attributes(data.get(NFTA_DATA_VERDICT, b"")))
-        hit = message.find(wanted, hit + 1)
-
-
-def verdict(found: dict[int, bytes]) -> str:
-    """The chain of a `goto`; another verdict as a number."""
-    if not found:
-        return ""
-    code = be32(found.get(NFTA_VERDICT_CODE))
-    return text(found.get(NFTA_VERDICT_CHAIN)) or "" if code == NFT_GOTO else f"verdict {code}"
+def send(asked: socket.socket, batch: bytes) -> None:
+    """Send a *batch*: a NIC may have thousands of addresses."""
+    if len(batch) > LARGE:
+        for option in (SO_SNDBUFFORCE, socket.SO_SNDBUF):  # the first is not for a user namespace
+            try:
+                asked.setsockopt(socket.SOL_SOCKET, option, 2 * len(batch))
+                break
+            except OSError:
+                continue
+    asked.send(batch)

@@ -5,24 +5,56 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
-from kvmifup.node.elements import (
-    DELRULE,
-    NEWCHAIN,
-    NEWRULE,
-    NEWSET,
-    NEWTABLE,
-    VALUE,
-    VERDICT,
+from kvmifup.node.messages import NLM_F_APPEND, attribute, attributes, text
+from kvmifup.node.nfmessages import (
+    IFNAMSIZ,
+    NF_ACCEPT,
+    NF_DROP,
+    NF_INET_PRE_ROUTING,
+    NFT_DATA_VERDICT,
+    NFT_JUMP,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE,
+    NFT_MSG_NEWSET,
+    NFT_MSG_NEWTABLE,
+    NFT_SET_CONCAT,
+    NFT_SET_INTERVAL,
+    NFT_SET_MAP,
+    NFTA_CHAIN_HOOK,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_POLICY,
+    NFTA_CHAIN_TYPE,
+    NFTA_EXPR_DATA,
+    NFTA_EXPR_NAME,
+    NFTA_HOOK_HOOKNUM,
+    NFTA_HOOK_PRIORITY,
+    NFTA_LIST_ELEM,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_EXPRESSIONS,
+    NFTA_SET_DATA_LEN,
+    NFTA_SET_DATA_TYPE,
+    NFTA_SET_DESC,
+    NFTA_SET_DESC_CONCAT,
+    NFTA_SET_EXPR,
+    NFTA_SET_FIELD_LEN,
+    NFTA_SET_FLAGS,
+    NFTA_SET_ID,
+    NFTA_SET_KEY_LEN,
+    NFTA_SET_KEY_TYPE,
+    NFTA_SET_NAME,
+    NFTA_SET_USERDATA,
+    NFTA_TABLE_FLAGS,
+    TYPES,
     Request,
     big,
     create,
+    emptied,
     listed,
+    named,
     nested,
-    text,
+    valued,
+    verdict,
 )
-from kvmifup.node.messages import NLM_F_APPEND, attributes
-from kvmifup.node.messages import attribute as raw
-from kvmifup.node.messages import text as text_of
 
 STRICT, LOOSE, OWN, BASE = "strict", "loose", "own", "prerouting"  # chains
 SOURCES, DROPPED = "sources", "dropped_address"  # what leads a tap to a chain, and what counts what was dropped there
@@ -30,24 +62,21 @@ ADDRESSES, PREFIXES = "addresses", "prefixes"  # where a guest may send from
 GUESTS, NETWORKS = {4: "guests4", 6: "guests6"}, {4: "networks4", 6: "networks6"}  # from where nobody on an uplink may
 PRIORITY = -300  # NF_IP_PRI_RAW, linux/netfilter_ipv4.h: before connections are followed
 
-# linux/netfilter/nf_tables.h, linux/netfilter.h
-NF_DROP, NF_ACCEPT, NFT_JUMP, NFT_GOTO = 0, 1, -3, -4
+# linux/netfilter/nf_tables.h
 NFPROTO, IIFNAME = 15, 6  # NFT_META_*
 FIB_SADDR, FIB_IIF, FIB_PRESENT = 1, 8, 32  # NFTA_FIB_F_*
-MAP, INTERVAL, CONCATENATED = 0x8, 0x4, 0x80  # NFT_SET_*
-# The types of nft (datatype.h there): a concatenation has six bits for each.
-TYPE_IFNAME, TYPE_IP = 41, {4: 7, 6: 8}
+TYPE_IFNAME, TYPE_IP = TYPES["ifname"], {4: TYPES["ipv4_addr"], 6: TYPES["ipv6_addr"]}
 AF = {4: 2, 6: 10}
-
-
-def verdict(code: int, chain: str = "") -> bytes:
-    """A verdict: NF_* or NFT_*, and the chain that it leads to."""
-    return nested(VERDICT, big(1, code) + (text(2, chain) if chain else b""))
 
 
 def expression(name: str, payload: bytes) -> bytes:
     """One expression of a rule."""
-    return nested(1, text(1, name) + nested(2, payload))
+    return nested(NFTA_LIST_ELEM, typed(name, payload))
+
+
+def typed(name: str, payload: bytes) -> bytes:
+    """The attributes of an expression."""
+    return named(NFTA_EXPR_NAME, name) + nested(NFTA_EXPR_DATA, payload)
 
 
 def is_family(version: int) -> bytes:
@@ -62,7 +91,7 @@ def meta(key: int) -> bytes:
 
 def compare(value: bytes) -> bytes:
     """What was loaded is *value*."""
-    return expression("cmp", big(1, 1) + big(2, 0) + nested(3, raw(VALUE, value)))
+    return expression("cmp", big(1, 1) + big(2, 0) + valued(3, value))
 
 
 def source(version: int, register: int) -> bytes:
@@ -73,14 +102,14 @@ def source(version: int, register: int) -> bytes:
 
 def within(prefix: ipaddress.IPv6Network) -> bytes:
     """The source is in *prefix*."""
-    mask = nested(4, raw(VALUE, prefix.netmask.packed)) + nested(5, raw(VALUE, bytes(16)))
+    mask = valued(4, prefix.netmask.packed) + valued(5, bytes(16))
     narrowed = expression("bitwise", big(1, 1) + big(2, 1) + big(3, 16) + mask) if prefix.prefixlen < 128 else b""
     return is_family(6) + source(6, 1) + narrowed + compare(prefix.network_address.packed)
 
 
 def among(name: str, version: int) -> bytes:
     """Device and source are in the set *name*."""
-    return is_family(version) + meta(IIFNAME) + source(version, 2) + expression("lookup", text(1, name) + big(2, 1))
+    return is_family(version) + meta(IIFNAME) + source(version, 2) + expression("lookup", named(1, name) + big(2, 1))
 
 
 def then(code: int, chain: str = "") -> bytes:
@@ -95,10 +124,10 @@ def routed(flags: int) -> bytes:
 
 def rules() -> list[tuple[str, bytes]]:
     """The rules, each with its chain."""
-    count = meta(IIFNAME) + expression("lookup", text(1, DROPPED) + big(2, 1)) + then(NF_DROP)
+    count = meta(IIFNAME) + expression("lookup", named(1, DROPPED) + big(2, 1)) + then(NF_DROP)
     return [
         *((BASE, among(names[version], version) + then(NF_DROP)) for version in (4, 6) for names in (GUESTS, NETWORKS)),
-        (BASE, is_family(6) + meta(IIFNAME) + expression("lookup", text(1, SOURCES) + big(2, 1) + big(3, 0))),
+        (BASE, is_family(6) + meta(IIFNAME) + expression("lookup", named(1, SOURCES) + big(2, 1) + big(3, 0))),
         # What is only said on the link itself: neighbour discovery. The kernel never forwards it.
         (OWN, within(ipaddress.IPv6Network("fe80::/10")) + then(NF_ACCEPT)),
         (OWN, within(ipaddress.IPv6Network("::/128")) + then(NF_ACCEPT)),
@@ -114,47 +143,60 @@ def rules() -> list[tuple[str, bytes]]:
 
 def rules_made() -> Iterator[Request]:
     """What makes table, chains, sets and rules, or makes them right; the elements stay."""
-    yield create(NEWTABLE, big(2, 0))
+    yield create(NFT_MSG_NEWTABLE, big(NFTA_TABLE_FLAGS, 0))
     # Sets first, or rules could not name them.
-    yield made_set(1, SOURCES, TYPE_IFNAME, (16,), MAP)
-    yield made_set(2, DROPPED, TYPE_IFNAME, (16,), counted=True)
+    yield made_set(1, SOURCES, TYPE_IFNAME, (IFNAMSIZ,), NFT_SET_MAP)
+    yield made_set(2, DROPPED, TYPE_IFNAME, (IFNAMSIZ,), counted=True)
     for number, (name, version, flags, counted) in enumerate(
         (
             (ADDRESSES, 6, 0, False),
-            (PREFIXES, 6, INTERVAL, False),
+            (PREFIXES, 6, NFT_SET_INTERVAL, False),
             *((GUESTS[version], version, 0, True) for version in (4, 6)),
-            *((NETWORKS[version], version, INTERVAL, True) for version in (4, 6)),
+            *((NETWORKS[version], version, NFT_SET_INTERVAL, True) for version in (4, 6)),
         ),
         start=3,
     ):
         size = 4 if version == 4 else 16
-        yield made_set(number, name, TYPE_IFNAME << 6 | TYPE_IP[version], (16, size), flags, counted=counted)
-    hook = nested(4, big(1, 0) + big(2, PRIORITY))  # NF_INET_PRE_ROUTING
-    yield create(NEWCHAIN, text(3, BASE) + text(7, "filter") + big(5, NF_ACCEPT) + hook)
-    yield from (create(NEWCHAIN, text(3, chain)) for chain in (OWN, STRICT, LOOSE))
-    yield from ((DELRULE, 0, text(2, chain)) for chain in (BASE, OWN, STRICT, LOOSE))
+        yield made_set(number, name, TYPE_IFNAME << 6 | TYPE_IP[version], (IFNAMSIZ, size), flags, counted=counted)
+    yield base_chain(BASE, PRIORITY)
+    yield from (create(NFT_MSG_NEWCHAIN, named(NFTA_CHAIN_NAME, chain)) for chain in (OWN, STRICT, LOOSE))
+    yield from (emptied(chain) for chain in (BASE, OWN, STRICT, LOOSE))
     for chain, expressions in rules():
-        kind, flags, payload = create(NEWRULE, text(2, chain) + nested(4, expressions))
+        kind, flags, payload = made_rule(chain, expressions)
         yield kind, flags | NLM_F_APPEND, payload
+
+
+def base_chain(name: str, priority: int) -> Request:
+    """The request that makes a chain that sees whatever comes in."""
+    hook = big(NFTA_HOOK_HOOKNUM, NF_INET_PRE_ROUTING) + big(NFTA_HOOK_PRIORITY, priority)
+    what = named(NFTA_CHAIN_TYPE, "filter") + big(NFTA_CHAIN_POLICY, NF_ACCEPT) + nested(NFTA_CHAIN_HOOK, hook)
+    return create(NFT_MSG_NEWCHAIN, named(NFTA_CHAIN_NAME, name) + what)
+
+
+def made_rule(chain: str, expressions: bytes) -> Request:
+    """The request that makes a rule."""
+    return create(NFT_MSG_NEWRULE, named(NFTA_RULE_CHAIN, chain) + nested(NFTA_RULE_EXPRESSIONS, expressions))
 
 
 def made_set(
     number: int, name: str, kind: int, sizes: tuple[int, ...], flags: int = 0, *, counted: bool = False
 ) -> Request:
     """The request that makes a set; *counted*: each element counts what it has met."""
-    wide = len(sizes) > 1 and flags & INTERVAL
-    flags |= CONCATENATED if wide else 0
-    payload = text(2, name) + big(3, flags) + big(4, kind) + big(5, sum(sizes))
-    if flags & MAP:
-        payload += big(6, 0xFFFFFF00 - (1 << 32)) + big(7, 0)  # NFT_DATA_VERDICT
-    payload += big(10, number)
+    wide = len(sizes) > 1 and flags & NFT_SET_INTERVAL
+    flags |= NFT_SET_CONCAT if wide else 0
+    payload = named(NFTA_SET_NAME, name) + big(NFTA_SET_FLAGS, flags)
+    payload += big(NFTA_SET_KEY_TYPE, kind) + big(NFTA_SET_KEY_LEN, sum(sizes))
+    if flags & NFT_SET_MAP:
+        payload += big(NFTA_SET_DATA_TYPE, NFT_DATA_VERDICT) + big(NFTA_SET_DATA_LEN, 0)
+    payload += big(NFTA_SET_ID, number)
     if wide:
-        payload += nested(9, nested(2, b"".join(nested(1, big(1, size)) for size in sizes)))
+        fields = b"".join(nested(NFTA_LIST_ELEM, big(NFTA_SET_FIELD_LEN, size)) for size in sizes)
+        payload += nested(NFTA_SET_DESC, nested(NFTA_SET_DESC_CONCAT, fields))
     # For nft: the byte order of a key that is no concatenation (NFTNL_UDATA_SET_KEYBYTEORDER).
-    payload += raw(13, bytes((0, 4, 0 if len(sizes) > 1 else 1, 0, 0, 0)))
+    payload += attribute(NFTA_SET_USERDATA, bytes((0, 4, 0 if len(sizes) > 1 else 1, 0, 0, 0)))
     if counted:
-        payload += nested(17, text(1, "counter") + nested(2, b""))
-    return create(NEWSET, payload)
+        payload += nested(NFTA_SET_EXPR, typed("counter", b""))
+    return create(NFT_MSG_NEWSET, payload)
 
 
 Meaning = tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...]
@@ -165,8 +207,8 @@ def meaning(expressions: bytes) -> Meaning:
     found = []
     for one in listed(expressions):
         parts = attributes(one)
-        name = text_of(parts.get(1)) or ""
-        said = attributes(parts.get(2, b""))
+        name = text(parts.get(NFTA_EXPR_NAME)) or ""
+        said = attributes(parts.get(NFTA_EXPR_DATA, b""))
         kept = {kind: plain(value) for kind, value in said.items() if kind in OURS.get(name, said)}
         found.append((name, tuple(sorted(kept.items()))))
     return tuple(found)
@@ -185,11 +227,16 @@ def are_ours(found: tuple[bytes, ...]) -> bool:
     """Whether the rules *found*, as the kernel lists them, are those that we write."""
     if found not in SEEN:
         parts = [attributes(one) for one in found]
-        if [(text_of(one.get(2)) or "", meaning(one.get(4, b""))) for one in parts] != expected():
+        if [rule_of(one) for one in parts] != expected():
             return False
         SEEN.clear()
         SEEN.add(found)
     return True
+
+
+def rule_of(found: dict[int, bytes]) -> tuple[str, Meaning]:
+    """What the attributes of a rule say: its chain, and what it does."""
+    return text(found.get(NFTA_RULE_CHAIN)) or "", meaning(found.get(NFTA_RULE_EXPRESSIONS, b""))
 
 
 SEEN: set[tuple[bytes, ...]] = set()  # what was last found to be right: to take it apart takes a while

@@ -11,38 +11,39 @@ import errno
 import ipaddress
 from collections.abc import Callable, Collection, Iterator
 
-from kvmifup.node.elements import (
-    DATA,
-    KEY,
-    KEY_END,
+from kvmifup.node.messages import NetlinkError, attribute, attributes, packed
+from kvmifup.node.nfmessages import (
+    IFNAMSIZ,
     NFPROTO_INET,
-    USERDATA,
-    VALUE,
-    VERDICT,
-    Nfnetlink,
+    NFT_GOTO,
+    NFTA_SET_ELEM_DATA,
+    NFTA_SET_ELEM_USERDATA,
+    NFTNL_UDATA_COMMENT,
+    Element,
     Request,
+    comment_of,
+    device_key,
+    keyed,
+    keys_of,
     nested,
     put,
     remove,
+    verdict,
+    verdict_of,
 )
-from kvmifup.node.messages import NetlinkError, attributes, packed
-from kvmifup.node.messages import attribute as raw
-from kvmifup.node.messages import text as text_of
+from kvmifup.node.nfnetlink import DISTURBED, Nftables
 from kvmifup.node.nft import TABLE
 from kvmifup.node.source_rules import (
     ADDRESSES,
     DROPPED,
     GUESTS,
     NETWORKS,
-    NFT_GOTO,
     PREFIXES,
     SOURCES,
     are_ours,
     rules_made,
-    verdict,
 )
 
-COMMENT = 0  # NFTNL_UDATA_SET_ELEM_COMMENT, libnftnl/udata.h
 LONGEST = 120  # characters of a comment: nft takes 128
 NOTHING = "none"  # the comment for a guest without IPv6 addresses
 AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
@@ -53,7 +54,7 @@ class SourceTable:
     """The table, through a socket of its own. Whether its rules are there is read once, until `clear`."""
 
     def __init__(self) -> None:
-        self._kernel = Nfnetlink(NFPROTO_INET, TABLE)
+        self._kernel = Nftables(NFPROTO_INET, TABLE)
         self.right: bool | None = None
         self._blind = False
 
@@ -98,7 +99,7 @@ class SourceTable:
                 return
             except NetlinkError as error:
                 # Somebody has changed the same between reading and writing.
-                if last or error.errno not in (errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART):
+                if last or error.errno not in DISTURBED:
                     raise
             finally:
                 self.clear()
@@ -124,7 +125,8 @@ class SourceTable:
     def _is_right(self) -> bool:
         if self.right is None:
             try:
-                self.right = self._kernel.flags() == 0 and are_ours(tuple(self._kernel.rules()))
+                flags, _ = self._kernel.itself() or (None, 0)
+                self.right = flags == 0 and are_ours(tuple(self._kernel.rules()))
             except NetlinkError as error:
                 # Who may change nothing may not look either. That can only be a plan: for it, nothing is there.
                 if error.errno not in (errno.EPERM, errno.EACCES):
@@ -134,20 +136,20 @@ class SourceTable:
 
     def _led(self, tap: str) -> tuple[str, list[str] | None] | None:
         """The chain that *tap* is led to, and what its comment names; None if there is no comment."""
-        found = self._kernel.element(SOURCES, nested(KEY, raw(VALUE, name_of(tap))))
+        found = self._kernel.element(SOURCES, keyed(device_key(tap)))
         if found is None:
             return None
-        verdict = attributes(attributes(found.get(DATA, b"")).get(VERDICT, b""))
-        words = comment_of(found.get(USERDATA, b""))
-        return text_of(verdict.get(2)) or "?", None if words is None else [one for one in words if one != NOTHING]
+        _, chain = verdict_of(found) or (0, "")
+        comment = comment_of(found.get(NFTA_SET_ELEM_USERDATA, b""))
+        return chain or "?", None if comment is None else [one for one in comment.split() if one != NOTHING]
 
     def _all_of(self, tap: str) -> list[str]:
         """All that is in the sets for *tap*: to be read whole."""
-        name, found = name_of(tap), []
+        name, found = device_key(tap), []
         for one in (*self._kernel.elements(ADDRESSES), *self._kernel.elements(PREFIXES)):
-            first, last = (attributes(one.get(kind, b"")).get(VALUE, b"") for kind in (KEY, KEY_END))
+            first, last = keys_of(one)
             if first.startswith(name):
-                address, end = (ipaddress.IPv6Address(key[len(name) :]) for key in (first, last or first))
+                address, end = (ipaddress.IPv6Address(key[IFNAMSIZ:]) for key in (first, last or first))
                 found += [str(prefix) for prefix in ipaddress.summarize_address_range(address, end)]
         return [one.removesuffix("/128") for one in found]
 
@@ -162,9 +164,9 @@ class SourceTable:
 
     def _due(self, tap: str, want: str | None) -> Iterator[Request]:
         """What makes *want* true for *tap*."""
-        key = nested(KEY, raw(VALUE, name_of(tap)))
+        key = keyed(device_key(tap))
         chain, *wanted = want.split() if want else [""]
-        there = self._kernel.flags() is not None
+        there = self._kernel.itself() is not None
         led = self._led(tap) if there else None
         named = led[1] if led else []
         having = self._all_of(tap) if named is None else [one for one in named if self._has(tap, one)]
@@ -173,7 +175,7 @@ class SourceTable:
         if led and (chain, wanted) != (led[0], led[1]):
             yield remove(SOURCES, key)
         if want and (led is None or (chain, wanted) != (led[0], led[1])):
-            yield put(SOURCES, key + nested(DATA, verdict(NFT_GOTO, chain)) + commented(wanted))
+            yield put(SOURCES, key + nested(NFTA_SET_ELEM_DATA, verdict(NFT_GOTO, chain)) + commented(wanted))
         yield from changes(remove, tap, over)
         if want:
             yield put(DROPPED, key)
@@ -208,11 +210,6 @@ def ordered(sources: Collection[str]) -> list[str]:
 # --- elements ----------------------------------------------------------------------------------------------------
 
 
-def name_of(dev: str) -> bytes:
-    """A device's name as a key has it."""
-    return dev.encode("utf-8", "surrogateescape").ljust(16, b"\0")
-
-
 def place(dev: str, prefix: str) -> tuple[str, bytes]:
     """The set for the source *prefix* of the guest on *dev*, and the element in it. Raises ValueError, OSError."""
     return element(dev, prefix, ADDRESSES, PREFIXES)
@@ -227,19 +224,13 @@ def guard(dev: str, prefix: str) -> tuple[str, bytes]:
 def element(dev: str, prefix: str, single: str, wide: str) -> tuple[str, bytes]:
     """The set, *single* for a single address and else *wide*, and the element in it."""
     network = ipaddress.ip_network(prefix)
-    first, last = network.network_address.packed, network.broadcast_address.packed
-    key = nested(KEY, raw(VALUE, name_of(dev) + first))
-    if first == last:
-        return single, key
-    return wide, key + nested(KEY_END, raw(VALUE, name_of(dev) + last))
+    first, last = (device_key(dev) + one.packed for one in (network.network_address, network.broadcast_address))
+    return (single, keyed(first)) if first == last else (wide, keyed(first, last))
 
 
-def exactly(found: dict[int, bytes] | None, element: bytes) -> bool:
+def exactly(found: Element | None, element: bytes) -> bool:
     """Whether what was *found* for *element* is that one; a set of intervals has one also for what is inside."""
-    wanted = attributes(element)
-    return found is not None and all(
-        attributes(found.get(kind, b"")).get(VALUE) == attributes(wanted[kind]).get(VALUE) for kind in wanted
-    )
+    return found is not None and keys_of(found) == keys_of(attributes(element))
 
 
 def commented(sources: Collection[str]) -> bytes:
@@ -247,11 +238,4 @@ def commented(sources: Collection[str]) -> bytes:
     said = " ".join(sources) or NOTHING
     if len(said) > LONGEST:
         return b""
-    return raw(USERDATA, bytes((COMMENT, len(said) + 1)) + said.encode() + b"\0")
-
-
-def comment_of(data: bytes) -> list[str] | None:
-    """The words of the comment in the *data* of an element, None if there is none."""
-    if len(data) < 2 or data[0] != COMMENT:
-        return None
-    return data[2 : 2 + data[1]].rstrip(b"\0").decode("utf-8", "replace").split()
+    return attribute(NFTA_SET_ELEM_USERDATA, bytes((NFTNL_UDATA_COMMENT, len(said) + 1)) + said.encode() + b"\0")

@@ -13,27 +13,23 @@ from contextlib import ExitStack, contextmanager
 from kvmifup.core.errors import NotReadyError
 from kvmifup.inputs import devices
 from kvmifup.node import programs
-from kvmifup.node.elements import (
-    NEWCHAIN,
-    NEWRULE,
-    NEWTABLE,
+from kvmifup.node.nfmessages import (
     NFPROTO_BRIDGE,
     NFPROTO_INET,
-    VALUE,
-    Nfnetlink,
+    NFT_MSG_NEWTABLE,
+    NFT_TABLE_F_OWNER,
+    NFTA_TABLE_FLAGS,
     big,
     create,
-    nested,
-    text,
+    device_key,
+    valued,
 )
-from kvmifup.node.messages import attribute
+from kvmifup.node.nfnetlink import Nftables
 from kvmifup.node.refusals import refusals
-from kvmifup.node.source_rules import IIFNAME, NF_ACCEPT, expression, meta
-from kvmifup.node.sources import name_of
+from kvmifup.node.source_rules import IIFNAME, base_chain, compare, expression, made_rule, meta
 
 FIRST = -1000  # before every other rule
 NFTRACE = 12  # NFT_META_NFTRACE
-OWNED = 2  # NFT_TABLE_F_OWNER, linux/netfilter/nf_tables.h
 CHAIN = "prerouting"
 
 
@@ -49,18 +45,16 @@ def traced(tap: str) -> Iterator[Iterator[str]]:
     with ExitStack() as stack:
         lines = stack.enter_context(programs.following(("nft", "monitor", "trace")))
         for family in (NFPROTO_INET, NFPROTO_BRIDGE):
-            table = Nfnetlink(family, name)
+            table = Nftables(family, name)
             stack.callback(table.close)
-            hook = nested(4, big(1, 0) + big(2, FIRST))  # NF_INET_PRE_ROUTING, NF_BR_PRE_ROUTING
-            one = expression("cmp", big(1, 1) + big(2, 0) + nested(3, attribute(VALUE, name_of(tap))))
-            on = expression("immediate", big(1, 1) + nested(2, attribute(VALUE, b"\1")))
+            on = expression("immediate", big(1, 1) + valued(2, b"\1"))
             on += expression("meta", big(2, NFTRACE) + big(3, 1))
             with refusals(f"tracing {tap}"):
                 table.change(
                     [
-                        create(NEWTABLE, big(2, OWNED)),
-                        create(NEWCHAIN, text(3, CHAIN) + text(7, "filter") + big(5, NF_ACCEPT) + hook),
-                        create(NEWRULE, text(2, CHAIN) + nested(4, meta(IIFNAME) + one + on)),
+                        create(NFT_MSG_NEWTABLE, big(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER)),
+                        base_chain(CHAIN, FIRST),
+                        made_rule(CHAIN, meta(IIFNAME) + compare(device_key(tap)) + on),
                     ]
                 )
         yield lines

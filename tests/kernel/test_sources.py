@@ -26,7 +26,15 @@ from harness.addresses import (
 )
 from harness.hooks import call, check, hook
 from harness.nodes import Node
-from kvmifup.node.elements import NEWTABLE, NFPROTO_INET, Nfnetlink, big, create
+from kvmifup.node.nfmessages import (
+    NFPROTO_INET,
+    NFT_MSG_NEWTABLE,
+    NFT_TABLE_F_OWNER,
+    NFTA_TABLE_FLAGS,
+    big,
+    create,
+)
+from kvmifup.node.nfnetlink import Nftables
 
 BEHIND = "2001:db8:1::/64"  # a network behind the guest
 INSIDE, OUTSIDE = "2001:db8:1::77", "2001:db8:1:1::77"
@@ -360,8 +368,8 @@ def test_what_plan_prints_for_nft_is_what_the_hook_writes(uplinked: Node, rp_fil
 def others(uplinked: Node) -> Iterator[None]:
     """A table of our name that belongs to another program while it runs (NFT_TABLE_F_OWNER)."""
     assert uplinked.client
-    owner = Nfnetlink(NFPROTO_INET, TABLE[1])
-    owner.change([create(NEWTABLE, big(2, 2))])
+    owner = Nftables(NFPROTO_INET, TABLE[1])
+    owner.change([create(NFT_MSG_NEWTABLE, big(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER))])
     yield
     owner.close()
 

@@ -15,8 +15,7 @@ from kvmifup.core.errors import NotReadyError
 from kvmifup.core.model import Config, Phase, RoutedConfig
 from kvmifup.core.ops import LinkUp, Sources, UplinkGuard
 from kvmifup.node import drops, source_rules
-from kvmifup.node.elements import DELSETELEM, KEY, NFTABLES, VALUE, among, nested, text
-from kvmifup.node.messages import attribute
+from kvmifup.node.nfmessages import NFNL_SUBSYS_NFTABLES, NFT_MSG_DELSETELEM, among, keyed, named, nested
 
 from .samples import FACTS_ROUTED, ROUTED
 
@@ -74,28 +73,27 @@ def test_who_has_not_asked_is_warned_and_who_has_is_refused() -> None:
 
 def message(kind: int, table: str, rest: bytes, family: int = 1) -> NetlinkMessage:
     """A message as the kernel sends it."""
-    return NetlinkMessage(NFTABLES << 8 | kind, struct.pack(">BBH", family, 0, 7) + text(1, table) + rest)
+    return NetlinkMessage(NFNL_SUBSYS_NFTABLES << 8 | kind, struct.pack(">BBH", family, 0, 7) + named(1, table) + rest)
 
 
 def an_element(tap: bytes) -> bytes:
     """The set, and an element whose key begins with *tap*."""
-    key = nested(KEY, attribute(VALUE, tap.ljust(16, b"\0") + bytes(16)))
-    return text(2, "addresses") + among([key])
+    return named(2, "addresses") + among([keyed(tap.ljust(16, b"\0") + bytes(16))])
 
 
 @pytest.mark.parametrize(
     ("heard", "things"),
     [
-        (message(DELSETELEM, "kvm-ifup", an_element(b"tap0")), {("nft", 1, "tap0")}),
-        (message(DELSETELEM, "kvm-ifup", an_element(b"tap0"), 7), {("nft", 7, "tap0")}),
-        (message(DELSETELEM, "kvm-ifup2", an_element(b"tap0")), set()),
-        (message(DELSETELEM, "filter", an_element(b"kvm-ifup")), set()),
-        (message(8, "kvm-ifup", text(2, "strict")), {("nft", 1, "")}),
-        (message(8, "kvm-ifup", text(2, "nic-tap0"), 7), {("nft", 7, "tap0")}),
-        (message(5, "kvm-ifup", text(3, "nic-tap0"), 7), {("nft", 7, "tap0")}),
+        (message(NFT_MSG_DELSETELEM, "kvm-ifup", an_element(b"tap0")), {("nft", 1, "tap0")}),
+        (message(NFT_MSG_DELSETELEM, "kvm-ifup", an_element(b"tap0"), 7), {("nft", 7, "tap0")}),
+        (message(NFT_MSG_DELSETELEM, "kvm-ifup2", an_element(b"tap0")), set()),
+        (message(NFT_MSG_DELSETELEM, "filter", an_element(b"kvm-ifup")), set()),
+        (message(8, "kvm-ifup", named(2, "strict")), {("nft", 1, "")}),
+        (message(8, "kvm-ifup", named(2, "nic-tap0"), 7), {("nft", 7, "tap0")}),
+        (message(5, "kvm-ifup", named(3, "nic-tap0"), 7), {("nft", 7, "tap0")}),
         (message(2, "kvm-ifup", b""), {("nft", 1, "")}),
         (NetlinkMessage(1 << 8 | 2, b"kvm-ifup\0"), set()),
-        (NetlinkMessage(NFTABLES << 8 | 15, struct.pack(">BBHI", 0, 0, 7, 8)), set()),
+        (NetlinkMessage(NFNL_SUBSYS_NFTABLES << 8 | 15, struct.pack(">BBHI", 0, 0, 7, 8)), set()),
     ],
 )
 def test_changes_of_our_tables_are_told_by_tap(heard: NetlinkMessage, things: set[object]) -> None:
@@ -109,7 +107,7 @@ def test_rules_that_say_something_else_are_not_taken_for_ours() -> None:
     ours = [(chain, source_rules.meaning(rule)) for chain, rule in source_rules.in_order()]
     assert ours == source_rules.expected()
     assert len({repr(one) for one in ours}) == len(ours)  # nothing of what they say was left out
-    listed = tuple(text(2, chain) + nested(4, rule) for chain, rule in source_rules.in_order())
+    listed = tuple(named(2, chain) + nested(4, rule) for chain, rule in source_rules.in_order())
     assert source_rules.are_ours(listed)
     for number in range(len(listed)):
         assert not source_rules.are_ours(listed[:number] + listed[number + 1 :])

@@ -207,6 +207,7 @@ def test_only_the_kernel_is_asked_and_changed_by_netlink() -> None:
     # What the agent is told unasked has the same layouts.
     outside = {name for name in importers("kvmifup.node.messages") if not name.startswith("node.")}
     assert outside == {"agent.events", "agent.rulesets"}
+    assert {name for name in importers("kvmifup.node.nfmessages") if not name.startswith("node.")} == {"agent.rulesets"}
 
 
 def test_only_inputs_imports_a_toml_parser() -> None:
