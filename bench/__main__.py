@@ -14,11 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import results, summary
+from bench import PARTS, results, summary
 from lab import output
-
-# Each a module; each is in namespaces of its own, so in its own process.
-PARTS = ("hook", "arrival", "filter", "migration")
 
 
 def main(argv: Sequence[str]) -> int:
