@@ -99,8 +99,10 @@ def plan(phase: Phase, nic: Nic, config: Config, facts: NodeFacts, *, announce: 
 def stale(nic: Nic, facts: NodeFacts, steps: tuple[Step, ...]) -> Iterator[Op]:
     """The removal of what a dead NIC or a script has left for this tap, and what no phase wants."""
     planned = {op.key for _, op in steps}
-    port = [OvsPort(nic.tap, None)] if facts.port else []
-    yield from (op for op in (*port, *(rule.turned(False) for rule in facts.rules)) if op.key not in planned)
+    found: list[Op] = [OvsPort(nic.tap, None)] if facts.port else []
+    found += [Filter(nic.tap, None)] if facts.filtered else []
+    found += [Sources(nic.tap, None)] if facts.judged else []
+    yield from (op for op in (*found, *(rule.turned(False) for rule in facts.rules)) if op.key not in planned)
 
 
 def wiring(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Iterator[Step]:
@@ -624,8 +626,10 @@ def withdrawal(nic: Nic, facts: NodeFacts) -> tuple[Op, ...]:
     neighbours = [Neighbour(nic.tap, bare(prefix), None) for prefix in nic.ip if is_host(prefix)]
     rules = [rule.turned(False) for rule in facts.rules]
     port = [OvsPort(nic.tap, None)] if facts.port and nic.mode != "ext" else []
-    judged = [] if facts.unguarded else [*guards, Sources(nic.tap, None)]
-    return (*port, *(proxies + routes + neighbours + judged if nic.mode == "routed" else ()), *rules)
+    filtered = [Filter(nic.tap, None)] if facts.filtered and nic.mode != "ext" else []
+    judged = [Sources(nic.tap, None)] if facts.judged and nic.mode != "ext" else []
+    routed = proxies + routes + neighbours + ([] if facts.unguarded else guards) if nic.mode == "routed" else []
+    return (*port, *routed, *judged, *filtered, *rules)
 
 
 def is_host(prefix: Prefix) -> bool:

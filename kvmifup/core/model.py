@@ -331,7 +331,8 @@ class NodeFacts:
     *table* is the number that `link` stands for, None if no such name is known. *rules* are the policy
     rules that lead what comes from the tap to a table, and say nothing more. *taken* has each address or prefix that
     cannot be the guest's, and why. *program* is the path of the program that wires an ext NIC.
-    *port* is the Open vSwitch port of the tap's name.
+    *port* is the Open vSwitch port of the tap's name. *filtered*: our table of filters has something of that name;
+    *judged*: that of sources has.
     *unguarded* says why sources cannot be judged by nftables, None if they can.
     *ipv6*: the kernel has IPv6 at all. *ipv6_mend* lists the sysctl settings that are missing for the tap to have IPv6.
     """
@@ -344,6 +345,8 @@ class NodeFacts:
     taken: tuple[tuple[str, str], ...] = ()
     program: str | None = None
     port: str | None = None
+    filtered: bool = False
+    judged: bool = False
     unguarded: str | None = None
     ipv6: bool = True
     ipv6_mend: tuple[str, ...] = ()

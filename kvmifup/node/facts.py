@@ -30,12 +30,15 @@ def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
     """What a plan for *nic* needs to know; everything is read anew. Raises KernelError, NotReadyError, ConfigError."""
     view.refresh()
     ipv6 = has_ipv6()
+    filtered, judged = view.remains.of(nic.tap)
     facts = NodeFacts(
         tap=tap_called(nic, view, ipv6=ipv6),
         bridge=bridge_of(nic, config, view) if nic.mode in ("bridged", "openvswitch") else None,
         program=programs.find(programs.DIRECTORY, nic.link) if nic.mode == "ext" and nic.link else None,
         rules=tuple(rule for family in (4, 6)[: 1 + ipv6] for rule in view.rules(family, nic.tap)),
         port=view.switch().ports.get(nic.tap) if ovs.is_there() else None,
+        filtered=filtered,
+        judged=judged,
         ipv6=ipv6,
     )
     if nic.mode != "routed":

@@ -84,8 +84,8 @@ class Nftables:
     Not for two threads at once. What the kernel refuses raises NetlinkError.
     """
 
-    def __init__(self, family: int, name: str, beside: Nftables | None = None) -> None:
-        """*beside* is another table, whose socket it uses."""
+    def __init__(self, family: int, name: str, beside: Nftables | Transport | None = None) -> None:
+        """*beside* is another table whose socket it uses, or a socket."""
         self.family, self._name = family, named(NFTA_TABLE, name)
         self._beside = beside
         self._own: Transport | None = None  # most NICs need none
@@ -95,7 +95,7 @@ class Nftables:
     @property
     def _transport(self) -> Transport:
         if self._beside:
-            return self._beside._transport
+            return self._beside if isinstance(self._beside, Transport) else self._beside._transport
         self._own = self._own or Transport(NETLINK_NETFILTER)
         return self._own
 

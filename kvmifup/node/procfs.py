@@ -68,6 +68,11 @@ def has_ipv6() -> bool:
     return os.access(f"{SYSCTL}/net/ipv6", os.F_OK)
 
 
+def has_module(name: str) -> bool:
+    """Whether the kernel has the module *name* now; one that cannot load modules has all that it will ever have."""
+    return os.access(f"/sys/module/{name}", os.F_OK) or not os.access("/proc/modules", os.F_OK)
+
+
 # --- devices ----------------------------------------------------------------------------------------------
 
 

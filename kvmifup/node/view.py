@@ -33,6 +33,7 @@ from kvmifup.node.ovs import Switch
 from kvmifup.node.ports import Ports
 from kvmifup.node.procfs import assignment, device_name, sysctl
 from kvmifup.node.refusals import refusal, refusals
+from kvmifup.node.remains import Remains
 from kvmifup.node.routes import RouteEntry, by_prefix, route_of, routes_to
 
 if TYPE_CHECKING:
@@ -108,11 +109,13 @@ class View:
         self.limits: Limits | None = None  # `limits_of`
         self._switch: Switch | None = None
         self.sources: SourceTable | None = None  # `sources_of`
+        self.remains = Remains()
         self.reserved: dict[tuple[int, str], Any] = {}  # by family, and where it is from: `kvmifup.node.reserved`
 
     def close(self) -> None:
         """Close the sockets."""
         self.netlink.close()
+        self.remains.close()
         if self.sources:
             self.sources.close()
 
@@ -125,6 +128,7 @@ class View:
         if self.limits:
             self.limits.clear()
         self._switch = None
+        self.remains.clear()
         if self.sources:
             self.sources.clear()
         self.reserved.clear()

@@ -70,7 +70,7 @@ def plan(
     journal = journal and followed(journal, session.kernel)
     facts = with_claims(session.kernel.facts(nic, config), nic, session)
     if journal and nic.mode == "ext":  # its program has made what there is
-        facts = replace(facts, rules=(), port=None)
+        facts = replace(facts, rules=(), port=None, filtered=False, judged=False)
     port = journal and journal.prior(LinkMaster(nic.tap, None).key)
     if facts.bridge and port and isinstance(port.op, LinkMaster) and port.op.vlans:
         facts = replace(facts, bridge=replace(facts.bridge, keeps=True))

@@ -338,6 +338,33 @@ def test_guests_share_the_rules(bridged: Node) -> None:
     assert passing(bridged, {"own": RIGHT["UDP"], "another's": udp("192.0.2.101", 1, 1)}) == {"own"}
 
 
+# --- lost journals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["down", "next", "routed", "again"])
+def test_a_filter_whose_journal_is_lost_meets_no_other_guest(bridged: Node, how: str) -> None:
+    add_filtered("tap1", 1)
+    check(call("kvm-ifup-post", "tap1"), 0)
+    check(wire(ip=IPS, filter="address"), 0)
+    (manager.RUN_DIR / "state/tap0.json").unlink()
+    if how != "again":
+        tools.ip("link del tap0")
+        bridged.taps.clear()
+        bridged.guest()
+    if how == "down":
+        manager.write_nic(mode="bridged", link="br0")
+        check(call("kvm-ifdown", "tap0"), 0)
+    elif how == "routed":
+        manager.write_nic(mode="routed", ip=[OTHER_IP4])
+        check(call("kvm-ifup-post", "tap0"), 0)
+    else:
+        check(wire(mac=FOREIGN_MAC), 0)
+        assert passing(bridged, {"own": RIGHT["UDP"], "other": udp(OTHER_IP4, 1, 1, FOREIGN_MAC)}) == {"own", "other"}
+        assert call("kvm-ifup-post", "tap0", "--json").needed == []
+    assert [key for key, _ in elements("guests")] == ["tap1"]
+    assert "nic-tap0" not in nft("list", "ruleset")
+
+
 # --- failures -----------------------------------------------------------------------------------------------------
 
 FOREIGN = {

@@ -293,6 +293,20 @@ def test_many_addresses_and_prefixes_inside_others(uplinked: Node) -> None:
     assert elements("addresses") == elements("prefixes") == elements("sources") == []
 
 
+@pytest.mark.parametrize("how", ["down", "bridged", "off"])
+def test_sources_whose_journal_is_lost_meet_no_other_guest(uplinked: Node, how: str) -> None:
+    wired(uplinked)
+    (manager.RUN_DIR / "state/tap0.json").unlink()
+    tools.ip("link del tap0")
+    nodes.add_bridge()
+    nodes.add_tap()
+    manager.write_nic(**({"mode": "bridged", "link": "br0"} if how != "off" else NIC))
+    config = manager.configuration(routed={"rp_filter": "off"})
+    assert len(elements("sources")) == 1
+    check(call("kvm-ifdown" if how == "down" else "kvm-ifup-post", "tap0", config), 0)
+    assert elements("sources") == elements("addresses") == elements("prefixes") == elements("dropped_address") == []
+
+
 def test_it_goes_with_the_nic_also_after_a_crash(uplinked: Node) -> None:
     wired(uplinked)
     tools.ip("link del tap0")

@@ -188,6 +188,8 @@ def cases(draw: st.DrawFn, *, ready: bool) -> tuple[Nic, Config, NodeFacts]:
         rules=draw(rules(nic.tap)),
         uplinks=draw(uplinks(ready=ready)) if nic.mode == "routed" else (),
         taken=() if ready else draw(st.sampled_from([(), (), (), (("198.18.0.1/32", "is taken"),)])),
+        filtered=draw(st.booleans()),
+        judged=draw(st.booleans()),
         ipv6=v6_only_if_there or draw(st.booleans()),
         ipv6_mend=() if ready else draw(st.sampled_from([(), (), ("net.ipv6.conf.tap0.disable_ipv6=0",)])),
     )

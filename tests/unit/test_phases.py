@@ -18,6 +18,7 @@ from kvmifup.core.model import BridgedConfig, Config, LinkConfig, Nic, NodeFacts
 from kvmifup.core.ops import (
     RTPROT_STATIC,
     Announce,
+    Filter,
     Neighbour,
     Op,
     OvsPort,
@@ -438,7 +439,7 @@ def test_withdrawing_removes_only_what_is_the_nics(case: tuple[Nic, Config, Node
         match op:
             case Rule():
                 assert op.iif == nic.tap
-            case Neighbour() | Sources():
+            case Neighbour() | Sources() | Filter():
                 assert op.dev == nic.tap
             case UplinkGuard():
                 assert str(ip_network(op.prefix)) in prefixes - taken

@@ -14,6 +14,7 @@ import pytest
 
 from kvmifup.core import errors
 from kvmifup.core.ops import KINDS, Op
+from kvmifup.node import nfmessages, nfnetlink, nft, remains
 
 from .conftest import ROOT
 
@@ -41,6 +42,7 @@ LATE = {
     "client": {"commands.main"},
     "commands.main": {"commands"},
     "node.kernel": {"node.filters"},
+    "node.remains": {"node.nfmessages", "node.nfnetlink"},
     "node.view": {"node.limits", "node.sources"},
 }
 LINES, METHODS = 400, 20  # of a module and of a class, unless its first lines say why
@@ -208,6 +210,14 @@ def test_only_the_kernel_is_asked_and_changed_by_netlink() -> None:
     outside = {name for name in importers("kvmifup.node.messages") if not name.startswith("node.")}
     assert outside == {"agent.events", "agent.rulesets"}
     assert {name for name in importers("kvmifup.node.nfmessages") if not name.startswith("node.")} == {"agent.rulesets"}
+
+
+def test_what_every_hook_asks_of_nftables_has_the_numbers_of_all_else() -> None:
+    """It writes them itself, since most hooks do without the module that has them."""
+    assert remains.NETLINK_NETFILTER == nfmessages.NETLINK_NETFILTER
+    assert nfnetlink.kind(nfmessages.NFT_MSG_GETTABLE) == remains.GETTABLE
+    assert remains.LED.keys() == {nfmessages.NFPROTO_BRIDGE, nfmessages.NFPROTO_INET}
+    assert remains.TABLE == nft.TABLE
 
 
 def test_only_inputs_imports_a_toml_parser() -> None:
