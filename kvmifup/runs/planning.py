@@ -176,11 +176,14 @@ def prepare(
 
 def journal_after(found: Plan, session: Session) -> Journal:
     """The journal once *found* is done."""
+    entries = (*remembered(found, session), *found.kept)
+    if found.kept and set(entries) == set(found.before.entries):  # pre after post names those of post last
+        entries = found.before.entries
     after = replace(
         found.before,
         nic=found.nic,
         phase=max(found.phase, found.before.phase),
-        entries=(*remembered(found, session), *found.kept),
+        entries=entries,
         pending=(),
         # Only a hook, or post, says that the guest is to come back.
         left=found.before.left and found.phase is Phase.PRE and session.by == "agent",
