@@ -281,7 +281,9 @@ class Filter(Op):
         return f"{self.dev} filter"
 
     def say(self, value: Value) -> str:
-        return "off" if value is None else str(value)
+        if value is None:
+            return "off"
+        return " ".join(listed(word.split(","), between=",") for word in str(value).split(" "))
 
 
 @record
@@ -446,7 +448,10 @@ class Sources(Op):
         return f"{self.dev} IPv6 sources"
 
     def say(self, value: Value) -> str:
-        return "any" if value is None else str(value)
+        if value is None:
+            return "any"
+        how, *sources = str(value).split()
+        return " ".join((how, *([listed(sources, between=" ")] if sources else [])))
 
 
 @record

@@ -22,7 +22,7 @@ def as_told(error: Exception, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def listed(words: Sequence[str], most: int = 8) -> str:
-    """*words* with commas; of more than *most* the first ones, and how many more there are."""
+def listed(words: Sequence[str], most: int = 8, between: str = ", ") -> str:
+    """*words* with commas, or what is *between* them; of more than *most* the first, and how many more there are."""
     more = len(words) - most
-    return f"{', '.join(words[:most])} and {more} more" if more > 0 else ", ".join(words)
+    return f"{between.join(words[:most])} and {more} more" if more > 0 else between.join(words)

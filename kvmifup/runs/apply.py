@@ -161,7 +161,8 @@ def disturbed(written: Sequence[Change], changes: Sequence[Change]) -> list[Chan
     """Those of *changes* that are not among the *written*, but whose values have gone with what was written."""
     gone = {(what, device(one.op)) for one in written for what in one.op.disturbs(one.now)}
     lost = [one for one in changes if any((what, device(one.op)) in gone for what in one.op.lost_with)]
-    return [one for one in lost if one not in written]
+    done = set(written)  # there may be thousands
+    return [one for one in lost if one not in done]
 
 
 def device(op: Op) -> object:

@@ -338,7 +338,7 @@ def test_who_never_comes_is_not_waited_for_without_end(uplinked: Node) -> None:
     with agents.configured(agent={"arrival_timeout": 1}), agents.running() as agent:
         expect(FIRST)
         agent.heard(INSTANCE, "expected no longer")
-        assert nobody_is_expected()
+        until(nobody_is_expected)
         guest = uplinked.guest("tap0")
         with qemu((guest, GUEST_MAC)):
             witness(uplinked, agent)
