@@ -17,7 +17,7 @@ PYTHON = {
     *("token", "tokenize"),
     *("re", "enum", "functools", "collections", "operator", "reprlib", "types", "warnings", "weakref", "itertools"),
     *("typing", "contextlib", "json", "ipaddress", "signal", "threading", "errno", "fcntl", "gc", "math"),
-    *("pathlib", "fnmatch", "ntpath", "nt", "urllib"),
+    *("pathlib", "fnmatch", "ntpath", "nt", "urllib", "glob", "grp"),
     *("socket", "selectors", "select", "array", "struct"),
 }
 TOML = {"tomli", "datetime", "string"}
