@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +25,18 @@ PYTHON = {
 TOML = {"tomli", "datetime", "string"}
 FILTERS = {"ctypes", "nftables", "zlib"}
 PROGRAMS = {"subprocess", "locale", "msvcrt"}
+SETTINGS = Path("/etc/kvm-ifup")
 NEVER = ("kvmifup.commands.arguments", "kvmifup.diagnosis", "kvmifup.agent", "kvmifup.node.overview")
 
 
 @pytest.fixture
-def ready(uplinked: Node) -> Node:
-    """A node with an uplink, a bridge and a tap."""
+def ready(uplinked: Node) -> Iterator[Node]:
+    """A node with an uplink, a bridge and a tap, and no settings, also where the package has brought some."""
     nodes.add_bridge()
     nodes.add_tap()
-    return uplinked
+    with namespaces.private_etc():
+        shutil.rmtree(SETTINGS, ignore_errors=True)
+        yield uplinked
 
 
 def extra(program: str, environ: dict[str, str]) -> set[str]:
@@ -63,12 +68,11 @@ def test_a_nic_file_takes_what_reads_toml_and_no_more(ready: Node) -> None:
 
 
 def test_a_program_of_the_administrator_takes_what_runs_it(ready: Node) -> None:
-    with namespaces.private_etc():
-        program = Path("/etc/kvm-ifup/ext/blue")
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text("#!/bin/sh\n")
-        program.chmod(0o755)
-        assert extra("kvm-ifup-post", manager.ganeti(MODE="ext", LINK="blue")) <= PROGRAMS
+    program = SETTINGS / "ext/blue"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert extra("kvm-ifup-post", manager.ganeti(MODE="ext", LINK="blue")) <= PROGRAMS
 
 
 def test_a_filter_takes_libnftables_and_no_more(ready: Node) -> None:
