@@ -234,18 +234,12 @@ class UplinkVlans(Op):
     """
 
     kind = "uplink-vlans"
+    outlives_tap = True
+    shared = True
     bridge: str
     dev: str
     among: str
     want: str
-
-    @property
-    def outlives_tap(self) -> bool:
-        return True
-
-    @property
-    def shared(self) -> bool:
-        return True
 
     @cached_property
     def vids(self) -> frozenset[int]:
@@ -269,13 +263,10 @@ class Filter(Op):
     """
 
     kind = "filter"
+    outlives_tap = True
     leaves = (None,)
     dev: str
     want: str | None
-
-    @property
-    def outlives_tap(self) -> bool:
-        return True
 
     def subject(self) -> str:
         return f"{self.dev} filter"
@@ -411,6 +402,7 @@ class Rule(Op):
     """
 
     kind = "rule"
+    outlives_tap = True
     leaves = (False,)
     family: int
     iif: str
@@ -418,10 +410,6 @@ class Rule(Op):
     priority: int
     protocol: int
     want: bool
-
-    @property
-    def outlives_tap(self) -> bool:
-        return True
 
     def subject(self) -> str:
         return f"rule v{self.family} {self.priority}: iif {self.iif} lookup {self.table}"
@@ -436,13 +424,10 @@ class Sources(Op):
     """
 
     kind = "sources"
+    outlives_tap = True
     leaves = (None,)
     dev: str
     want: str | None
-
-    @property
-    def outlives_tap(self) -> bool:
-        return True
 
     def subject(self) -> str:
         return f"{self.dev} IPv6 sources"
@@ -459,18 +444,12 @@ class UplinkGuard(Op):
     """Whether what comes in on the uplink *dev* from the guest's *prefix* is dropped."""
 
     kind = "uplink-guard"
+    outlives_tap = True
+    shared = True  # as with a proxy neighbour
     leaves = (False,)
     dev: str
     prefix: str
     want: bool
-
-    @property
-    def outlives_tap(self) -> bool:
-        return True
-
-    @property
-    def shared(self) -> bool:
-        return True  # as with a proxy neighbour
 
     def subject(self) -> str:
         return f"guard against {self.prefix} on {self.dev}"
@@ -514,18 +493,12 @@ class ProxyNeighbour(Op):
     """The proxy neighbour entry, which makes the node answer ARP or NDP for *address* on the uplink *dev*."""
 
     kind = "proxy-neighbour"
+    outlives_tap = True
+    shared = True  # a guest's new tap may need the entry when its old tap is cleared up after
     leaves = (False,)
     dev: str
     address: str
     want: bool
-
-    @property
-    def outlives_tap(self) -> bool:
-        return True
-
-    @property
-    def shared(self) -> bool:
-        return True  # a guest's new tap may need the entry when its old tap is cleared up after
 
     def subject(self) -> str:
         return f"proxy neighbour {self.address} dev {self.dev}"
@@ -539,14 +512,11 @@ class OvsPort(Op):
     """
 
     kind = "ovs-port"
+    outlives_tap = True
     leaves = (None,)
     waits = True
     dev: str
     want: str | None
-
-    @property
-    def outlives_tap(self) -> bool:
-        return True
 
     def subject(self) -> str:
         return f"Open vSwitch port {self.dev}"
@@ -560,6 +530,7 @@ class Program(Op):
     """
 
     kind = "program"
+    outlives_tap = True
     waits = True
     readable = False
     program: str
@@ -567,10 +538,6 @@ class Program(Op):
     environment: tuple[tuple[str, str], ...]
     timeout: float
     want: bool
-
-    @property
-    def outlives_tap(self) -> bool:
-        return True
 
     def subject(self) -> str:
         return f"{self.program} {self.phase}"
