@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
-import struct
 import subprocess
 from pathlib import Path
 
-from harness import attacker, manager, nodes, oracle, tools, wire
-from harness.addresses import CLIENT_IP4, CLIENT_IP6, CLIENT_MAC, GUEST_EUI64, GUEST_IP4, GUEST_IP6
+from harness import attacker, gateway, manager, nodes, oracle, tools, wire
+from harness.addresses import CLIENT_IP4, CLIENT_IP6, GUEST_EUI64, GUEST_IP4, GUEST_IP6
 from harness.agents import until
 from harness.attacker import FarEnd, far_end
 from harness.hooks import call, check
 from harness.nodes import Node
 
-LEASES = f"""
-start {GUEST_IP4}
-end {GUEST_IP4}
-interface eth0
-max_leases 1
-lease_file /run/leases
-pidfile /run/udhcpd.pid
-option subnet 255.255.255.0
-"""
 LEASED = """#!/bin/sh
 [ "$1" != bound ] || ip addr add "$ip/$mask" dev "$interface"
 """
-
-
-def announcement() -> bytes:
-    """The client is a router, and this is the prefix."""
-    prefix = ipaddress.IPv6Address("2001:db8::").packed
-    information = struct.pack("!BBBBIII16s", 3, 4, 64, 0xC0, 3600, 3600, 0, prefix)
-    body = struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0) + information
-    return wire.icmp6("33:33:00:00:00:01", CLIENT_MAC, "fe80::ff:fe00:1", "ff02::1", body)
 
 
 def certain_addresses() -> set[str]:
@@ -50,7 +31,7 @@ def test_a_system_finds_its_addresses_and_not_one_of_its_frames_is_dropped(node:
     manager.write_nic(mode="bridged", link="br0", filter="address", ip=[GUEST_IP4, GUEST_IP6, GUEST_EUI64])
     check(call("kvm-ifup-post", "tap0"), 0)
     sent, seen = FarEnd("tap0"), far_end(node)
-    Path("/run/leases.conf").write_text(LEASES)
+    Path("/run/leases.conf").write_text(gateway.LEASES)
     Path("/run/leases").touch()
     script = Path("/run/leased")
     script.write_text(LEASED)
@@ -64,7 +45,7 @@ def test_a_system_finds_its_addresses_and_not_one_of_its_frames_is_dropped(node:
             tools.run("busybox", "udhcpc", "-i", "eth0", "-n", "-q", "-t", "40", "-T", "1", "-s", str(script))
 
             def complete() -> bool:
-                router.send(announcement())
+                router.send(gateway.announcement())
                 return certain_addresses() >= {GUEST_IP4, GUEST_IP6, GUEST_EUI64}
 
             until(complete)

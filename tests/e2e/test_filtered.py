@@ -12,10 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness import attacker, namespaces, wire
+from harness import attacker, gateway, namespaces, wire
 from harness.addresses import (
-    CLIENT_IP4,
-    CLIENT_MAC,
     GUEST_EUI64,
     GUEST_IP4,
     GUEST_IP6,
@@ -28,30 +26,15 @@ from lab.nodes import Network, end, network
 
 from .moves import Moved, says, tap_forwards, wiring
 
-LEASES = f"""
-start {GUEST_IP4}
-end {GUEST_IP4}
-interface eth0
-max_leases 1
-lease_file /run/leases
-pidfile /run/udhcpd.pid
-option subnet 255.255.255.0
-option router {CLIENT_IP4}
-"""
-
 
 @contextlib.contextmanager
-def gateway(net: Network) -> Iterator[None]:
+def giver(net: Network) -> Iterator[None]:
     """The client gives addresses away: by DHCP, and by announcing a prefix."""
-    prefix = ipaddress.IPv6Address("2001:db8::").packed
-    information = struct.pack("!BBBBIII16s", 3, 4, 64, 0xC0, 3600, 3600, 0, prefix)
-    body = struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0) + information
-    frame = wire.icmp6("33:33:00:00:00:01", CLIENT_MAC, "fe80::ff:fe00:1", "ff02::1", body)
     for node in (net.a, net.b):  # the nodes do not listen
         node.sysctl(net__ipv6__conf__br0__accept_ra=0, net__ipv6__conf__eth0__accept_ra=0)
     over = threading.Event()
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
-        file.write(LEASES)
+        file.write(gateway.LEASES)
         file.flush()
         net.client.run("touch", "/run/leases")
         dhcp = net.client.popen(["busybox", "udhcpd", "-f", file.name])
@@ -60,7 +43,7 @@ def gateway(net: Network) -> Iterator[None]:
 
         def announce() -> None:
             while not over.wait(0.3):
-                sender.send(frame)
+                sender.send(gateway.announcement())
 
         router = threading.Thread(target=announce)
         router.start()
@@ -76,7 +59,7 @@ def gateway(net: Network) -> Iterator[None]:
 @pytest.fixture
 def filtered(scripts: Hooks, image: guest.Image) -> Iterator[tuple[Moved, attacker.FarEnd]]:
     """The guest on node a, and what the client has heard from the beginning."""
-    with network("filtered") as net, gateway(net):
+    with network("filtered") as net, giver(net):
         before = wiring(net.a)
         with namespaces.inside(f"/proc/{net.client.pid}/ns/net"):
             heard = attacker.FarEnd()
