@@ -2,23 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
-from harness import namespaces, nodes
+from harness import namespaces
+from harness.fixtures import node, on_our_own  # noqa: F401 (fixtures of these tests)
 
 namespaces.isolate()
-
-
-@pytest.fixture
-def node() -> Iterator[nodes.Node]:
-    """A node with nothing on it but lo."""
-    with nodes.fresh_node() as fresh:
-        yield fresh
-
-
-@pytest.fixture(autouse=True)
-def on_our_own() -> None:
-    """No test runs where the run was started."""
-    namespaces.guard()

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 
-from harness import namespaces, nodes
+from harness import namespaces
+from harness.fixtures import node, on_our_own, uplinked  # noqa: F401 (fixtures of these tests)
 
 namespaces.isolate()
-
-
-@pytest.fixture
-def node() -> Iterator[nodes.Node]:
-    """A node with nothing on it but lo."""
-    with nodes.fresh_node() as fresh:
-        yield fresh
-
-
-@pytest.fixture
-def uplinked(node: nodes.Node) -> nodes.Node:
-    """A node with an uplink to the client, ready for routed guests."""
-    node.uplink()
-    return node
-
-
-@pytest.fixture(autouse=True)
-def on_our_own() -> None:
-    """No test runs where the run was started."""
-    namespaces.guard()
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import machine, namespaces, nodes, remote, roots
+from harness import machine, namespaces, remote, roots
+from harness.fixtures import node, on_our_own  # noqa: F401 (fixtures of these tests, over there)
 from lab import debian
 
 if remote.there():
@@ -126,19 +127,3 @@ def _root_s(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uname = member.gname = "root"
     member.mode &= 0o755
     return member
-
-
-# --- over there -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def node() -> Iterator[nodes.Node]:
-    """A node with nothing on it but lo."""
-    with nodes.fresh_node() as fresh:
-        yield fresh
-
-
-@pytest.fixture(autouse=True)
-def on_our_own() -> None:
-    """No test runs where the run was started."""
-    namespaces.guard()
