@@ -216,7 +216,10 @@ class Filters:
             if found.nothing:
                 return
             lasting = self._remove(op, found)
-        elif facts := facts_in(op.want):
+        else:
+            facts = facts_in(op.want)
+            if facts is None:  # the way back to what was not whole: what is in force stays, for that is closed
+                return
             self._library = self._library or nft.context()
             nft.script("\n".join(commands(op.dev, facts, found)), op.describe(), self._library)
             lasting = True

@@ -48,6 +48,7 @@ LONGEST = 120  # characters of a comment: nft takes 128
 NOTHING = "none"  # the comment for a guest without IPv6 addresses
 AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
 TRIES = 5  # of a change that another one has come before
+FOREIGN = "?"  # the chain, if somebody else has made another verdict of it
 
 
 class SourceTable:
@@ -91,6 +92,8 @@ class SourceTable:
 
     def write(self, tap: str, want: str | None) -> None:
         """Make it so, in one transaction. Raises NetlinkError."""
+        if want and want.startswith(FOREIGN):  # the way back to that: what is in force stays, for it is closed
+            return
         for last in [False] * TRIES + [True]:
             try:
                 self._kernel.change(
@@ -141,7 +144,7 @@ class SourceTable:
             return None
         _, chain = verdict_of(found) or (0, "")
         comment = comment_of(found.get(NFTA_SET_ELEM_USERDATA, b""))
-        return chain or "?", None if comment is None else [one for one in comment.split() if one != NOTHING]
+        return chain or FOREIGN, None if comment is None else [one for one in comment.split() if one != NOTHING]
 
     def _all_of(self, tap: str) -> list[str]:
         """All that is in the sets for *tap*: to be read whole."""

@@ -27,6 +27,7 @@ from harness.wire import (
     router_advertisement,
     solicitation,
 )
+from kvmifup.core.ops import Filter
 
 pytestmark = pytest.mark.userns
 
@@ -336,6 +337,30 @@ def test_guests_share_the_rules(bridged: Node) -> None:
     assert len(elements("guests")) == 19
     assert "tap7" not in nft("list", "ruleset")
     assert passing(bridged, {"own": RIGHT["UDP"], "another's": udp("192.0.2.101", 1, 1)}) == {"own"}
+
+
+DAMAGE = {
+    "no MACs": "flush set bridge kvm-ifup macs",
+    "not led to its chain": "flush map bridge kvm-ifup guests",
+    "no chain of its own": "flush map bridge kvm-ifup own; delete chain bridge kvm-ifup nic-tap0",
+    "nothing at all": "flush ruleset",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_failure_after_a_damaged_filter_was_mended_opens_nothing(bridged: Node, name: str) -> None:
+    check(wire(ip=IPS, filter="address"), 0)
+    nft(DAMAGE[name])
+    tools.ip("link set tap0 nomaster down")
+    with disturb.disturbed(before=disturb.refuse(2)) as written:
+        failed = call("kvm-ifup-post", "tap0")
+    assert isinstance(written[0], Filter)
+    check(failed, 71)
+    assert "could not put back" not in failed.err
+    tap = link("tap0")
+    assert ("master" in tap, "UP" in tap["flags"]) == (False, False)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert passing(bridged, {"own": RIGHT["UDP"], "forged": WRONG_MAC["another MAC"][0]}) == {"own"}
 
 
 # --- lost journals ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness import manager, nodes, oracle, tools, wire
+from harness import disturb, manager, nodes, oracle, tools, wire
 from harness.addresses import (
     CLIENT_IP4,
     CLIENT_IP6,
@@ -26,6 +26,7 @@ from harness.addresses import (
 )
 from harness.hooks import call, check, hook
 from harness.nodes import Node
+from kvmifup.core.ops import Sources
 from kvmifup.node.nfmessages import (
     NFPROTO_INET,
     NFT_MSG_NEWTABLE,
@@ -356,6 +357,26 @@ def test_what_others_do_to_the_table_is_seen_and_put_right(uplinked: Node, distu
     assert tools.run("nft", "list", "table", *TABLE).split("chain", 1)[1] == before.split("chain", 1)[1]
     assert sources(passed(guest, client, map(packet, [*FORGED, INSIDE]))) == [INSIDE]
     check(call("kvm-ifup", "check"), 0)
+
+
+FREED = "delete element inet kvm-ifup sources { tap0 }"
+
+
+@pytest.mark.parametrize(
+    "damage", ["flush ruleset", FREED, f"{FREED}; add element inet kvm-ifup sources {{ tap0 : accept }}"]
+)
+def test_a_failure_after_damaged_sources_were_mended_is_undone(uplinked: Node, damage: str) -> None:
+    tap, client = wired(uplinked)
+    tools.run("nft", damage)
+    tools.ip("link set tap0 down")
+    with disturb.disturbed(before=disturb.refuse(3)) as written:
+        failed = call("kvm-ifup-post", "tap0")
+    assert any(isinstance(op, Sources) for op in written[:2])
+    check(failed, 71)
+    assert "could not put back" not in failed.err
+    assert "UP" not in oracle.link("tap0")["flags"]
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert not set(FORGED) & set(sources(passed(tap, client, map(packet, FORGED))))
 
 
 @pytest.mark.parametrize("rp_filter", ["strict", "loose"])
