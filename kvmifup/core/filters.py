@@ -13,6 +13,7 @@ from kvmifup.core.records import record
 
 Prefix = IPv4Network | IPv6Network
 KEPT = 512  # results of functions that are called with the same over and over again, in the agent
+REASONS = ("mac", "address", "router", "dhcp", "protocol")  # why something is dropped
 BROKEN = " (not whole: "  # then what is wrong with what was found, and ")"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from kvmifup.diagnosis.findings import Finding
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.state import Look, State
+from kvmifup.node import drops
 from kvmifup.runs import clock
 
 LOT = 1.0  # packets in a second: a guest that once had another address, or asks for a router, sends far less
@@ -27,16 +28,15 @@ def dropped_now(one: Known, state: State, look: Look) -> Iterator[Finding]:
     That is since the agent last looked, some seconds ago; without it, on the average since the phase was reached.
     """
     assert one.journal is not None
-    total = dict(state.dropped)
-    seconds, before = clock.age(one.journal), dict[str, int]()
+    total, before = dict(state.dropped), dict[str, int]()
+    seconds = clock.age(one.journal)
     if look.noted and look.noted[0] >= SHORTEST:
         seconds, before = look.noted[0], dict(look.noted[1].get(one.tap, {}))
-    for reason, packets in total.items():
-        more = packets - before.get(reason, 0) if packets >= before.get(reason, 0) else packets
+    for reason, more in drops.grown(before, total).items():
         rate = more / max(seconds, SHORTEST)
         if more >= LEAST and rate >= LOT:
             yield Finding(
-                f"{rate:.0f} packets a second from the guest are dropped ({reason}), {packets} so far",
+                f"{rate:.0f} packets a second from the guest are dropped ({reason}), {total[reason]} so far",
                 f"{WHY.get(reason, reason)}: it is configured wrong, or does harm",
                 f"`kvm-ifup watch --trace {one.tap}` shows them",
                 wrong=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 
+from kvmifup.core.filters import REASONS
 from kvmifup.node.messages import attributes, text
 from kvmifup.node.nfmessages import (
     NFPROTO_BRIDGE,
@@ -23,7 +24,6 @@ from kvmifup.node.nft import TABLE
 
 Counts = Mapping[str, Mapping[str, int]]  # packets, by tap and reason
 # Each reason has a set `dropped_REASON` of taps, whose elements count, in the tables that know the reason.
-REASONS = ("mac", "address", "router", "dhcp", "protocol")
 FAMILIES = {NFPROTO_BRIDGE: REASONS, NFPROTO_INET: ("address",)}
 
 
@@ -50,11 +50,12 @@ def packets_of(element: Element) -> int:
 
 
 def since(earlier: Counts, now: Counts) -> Counts:
-    """What was dropped between two looks; who was counted from the beginning meanwhile counts whole."""
-    found = {}
-    for tap, reasons in now.items():
-        before = earlier.get(tap, {})
-        more = {why: n - before.get(why, 0) if n >= before.get(why, 0) else n for why, n in reasons.items()}
-        if grown := {why: n for why, n in more.items() if n}:
-            found[tap] = grown
-    return found
+    """What was dropped between two looks."""
+    found = {tap: grown(earlier.get(tap, {}), reasons) for tap, reasons in now.items()}
+    return {tap: more for tap, more in found.items() if more}
+
+
+def grown(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    """By how much the counts of one guest have grown, by reason; what was counted anew meanwhile counts whole."""
+    more = {why: n - before.get(why, 0) if n >= before.get(why, 0) else n for why, n in now.items()}
+    return {why: n for why, n in more.items() if n}

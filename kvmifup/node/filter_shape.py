@@ -21,10 +21,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 
-from kvmifup.core.filters import KEPT, Facts, said
+from kvmifup.core.filters import KEPT, REASONS, Facts, said
 
 HERE = "bridge kvm-ifup"
-REASONS = ("mac", "address", "router", "dhcp", "protocol")
 BASE = "prerouting"
 HOOKED = "{ type filter hook prerouting priority -300; policy accept; }"
 
