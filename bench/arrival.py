@@ -8,20 +8,18 @@ guests of another one: many, each with both families, arrive within two seconds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from bench import picture, results
 from harness import agents, guests, hooks, manager, nodes, tools, wire
 from harness.addresses import GUEST_IP4, GUEST_IP6, NODE_MAC
 from harness.nodes import Node
-from lab import clock, instrument, output
+from lab import clock, instrument
 from lab.errors import LabError
 
 MANY, WITHIN = 200, 2.0  # guests of a node that is evacuated, and the seconds in which they come
@@ -124,11 +122,7 @@ def announces(frame: bytes) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
-    parser = argparse.ArgumentParser(prog="bench.arrival", description=__doc__)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--out", type=output.directory, default="demo-out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
-    options = parser.parse_args(argv)
+    options = results.parser("arrival", __doc__, runs=20).parse_args(argv)
     rows: dict[str, list[float]] = {}
     for family, address in FAMILIES.items():
         for label, begin in ((f"{family}, agent", first_frame), (f"{family}, kvm-ifup-post", by_manager)):

@@ -10,7 +10,6 @@ does makes no difference.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import socket
@@ -20,14 +19,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bench import picture, results
 from harness import hooks, manager, nodes, tools
 from harness.addresses import CLIENT_IP4, CLIENT_MAC
 from harness.wire import ETH_P_IP, attach, ethernet
-from lab import output
 
 CROWD = 500
 FRAMES = 10_000  # of one run
@@ -136,11 +133,7 @@ def measure(runs: int) -> dict[str, list[float]]:
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
-    parser = argparse.ArgumentParser(prog="bench.filter", description=__doc__)
-    parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--out", type=output.directory, default="demo-out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in thousands per second")
-    options = parser.parse_args(argv)
+    options = results.parser("filter", __doc__, runs=10).parse_args(argv)
     rows = measure(options.runs)
     results.write(options.json, {f"{label}, 1000/s": values for label, values in rows.items()})
     print(picture.table("1000/s", rows, f"{NONE}, 1 NIC"))

@@ -29,7 +29,7 @@ from bench import by_hand, picture, results
 from bench.results import Rows
 from harness import agents, hooks, manager, namespaces, nodes, tools
 from harness.addresses import CLIENT_IP4
-from lab import debian, output
+from lab import debian
 
 PATIENCE = 60.0  # seconds
 NOT_READY = 69
@@ -293,10 +293,7 @@ def note(rows: Rows) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
-    parser = argparse.ArgumentParser(prog="bench.hook", description=__doc__)
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--out", type=output.directory, default="demo-out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
+    parser = results.parser("hook", __doc__, runs=30)
     parser.add_argument("--peer", type=int, help=argparse.SUPPRESS)  # for Peer
     options = parser.parse_args(argv)
     if options.peer is not None:

@@ -6,7 +6,6 @@ one whose manager calls post one second after the guest has arrived.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import picture, results
-from lab import cases, guest, hooks, output
+from lab import cases, guest, hooks
 from lab.cases import Case
 from lab.style import EMULATED
 
@@ -25,11 +24,7 @@ LATE = Case("routed-late", "routed, post one second late", "routed", "kvm-ifup-p
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
-    parser = argparse.ArgumentParser(prog="bench.migration", description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--out", type=output.directory, default="demo-out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all values, in ms")
-    options = parser.parse_args(argv)
+    options = results.parser("migration", __doc__, runs=3).parse_args(argv)
     image = guest.build(print)
     rows: dict[str, list[float]] = {case.title: [] for case in (BRIDGED, AGENT, LATE)}
     garps: list[float] = []

@@ -1,13 +1,27 @@
-"""The values of a run as a file, and two such files beside each other: `python -m bench --compare A B`."""
+"""The options of each part, its values as a file, and two such files side by side: `python -m bench --compare A B`."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lab import output
+
 Rows = Mapping[str, Sequence[float]]  # each label with its values; the label says the unit if that is not ms
+
+
+def parser(part: str, description: str | None, runs: int) -> argparse.ArgumentParser:
+    """The command line of a *part*, which does everything so many times if nobody says otherwise."""
+    made = argparse.ArgumentParser(prog=f"bench.{part}", description=description)
+    made.add_argument("--runs", type=int, default=runs)
+    made.add_argument("--out", type=output.directory, default="demo-out")
+    made.add_argument(
+        "--json", type=Path, metavar="FILE", help="all values, in ms if their labels do not say otherwise"
+    )
+    return made
 
 
 def write(file: Path | None, rows: Rows) -> None:
