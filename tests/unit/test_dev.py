@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import PARTS
+from bench import PARTS, results
 
 from .conftest import ROOT
 
@@ -81,7 +81,10 @@ def test_the_options_of_demo_and_bench_are_those_that_they_have() -> None:
 def test_each_part_of_the_bench_takes_what_the_whole_gives_it() -> None:
     for part in PARTS:
         text = (ROOT / f"bench/{part}.py").read_text(encoding="utf-8")
-        assert {"--runs", "--out", "--json"} <= set(re.findall(r'add_argument\("(--[a-z]+)"', text))
+        assert f'results.parser("{part}", ' in text
+        assert {"--runs", "--out", "--json"} <= set(
+            re.findall(r"--[a-z]+", results.parser(part, None, 1).format_usage())
+        )
 
 
 def test_building_installs_what_debian_control_and_the_build_need(tmp_path: Path) -> None:
