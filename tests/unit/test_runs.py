@@ -694,19 +694,26 @@ def test_killed_at_any_instant(nic: Nic, next_run: str, nodes: Callable[[], Node
         node = nodes()
         node.post(SECOND)  # a neighbour whose values must not suffer
         killed = killed_at(step, node, lambda: node.post(nic))  # noqa: B023 (called at once)
-        if next_run == "gc":
-            node.gc()
-            assert node.kernel.values in (before, whole), f"step {step}"
-        elif next_run == "post":
-            node.post(nic)
-            assert node.kernel.values == whole, f"step {step}"
-        node.down()
-        node.down("tap1")
-        assert node.kernel.values == {}, f"step {step}"
+        made_whole(node, nic, next_run, before, whole, step)
         if not killed:
             break
         step += 1
     assert step > 3, "there were instants to be killed at"
+
+
+def made_whole(
+    node: Node, nic: Nic, next_run: str, before: dict[Any, Value], whole: dict[Any, Value], step: int
+) -> None:
+    """After a kill at *step* the *next_run* leaves *nic* as *before* or as a *whole*, and down leaves nothing."""
+    if next_run == "gc":
+        node.gc()
+        assert node.kernel.values in (before, whole), f"step {step}"
+    elif next_run == "post":
+        node.post(nic)
+        assert node.kernel.values == whole, f"step {step}"
+    node.down()
+    node.down("tap1")
+    assert node.kernel.values == {}, f"step {step}"
 
 
 def armed(node: Node) -> PreparedArrival:
@@ -732,15 +739,7 @@ def test_an_arrival_that_is_killed_at_any_instant(next_run: str, nodes: Callable
         assert prepared.job.noted
         assert Path(prepared.job.noted.file).read_text() == prepared.job.noted.text
         killed = step < 0 or killed_at(step, node, lambda: arrive(prepared, node.session()))  # noqa: B023
-        if next_run == "gc":
-            node.gc()
-            assert node.kernel.values in (before, whole), f"step {step}"
-        elif next_run == "post":
-            node.post(TABLED)
-            assert node.kernel.values == whole, f"step {step}"
-        node.down()
-        node.down("tap1")
-        assert node.kernel.values == {}, f"step {step}"
+        made_whole(node, TABLED, next_run, before, whole, step)
         assert list((node.run_dir / "armed").iterdir()) == []
         step += 1
     assert step > 3, "there were instants to be killed at"
