@@ -54,6 +54,7 @@ METRICS = "metrics.prom"
 QUIET = 0.2  # seconds after a change on the node until NICs are compared with it, and arrivals prepared anew
 DONE = 0.02  # seconds between two looks whether the last hook has come to its end
 COUNT = 15.0  # seconds between two writings of the metrics
+DROPPED = "kvm_ifup_dropped_packets_total"
 RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
 
 
@@ -215,6 +216,10 @@ class Agent:
         for phase in (Phase.PRE, Phase.POST):
             metrics.set("kvm_ifup_nics", phases[phase], phase=phase.name.lower())
         metrics.set("kvm_ifup_armed", sum(tap.state in LISTENING for tap in self._taps))
+        metrics.forget(DROPPED)
+        for tap in self._taps:
+            for reason, packets in self._dropped.get(tap.name, {}).items():
+                metrics.set(DROPPED, packets, tap=tap.name, instance=tap.nic.instance or "", reason=reason)
         with suppress(OSError):
             metrics.write(self._runner.run_dir / METRICS)
         self._loop.later(COUNT, self._write_metrics)
@@ -224,11 +229,6 @@ class Agent:
         self._loop.work(drops.counted, self._drops_counted)
 
     def _drops_counted(self, counts: Counts) -> None:
-        metrics, name = self._runner.metrics, "kvm_ifup_dropped_packets_total"
-        metrics.forget(name)
-        for tap in self._taps:
-            for reason, packets in counts.get(tap.name, {}).items():
-                metrics.set(name, packets, tap=tap.name, instance=tap.nic.instance or "", reason=reason)
         if counts or self._dropped:
             with suppress(OSError):
                 save_drops(self._runner.run_dir, counts)
