@@ -20,6 +20,7 @@ from harness import agents, guests, hooks, manager, nodes, tools, wire
 from harness.addresses import GUEST_IP4, GUEST_IP6, NODE_MAC
 from harness.nodes import Node
 from lab import clock, instrument
+from lab.agent import scheduled
 from lab.errors import LabError
 
 MANY, WITHIN = 200, 2.0  # guests of a node that is evacuated, and the seconds in which they come
@@ -130,11 +131,11 @@ def main(argv: Sequence[str]) -> int:
                 node.uplink()
                 heard = begin is first_frame
                 runs = options.runs if heard else max(options.runs // 5, 3)
-                with agents.running() if heard else contextlib.nullcontext():
+                with agents.running(within=scheduled()) if heard else contextlib.nullcontext():
                     rows[label] = [arrival(node, number, address, begin) for number in range(runs)]
     with nodes.fresh_node() as node:
         node.uplink()
-        with agents.running() as agent:
+        with agents.running(within=scheduled()) as agent:
             many = evacuation(node, agent)
     rows |= many
     print(picture.table("ms", rows, "IPv4, kvm-ifup-post"))

@@ -30,6 +30,7 @@ from bench.results import Rows
 from harness import agents, hooks, manager, namespaces, nodes, tools
 from harness.addresses import CLIENT_IP4
 from lab import debian
+from lab.agent import scheduled
 
 PATIENCE = 60.0  # seconds
 NOT_READY = 69
@@ -127,7 +128,7 @@ def node(*, agent: bool) -> Iterator[list[str]]:
         nodes.add_port("brv")
         # Not every kernel can keep VLANs on a bridge apart.
         subprocess.run(["ip", "link", "set", "brv", "type", "bridge", "vlan_filtering", "1"], capture_output=True)
-        with agents.running() if agent else contextlib.nullcontext():
+        with agents.running(within=scheduled()) if agent else contextlib.nullcontext():
             yield [kind for number, kind in enumerate(KINDS) if resident(kind, number)]
 
 
@@ -237,7 +238,7 @@ def crowd(many: int) -> None:
     with nodes.fresh_node() as here:
         here.uplink()
         tools.ip(f"route add default via {CLIENT_IP4} table {TABLE}")
-        with agents.running() as agent:
+        with agents.running(within=scheduled()) as agent:
             fill(range(many))
             numbers = itertools.count(4000)
             label, kind = f"{AGENT}, among {many} NICs", "routed with a table"

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from lab import clock
 from lab.errors import LabError
 from lab.hooks import Hooks
 from lab.nodes import Namespace, end
+
+UNIT = Path(__file__).parents[1] / "integration/systemd/kvm-ifupd.service"
+
+
+@cache
+def scheduled() -> tuple[str, ...]:
+    """What has a command scheduled as systemd's unit has the agent: what is measured is what a node has."""
+    niceness = re.search(r"^Nice=(-\d+)$", UNIT.read_text(), re.MULTILINE)
+    assert niceness, f"{UNIT} has no Nice="
+    return "nice", "-n", niceness[1]
 
 
 class Agent:
@@ -27,7 +39,9 @@ class Agent:
         """Starts it and returns when it takes hooks. LabError when it does not get there."""
         before = self.said().count(": ready")
         with self._log.open("a") as log:
-            self.process: subprocess.Popen[str] = self._node.popen([str(self._hooks.path("kvm-ifupd"))], stderr=log)
+            self.process: subprocess.Popen[str] = self._node.popen(
+                [*scheduled(), str(self._hooks.path("kvm-ifupd"))], stderr=log
+            )
         deadline = clock.now() + 20
         while self.said().count(": ready") == before:
             if self.process.poll() is not None or clock.now() > deadline:

@@ -26,6 +26,7 @@ from harness.addresses import GUEST_IP4, GUEST_MAC
 from harness.tools import CLEAN
 from harness.wire import readable
 from lab import debian, guest
+from lab.agent import scheduled
 from lab.errors import LabError
 from lab.nodes import NODE_IP4, Mode, Namespace, Network, end, guest_addresses, network
 
@@ -307,7 +308,8 @@ class Node:
 
     def start_agent(self) -> None:
         """The agent, as systemd would run it."""
-        self.run("sh", "-c", "kvm-ifupd </dev/null >/run/agent.log 2>&1 & until grep ready /run/agent.log; do :; done")
+        agent = " ".join((*scheduled(), "kvm-ifupd"))
+        self.run("sh", "-c", f"{agent} </dev/null >/run/agent.log 2>&1 & until grep ready /run/agent.log; do :; done")
 
     def install(self, packages: Sequence[Path]) -> None:
         """Install packages with dpkg, on this node only."""
