@@ -75,7 +75,7 @@ def repair(call: Call, nics: Sequence[Known]) -> Results:
     failures: list[KvmIfupError] = []
     with opened(call.run_dir, call.config, by=call.by) as session:
         for one in nics:
-            if one.nic is None or one.phase is Phase.DOWN:
+            if one.nic is None or one.phase is Phase.DOWN:  # also one whose guest is only expected
                 continue
             try:
                 done += up(one.phase, [intended(one, call.config)], session, announce=False)
@@ -102,7 +102,7 @@ def told(call: Call, found: Sequence[Diagnosis], repaired: Collection[str]) -> I
         yield from check_lines(one)
     alike: dict[object, list[Diagnosis]] = {}  # what is to be said of many is said once
     for number, one in enumerate(others):
-        if asked or one.one.label in repaired:
+        if asked or one.one.told or one.one.label in repaired:
             alike[number] = [one]
         elif one.findings:
             alike.setdefault(one.findings, []).append(one)
@@ -133,12 +133,12 @@ def check_lines(diagnosis: Diagnosis, more: int = 0) -> Iterable[str]:
     one = diagnosis.one
     mode = f"{one.nic.mode}, " if one.nic else ""
     how = f"{mode}{diagnosis.phase}"
-    if one.journal and one.journal.since:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.journal.since))
-        how = f"{how} since {moment} ({one.journal.by})"
+    since, by = (one.journal.since, one.journal.by) if one.journal else (one.told, "hook")
+    if since:
+        how = f"{how} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))} ({by})"
     if more:
         yield f"{one.label} and {more} more: {diagnosis.verdict}"
-    elif diagnosis.verdict == "not wired":
+    elif diagnosis.verdict == "not wired" and not one.told:
         yield f"{one.label}: {mode}{diagnosis.verdict}"
     else:
         yield f"{one.label}: {how}: {diagnosis.verdict}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 from kvmifup.commands.call import Call
@@ -9,7 +10,7 @@ from kvmifup.commands.objects import nic_object
 from kvmifup.core.text import printable
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.state import State, look, state_of
-from kvmifup.runs import clock, expected
+from kvmifup.runs import clock
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "PHASE", "SINCE", "BY", "WIRED"]
@@ -31,21 +32,23 @@ def run(call: Call) -> int:
     elif call.options.wrong and not rows:
         call.say([f"nothing is wrong with {len(every)} NIC{'s' * (len(every) != 1)}"])
     else:
-        print_table(call, rows)
+        print_table(call, [row for row in rows if not row[0].told])
         call.say(line for one, _, state in rows if (line := what_is_wrong(one, state)))
         call.say(f"{one.label}: {what_was_dropped(state)}" for one, _, state in rows if state.dropped)
-        if not call.options.wrong:
-            call.say(who_is_expected(call))
+        call.say(who_is_expected([one for one, _, _ in rows if one.told]))
     return 0
 
 
-def who_is_expected(call: Call) -> Iterator[str]:
-    """A line about each guest that is to come, and has no taps here yet. Raises OSError."""
-    for one in expected.found(call.run_dir):
-        if call.options.name in (None, one.instance) and one.age < call.config.agent.arrival_timeout:
-            addresses = [render.short(prefix) for nic in one.nics for prefix in nic.ip]
-            what = f"expected with {', '.join(addresses)}" if addresses else "expected"
-            yield printable(f"{one.instance}: {what}, told {ago(one.age)} ago; its QEMU does not wait here yet")
+def who_is_expected(coming: Sequence[Known]) -> Iterator[str]:
+    """A line about each guest of whose NICs some are *coming*: they have no taps here yet."""
+    guests: dict[str | None, list[Known]] = {}
+    for one in coming:
+        guests.setdefault(one.nic.instance if one.nic else None, []).append(one)
+    for instance, nics in guests.items():
+        addresses = [render.short(prefix) for one in nics if one.nic for prefix in one.nic.ip]
+        what = f"expected with {', '.join(addresses)}" if addresses else "expected"
+        since = ago(time.time() - (nics[0].told or 0))
+        yield printable(f"{instance}: {what}, told {since} ago; its QEMU does not wait here yet")
 
 
 def is_wrong(state: State) -> bool:

@@ -115,7 +115,9 @@ def wired_findings(one: Known, state: State, look: Look, *, ask: bool) -> Iterat
 
 
 def why_not_wired(one: Known, look: Look) -> str:
-    """Why a tap that is there has no journal."""
+    """Why a tap that is there has no journal; of a NIC that is only expected, since when it cannot be taken."""
+    if one.told:
+        return "this node could take it when Ganeti asked; now the guest would be cut off here"
     wired = any(other.tap == one.tap and other.journal for other in look.everything)
     if wired or not look.overview.is_tap(one.tap):
         return ""  # the problem says it

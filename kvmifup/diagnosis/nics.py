@@ -13,6 +13,7 @@ from kvmifup.core.model import Nic, Phase
 from kvmifup.core.records import record
 from kvmifup.inputs import devices, nicfiles, values
 from kvmifup.runs import clock, managed
+from kvmifup.runs.expected import Expected
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.leftovers import is_another
 from kvmifup.runs.store import Store
@@ -23,13 +24,15 @@ class Known:
     """A tap that a journal, a NIC file or Ganeti is about.
 
     *nic* is as it is to be wired: the NIC file counts, if there is one. *trouble* is what is wrong with its NIC file or
-    journal; then *nic* can be missing.
+    journal; then *nic* can be missing. *told*: there is no tap yet, because its guest is only expected; since when, in
+    seconds since 1970.
     """
 
     tap: str
     nic: Nic | None
     journal: Journal | None = None
     trouble: KvmIfupError | None = None
+    told: float | None = None
 
     @property
     def label(self) -> str:
@@ -47,6 +50,8 @@ class Known:
         """Whether a person who says *name* means this one: its tap, its guest, or what messages call it."""
         if self.nic is None:
             return name == self.tap
+        if self.told:
+            return name in (self.nic.instance, self.label)
         return name in (self.tap, self.nic.instance, self.label, self.label.removesuffix(f" ({self.tap})"))
 
     @property
@@ -140,6 +145,13 @@ def leads_to(link: Path, path: Path) -> bool:
         return str(link.readlink()) == f"../nic/{path.parent.name}/{path.name}"
     except OSError:
         return False
+
+
+def coming(guests: Sequence[Expected], here: Sequence[Known]) -> list[Known]:
+    """The NICs of *guests* that are to come, without those that are *here*, in their order."""
+    wired = {(one.nic.instance, one.nic.mac) for one in here if one.nic}
+    nics = [Known("", nic, told=since) for since, guest in ((one.since, one) for one in guests) for nic in guest.nics]
+    return [one for one in nics if one.nic and (one.nic.instance, one.nic.mac) not in wired]
 
 
 def selected(name: str | None, everything: Sequence[Known]) -> list[Known]:

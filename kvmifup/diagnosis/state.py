@@ -14,7 +14,7 @@ from kvmifup.core.errors import KvmIfupError, NotReadyError, RollbackError
 from kvmifup.core.model import Config, Nic, Phase
 from kvmifup.core.ops import ProxyNeighbour
 from kvmifup.core.records import record
-from kvmifup.diagnosis.nics import Known, all_nics, selected
+from kvmifup.diagnosis.nics import Known, all_nics, coming, selected
 from kvmifup.inputs import values
 from kvmifup.node import drops
 from kvmifup.node.bridges import Bridges
@@ -23,7 +23,8 @@ from kvmifup.node.firewall import Chains, chains
 from kvmifup.node.frames import is_station
 from kvmifup.node.guests import Qemu, behind_taps
 from kvmifup.node.overview import Overview
-from kvmifup.runs import clock, planning
+from kvmifup.runs import clock, expected, planning
+from kvmifup.runs.admission import refusals
 from kvmifup.runs.apply import Change
 from kvmifup.runs.drops import noted
 from kvmifup.runs.session import Session, alive, opened
@@ -36,7 +37,8 @@ UPLINK_HINT = "add a default route, or set [routed] uplinks"
 class Look:
     """The NICs that somebody asks about, and the node as it is now, with a dry session on it.
 
-    *everything* are all NICs that this node knows. *agent*: somebody answers on the agent's socket.
+    *everything* are all NICs that this node knows, without those that are only expected. *agent*: somebody answers on
+    the agent's socket.
     """
 
     nics: list[Known]
@@ -73,11 +75,11 @@ class Look:
     def phase_word(self, one: Known) -> str:
         """The phase for people.
 
-        That is "none", "pre", "armed" (pre, and the agent waits for the guest), "post", or "left" (after post, the
-        guest has gone to another node, and what drew its traffic here was undone).
+        That is "none", "expected" (its guest is to come), "pre", "armed" (pre, and the agent waits for the guest),
+        "post", or "left" (after post, the guest has gone to another node, and what drew its traffic here was undone).
         """
         if one.phase is Phase.DOWN:
-            return "none"
+            return "expected" if one.told else "none"
         if one.journal and one.journal.left:
             return "left"
         if one.phase is Phase.PRE and one.journal and self.agent:
@@ -90,10 +92,12 @@ class Look:
 def look(name: str | None, run_dir: Path, config: Config) -> Iterator[Look]:
     """Look at the NICs that *name* means (`nics.selected`). Raises NicError."""
     everything = all_nics(run_dir, Store(run_dir))
-    nics = selected(name, everything)
     agent = agent_lives(run_dir)
     overview = Overview()
     with opened(run_dir, config, dry=True, kernel=lambda: overview) as session:
+        here = [one for one in everything if one.journal and alive(one.journal, session)]
+        guests = [one for one in expected.found(run_dir) if one.age < config.agent.arrival_timeout]
+        nics = selected(name, [*everything, *coming(guests, here)])
         yield Look(nics, everything, session, overview, agent)
 
 
@@ -122,6 +126,8 @@ def as_wired(one: Known, look: Look) -> State:
     problem = one.trouble or stopped(one, look.session)
     if problem:
         return State(False, problem=problem)
+    if one.told and one.nic:
+        return State(None, problem=next(iter(refusals([one.nic], look.session)), None))
     if one.phase is Phase.DOWN:
         return State(None, problem=not_wired(one, look))
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,11 @@ class Expected:
     def age(self) -> float:
         """Seconds since it was told; without end if that was before the node was started."""
         return clock.uptime() - self.uptime if self.boot == procfs.boot() else math.inf
+
+    @property
+    def since(self) -> float:
+        """When it was told, in seconds since 1970."""
+        return time.time() - self.age
 
 
 def told(instance: str, nics: Sequence[Nic]) -> Expected:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 
 from harness import agents, manager, nodes, tools
@@ -36,14 +39,94 @@ def test_show_says_who_is_expected_until_its_nic_is_there(uplinked: Node) -> Non
     check(expect(FIRST), 0)
     assert line in call("kvm-ifup", "show").out.splitlines()
     assert INSTANCE not in call("kvm-ifup", "show", "--wrong").out
+    assert told() == [("expected", None, None)]
     guest = uplinked.guest("tap0")
     with agents.running() as agent:
         qemu = Qemu([(guest, GUEST_MAC)], instance=INSTANCE, incoming=True)
         try:
             agent.armed()
             assert "expected" not in call("kvm-ifup", "show").out
+            assert told() == [("armed", "tap0", True)]
         finally:
             qemu.end()
+
+
+def told() -> list[tuple[str, str | None, bool | None]]:
+    """Phase, tap and wired of each NIC, as `show --json` and `check --json` have them: both say the same."""
+    shown, checked = (json.loads(call("kvm-ifup", verb, "--json").out) for verb in ("show", "check"))
+    assert [{**nic, "findings": []} for nic in shown] == [
+        {**nic, "findings": [], "since": one["since"]} for nic, one in zip(checked["nics"], shown, strict=True)
+    ]
+    return [(nic["phase"], nic["tap"], nic["wired"]) for nic in shown]
+
+
+def test_each_nic_that_is_expected_is_in_json_as_it_is_described(uplinked: Node) -> None:
+    check(expect({**FIRST, "IP": f"{GUEST_IP4},2001:db8::8"}, SECOND), 0)
+    first, second = json.loads(call("kvm-ifup", "show", "--json").out)
+    assert (first["instance"], first["index"], first["mac"], first["mode"]) == (INSTANCE, 0, GUEST_MAC, "routed")
+    assert (first["ip"], second["ip"]) == ([GUEST_IP4, "2001:db8::8"], ["192.0.2.9"])
+    assert (first["by"], first["missing"], first["problem"]) == ("hook", [], None)
+    assert abs(first["since"] - time.time()) < 30
+    assert first["since"] == second["since"]
+
+
+def test_check_lists_who_is_expected_and_counts_it_as_not_wired(uplinked: Node) -> None:
+    check(expect(FIRST, SECOND), 0)
+    lines = call("kvm-ifup", "check").out.splitlines()
+    assert lines[0].startswith(f"{INSTANCE}/0: routed, expected since 20")
+    assert lines[0].endswith(" (hook): not wired")
+    assert lines[1].startswith(f"{INSTANCE}/1: routed, expected since 20")
+    assert lines[2] == "0 right, 0 wrong, 2 not wired"
+    for name, number in {INSTANCE: 2, f"{INSTANCE}/1": 1}.items():
+        for verb in ("show", "check"):
+            assert len(json_nics(verb, name)) == number
+    for verb in ("show", "check"):
+        for name in ("", "default"):  # whatever it is called until it has a tap
+            check(call("kvm-ifup", verb, name or "web2.example.com"), 65, "no journal and no NIC file is about it")
+
+
+def json_nics(*argv: str) -> list[object]:
+    """The NICs of `show` or `check`."""
+    found = json.loads(call("kvm-ifup", *argv, "--json").out)
+    return list(found["nics"] if isinstance(found, dict) else found)
+
+
+@pytest.mark.parametrize("ip", [GUEST_IP4, "2001:db8::8"])
+@pytest.mark.parametrize(
+    ("spoilt", "sentence"),
+    [
+        ("link set eth0 down", "uplink eth0 is down"),
+        ("addr add {ip} dev eth0", "{ip}/"),
+        ("route add {ip} dev lo", "is already routed out of lo"),
+    ],
+)
+def test_a_node_that_can_take_it_no_longer_is_found_before_it_comes(
+    uplinked: Node, spoilt: str, sentence: str, ip: str
+) -> None:
+    with agents.configured(routed={"uplinks": ["eth0"]}):
+        check(expect({**FIRST, "IP": ip}), 0)
+        assert call("kvm-ifup", "check").code == 0
+        sentence = sentence.format(ip=ip)
+        tools.ip(spoilt.format(ip=ip))
+        for more in ([], ["--repair"]):
+            done = call("kvm-ifup", "check", *more)
+            assert done.code == 1
+            assert sentence in done.out
+            assert "now the guest would be cut off here" in done.out
+            assert "--repair`" not in done.out
+        assert sentence in call("kvm-ifup", "show", "--wrong").out
+        (nic,) = json.loads(call("kvm-ifup", "show", "--json").out)
+        assert sentence in nic["problem"]["cause"]
+
+
+def test_who_has_not_come_in_time_is_expected_no_longer(uplinked: Node) -> None:
+    with agents.configured(agent={"arrival_timeout": 1}):
+        check(expect(FIRST), 0)
+        file = manager.RUN_DIR / f"expected/{INSTANCE}.json"
+        data = json.loads(file.read_text())
+        file.write_text(json.dumps({**data, "uptime": data["uptime"] - 2}))
+        assert json_nics("show") == json_nics("check") == []
+        assert "expected" not in call("kvm-ifup", "check").out
 
 
 @pytest.mark.parametrize(
