@@ -247,6 +247,7 @@ class Nftables:
             if sequence == last or (sequence == first and failed):  # the first: not even the transaction is allowed
                 if failed:
                     raise failed
+                transport.answered()
                 return
 
 

@@ -17,7 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from kvmifup.node import nexthops
+from kvmifup.node import nexthops, transport
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import (
     BODY,
@@ -194,13 +194,15 @@ _kept: list[Standing] = []
 
 
 def keep() -> Callable[[], None]:
-    """From now on keep what is read, for this process; what it returns ends that. Raises OSError."""
+    """From now on keep what is read, and sockets, for this process; what it returns ends that. Raises OSError."""
     standing = Standing()
+    end_of_sockets = transport.keep()
     _kept.append(standing)
 
     def end() -> None:
         _kept.remove(standing)
         standing.close()
+        end_of_sockets()
 
     return end
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain
 
 from kvmifup.node.messages import (
     BODY,
@@ -33,6 +35,7 @@ from kvmifup.node.messages import (
 
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 12  # linux/netlink.h
 TRIES = 10  # of a dump that other changes disturb
+LAST = 1 << 31  # the number of a request after which a socket is not used again
 # By kind of message: the size of its header, and the attribute with ages (RTA_CACHEINFO, IFA_CACHEINFO, NDA_CACHEINFO).
 HEADERS = {
     RTM_NEWROUTE: (RTMSG.size, 12),
@@ -46,21 +49,74 @@ HEADERS = {
 Keep = Callable[[bytes], bool] | None  # which messages of a dump; None is all
 
 
+class Spare:
+    """Sockets that nobody uses at the moment, of the network namespace that they were made in. For all threads.
+
+    Not only for the time that it takes to make one. To close one of NETLINK_NETFILTER takes 10 ms after something was
+    removed from a ruleset: the kernel waits until that is gone (nft_rcv_nl_event in net/netfilter/nf_tables_api.c).
+    """
+
+    MOST = 64  # of each protocol: as many as the agent has threads for hooks
+
+    def __init__(self) -> None:
+        self._sockets: dict[int, list[tuple[socket.socket, int]]] = {}  # by protocol
+
+    def take(self, protocol: int) -> tuple[socket.socket, int] | None:
+        """A socket that has been used, and the number of its last request; None if there is none."""
+        with suppress(LookupError):
+            return self._sockets[protocol].pop()
+        return None
+
+    def give(self, protocol: int, one: socket.socket, last: int) -> None:
+        """Take in a socket whose *last* request has been answered; close it if there are enough."""
+        there = self._sockets.setdefault(protocol, [])
+        if len(there) < self.MOST:
+            there.append((one, last))
+        else:
+            one.close()
+
+    def close(self) -> None:
+        """Close all of them."""
+        for one, _ in chain(*self._sockets.values()):
+            one.close()
+
+
+_kept: list[Spare] = []
+
+
+def keep() -> Callable[[], None]:
+    """From now on keep sockets that are closed for who needs one next, for this process; what it returns ends that."""
+    spare = Spare()
+    _kept.append(spare)
+
+    def end() -> None:
+        _kept.remove(spare)
+        spare.close()
+
+    return end
+
+
 class Transport:
     """One request at a time, so not for two threads at once. A request that the kernel refuses raises NetlinkError."""
 
-    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
-        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-        self._sequence = 0
-        self._warm = False  # whether it has received something
-        # The kernel obeys the filters of a dump, and refuses a request that it does not understand.
-        self.socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
-        # An error does not bring the request back.
-        self.socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE, *, fresh: bool = False) -> None:
+        """*fresh*: by a socket that nobody has used before."""
+        self._protocol = protocol
+        self._closed = False
+        self._answered = True  # whether all has come that was asked for
+        spare = _kept[0].take(protocol) if _kept and not fresh else None
+        self.socket, self._sequence = spare or (opened(protocol), 0)
+        self._warm = spare is not None  # whether it has received something
 
     def close(self) -> None:
-        """Close the socket."""
-        self.socket.close()
+        """Close the socket, or leave it to who needs one next."""
+        if self._closed:
+            return
+        self._closed = True
+        if _kept and self._answered and 0 < self._sequence < LAST:
+            _kept[0].give(self._protocol, self.socket, self._sequence)
+        else:
+            self.socket.close()
 
     def send(self, kind: int, flags: int, body: bytes) -> int:
         """Send a request of the type *kind* (RTM_*) with *flags* (NLM_F_*); returns its sequence number."""
@@ -70,8 +126,13 @@ class Transport:
 
     def next_sequence(self) -> int:
         """The number for the next request."""
+        self._answered = False
         self._sequence += 1
         return self._sequence
+
+    def answered(self) -> None:
+        """All has come that was asked for."""
+        self._answered = True
 
     def ask(self, kind: int, flags: int, body: bytes) -> bytes:
         """Send a request; returns the message that answers it, empty for a mere acknowledgement."""
@@ -82,6 +143,7 @@ class Transport:
             length, answer, _flags, sequence, _port = NLMSGHDR.unpack_from(data)
             if sequence != request:  # left over from a request that was interrupted
                 continue
+            self._answered = True
             if answer == NLMSG_ERROR:
                 raise_error(data, BODY)
                 return b""
@@ -103,7 +165,7 @@ class Transport:
             every |= {identity(one): one for part in parts for one in filter(keep, split(part, wanted))}
             if undisturbed and len(parts) > 1:
                 # The first part that a socket gets is small, until it has received something (netlink_dump).
-                other = Transport() if warm else self
+                other = Transport(fresh=True) if warm else self
                 try:
                     parts, undisturbed = other.dump_once(kind, body)
                 finally:
@@ -130,11 +192,22 @@ class Transport:
                     break
                 seen |= flags
                 if answer in (NLMSG_DONE, NLMSG_ERROR):
+                    self._answered = True
                     raise_error(data, offset + BODY)
                     return parts + [data[:offset]] * (offset > 0), not seen & NLM_F_DUMP_INTR
                 offset += length + 3 & ~3
             else:
                 parts.append(data)
+
+
+def opened(protocol: int) -> socket.socket:
+    """A new socket. Raises OSError."""
+    found = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    # The kernel obeys the filters of a dump, and refuses a request that it does not understand.
+    found.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+    # An error does not bring the request back.
+    found.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+    return found
 
 
 def split(part: bytes, wanted: bytes = b"") -> Iterator[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 import struct
 import subprocess
@@ -18,9 +19,13 @@ from harness.addresses import NODE_IP4, NODE_IP6
 from harness.nodes import Node
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.ops import RTPROT_STATIC, LinkUp, Rule
-from kvmifup.node import messages, netlink, nexthops
+from kvmifup.node import messages, netlink, nexthops, transport
 from kvmifup.node.kernel import Kernel
+from kvmifup.node.nfmessages import NETLINK_NETFILTER, NFPROTO_INET
+from kvmifup.node.nfnetlink import Nftables
 from kvmifup.node.routes import routes_to
+from kvmifup.node.source_rules import rules_made
+from kvmifup.node.transport import Transport
 
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 MAIN = 254
@@ -253,3 +258,112 @@ def test_garbage_is_nothing(rt: netlink.Netlink) -> None:
     with pytest.raises(messages.NetlinkError) as caught:
         rt.transport.ask(messages.RTM_GETLINK, 0, b"short")
     assert caught.value.errno == errno.EINVAL
+
+
+# --- sockets that are kept -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeping(uplinked: Node) -> Iterator[None]:
+    """As in the agent."""
+    assert uplinked
+    end = transport.keep()
+    yield
+    end()
+
+
+def identity(one: Transport) -> int:
+    """What tells its socket from all others."""
+    return os.fstat(one.socket.fileno()).st_ino
+
+
+def asked(one: Transport) -> Transport:
+    """The same, after a question and its answer."""
+    body = messages.IFINFOMSG.pack(0, 0, 0, 0, 0) + messages.attribute(messages.IFLA_IFNAME, b"lo\0")
+    assert one.ask(messages.RTM_GETLINK, 0, body)
+    return one
+
+
+def test_a_socket_is_left_to_who_needs_one_next(keeping: None) -> None:
+    first, second = asked(Transport()), asked(Transport())
+    known = [identity(first), identity(second)]
+    for one in (first, second, second):  # nobody gets it twice
+        one.close()
+    taken = [asked(Transport()) for _ in range(3)]
+    assert sorted(map(identity, taken[:2])) == sorted(known)
+    assert identity(taken[2]) not in known
+    assert identity(Transport(NETLINK_NETFILTER)) not in known
+    assert identity(Transport(fresh=True)) not in map(identity, taken)
+
+
+def test_a_socket_goes_on_after_what_was_refused(keeping: None) -> None:
+    one = Transport()
+    with pytest.raises(messages.NetlinkError):
+        one.ask(messages.RTM_GETLINK, 0, messages.IFINFOMSG.pack(0, 0, 12345, 0, 0))
+    with pytest.raises(messages.NetlinkError):
+        one.dump(messages.RTM_GETROUTE, b"?")
+    known = identity(one)
+    one.close()
+    assert identity(asked(Transport())) == known
+
+
+@pytest.mark.parametrize("what", [messages.NLM_F_DUMP, messages.NLM_F_ACK])
+def test_a_socket_that_has_more_to_receive_is_closed(what: int, keeping: None) -> None:
+    one = asked(Transport())
+    one.send(messages.RTM_GETLINK, what, messages.IFINFOMSG.pack(0, 0, 0, 0, 0))
+    one.close()
+    assert one.socket.fileno() == -1
+
+
+def test_after_a_transaction_a_socket_is_kept_if_it_was_done(keeping: None) -> None:
+    table = Nftables(NFPROTO_INET, "kept")
+    with pytest.raises(messages.NetlinkError):
+        table.change([*rules_made(), *list(rules_made())[-1:], (255, 0, b"")])
+    refused = identity(table._transport)
+    table.close()
+    table.change(list(rules_made()))
+    done = identity(table._transport)
+    assert done != refused
+    table.close()
+    assert table.itself() is not None
+    assert identity(table._transport) == done
+
+
+def test_a_large_table_is_read_again_by_a_socket_that_has_never_read(
+    keeping: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only then the parts end elsewhere, and what one has left out is in the other."""
+    nodes.add_tap()
+    tools.ip("link set tap0 up")
+    batch("".join(f"route add 198.18.{n >> 8}.{n & 255}/32 dev tap0\n" for n in range(1500)))
+    asked(Transport()).close()
+    spare = asked(Transport())
+    asked(Transport()).close()
+    sizes = []
+    once = Transport.dump_once
+
+    def dumped(one: Transport, kind: int, body: bytes) -> tuple[list[bytes], bool]:
+        parts, undisturbed = once(one, kind, body)
+        sizes.append([len(part) for part in parts])
+        return parts, undisturbed
+
+    monkeypatch.setattr(Transport, "dump_once", dumped)
+    rt = netlink.Netlink()
+    assert len(rt.routes(socket.AF_INET, MAIN)) >= 1500
+    assert len(sizes) == 2
+    assert sizes[0] != sizes[1]
+    rt.close()
+    spare.close()
+
+
+def test_what_is_kept_is_closed_in_the_end(uplinked: Node) -> None:
+    end = transport.keep()
+    many = [asked(Transport()) for _ in range(transport.Spare.MOST + 5)]
+    for one in many:
+        one.close()
+    assert [one.socket.fileno() < 0 for one in many] == [False] * transport.Spare.MOST + [True] * 5
+    end()
+    assert {one.socket.fileno() for one in many} == {-1}
+    late = asked(Transport())
+    late.close()
+    assert late.socket.fileno() == -1
