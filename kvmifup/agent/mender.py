@@ -143,7 +143,8 @@ class Mender:
             differs = mtu or plan.due or planning.journal_after(plan, session) != journal
         except Exception as error:
             return Looked(tap, frozenset(relied_on(tap, None, session)), ()), as_ours(error)
-        unheard = tuple(change.op for change in plan.changes if is_unheard(change.op))
+        same = {entry.op: entry.op for entry in journal.entries}  # there are thousands of them, and each is kept once
+        unheard = tuple(same.get(change.op, change.op) for change in plan.changes if is_unheard(change.op))
         outliving = tuple(op for op in unheard if op.outlives_tap)
         looked = Looked(tap, frozenset(relied_on(tap, plan, session)), unheard, outliving, mtu)
         return looked, plan if differs else None

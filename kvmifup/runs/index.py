@@ -30,12 +30,14 @@ ROUTED, NETWORKS = ("routed",), ("networks",)
 class Seen:
     """A file as it was when it was read last. *stamp* changes with the file; *journal* is None if it is unreadable.
 
-    *settled*: it had not just been written, so a later write must give it another time.
+    *settled*: it had not just been written, so a later write must give it another time. *known* is the hash of its
+    text, which is as long as the journal is large; None if nobody has read it whole. (64 bits with a key of this
+    process's own, so nobody can make another text that has the same.)
     """
 
     stamp: Stamp
     settled: bool
-    text: str
+    known: int | None
     journal: Journal | None
 
     @property
@@ -139,16 +141,17 @@ class Index:
         if self._knows(tap, stamp):
             return
         now = time.time_ns()
-        text, journal = "", None
+        known, journal = None, None
         try:
             text, journal = files.read(tap)
+            known = hash(text)
         except FileNotFoundError:  # its guest has just left
             self._forget(tap)
             return
         except JournalError:
             pass
         # abs: the clock may have been set back since.
-        self._remember(tap, Seen(stamp, abs(now - stamp[0]) > TICK, text, journal))
+        self._remember(tap, Seen(stamp, abs(now - stamp[0]) > TICK, known, journal))
 
     def _forget(self, tap: str) -> None:
         seen = self._seen.pop(tap, None)
@@ -160,17 +163,19 @@ class Index:
     def decoded(self, tap: str, text: str) -> Journal | None:
         """The journal of *tap*, if its file had this *text* when it was read last; else None."""
         seen = self._seen.get(tap)
-        return seen.journal if seen and seen.text == text else None
+        return seen.journal if seen and seen.known == hash(text) else None
 
     def removed(self, tap: str) -> None:
         """Forget what this process has removed."""
         with self._lock:
             self._forget(tap)
 
-    def written(self, tap: str, text: str, journal: Journal) -> None:
-        """Remember what this process has written. The file is read again all the same: it may have changed by then."""
+    def written(self, tap: str, text: str | None, journal: Journal) -> None:
+        """Remember what this process has written; *text* None for a part of it. The file is read again all the same: it
+        may have changed by then.
+        """
         with self._lock:
-            self._remember(tap, Seen((), False, text, journal))
+            self._remember(tap, Seen((), False, None if text is None else hash(text), journal))
 
     def _remember(self, tap: str, seen: Seen) -> None:
         self._forget(tap)

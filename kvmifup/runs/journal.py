@@ -24,6 +24,7 @@ what a run is about to do, or was doing when it was killed, with the values from
 from __future__ import annotations
 
 import ipaddress
+import sys
 from collections.abc import Iterable
 from dataclasses import field, replace
 from enum import Enum
@@ -221,7 +222,10 @@ def decode(data: dict[str, Any]) -> Journal:
 
 def decode_entry(data: dict[str, Any]) -> Entry:
     """The entry that `encode_entry` gave. Raises OtherVersion for an op, or a part of one, that is not known here."""
-    values = {key: value for key, value in data.items() if key not in ("op", "prior")}
+    # The same few texts are in all ops of thousands of NICs: each is kept once.
+    values: dict[str, Any] = {key: sys.intern(value) if type(value) is str else value for key, value in data.items()}
+    prior = values.pop("prior")
+    del values["op"]
     if "environment" in values:
         values["environment"] = tuple((str(key), value) for key, value in values["environment"])
     if "selectors" in values:  # of a rule, before 0.1.0
@@ -232,6 +236,6 @@ def decode_entry(data: dict[str, Any]) -> Entry:
     kind = KINDS.get(data["op"])
     if kind is None or not values.keys() <= set(field_names(kind)):
         raise OtherVersion if isinstance(data["op"], str) else TypeError
-    if not all(isinstance(value, PLAIN) for value in (*values.values(), data["prior"])):
+    if not all(isinstance(value, PLAIN) for value in (*values.values(), prior)):
         raise TypeError
-    return Entry(kind(**values), data["prior"])
+    return Entry(kind(**values), prior)

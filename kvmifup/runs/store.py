@@ -225,7 +225,7 @@ class Store:
                     os.pwrite(file, mark.value.encode(), len(HEAD))
                     os.utime(file)  # tells who watches the directory
                     os.fsync(file)
-                    self._index.written(journal.nic.tap, "", after)
+                    self._index.written(journal.nic.tap, None, after)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EFBIG):
                 raise refused(error, f"cannot write {path}") from None
