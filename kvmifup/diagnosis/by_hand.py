@@ -35,7 +35,7 @@ from kvmifup.core.ops import (
 )
 from kvmifup.core.vlans import MAX_VLAN, PVID, UNTAGGED, flags_of, ids, ranges
 from kvmifup.diagnosis import by_hand_sources
-from kvmifup.node import filters, limits, ovs
+from kvmifup.node import filter_changes, limits, ovs
 from kvmifup.node.filter_shape import GUARD, HERE
 from kvmifup.runs.apply import Change
 
@@ -53,7 +53,7 @@ def lines(change: Change) -> list[str]:
             there, wanted = (dict.fromkeys(ids(str(value)), 0) for value in (change.now, change.op.want))
             return [shlex.join(words) for words in vlans(change.op.dev, there, wanted)]
         case Filter():
-            found = [shlex.join(["nft", one]) for one in filters.by_hand(change.op, change.now)]
+            found = [shlex.join(["nft", one]) for one in filter_changes.by_hand(change.op, change.now)]
             return found if change.op.want else [*found, LAST]
         case Sources() | UplinkGuard():
             return [shlex.join(by_hand_sources.command(change.op, change.now))]

@@ -34,7 +34,7 @@ NFTA_TABLE = 1  # NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_T
 NFTA_TABLE_FLAGS, NFTA_TABLE_USE, NFTA_GEN_ID = 2, 3, 1
 NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER = 1, 2
 NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_CHAIN_TYPE = 3, 4, 5, 7
-NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY, NFTA_HOOK_DEVS = 1, 2, 4
+NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY, NFTA_HOOK_DEV, NFTA_HOOK_DEVS = 1, 2, 3, 4
 NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA = 2, 4, 7
 NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_KEY_LEN, NFTA_SET_DATA_TYPE, NFTA_SET_DATA_LEN = range(2, 8)
 NFTA_SET_DESC, NFTA_SET_ID, NFTA_SET_USERDATA, NFTA_SET_EXPR = 9, 10, 13, 17
@@ -48,7 +48,7 @@ NFT_JUMP, NFT_GOTO = 0xFFFFFFFD, 0xFFFFFFFC
 NFTA_EXPR_NAME, NFTA_EXPR_DATA, NFTA_COUNTER_PACKETS = 1, 2, 2
 # What nft itself notes and numbers: libnftnl/udata.h, datatype.h. A concatenation has six bits for each type.
 NFTNL_UDATA_COMMENT = 0  # NFTNL_UDATA_RULE_COMMENT, NFTNL_UDATA_SET_ELEM_COMMENT
-TYPES = {"ifname": 41, "ether_addr": 9, "ipv4_addr": 7, "ipv6_addr": 8}
+TYPES = {"integer": 4, "ifname": 41, "ether_addr": 9, "ipv4_addr": 7, "ipv6_addr": 8}
 IFNAMSIZ = 16  # linux/if.h
 
 NFGENMSG = Struct(">BBH")  # family, version, resource
@@ -107,6 +107,11 @@ def comment_of(data: bytes) -> str | None:
     return None
 
 
+def commented(comment: str) -> bytes:
+    """What nft notes of a rule or an element with that comment: the reverse of `comment_of`."""
+    return bytes((NFTNL_UDATA_COMMENT, len(comment) + 1)) + comment.encode() + b"\0"
+
+
 def verdict(code: int, chain: str = "") -> bytes:
     """A verdict: NF_* or NFT_*, and the chain that it leads to."""
     leads = named(NFTA_VERDICT_CHAIN, chain) if chain else b""
@@ -117,6 +122,29 @@ def verdict_of(element: Element) -> tuple[int, str] | None:
     """The verdict of an element of a map: its code, and the chain that it leads to. None without one."""
     found = attributes(attributes(element.get(NFTA_SET_ELEM_DATA, b"")).get(NFTA_DATA_VERDICT, b""))
     return (big_of(found.get(NFTA_VERDICT_CODE)), text(found.get(NFTA_VERDICT_CHAIN)) or "") if found else None
+
+
+# --- rules -----------------------------------------------------------------------------------------------
+
+
+def expression(name: str, payload: bytes) -> bytes:
+    """One expression of a rule."""
+    return nested(NFTA_LIST_ELEM, typed(name, payload))
+
+
+def typed(name: str, payload: bytes) -> bytes:
+    """The attributes of an expression."""
+    return named(NFTA_EXPR_NAME, name) + nested(NFTA_EXPR_DATA, payload)
+
+
+def then(code: int, chain: str = "") -> bytes:
+    """The verdict of a rule."""
+    return expression("immediate", big(1, 0) + nested(2, verdict(code, chain)))
+
+
+def made_rule(chain: str, expressions: bytes) -> Request:
+    """The request that makes a rule."""
+    return create(NFT_MSG_NEWRULE, named(NFTA_RULE_CHAIN, chain) + nested(NFTA_RULE_EXPRESSIONS, expressions))
 
 
 # --- elements of sets ------------------------------------------------------------------------------------

@@ -49,20 +49,18 @@ from kvmifup.node.nfmessages import (
     NFTA_SET_ELEM_LIST_ELEMENTS,
     NFTA_SET_ELEM_LIST_SET,
     NFTA_SET_FLAGS,
+    NFTA_SET_KEY_LEN,
     NFTA_SET_KEY_TYPE,
     NFTA_SET_NAME,
     NFTA_TABLE,
     NFTA_TABLE_FLAGS,
     NFTA_TABLE_USE,
     Element,
-    Entry,
     Request,
     among,
     big,
     big_of,
     comment_of,
-    device_key,
-    entries,
     listed,
     named,
 )
@@ -75,6 +73,8 @@ NO_NFTABLES = (errno.EINVAL, errno.EPROTONOSUPPORT)
 LARGE, SO_SNDBUFFORCE = 1 << 17, 32  # bytes that any socket can send at once; asm-generic/socket.h
 ATTRIBUTES = BODY + NFGENMSG.size  # where the attributes of a message begin
 
+SetTypes = tuple[int, ...]  # flags; the numbers that nft has for the types of key and data; the key's bytes
+ABOUT_SETS = (NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_DATA_TYPE, NFTA_SET_KEY_LEN)
 Chain = tuple[int, int, int, str, tuple[str, ...]]  # of a base chain: hook, priority, policy, type, devices
 
 
@@ -89,8 +89,6 @@ class Nftables:
         self.family, self._name = family, named(NFTA_TABLE, name)
         self._beside = beside
         self._own: Transport | None = None  # most NICs need none
-        self._dumps: dict[str, list[bytes]] = {}  # of sets, as they were at a generation
-        self._seen = -1
 
     @property
     def _transport(self) -> Transport:
@@ -110,11 +108,7 @@ class Nftables:
     def generation(self) -> int:
         """The number of the ruleset: each change of any table makes it another one."""
         message = self._transport.ask(kind(NFT_MSG_GETGEN), 0, NFGENMSG.pack(0, 0, 0))
-        found = big_of(attributes(message, ATTRIBUTES)[NFTA_GEN_ID])
-        if found != self._seen:
-            self._dumps.clear()
-            self._seen = found
-        return found
+        return big_of(attributes(message, ATTRIBUTES)[NFTA_GEN_ID])
 
     def itself(self) -> tuple[int, int] | None:
         """The flags of the table (NFT_TABLE_F_*), and how many chains and sets it has.
@@ -140,13 +134,12 @@ class Nftables:
         devices = attributes(hook.get(NFTA_HOOK_DEVS, b"")).values()
         return big_of(hook[NFTA_HOOK_HOOKNUM]), priority, policy, what, tuple(text(one) or "" for one in devices)
 
-    def set_types(self, name: str) -> tuple[int, int, int] | None:
-        """Flags, and the numbers that nft has for the types of key and data; None if there is no such set."""
-        found = self._get(NFT_MSG_GETSET, named(NFTA_SET_NAME, name))
-        if found is None:
-            return None
-        flags, key, data = (big_of(found.get(one)) for one in (NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_DATA_TYPE))
-        return flags, key, data
+    def sets(self) -> dict[str, SetTypes]:
+        """What there is to know of each set, by its name."""
+        found = (attributes(one, ATTRIBUTES) for one in self._dump(NFT_MSG_GETSET, b""))
+        return {
+            text(one.get(NFTA_SET_NAME)) or "": tuple(big_of(one.get(kind)) for kind in ABOUT_SETS) for one in found
+        }
 
     def rules(self, chain: str = "") -> list[bytes]:
         """The rules of *chain*, or of the table, each as attributes NFTA_RULE_*; none if there is no such thing."""
@@ -155,9 +148,13 @@ class Nftables:
             return [one[ATTRIBUTES:] for one in found]
         return []
 
-    def comments(self, chain: str) -> tuple[str, ...]:
-        """The comment of each rule of *chain*, empty for one without."""
-        return tuple(comment_of(attributes(one).get(NFTA_RULE_USERDATA, b"")) or "" for one in self.rules(chain))
+    def comments(self, chain: str = "") -> dict[str, tuple[str, ...]]:
+        """By chain, the comment of each rule of *chain*, or of the table; empty for a rule without."""
+        found: dict[str, list[str]] = {}
+        for one in map(attributes, self.rules(chain)):
+            said = comment_of(one.get(NFTA_RULE_USERDATA, b"")) or ""
+            found.setdefault(text(one.get(NFTA_RULE_CHAIN)) or "", []).append(said)
+        return {name: tuple(every) for name, every in found.items()}
 
     def element(self, name: str, element: bytes) -> Element | None:
         """What the set *name* has for the *element* (`keyed`); None if it is not in it, or there is no such set."""
@@ -171,23 +168,11 @@ class Nftables:
         found = (held(one) for one in self._dump(NFT_MSG_GETSETELEM, named(NFTA_SET_ELEM_LIST_SET, name)))
         return [attributes(element) for part in found for element in listed(part)]
 
-    def entries(self, name: str, dev: str) -> list[Entry]:
-        """The elements of the set *name* whose key begins with *dev*, as they were at the `generation`."""
-        wanted = device_key(dev)
-        return [one for message in self._kept(name) for one in entries(message, wanted)]
-
-    def count(self, name: str) -> int:
-        """How many elements the set *name* has, likewise."""
-        return sum(1 for message in self._kept(name) for _ in listed(held(message)))
-
-    def _kept(self, name: str) -> list[bytes]:
-        """All elements of the set *name*, as the messages that have them; none if there is no such set."""
-        if name not in self._dumps:
-            found: list[bytes] = []
-            with forgiven(errno.ENOENT):
-                found = self._dump(NFT_MSG_GETSETELEM, named(NFTA_SET_ELEM_LIST_SET, name))
-            self._dumps[name] = found
-        return self._dumps[name]
+    def messages(self, name: str) -> list[bytes]:
+        """The messages that have the elements of the set *name* (`nfmessages.entries`); none without such a set."""
+        with forgiven(errno.ENOENT):
+            return self._dump(NFT_MSG_GETSETELEM, named(NFTA_SET_ELEM_LIST_SET, name))
+        return []
 
     def _get(self, what: int, payload: bytes) -> dict[int, bytes] | None:
         with forgiven(errno.ENOENT):

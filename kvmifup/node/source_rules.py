@@ -14,7 +14,6 @@ from kvmifup.node.nfmessages import (
     NFT_DATA_VERDICT,
     NFT_JUMP,
     NFT_MSG_NEWCHAIN,
-    NFT_MSG_NEWRULE,
     NFT_MSG_NEWSET,
     NFT_MSG_NEWTABLE,
     NFT_SET_CONCAT,
@@ -49,11 +48,14 @@ from kvmifup.node.nfmessages import (
     big,
     create,
     emptied,
+    expression,
     listed,
+    made_rule,
     named,
     nested,
+    then,
+    typed,
     valued,
-    verdict,
 )
 
 STRICT, LOOSE, OWN, BASE = "strict", "loose", "own", "prerouting"  # chains
@@ -67,16 +69,6 @@ NFPROTO, IIFNAME = 15, 6  # NFT_META_*
 FIB_SADDR, FIB_IIF, FIB_PRESENT = 1, 8, 32  # NFTA_FIB_F_*
 TYPE_IFNAME, TYPE_IP = TYPES["ifname"], {4: TYPES["ipv4_addr"], 6: TYPES["ipv6_addr"]}
 AF = {4: 2, 6: 10}
-
-
-def expression(name: str, payload: bytes) -> bytes:
-    """One expression of a rule."""
-    return nested(NFTA_LIST_ELEM, typed(name, payload))
-
-
-def typed(name: str, payload: bytes) -> bytes:
-    """The attributes of an expression."""
-    return named(NFTA_EXPR_NAME, name) + nested(NFTA_EXPR_DATA, payload)
 
 
 def is_family(version: int) -> bytes:
@@ -110,11 +102,6 @@ def within(prefix: ipaddress.IPv6Network) -> bytes:
 def among(name: str, version: int) -> bytes:
     """Device and source are in the set *name*."""
     return is_family(version) + meta(IIFNAME) + source(version, 2) + expression("lookup", named(1, name) + big(2, 1))
-
-
-def then(code: int, chain: str = "") -> bytes:
-    """The verdict of a rule."""
-    return expression("immediate", big(1, 0) + nested(2, verdict(code, chain)))
 
 
 def routed(flags: int) -> bytes:
@@ -171,11 +158,6 @@ def base_chain(name: str, priority: int) -> Request:
     hook = big(NFTA_HOOK_HOOKNUM, NF_INET_PRE_ROUTING) + big(NFTA_HOOK_PRIORITY, priority)
     what = named(NFTA_CHAIN_TYPE, "filter") + big(NFTA_CHAIN_POLICY, NF_ACCEPT) + nested(NFTA_CHAIN_HOOK, hook)
     return create(NFT_MSG_NEWCHAIN, named(NFTA_CHAIN_NAME, name) + what)
-
-
-def made_rule(chain: str, expressions: bytes) -> Request:
-    """The request that makes a rule."""
-    return create(NFT_MSG_NEWRULE, named(NFTA_RULE_CHAIN, chain) + nested(NFTA_RULE_EXPRESSIONS, expressions))
 
 
 def made_set(

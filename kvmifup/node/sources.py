@@ -18,10 +18,10 @@ from kvmifup.node.nfmessages import (
     NFT_GOTO,
     NFTA_SET_ELEM_DATA,
     NFTA_SET_ELEM_USERDATA,
-    NFTNL_UDATA_COMMENT,
     Element,
     Request,
     comment_of,
+    commented,
     device_key,
     keyed,
     keys_of,
@@ -178,7 +178,7 @@ class SourceTable:
         if led and (chain, wanted) != (led[0], led[1]):
             yield remove(SOURCES, key)
         if want and (led is None or (chain, wanted) != (led[0], led[1])):
-            yield put(SOURCES, key + nested(NFTA_SET_ELEM_DATA, verdict(NFT_GOTO, chain)) + commented(wanted))
+            yield put(SOURCES, key + nested(NFTA_SET_ELEM_DATA, verdict(NFT_GOTO, chain)) + comment(wanted))
         yield from changes(remove, tap, over)
         if want:
             yield put(DROPPED, key)
@@ -236,9 +236,9 @@ def exactly(found: Element | None, element: bytes) -> bool:
     return found is not None and keys_of(found) == keys_of(attributes(element))
 
 
-def commented(sources: Collection[str]) -> bytes:
+def comment(sources: Collection[str]) -> bytes:
     """The attribute of a comment that names *sources*; none if they are too many."""
     said = " ".join(sources) or NOTHING
     if len(said) > LONGEST:
         return b""
-    return attribute(NFTA_SET_ELEM_USERDATA, bytes((NFTNL_UDATA_COMMENT, len(said) + 1)) + said.encode() + b"\0")
+    return attribute(NFTA_SET_ELEM_USERDATA, commented(said))

@@ -22,11 +22,13 @@ from kvmifup.node.nfmessages import (
     big,
     create,
     device_key,
+    expression,
+    made_rule,
     valued,
 )
 from kvmifup.node.nfnetlink import Nftables
 from kvmifup.node.refusals import refusals
-from kvmifup.node.source_rules import IIFNAME, base_chain, compare, expression, made_rule, meta
+from kvmifup.node.source_rules import IIFNAME, base_chain, compare, meta
 
 FIRST = -1000  # before every other rule
 NFTRACE = 12  # NFT_META_NFTRACE

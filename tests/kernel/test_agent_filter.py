@@ -145,8 +145,8 @@ def test_a_bridged_guests_filter_is_put_back_as_well(uplinked: Node, command: st
         time.sleep(0.5)
         before = bridge_table()
         if command == "of one guest":
-            tools.run("nft", "flush map bridge kvm-ifup own;flush chain bridge kvm-ifup nic-tap0;"
-                             "delete chain bridge kvm-ifup nic-tap0")  # fmt: skip
+            tools.run("nft", "flush set bridge kvm-ifup inner_macs;flush chain netdev kvm-ifup nic-tap0;"
+                             "delete chain netdev kvm-ifup nic-tap0")  # fmt: skip
         else:
             tools.run("nft", *command.split())
         until(lambda: bridge_table() == before, WITHIN)

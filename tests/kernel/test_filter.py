@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import shlex
 import socket
 import struct
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from harness import disturb, hooks, manager, nodes, snapshots, tools
 from harness.addresses import FOREIGN_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC, IPS
+from harness.guestframes import NIC
 from harness.hooks import Result, call, check
 from harness.nodes import Node
 from harness.oracle import link
@@ -28,6 +30,18 @@ from harness.wire import (
     solicitation,
 )
 from kvmifup.core.ops import Filter
+from kvmifup.node import nft as library
+from kvmifup.node.filter_shape import SETS
+from kvmifup.node.messages import attributes
+from kvmifup.node.nfmessages import (
+    NFPROTO_BRIDGE,
+    NFPROTO_NETDEV,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_EXPRESSIONS,
+    NFTA_RULE_USERDATA,
+    listed,
+)
+from kvmifup.node.nfnetlink import Nftables, held
 
 pytestmark = pytest.mark.userns
 
@@ -324,14 +338,17 @@ def add_filtered(tap: str, number: int) -> None:
 
 
 def test_guests_share_the_rules(bridged: Node) -> None:
-    """Each but its own few: 1 and 20 have as many."""
+    """1 and 20 have as many; but each tap needs a chain of its own, with one rule."""
     check(wire(ip=IPS, filter="address"), 0)
-    shared = [one for one in table()["rule"] if not one["chain"].startswith("nic-")]
+    shared = table()["rule"]
     for number in range(1, 20):
         add_filtered(f"tap{number}", number)
         check(call("kvm-ifup-post", f"tap{number}"), 0)
-    again = [one for one in table()["rule"] if not one["chain"].startswith("nic-")]
-    assert len(again) == len(shared)
+    own = [one for one in table()["rule"] if one["chain"].startswith("nic-")]
+    assert len(table()["rule"]) - len(own) == len(shared) - 1
+    assert sorted(one["chain"] for one in own) == sorted(f"nic-tap{number}" for number in range(20))
+    assert {one["family"] for one in own} == {"netdev"}
+    assert len({json.dumps(one["expr"]) for one in own}) == 1
     assert len(elements("guests")) == 20
     check(call("kvm-ifdown", "tap7"), 0)
     assert len(elements("guests")) == 19
@@ -339,10 +356,92 @@ def test_guests_share_the_rules(bridged: Node) -> None:
     assert passing(bridged, {"own": RIGHT["UDP"], "another's": udp("192.0.2.101", 1, 1)}) == {"own"}
 
 
+def as_in_the_kernel() -> set[tuple[str, bytes]]:
+    """Our two tables as the kernel tells them, without what it numbers: elements of sets, and rules."""
+    found = set()
+    for family, names in ((NFPROTO_BRIDGE, SETS), (NFPROTO_NETDEV, ["port_macs"])):
+        asked = Nftables(family, "kvm-ifup")
+        for name in names:
+            found |= {(name, one) for message in asked.messages(name) for one in listed(held(message))}
+        for rule in map(attributes, asked.rules()):
+            said = {kind: rule.get(kind, b"") for kind in (NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA)}
+            found.add(("rule", repr(said).encode()))
+        asked.close()
+    return found
+
+
+@pytest.mark.parametrize("how", ["mac", "address"])
+def test_a_nic_is_wired_as_nft_wires_it_by_the_printed_commands(bridged: Node, how: str) -> None:
+    """To the last byte: what we tell the kernel ourselves is what nft makes of the text."""
+    add_filtered("tap1", 1)
+    check(call("kvm-ifup-post", "tap1"), 0)
+    manager.write_nic(mode="bridged", link="br0", filter=how, **{**NIC, "allow_mac": [FOREIGN_MAC]})
+    planned = call("kvm-ifup", "plan", "post", "tap0").out.splitlines()
+    commands = [line.strip() for line in planned if line.startswith(f"{' ':11}nft ")]
+    before = as_in_the_kernel()
+    check(call("kvm-ifup-post", "tap0"), 0)
+    ours = as_in_the_kernel()
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert as_in_the_kernel() == before
+    for line in commands:
+        tools.run(*shlex.split(line))
+    assert as_in_the_kernel() == ours
+    assert len(ours - before) >= 13
+
+
+def test_the_twentieth_nic_takes_no_more_requests_than_the_third(
+    bridged: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has just made the second knows what there is, and needs no libnftables."""
+    asked: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(Nftables, name)
+
+        def ask(self: Nftables, *words: Any, **more: Any) -> Any:
+            asked.append(name)
+            return real(self, *words, **more)
+
+        monkeypatch.setattr(Nftables, name, ask)
+
+    check(wire(ip=IPS, filter="address"), 0)
+    monkeypatch.setattr(library, "context", lambda: pytest.fail("libnftables is needed once more"))
+    for name in ("_get", "_dump", "change", "generation"):
+        counted(name)
+    found = []
+    for number in range(1, 20):
+        add_filtered(f"tap{number}", number)
+        asked.clear()
+        for program in ("kvm-ifup-post", "kvm-ifup-post", "kvm-ifdown", "kvm-ifup-post"):
+            check(call(program, f"tap{number}"), 0)
+            asked.append("")
+        found.append(" ".join(asked))
+    assert found[-1] == found[1]
+    assert "_dump" not in found[-1]
+    assert found[-1].count("change") == 3
+
+
+def test_a_tap_that_is_made_anew_has_its_chain_again(bridged: Node) -> None:
+    """It goes with the device, of which the ruleset tells nothing, and kvm-ifdown was not called."""
+    for _ in range(2):
+        check(wire(ip=IPS, filter="address"), 0)
+        bridged.taps[0].send(ethernet("01:80:c2:00:00:0e", FOREIGN_MAC, 0x88CC, bytes(46)))
+        assert passing(bridged, {"own": RIGHT["UDP"], "forged": WRONG_MAC["another MAC"][0]}) == {"own"}
+        assert learnt() == {GUEST_MAC}
+        assert 'hook ingress device "tap0"' in nft("list", "chain", "netdev", "kvm-ifup", "nic-tap0")
+        assert call("kvm-ifup-post", "tap0", "--json").needed == []
+        tools.ip("link del tap0")
+        bridged.taps.clear()
+        bridged.guest()
+
+
 DAMAGE = {
     "no MACs": "flush set bridge kvm-ifup macs",
     "not led to its chain": "flush map bridge kvm-ifup guests",
-    "no chain of its own": "flush map bridge kvm-ifup own; delete chain bridge kvm-ifup nic-tap0",
+    "no numbers": "flush set bridge kvm-ifup inner_macs; flush set bridge kvm-ifup inner_hosts6",
+    "no chain of its own": "flush chain netdev kvm-ifup nic-tap0; delete chain netdev kvm-ifup nic-tap0",
+    "no MACs on the tap": "flush set netdev kvm-ifup port_macs",
+    "no rule for taps": "flush chain netdev kvm-ifup reserved",
     "nothing at all": "flush ruleset",
 }
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvmifup.core import filters
 from kvmifup.core.filters import Facts
 from kvmifup.node import filter_shape
-from kvmifup.node.filters import facts_of
+from kvmifup.node.filter_table import elements_of, entries_for, facts_of
 
 from .strategies import macs, prefixes
 
@@ -29,7 +29,8 @@ def test_the_text_has_all_of_the_facts(facts: Facts) -> None:
 
 @given(every)
 def test_the_elements_have_all_of_the_facts(facts: Facts) -> None:
-    assert facts_of(filter_shape.elements("tap0", facts)) == facts
+    assert facts_of(filter_shape.elements(facts)) == facts
+    assert elements_of(entries_for("tap0", facts)) == filter_shape.elements(facts)
 
 
 @given(every)

@@ -1,0 +1,109 @@
+"""What makes the filter of a NIC of what was found: as commands for nft, and as requests of one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from kvmifup.core import filters
+from kvmifup.core.filters import Facts
+from kvmifup.core.ops import Filter
+from kvmifup.node import filter_shape as shape
+from kvmifup.node.filter_rules import RESERVED
+from kvmifup.node.filter_shape import SETS
+from kvmifup.node.filter_table import BASE_CHAIN, THE_TABLE, Entries, Found, entries_for, facts_in
+from kvmifup.node.messages import NLM_F_APPEND, attribute
+from kvmifup.node.nfmessages import (
+    NF_ACCEPT,
+    NF_NETDEV_INGRESS,
+    NFT_GOTO,
+    NFT_MSG_NEWCHAIN,
+    NFTA_CHAIN_HOOK,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_POLICY,
+    NFTA_CHAIN_TYPE,
+    NFTA_HOOK_DEV,
+    NFTA_HOOK_HOOKNUM,
+    NFTA_HOOK_PRIORITY,
+    NFTA_RULE_USERDATA,
+    NFTA_SET_ELEM_DATA,
+    Request,
+    big,
+    commented,
+    create,
+    keyed,
+    made_rule,
+    named,
+    nested,
+    put,
+    remove,
+    then,
+    verdict,
+)
+
+AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
+
+
+def changes(table: str, before: Entries, after: Entries) -> Iterator[Request]:
+    """The requests that make the elements *before* in *table* those *after*, and leave alone what stays."""
+    for how, every in ((remove, before - after), (put, after - before)):
+        for name, one in SETS.items():
+            found = [item for where, item in every if where == name and one.table == table]
+            elements = [keyed(key, end) + (leading(chain) if how is put else b"") for key, end, chain in found]
+            for first in range(0, len(found), AT_ONCE):
+                yield how(name, *elements[first : first + AT_ONCE])
+
+
+def leading(chain: str) -> bytes:
+    """The attribute of an element of a map that leads to *chain*; nothing for none."""
+    return nested(NFTA_SET_ELEM_DATA, verdict(NFT_GOTO, chain)) if chain else b""
+
+
+def guard_made(tap: str) -> Iterator[Request]:
+    """The requests that make the chain on the tap itself, with its rule."""
+    chain = shape.chain_of(tap)
+    hook = big(NFTA_HOOK_HOOKNUM, NF_NETDEV_INGRESS) + big(NFTA_HOOK_PRIORITY, shape.GUARD_PRIORITY)
+    what = named(NFTA_CHAIN_TYPE, "filter") + big(NFTA_CHAIN_POLICY, NF_ACCEPT)
+    what += nested(NFTA_CHAIN_HOOK, hook + named(NFTA_HOOK_DEV, tap))
+    yield create(NFT_MSG_NEWCHAIN, named(NFTA_CHAIN_NAME, chain) + what)
+    kind, flags, rule = made_rule(chain, then(NFT_GOTO, RESERVED))
+    yield kind, flags | NLM_F_APPEND, rule + attribute(NFTA_RULE_USERDATA, commented(shape.guard_marks(tap)[0]))
+
+
+def commands(tap: str, facts: Facts, found: Found) -> Iterator[str]:
+    """What makes *facts* of what was found: one transaction, which leaves alone what is right."""
+    if found.missing:
+        yield from shape.shared_part(hooked=BASE_CHAIN in found.missing)
+    if found.guard != shape.guard_marks(tap):
+        yield from shape.guard(tap, there=found.guard is not None)
+    wanted = shape.elements(facts)
+    # One whose chain is another now has to go before it can come again.
+    yield from (shape.element("delete", tap, one) for one in sorted(found.elements - wanted))
+    yield from (shape.element("add", tap, one) for one in sorted(wanted - found.elements))
+
+
+def by_hand(op: Filter, now: object) -> Iterator[str]:
+    """What nft(8) is to be told to make what *op* wants of *now*: first what NICs share, then what is the NIC's own."""
+    said = None if now is None else str(now)
+    damage = said.partition(filters.BROKEN)[2].rstrip(")").split(", ") if said else [THE_TABLE]
+    before = facts_in(said) if said else None
+    elements = shape.elements(before) if before else frozenset()
+    wanted = facts_in(op.want) if op.want else None
+    if wanted is None:
+        yield one_line(
+            (
+                *(shape.element("delete", op.dev, one) for one in sorted(elements)),
+                *shape.no_guard(op.dev),
+            )
+        )
+        return
+    if damage != [""]:
+        yield one_line(shape.shared_part(hooked=BASE_CHAIN in damage))
+    found = Found(())
+    if before and damage == [""]:
+        found = Found((), entries_for(op.dev, before), shape.guard_marks(op.dev))
+    yield one_line(commands(op.dev, wanted, found))
+
+
+def one_line(words: Iterable[str]) -> str:
+    """Several commands for nft as one. (Two commands for the shell are told apart by a semicolon and a blank.)"""
+    return ";".join(words).replace("; ", ";")
