@@ -209,7 +209,7 @@ OF_BRIDGED = 'link of a bridged NIC is a Linux bridge; for one of Open vSwitch w
 def ready_bridge(nic: Nic, name: str, config: Config, bridge: Bridge | None) -> Bridge:
     """The bridge, if it can take the guest: an incoming one only if a port forwards in time. Raises NotReadyError."""
     if bridge is None:
-        hint = OF_BRIDGED if name.isdigit() else f"`{bridge_made(name)}`, or mend link"
+        hint = OF_BRIDGED if name.isdigit() else f"`{bridge_made(name)}`, or correct link"
         raise NotReadyError(f"no such bridge: {name}", hint=hint)
     if not bridge.is_bridge:
         raise NotReadyError(f"{name} is not a bridge", hint=OF_BRIDGED)
@@ -239,12 +239,12 @@ def ready_trunks(nic: Nic, name: str, bridge: Bridge) -> tuple[Trunk, ...]:
     for trunk in bridge.trunks:
         if trunk.is_tap:
             raise NotReadyError(
-                f"uplink {trunk.name} is a tap", hint=f"mend [link.{nic.link}] uplinks: it is a guest's end"
+                f"uplink {trunk.name} is a tap", hint=f"correct [link.{nic.link}] uplinks: it is a guest's end"
             )
         if not trunk.is_port:
             raise NotReadyError(
                 f"uplink {trunk.name} is no port of {name}",
-                hint=f"`ip link set {trunk.name} master {name}`, or mend [link.{nic.link}] uplinks",
+                hint=f"`ip link set {trunk.name} master {name}`, or correct [link.{nic.link}] uplinks",
             )
         for vid, device in trunk.used:
             if vid in ids(nic.vlan or ""):
@@ -288,7 +288,7 @@ def openvswitch(nic: Nic, config: Config, facts: NodeFacts) -> Iterator[Step]:
     assert nic.link is not None  # kvmifup.inputs.values has checked it
     if facts.bridge is None or not facts.bridge.is_bridge:
         raise NotReadyError(
-            f"no such Open vSwitch bridge: {nic.link}", hint=f"`ovs-vsctl add-br {nic.link}`, or mend link or mode"
+            f"no such Open vSwitch bridge: {nic.link}", hint=f"`ovs-vsctl add-br {nic.link}`, or correct link or mode"
         )
     if not facts.bridge.up:
         raise NotReadyError("ovs-vswitchd does not run", hint="`systemctl start openvswitch-switch`")
@@ -560,9 +560,9 @@ def ready_uplinks(nic: Nic, facts: NodeFacts) -> list[Uplink]:
         raise NotReadyError(f"IPv6 is off on {nic.tap}", hint=f"`sysctl -w {' '.join(facts.ipv6_mend)}`")
     for uplink in facts.uplinks:
         if not uplink.present:
-            raise NotReadyError(f"no such uplink: {uplink.name}", hint="mend [routed] uplinks")
+            raise NotReadyError(f"no such uplink: {uplink.name}", hint="correct [routed] uplinks")
         if uplink.is_tap:
-            raise NotReadyError(f"uplink {uplink.name} is a tap", hint="mend [routed] uplinks: it is a guest's end")
+            raise NotReadyError(f"uplink {uplink.name} is a tap", hint="correct [routed] uplinks: it is a guest's end")
         if uplink.family not in families:
             continue
         if not uplink.up:

@@ -34,14 +34,33 @@ class Parser(argparse.ArgumentParser):
     words: Collection[str] = ()  # its subcommands: what follows one is not for this parser
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does it; but an option that there is not is named before something that is missing."""
+        """As argparse does it; but an option that there is not is named before something that is missing.
+
+        And by this parser, not by the one above it: it knows which options there are.
+        """
         try:
-            return super().parse_known_args(args, namespace)
+            found, left = super().parse_known_args(args, namespace)
         except UsageError:
-            unknown = self._unknown(args)
-            if unknown is None:
+            option = self._unknown(args)
+            if option is None:
                 raise
-            raise UsageError(f"there is no option {shown(unknown)}", hint=f"{self.prog} --help") from None
+            raise self._no_option(option) from None
+        if left:
+            option = self._unknown(left)
+            if option:
+                raise self._no_option(option)
+            raise UsageError(f"{shown(left[0])} is one argument too many", hint=f"{self.prog} --help")
+        return found, left
+
+    def _no_option(self, name: str) -> UsageError:
+        """What to say of an option *name* that there is not."""
+        hint = misspelt(name, self._option_string_actions) or f"{self.prog} --help"
+        return UsageError(f"there is no option {shown(name)}", hint=hint)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """As argparse does it; but a lone "--" where one word belongs is that word: argparse makes it a list."""
+        found = super()._get_values(action, arg_strings)
+        return self._get_value(action, "--") if found == [] and action.nargs is None else found
 
     def _unknown(self, args: Sequence[str]) -> str | None:
         """The first of *args* that is an option, but not one of this parser."""
@@ -147,7 +166,7 @@ def add_subcommands(made: Parser) -> None:
     one.add_argument("name", nargs="?", metavar="INSTANCE|TAP", help="only this guest's, or this one")
     one.add_argument("--wrong", action="store_true", help="only those with which something is wrong")
     one = add(subcommands, "plan", "print what a phase would change, and the commands to do it by hand")
-    one.add_argument("phase", choices=HOOKS, help="the phase")
+    one.add_argument("phase", choices=HOOKS, metavar="|".join(HOOKS), help="the phase")
     one.add_argument("name", metavar="INSTANCE|TAP", help="all NICs of this guest, or this one")
     one = add(subcommands, "check", "compare NICs with what their phase wants; exit with 1 if something differs")
     one.add_argument("name", nargs="?", metavar="INSTANCE|TAP", help="only this guest's, or this one")

@@ -55,7 +55,7 @@ class Options:
         if self.subcommand == "hook" or self.verb == "put" or self.run_dir == RUN_DIR:
             return
         if not self.run_dir.is_dir():
-            raise UsageError(f"there is no run directory {shown(str(self.run_dir))}", hint="mend --run-dir")
+            raise UsageError(f"there is no run directory {shown(str(self.run_dir))}", hint="correct --run-dir")
 
 
 def of_manager(argv: Sequence[str]) -> Options | None:

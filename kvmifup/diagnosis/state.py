@@ -207,11 +207,12 @@ def not_wired(one: Known, look: Look) -> KvmIfupError | None:
     if look.overview.ifindex(one.tap) is None:
         return None
     if not look.overview.is_tap(one.tap):
-        return NotReadyError(f"{one.tap} is there, but is not a tap", hint="mend tap in its NIC file", where=one.label)
+        text = f"{one.tap} is there, but is not a tap"
+        return NotReadyError(text, hint="correct tap in its NIC file", where=one.label)
     for other in look.everything:
         if other.tap == one.tap and other.journal and alive(other.journal, look.session):
             text = f"{one.tap} is wired for another NIC{'' if other.label == one.tap else f', {other.label}'}"
-            hint = f"`kvm-ifdown {one.tap}` when that NIC is no more, then `kvm-ifup-pre {one.tap}`; or mend tap"
+            hint = f"`kvm-ifdown {one.tap}` when that NIC is no more, then `kvm-ifup-pre {one.tap}`; or correct tap"
             return NotReadyError(text, hint=hint, where=one.label)
     if by_ganeti(one):
         return NotReadyError(
@@ -234,7 +235,7 @@ def who_is_behind(one: Known, look: Look) -> NotReadyError | None:
     mac, by = seen_mac(nic, qemu, look)
     if mac and mac != nic.mac:
         text = f"the guest's MAC is {mac}, as {by} shows, not {nic.mac}"
-        return NotReadyError(text, hint=f"mend mac {file}, then `kvm-ifup-pre {one.tap}`", where=one.label)
+        return NotReadyError(text, hint=f"correct mac {file}, then `kvm-ifup-pre {one.tap}`", where=one.label)
     runs = runs_here(one, nic, qemu, look)
     if runs:
         text = f"{runs}, so it runs here, and pre alone does not wire it"

@@ -314,7 +314,7 @@ def test_in_the_journal_a_line_has_its_priority_and_no_name_of_its_own(uplinked:
 
 def test_somebody_elses_journal_is_none_of_its_business(node: Node, log: Log) -> None:
     """Started by a hand in a service, with its output somewhere else."""
-    check(hook("kvm-ifupd", "x", env=log.environ), 64, "kvm-ifupd: unrecognized arguments: x")
+    check(hook("kvm-ifupd", "x", env=log.environ), 64, "kvm-ifupd: 'x' is one argument too many")
 
 
 def test_idle_it_exits_but_only_if_there_is_nothing_to_look_after(activated: Activated) -> None:

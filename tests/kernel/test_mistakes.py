@@ -229,11 +229,23 @@ def test_gc_that_has_nothing_to_do_says_so_if_asked(inhabited: Node) -> None:
         ("plan tap0 post", ["'tap0' is no phase", "plan pre|post|down INSTANCE|TAP"]),
         ("nic lits", ["did you mean list?"]),
         ("nic add web1 0 -", ["'add' is not known here", "put, list, rm"]),
-        ("check --nodes", ["--nodes"]),
+        ("check --nodes", ["no option '--nodes'", "did you mean --node?"]),
+        ("--jsno show", ["no option '--jsno'", "did you mean --json?"]),
+        ("show --all", ["no option '--all'", "kvm-ifup show --help"]),
+        ("nic list web1 web2", ["'web2' is one argument too many", "kvm-ifup nic list --help"]),
+        ("plan", ["pre|post|down, INSTANCE|TAP", "kvm-ifup plan --help"]),
     ],
 )
 def test_kvm_ifup_says_what_may_have_been_meant(node: Node, line: str, words: Sequence[str]) -> None:
     check(call("kvm-ifup", *line.split()), 64, *words)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("plan post -- --", 65), ("nic put -- -- 0 -- --", 64), ("watch --trace=--", 69)],
+)
+def test_two_dashes_are_a_name_like_any_other(node: Node, line: str, code: int) -> None:
+    check(call("kvm-ifup", *line.split()), code)
 
 
 @pytest.mark.parametrize(
