@@ -11,6 +11,7 @@ import errno
 import ipaddress
 import socket
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kvmifup.core import bridgeport
@@ -256,9 +257,10 @@ class Kernel:
             case Sysctl():
                 if not op.everywhere:
                     self._view.index(op.dev)  # is it still the same device?
-                # What a tap without IPv6 does not have, needs no setting.
-                if op.want is not None and (op.on_uplink or sysctl(op.path) is not None):
-                    write_sysctl(op.path, op.want)
+                if op.want is not None:
+                    # What a tap without IPv6 does not have, needs no setting.
+                    with suppress(*(() if op.on_uplink else (FileNotFoundError,))):
+                        write_sysctl(op.path, op.want)
             case Rule():
                 self._write_rule(op)
             case Sources():

@@ -218,26 +218,38 @@ def undoable(changes: Sequence[Change]) -> tuple[Change, ...]:
 
 
 def undo(entries: Sequence[Entry], node: Node) -> list[tuple[Entry, Exception]]:
-    """Put back the prior values of *entries*, last first, also after failures; returns what failed, and why.
+    """`put_back` for who needs only what failed, and why."""
+    return put_back(entries, node)[1]
 
-    What is no longer there needs no undoing.
+
+def put_back(entries: Sequence[Entry], node: Node) -> tuple[tuple[Change, ...], list[tuple[Entry, Exception]]]:
+    """Put back the prior values of *entries*, last first, also after failures; returns the changes, and what failed.
+
+    Each value is read once, when it is its turn. What is no longer there needs no undoing.
     """
+    changes: list[Change] = []
     problems: list[tuple[Entry, Exception]] = []
+    places: dict[Entry, Value] = {}  # where what has left was
     for entry in entries:
         if entry.op.moves:
             with suppress(Exception):  # whatever it is, it is met again below
-                leave(entry, node)
+                leave(entry, node, places)
     for entry in backwards(entries):
+        op = entry.undo
         if not entry.op.undoable:
             continue
         try:
-            if node.read(entry.undo) != entry.prior:
-                node.write(entry.undo)
+            now = node.read(op)
+            if now != entry.prior:
+                node.write(op)
         except VanishedError:
             continue
         except Exception as error:  # whatever it is, the remaining ones must be tried
             problems.append((entry, error))
-    return problems
+            continue
+        now = places.get(entry, now)
+        changes.append(Change(op, now, now != entry.prior))
+    return tuple(changes), problems
 
 
 def backwards(entries: Sequence[Entry]) -> list[Entry]:
@@ -249,11 +261,15 @@ def backwards(entries: Sequence[Entry]) -> list[Entry]:
     return [one for turn in order for one in reversed(entries) if (one.op.moves, one.op.of_place) == turn]
 
 
-def leave(entry: Entry, node: Node) -> None:
-    """Take what has moved away from where it is, unless it is where it was. Raises what the node raises."""
-    place = entry.op.place
-    if place(node.read(entry.undo)) not in (None, place(entry.prior)):
+def leave(entry: Entry, node: Node, places: dict[Entry, Value]) -> None:
+    """Take what has moved away from where it is, unless it is where it was, and note that in *places*.
+
+    Raises what the node raises.
+    """
+    place, now = entry.op.place, node.read(entry.undo)
+    if place(now) not in (None, place(entry.prior)):
         node.write(entry.op.turned(None))
+        places[entry] = now
 
 
 def cause(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from kvmifup.core.errors import (
 )
 from kvmifup.core.model import Nic, Phase
 from kvmifup.phases import only_here
-from kvmifup.runs.apply import Change, cause, survey_undo, undo
+from kvmifup.runs.apply import Change, cause, put_back, survey_undo
 from kvmifup.runs.journal import Entry, Journal, Mark, marked
 from kvmifup.runs.outcome import Outcome, Results
 from kvmifup.runs.session import Session, alive
@@ -108,8 +108,9 @@ def revert(journal: Journal, session: Session) -> tuple[Change, ...]:
     """
     live = alive(journal, session)
     mine = unshared(journal, [entry for entry in journal.pending if live or entry.op.outlives_tap], session)
-    changes = survey_undo(mine, session.kernel, past=KvmIfupError)  # `undo` meets it again, and reports it
-    problems = [] if session.dry else undo(mine, session.kernel)
+    if session.dry:
+        return survey_undo(mine, session.kernel, past=KvmIfupError)
+    changes, problems = put_back(mine, session.kernel)
     for _, error in problems:
         if isinstance(error, PrivilegeError):
             raise error.at(journal.nic.label)

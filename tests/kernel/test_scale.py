@@ -17,8 +17,10 @@ from harness.nodes import Node
 from harness.oracle import sysctl
 from kvmifup.agent import events
 from kvmifup.agent.loop import Loop
-from kvmifup.node import standing, transport
+from kvmifup.core.ops import LinkMaster, Op, Value
+from kvmifup.node import procfs, standing, transport
 from kvmifup.node.addresses import link_local
+from kvmifup.node.kernel import Kernel
 from kvmifup.node.messages import RTM_GETRULE
 from kvmifup.node.transport import Transport, split
 from kvmifup.node.view import View
@@ -310,3 +312,33 @@ def test_a_hook_makes_no_netlink_socket_once_there_are_some(kind: str, monkeypat
     for program in ("kvm-ifup-post", "kvm-ifup-post", "kvm-ifdown", "kvm-ifdown"):
         run(program, kind, 99)
     assert made == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "filtered"])
+def test_what_a_hook_finds_it_reads_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To write a setting takes no look at it, and to undo what a journal knows no second one."""
+    nodes.add_bridge()
+    tools.ip("route add default via 192.0.2.1 table 100")
+    nodes.add_tap("tap99")
+    counts: Counter[object] = Counter()
+    read, read_file = Kernel.read, procfs.read_file
+
+    def counted(kernel: Kernel, op: Op) -> Value:
+        counts[op.key] += 1
+        return read(kernel, op)
+
+    def counted_file(path: str, *, whole: bool = False) -> str | None:
+        counts[path] += path.startswith(procfs.SYSCTL)
+        return read_file(path, whole=whole)
+
+    monkeypatch.setattr(Kernel, "read", counted)
+    monkeypatch.setattr(procfs, "read_file", counted_file)
+    looked = 0
+    for program in ("kvm-ifup-post", "kvm-ifup-post", "kvm-ifdown", "kvm-ifdown"):
+        counts.clear()
+        run(program, kind, 99)
+        # Where it was, once before it leaves, and once when it is its turn.
+        counts[LinkMaster("tap99", None).key] -= program == "kvm-ifdown"
+        assert [what for what, times in counts.items() if times > 1] == []
+        looked += len(counts)
+    assert looked > 30

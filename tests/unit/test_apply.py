@@ -28,7 +28,7 @@ from kvmifup.core.ops import (
     Sysctl,
 )
 from kvmifup.runs.announcing import carry_out
-from kvmifup.runs.apply import Job, apply, survey
+from kvmifup.runs.apply import Job, apply, put_back, survey, survey_undo
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.outcome import Outcome
 
@@ -252,6 +252,38 @@ def test_undo_goes_backwards_to_what_was_read(worlds: Callable[..., World]) -> N
     (moved,) = [change for change in job.needed if change.op.moves]
     rest = [change for change in reversed(job.needed) if change.op.undoable and change != moved]
     assert undone == [change.entry.undo for change in (*rest, moved)]  # it comes back when all else is as it was
+
+
+@every_plan
+def test_what_is_put_back_is_told_as_it_was_foreseen(shape: str, worlds: Callable[..., World]) -> None:
+    world = worlds()
+    job = job_for(PLANS[shape], world.node)
+    apply([job], world.node, world.store)
+    assert job.after is not None
+    foreseen = survey_undo(job.after.entries, world.node)
+    changes, problems = put_back(job.after.entries, world.node)
+    # On a node in memory nothing goes by itself with what else is undone.
+    assert [one for one in changes if not one.op.gone_with] == [one for one in foreseen if not one.op.gone_with]
+    assert [one.op for one in changes] == [one.op for one in foreseen]
+    assert problems == []
+    assert world.node.undoable() == world.values
+    again, problems = put_back(job.after.entries, world.node)
+    assert [change for change in again if change.needed and change.op.readable] == []
+    assert problems == []
+
+
+def test_what_could_not_be_put_back_is_not_told_as_done(worlds: Callable[..., World]) -> None:
+    world = worlds()
+    job = job_for(PLANS["routed"], world.node)
+    apply([job], world.node, world.store)
+    assert job.after is not None
+    failure = KernelError("no", errno=errno.EINVAL)
+    world.node.before = fail_at(len(world.node.writes) + 3, failure)
+    changes, problems = put_back(job.after.entries, world.node)
+    (failed,) = problems
+    assert failed[1] is failure
+    assert failed[0].undo not in [change.op for change in changes]
+    assert len(changes) == len(job.after.entries) - 1
 
 
 def test_undo_writes_only_what_was_changed(worlds: Callable[..., World]) -> None:
