@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import hooks, manager, namespaces, nodes
+from harness import hooks, manager, namespaces, nodes, tools
 from harness.addresses import GUEST_IP4, GUEST_IP6
 from harness.nodes import Node
 
@@ -65,6 +65,17 @@ def test_a_nic_file_takes_what_reads_toml_and_no_more(ready: Node) -> None:
     assert "tomli" in found
     assert found <= TOML
     assert extra("kvm-ifdown", {}) == set()  # the journal says all
+
+
+@pytest.mark.parametrize("more", ["", "lock_timeout = 5"])
+def test_settings_take_what_reads_toml_if_they_set_anything(ready: Node, more: str) -> None:
+    SETTINGS.mkdir(exist_ok=True)
+    installed = (tools.ROOT / "etc/config.toml").read_text(encoding="utf-8")
+    (SETTINGS / "config.toml").write_text(f"{more}\n{installed}")
+    for program in ("kvm-ifup-post", "kvm-ifdown"):
+        found = extra(program, manager.ganeti(MODE="bridged", LINK="br0"))
+        assert ("tomli" in found) == bool(more)
+        assert found <= (TOML if more else set())
 
 
 def test_a_program_of_the_administrator_takes_what_runs_it(ready: Node) -> None:

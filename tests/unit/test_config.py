@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvmifup.core.errors import ConfigError
 from kvmifup.core.model import BridgedConfig, Config, ExtConfig, ExtNetwork, LinkConfig, RoutedConfig, TapConfig
-from kvmifup.inputs import config
+from kvmifup.inputs import config, toml
 
 from .conftest import ROOT
 from .test_inputs import toml_values
@@ -342,3 +343,37 @@ def test_a_changed_file_counts_at_once(etc: Path) -> None:
         config.load(None)
     (etc / "config.toml").unlink()
     assert config.load(None) == Config()
+
+
+PIECES = (
+    *(
+        "\n",
+        "[a]",
+        "[b]",
+        "[a-_1]",
+        "[ a ]",
+        "[a.b]",
+        "[[a]]",
+        "[é]",
+        '["a"]',
+        "[]",
+        "[",
+        "]",
+        "# x",
+        "#",
+        "x = 1",
+        "x",
+    ),
+    *(" ", "\t", "\r", "\r\n", "\0", "\x08", "\x0b", "\x0c", "\x1f", "\x7f", "\x85", "\xa0", "\u2028", "\ufeff"),
+)
+
+
+def test_what_sets_nothing_is_what_tomli_says_of_it() -> None:
+    texts = ["".join(pieces) for pieces in itertools.product(PIECES, ("", *PIECES), ("", *PIECES))]
+    for text in texts:
+        found = toml.tables(text)
+        if found is not None:
+            assert tomli.loads(text) == found, text
+    assert toml.tables("[a]\n#[b]\n [b] # x\n\n") == {"a": {}, "b": {}}
+    assert toml.tables("[a]\n[a]") is None
+    assert toml.tables(INSTALLED) == tomli.loads(INSTALLED)
