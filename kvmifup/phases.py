@@ -586,16 +586,26 @@ def remarks(phase: Phase, nic: Nic, config: Config, facts: NodeFacts) -> tuple[s
             found.append(f"no uplink of bridge {nic.link} found: VLANs {nic.vlan} do not leave this node")
         if nic.allow_mac and said("filter", *ladder(nic, config)) in (None, "off"):
             found.append("allow_mac does nothing without a filter")
+        found += filter(None, [addressless(nic, config)])
         return tuple(found)
     if phase is Phase.DOWN or nic.mode != "routed":
         return ()
     open_ = (UNJUDGED.format(facts.unguarded),) if facts.unguarded and config.routed.reverse_path in JUDGED else ()
     if not nic.ip:
-        return (*open_, "it has no address: nothing is routed to the guest")
+        return (*open_, addressless(nic, config))
     if config.routed.uplinks == ():  # that is meant
         return open_
     lacking = sorted({prefix.version for prefix in nic.ip} - {uplink.family for uplink in facts.uplinks})
     return (*open_, *(f"no IPv{family} uplink found: nothing there answers for the guest" for family in lacking))
+
+
+def addressless(nic: Nic, config: Config) -> str:
+    """What it leads to that *nic* has no address; empty if it has one, or needs none."""
+    if nic.mode == "routed" and not nic.ip:
+        return "it has no address: nothing is routed to the guest"
+    if nic.mode == "bridged" and not nic.ip and said("filter", *ladder(nic, config)) == "address":
+        return 'it has no address: with filter = "address" the guest can send nothing'
+    return ""
 
 
 def ends_here(nic: Nic, config: Config, facts: NodeFacts) -> bool:

@@ -85,6 +85,7 @@ class Announcements:
         if lost:
             self._runner.say(f"round {number + 1} of {len(SCHEDULE)}: {announce.say(lost)}", severity=syslog.WARNING)
         else:
-            told = listed([f"{address} on {uplink}" for uplink, address, _ in one.messages])
+            # An address is told in more than one way.
+            told = listed(list(dict.fromkeys(f"{address} on {uplink}" for uplink, address, _ in one.messages)))
             self._runner.tell(f"announced, round {number + 1} of {len(SCHEDULE)}: {told}")
         return len(lost) < len(one.messages) or not all(failure.gone for failure in lost)

@@ -139,7 +139,7 @@ def check_lines(diagnosis: Diagnosis, more: int = 0) -> Iterable[str]:
     if more:
         yield f"{one.label} and {more} more: {diagnosis.verdict}"
     elif diagnosis.verdict == "not wired" and not one.told:
-        yield f"{one.label}: {mode}{diagnosis.verdict}"
+        yield f"{one.label}: {mode}{diagnosis.verdict}: there is no {one.tap}; its QEMU makes it when it starts"
     else:
         yield f"{one.label}: {how}: {diagnosis.verdict}"
     for finding in diagnosis.findings:

@@ -20,7 +20,7 @@ from kvmifup.diagnosis.findings import Finding, of_error
 from kvmifup.diagnosis.firewall import filtered
 from kvmifup.diagnosis.nics import Known
 from kvmifup.diagnosis.routed import traffic, uplinks
-from kvmifup.diagnosis.state import Look, State, by_ganeti, compared, intended, state_of, stopped
+from kvmifup.diagnosis.state import Look, State, by_ganeti, compared, file_of, intended, state_of, stopped
 from kvmifup.node import probe
 from kvmifup.node.overview import Overview
 from kvmifup.runs import rivals
@@ -103,6 +103,8 @@ def wired_findings(one: Known, state: State, look: Look, *, ask: bool) -> Iterat
         with suppress(KvmIfupError):
             missing = compared(one, replace(session, kernel=Excused(kernel))).missing
     yield from drift(one, nic, missing, look, changed=bool(changed))
+    if closed := phases.addressless(nic, session.config):
+        yield Finding(closed, mend=f"ip {file_of(nic)}", wrong=nic.mode == "bridged")  # Ganeti's routed one may lack it
     if nic.mode == "routed":
         yield from traffic(one, nic, missing, kernel, session.config)
         yield from rivalled(one, nic, session.run_dir)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 from kvmifup import phases
@@ -127,8 +128,8 @@ def uplinks(nics: Sequence[tuple[Nic, Phase]], config: Config, kernel: Overview)
         for uplink in ups:
             key = (uplink.name, uplink.family)
             found[key] = uplink, phase is Phase.POST or (key in found and found[key][1])
-    for uplink, answering in found.values():
-        yield from uplink_findings(uplink, kernel, answering=answering)
+    each = (uplink_findings(uplink, kernel, answering=answering) for uplink, answering in found.values())
+    yield from dict.fromkeys(chain.from_iterable(each))  # one that is down is so for both families
     yield from surroundings([nic for nic, _ in routed], [uplink for uplink, _ in found.values()], kernel, config)
     for family in sorted(lacking):
         yield Finding(

@@ -231,7 +231,7 @@ def by_ganeti(one: Known) -> bool:
 def who_is_behind(one: Known, look: Look) -> NotReadyError | None:
     """What contradicts the description of a NIC that is wired: the process behind its tap, or its frames."""
     nic, qemu = intended(one, look.session.config), look.guests.get(one.tap)
-    file = f"in {nic.source}" if nic.source.endswith(".toml") else "where it is described"
+    file = file_of(nic)
     mac, by = seen_mac(nic, qemu, look)
     if mac and mac != nic.mac:
         text = f"the guest's MAC is {mac}, as {by} shows, not {nic.mac}"
@@ -241,6 +241,11 @@ def who_is_behind(one: Known, look: Look) -> NotReadyError | None:
         text = f"{runs}, so it runs here, and pre alone does not wire it"
         return NotReadyError(text, hint=f"`kvm-ifup-post {one.tap}`, and take incoming out {file}", where=one.label)
     return None
+
+
+def file_of(nic: Nic) -> str:
+    """Where *nic* is described, for a hint: "in" its file, if that is one that a person can correct."""
+    return f"in {nic.source}" if nic.source.endswith(".toml") else "where it is described"
 
 
 def seen_mac(nic: Nic, qemu: Qemu | None, look: Look) -> tuple[str | None, str]:

@@ -256,7 +256,12 @@ def nic_of_tap(tap: str, run_dir: Path, *, needed: bool = True) -> Nic | None:
     """
     link = run_dir / "tap" / tap
     if leads_somewhere(link):
-        nic = read_nic(link, run_dir)
+        try:
+            nic = read_nic(link, run_dir)
+        except NicError as error:
+            if error.where == str(link) and link.is_symlink():  # the file itself is what has to be corrected
+                error.where = os.path.normpath(link.parent / link.readlink())
+            raise
         if not means(nic, tap):
             raise NicError(f"it leads to a NIC file for {nic.tap}", hint="write it anew", where=str(link))
         return nic

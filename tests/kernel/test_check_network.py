@@ -31,6 +31,25 @@ def second_uplink(node: Node, name: str = "eth1", address: str = "198.51.100.11/
         sysctl(f"ipv{family}/conf/{name}/forwarding", 1)
 
 
+# --- no address -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["off", "mac", "address"])
+def test_a_guest_that_is_filtered_by_address_and_has_none_is_not_right(node: Node, kind: str) -> None:
+    wired(node, BRIDGED, filter=kind)
+    code, findings = found()
+    assert ("the guest can send nothing" in text(findings)) == (kind == "address")
+    assert code == (1 if kind == "address" else 0)
+    assert ("has no address" in call("kvm-ifup-post", "tap0", "-v").err) == (kind == "address")
+
+
+def test_a_routed_guest_without_an_address_is_told_and_not_wrong(uplinked: Node) -> None:
+    nodes.add_tap()
+    check(call("kvm-ifup-post", environ=manager.ganeti(MODE="routed", LINK="")), 0)
+    code, findings = found()
+    assert (code, "nothing is routed to the guest" in text(findings)) == (0, True)
+
+
 # --- routed: no uplink in a family ----------------------------------------------------------------------------
 
 

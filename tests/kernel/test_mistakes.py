@@ -312,6 +312,19 @@ def test_put_of_the_same_nic_again_and_of_another_tap(node: Node) -> None:
     assert described("tap0").endswith("/web1/0.toml")
 
 
+@pytest.mark.parametrize("fault", ["of a key", "of its mode"])
+def test_a_wrong_file_is_named_itself_and_not_the_symlink_to_it(node: Node, fault: str) -> None:
+    check(put("web1", 0, "tap0"), 0)
+    file = RUN_DIR / "nic/web1/0.toml"
+    if fault == "of a key":
+        file.write_text(file.read_text() + "vln = 1\n")
+    else:
+        file.chmod(0o666)
+    for program in HOOKS:
+        check(call(program, "tap0"), 65, f"{program}: {file}: ")
+    check(call("kvm-ifup", "plan", "post", "tap0"), 65, f"kvm-ifup: {file}: ")
+
+
 @pytest.mark.parametrize("how", ["its own symlink", "no symlink", "another's symlink"])
 def test_a_tap_that_two_files_describe_is_wired_only_if_its_symlink_says_whose(node: Node, how: str) -> None:
     nodes.add_bridge()

@@ -392,6 +392,18 @@ def test_an_uplink_that_is_not_there_is_named_before_there_is_a_routed_guest(nod
     assert "there is no uplink eth9" in said
 
 
+@pytest.mark.parametrize("fault", ["it is not there", "it is down"])
+def test_what_is_true_of_an_uplink_for_both_families_is_said_once(uplinked: Node, fault: str) -> None:
+    manager.write_nic("tap1", "db1", mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    tools.ip("link add eth1 type veth peer name eth1-far")
+    uplink, what = (
+        ("eth9", "there is no uplink eth9") if fault == "it is not there" else ("eth1", "uplink eth1 is down")
+    )
+    with agents.configured(routed={"uplinks": [uplink]}):
+        code, said = readiness()
+    assert (code, said.count(what)) == (1, 1)
+
+
 def test_a_node_that_is_ready_and_what_keeps_it_from_it(uplinked: Node) -> None:
     nodes.add_bridge()
     nodes.add_tap()

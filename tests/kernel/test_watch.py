@@ -83,6 +83,18 @@ def test_a_migration_is_shown_as_it_happens(uplinked: Node, agent: Agent) -> Non
     assert list((manager.RUN_DIR / "watch").iterdir()) == []
 
 
+def test_a_round_of_announcements_names_each_address_once(uplinked: Node, agent: Agent) -> None:
+    """A gateway is asked in the guest's name, too: that is one more frame, and no other address."""
+    watcher = Watcher()
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=IPS)
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    until(lambda: "round 2 of 5: " in watcher.said())
+    assert watcher.end() == 0
+    (line,) = [line for line in watcher.said().splitlines() if "round 2 of 5: " in line]
+    assert sorted(line.partition("round 2 of 5: ")[2].split(", ")) == sorted(f"{one} on eth0" for one in IPS)
+
+
 def test_as_json(uplinked: Node, agent: Agent) -> None:
     watcher = Watcher("--json")
     arrive(uplinked, agent)
