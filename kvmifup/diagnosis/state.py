@@ -147,7 +147,8 @@ def stopped(one: Known, session: Session) -> KvmIfupError | None:
     if one.journal and not alive(one.journal, session):
         return NotReadyError("its tap is gone", hint="`kvm-ifup gc` clears up after it", where=one.label)
     if one.journal and one.journal.pending:
-        return RollbackError("a run on it was killed", hint="`kvm-ifup gc`, then the hook again", where=one.label)
+        text = "a run on it was killed, or could not put everything back"
+        return RollbackError(text, hint="`kvm-ifup gc`, then the hook again", where=one.label)
     return None
 
 

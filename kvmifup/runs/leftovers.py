@@ -119,8 +119,10 @@ def revert(journal: Journal, session: Session) -> tuple[Change, ...]:
         left = tuple(entry for entry in mine if id(entry) in failed)
         with suppress(KernelError):  # then all of it is still to be undone
             session.store.save(replace(journal, pending=left))
+        given_up = f"`rm {session.store.path(journal.nic.tap)}`"
         raise RollbackError(
-            f"could not put back: {'; '.join(cause(error) for _, error in problems)}", hint="`kvm-ifup gc` tries again"
+            f"could not put back: {'; '.join(cause(error) for _, error in problems)}",
+            hint=f"mend that, then `kvm-ifup gc`; to leave it as it is, {given_up}",
         ).at(journal.nic.label)
     return changes
 

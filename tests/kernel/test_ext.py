@@ -172,6 +172,24 @@ def test_the_program_of_a_vanished_tap_is_told_down(programs: Path) -> None:
     assert phases() == ["pre", "down"]
 
 
+def test_without_its_program_a_tap_is_free_again_when_the_hint_is_followed(programs: Path) -> None:
+    """Nobody can undo what the program did; and that is no affair of the next guest on a tap of that name."""
+    program = put(programs)
+    manager.write_nic(mode="ext", link="blue")
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    program.unlink()
+    result = hook("kvm-ifdown", "tap0")
+    check(result, 70, "could not put back", str(program), "then `kvm-ifup gc`")
+    assert "or could not put everything back" in hook("kvm-ifup", "check").out
+    nodes.add_bridge()
+    manager.write_nic(mode="bridged", link="br0")
+    for command in (["kvm-ifup-post", "tap0"], ["kvm-ifup", "gc"]):
+        check(hook(*command), 70, "could not put back", str(program))
+    subprocess.run(result.err.split("`")[-2].split(), check=True)
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    assert link("tap0")["master"] == "br0"
+
+
 def test_what_it_says_last_is_in_our_error(programs: Path) -> None:
     put(programs, "echo one >&2; echo out of cables >&2; exit 3")
     manager.write_nic(mode="ext", link="blue")
