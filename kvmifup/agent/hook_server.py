@@ -294,9 +294,13 @@ class Exchange:
 
     def _answer(self, answer: bytes) -> None:
         with self.answering, suppress(OSError):
-            # From here, not from the loop, which may be busy; and long output takes the script a while to read.
-            self.connection.settimeout(TO_ASK)
-            self.connection.sendall(answer)
+            # From here, not from the loop, which may be busy.
+            sent = 0
+            with suppress(BlockingIOError):
+                sent = self.connection.send(answer)
+            if sent < len(answer):  # the script takes a while to read long output
+                self.connection.settimeout(TO_ASK)
+                self.connection.sendall(answer[sent:])
 
     def _beat(self) -> None:
         if self.answering.acquire(blocking=False):  # never in the middle of an answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 MAX_BYTES = 1 << 20  # a NIC may have thousands of addresses
@@ -71,19 +72,26 @@ def check(path: Path, base: Path, *, roots_group: bool = False) -> Path:
 
     Raises Untrusted; FileNotFoundError and other OSErrors pass through.
     """
-    real, real_base = os.path.realpath(path), str(base)
-    if real != str(path) or not real.startswith(f"{real_base}/"):  # else there is no symlink, not even in the base
-        real_base = os.path.realpath(base)
-    if real != real_base and not real.startswith(f"{real_base}/".replace("//", "/")):
-        raise Untrusted(f"it leads out of {base}", "put the file itself there, and no symlink to it")
-    place = real
-    while True:
-        info = os.lstat(place)
+    real, real_base = os.fspath(path), os.fspath(base)
+    levels = list(_levels(real, real_base)) if real.startswith(f"{real_base}/") and "/../" not in f"{real}/" else []
+    if not levels or any(stat.S_ISLNK(info.st_mode) for _, info in levels):
+        real, real_base = os.path.realpath(path), os.path.realpath(base)
+        if real != real_base and not real.startswith(f"{real_base}/".replace("//", "/")):
+            raise Untrusted(f"it leads out of {base}", "put the file itself there, and no symlink to it")
+        levels = list(_levels(real, real_base))
+    for place, info in levels:
         why = flaw(info, roots_group=roots_group)
         if why:
             raise Untrusted(f"it {why}" if place == real else f"its directory {place} {why}", taken_back(place))
-        if place == real_base:
-            return Path(real)
+    return Path(real)
+
+
+def _levels(place: str, top: str) -> Iterator[tuple[str, os.stat_result]]:
+    """*place*, and each directory above it up to *top*, itself and not what a symlink leads to. Raises OSError."""
+    while True:
+        yield place, os.lstat(place)
+        if place == top:
+            return
         place = os.path.dirname(place)
 
 

@@ -120,14 +120,16 @@ def gateways(family: int, view: View) -> Iterator[Reserved]:
     """
     for version in (4, 6) if family == 6 else (4,):
         for hop in view.default_hops(version, standing.EVERY_TABLE):
-            if hop.gateway and (":" in hop.gateway) == (family == 6) and not behind_a_tap(hop.index, view):
-                what = f"the gateway of a default route on {device_name(hop.index)}"
-                yield one_address(hop.gateway, what)
+            if not hop.gateway or (":" in hop.gateway) != (family == 6):
+                continue
+            dev = device_name(hop.index)
+            if not is_tap(dev, view):
+                yield one_address(hop.gateway, f"the gateway of a default route on {dev}")
 
 
-def behind_a_tap(index: int, view: View) -> bool:
-    """Whether the device *index* is a tap."""
+def is_tap(dev: str, view: View) -> bool:
+    """Whether the device *dev* is a tap; not if it has gone."""
     try:
-        return view.link(device_name(index)).is_tap
+        return view.link(dev).is_tap
     except VanishedError:
         return False

@@ -170,16 +170,17 @@ class Store:
         """
         tap = journal.nic.tap
         temporary = f"{self.run_dir}/{directory}/{tap}.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         try:
             places.made(self.run_dir, directory)
             # Not indented: that keeps `json` from using its encoder in C, and takes it ten times as long.
             text = json.dumps(encode(journal))
-            with open(os.open(temporary, flags, 0o600), "wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-                stamp = stamp_of(os.fstat(file.fileno()))
+            with opened(temporary, flags, 0o600) as file:
+                left = text.encode()
+                while left:
+                    left = left[os.write(file, left) :]
+                os.fsync(file)
+                stamp = stamp_of(os.fstat(file))
         except OSError as error:
             self.discard(tap, directory)
             raise refused(error, f"cannot write {self.path(tap)}") from None
@@ -351,9 +352,9 @@ def sync(directory: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
-    """A descriptor of *path*. Raises OSError."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+def opened(path: Path | str, flags: int, mode: int = 0) -> Iterator[int]:
+    """A descriptor of *path*, which is made with *mode* if *flags* say so. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
     try:
         yield descriptor
     finally:

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -172,6 +173,26 @@ def test_exit_code_and_output_come_back(agent: Agent, capfd: pytest.CaptureFixtu
     assert out == "['tap0', '--plan'] a=b False\n" + "ä" * 300_000
     assert err.encode("utf-8", "surrogateescape")[:10] == b"to stderr "
     assert agent.programs == ["kvm-ifup-post"]
+
+
+def test_long_output_arrives_whole_though_nobody_has_read_it_yet(agent: Agent) -> None:
+    """It is more than the socket takes at once."""
+    said = "x" * 3_000_000
+
+    def main(_argv: Sequence[str], _environ: Mapping[str, str], out: TextIO, _err: TextIO) -> int:
+        out.write(said)
+        return 7
+
+    agent.main = main
+    with socket.socket(socket.AF_UNIX) as script:
+        script.connect(client.SOCKET)
+        script.sendall(client.request("kvm-ifup", [], {}))
+        time.sleep(0.1)  # so that it is full
+        answer = b""
+        while more := script.recv(1 << 20):
+            answer += more
+    answer = answer.lstrip(client.ALIVE)
+    assert answer == client.DONE + bytes([7]) + len(said).to_bytes(4, "big") + said.encode() + bytes(4)
 
 
 def test_a_hook_that_takes_its_time_gives_signs_of_life(agent: Agent) -> None:

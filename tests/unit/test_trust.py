@@ -71,6 +71,33 @@ def test_symlinks_that_lead_out(target: str, base: Path) -> None:
     assert "leads out" in refusal(base / "link", base)
 
 
+@pytest.mark.parametrize("linked", ["sub", "sub/file"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_symlink_at_any_level_is_followed_and_judged_by_where_it_leads(linked: str, inside: bool, base: Path) -> None:
+    there = base.parent / "base" / "there" if inside else base.parent / "there"
+    (base / linked).rename(there)
+    (base / linked).symlink_to(there)
+    if not inside:
+        assert "leads out" in refusal(base / "sub" / "file", base)
+        return
+    assert trust.read(base / "sub" / "file", base) == "text"
+    there.chmod(there.stat().st_mode | 0o002)
+    assert "written to by others" in refusal(base / "sub" / "file", base)
+
+
+def test_where_no_symlink_is_each_level_is_looked_at_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    look = os.lstat
+
+    def counted(path: str) -> os.stat_result:
+        seen.append(path)
+        return look(path)
+
+    monkeypatch.setattr(os, "lstat", counted)
+    assert trust.read(base / "sub" / "file", base) == "text"
+    assert seen == [str(base / "sub" / "file"), str(base / "sub"), str(base)]
+
+
 def test_a_name_that_only_begins_like_the_base_is_outside(base: Path) -> None:
     near = base.with_name("base2")
     near.mkdir()
