@@ -1,4 +1,4 @@
-"""What a frame costs on a bridge, by the filter of its guests: `python -m bench.filter [--runs N] [--out DIR]`.
+"""What a filter costs a frame on a bridge, and a hook: `python -m bench.filter [--runs N] [--out DIR]`.
 
 Each bridge is in a network namespace of its own; they are all there at once, and take turns. A guest sends UDP to a
 neighbour behind the uplink, and what arrives there is counted. With one NIC on the bridge, and with 500; beside it, the
@@ -6,6 +6,9 @@ same tests as a base chain for each NIC, which is what other managers make.
 
 The time is the processor's, in which the kernel brings a frame from the tap to the uplink: so what else the machine
 does makes no difference.
+
+Then what a hook takes with the agent, without a filter and with one, among 2 NICs that have one and among 500: the
+processor's time of the agent, in which the work is done, with what it hears of it afterwards.
 """
 
 from __future__ import annotations
@@ -13,20 +16,25 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import statistics
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench import picture, results
-from harness import hooks, manager, nodes, tools
+from harness import agents, hooks, manager, nodes, tools
 from harness.addresses import CLIENT_IP4, CLIENT_MAC
 from harness.wire import ETH_P_IP, attach, ethernet
 
 CROWD = 500
+HOOK_CROWDS = (2, CROWD)
+HOOKS = {"post": "kvm-ifup-post", "once more": "kvm-ifup-post", "kvm-ifdown": "kvm-ifdown"}
+QUIET = 0.05  # seconds without work, after which the agent has done all
 FRAMES = 10_000  # of one run
 NONE, CHAINS = "no filter", "a base chain for each NIC"
 KINDS = {NONE: "off", "mac": "mac", "address": "address", CHAINS: "off"}
@@ -115,6 +123,62 @@ def bridge(kind: str, count: int) -> Iterator[Bridge]:
         yield Bridge(node, guest.descriptor, datagram(last))
 
 
+def crowd(count: int) -> None:
+    """NICs with a filter, all wired by one hook."""
+    batch = "".join(f"tuntap add tap{number} mode tap\n" for number in range(count))
+    subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)
+    for number in range(count):
+        keys: dict[str, Any] = {"mode": "bridged", "link": "br0", "mac": mac(number), "ip": [address(number)]}
+        manager.write_nic(f"tap{number}", "web", number, **keys, filter="address")
+    hooks.check(hooks.hook("kvm-ifup-post", "--instance", "web"), 0)
+
+
+def hook_costs(runs: int) -> dict[str, list[float]]:
+    """Milliseconds of the agent's processor time for each hook of a new NIC, with a filter and without."""
+    rows: dict[str, list[float]] = {}
+    for count in HOOK_CROWDS:
+        with nodes.fresh_node() as node, agents.running() as agent:
+            nodes.add_bridge()
+            node.uplink(master="br0")
+            crowd(count)
+            for number in range(CROWD, CROWD + 2 * runs):
+                how = "address" if number % 2 else "off"
+                tap = f"tap{number}"
+                keys: dict[str, Any] = {"mac": mac(number), "ip": [address(number)], "filter": how}
+                nodes.add_tap(tap)
+                manager.write_nic(tap, f"web{number}", mode="bridged", link="br0", **keys)
+                settled(agent)
+                for what, program in HOOKS.items():
+                    before = busy(agent)
+                    agents.through(program, tap)
+                    settled(agent)
+                    rows.setdefault(f"{what}, {how}, among {count} NICs", []).append(busy(agent) - before)
+                tools.ip(f"link del {tap}")
+    return rows
+
+
+def busy(agent: agents.Agent) -> float:
+    """Milliseconds that the agent's threads have had a processor so far."""
+    tasks = Path(f"/proc/{agent.process.pid}/task").glob("*/schedstat")
+    return sum(int(one.read_text().split()[0]) for one in tasks) / 1e6
+
+
+def settled(agent: agents.Agent) -> None:
+    """Wait until the agent has nothing left to do."""
+    before = -1.0
+    while (now := busy(agent)) != before:
+        before = now
+        time.sleep(QUIET)
+
+
+def more(rows: dict[str, list[float]]) -> Iterator[str]:
+    """What a filter adds to each hook, by the medians."""
+    for count in HOOK_CROWDS:
+        for what in HOOKS:
+            on, off = (statistics.median(rows[f"{what}, {how}, among {count} NICs"]) for how in ("address", "off"))
+            yield f"{what} among {count} NICs: {on - off:+.2f} ms with a filter"
+
+
 def labels() -> dict[str, tuple[str, int]]:
     """What is compared: a kind, and how many NICs."""
     return {f"{kind}, {count} NIC{'s' if count > 1 else ''}": (kind, count) for kind in KINDS for count in (1, CROWD)}
@@ -135,8 +199,11 @@ def main(argv: Sequence[str]) -> int:
     """Measures, prints and draws."""
     options = results.parser("filter", __doc__, runs=10).parse_args(argv)
     rows = measure(options.runs)
-    results.write(options.json, {f"{label}, 1000/s": values for label, values in rows.items()})
+    costs = hook_costs(options.runs)
+    results.write(options.json, {**{f"{label}, 1000/s": values for label, values in rows.items()}, **costs})
     print(picture.table("1000/s", rows, f"{NONE}, 1 NIC"))
+    print(picture.table("ms", costs, next(iter(costs))))
+    print("\n".join(more(costs)))
     title = "Frames per second through a bridge, by the filter of its guests"
     note = "small UDP datagrams, per second of one core, from the guest's tap to the uplink"
     for path in picture.save("bench-filter", title, "thousand/s", rows, options.out, note):

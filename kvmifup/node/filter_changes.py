@@ -46,11 +46,12 @@ AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
 def changes(table: str, before: Entries, after: Entries) -> Iterator[Request]:
     """The requests that make the elements *before* in *table* those *after*, and leave alone what stays."""
     for how, every in ((remove, before - after), (put, after - before)):
-        for name, one in SETS.items():
-            found = [item for where, item in every if where == name and one.table == table]
-            elements = [keyed(key, end) + (leading(chain) if how is put else b"") for key, end, chain in found]
-            for first in range(0, len(found), AT_ONCE):
-                yield how(name, *elements[first : first + AT_ONCE])
+        found: dict[str, list[bytes]] = {}
+        for name, (key, end, chain) in every:
+            if SETS[name].table == table:
+                found.setdefault(name, []).append(keyed(key, end) + (leading(chain) if how is put else b""))
+        for name, elements in found.items():
+            yield from (how(name, *elements[first : first + AT_ONCE]) for first in range(0, len(elements), AT_ONCE))
 
 
 def leading(chain: str) -> bytes:
