@@ -89,7 +89,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{shown(value)} is not known here", hint=hint)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"{self.prog} --help")
+        which = f"one of {', '.join(self.words)}; " if message.endswith(("SUBCOMMAND", "VERB")) else ""
+        raise UsageError(message, hint=f"{which}{self.prog} --help")
 
     def _print_message(self, message: str, file: object = None) -> NoReturn:
         raise Told(message)

@@ -177,8 +177,8 @@ def without_uplink(found: planning.Plan, config: Config) -> tuple[NotReadyError 
     kept = {phases.family_of(entry.op.address) for entry in found.kept if isinstance(entry.op, ProxyNeighbour)}
     kept |= {uplink.family for uplink in found.last}
     which = "" if lacking == families else "".join(f"IPv{family} " for family in lacking)
-    stays = "; what was done on it stays" if kept else ""
-    error = NotReadyError(f"there is no {which}default route, which tells the uplink{stays}", hint=UPLINK_HINT)
+    stays = "; what was done on the last one stays" if kept else ""
+    error = NotReadyError(f"there is no {which}default route, so no {which}uplink is known{stays}", hint=UPLINK_HINT)
     return error, bool(which) and lacking <= kept
 
 
@@ -219,9 +219,21 @@ def not_wired(one: Known, look: Look) -> KvmIfupError | None:
         return NotReadyError(
             f"kvm-ifup has not wired {one.tap}", hint=f"`kvm-ifup-post {one.tap}` takes it over", where=one.label
         )
-    return NotReadyError(
-        f"{one.tap} is there, but nothing has wired it", hint=f"`kvm-ifup-pre {one.tap}`", where=one.label
-    )
+    text, hint = f"{one.tap} is there, but nothing has wired it", f"`kvm-ifup-pre {one.tap}`"
+    refusal = refused(one, look.session)
+    if refusal:  # the reason was said when the hook failed, perhaps long ago
+        text, hint = f"{text}, and nothing can now: {refusal}", f"{refusal.hint or 'mend that'}; then {hint}"
+    return NotReadyError(text, hint=hint, where=one.label)
+
+
+def refused(one: Known, session: Session) -> KvmIfupError | None:
+    """What the hook would say of *one*, which has not been wired yet, if it failed now."""
+    assert one.nic is not None
+    try:
+        planning.plan(Phase.POST, values.as_wired(one.nic, session.config), None, session)
+    except KvmIfupError as error:
+        return error
+    return None
 
 
 def by_ganeti(one: Known) -> bool:

@@ -107,7 +107,7 @@ FAULTS: dict[str, tuple[str, Callable[[Node], None], tuple[str, ...]]] = {
     "no default route": (
         ROUTED,
         do("route del default", "-6 route del default"),
-        ("there is no default route, which tells the uplink; what was done on it stays",),
+        ("there is no default route, so no uplink is known; what was done on the last one stays",),
     ),
     "forwarding off": (
         ROUTED,

@@ -14,7 +14,7 @@ import pytest
 from harness import manager, nodes, oracle, tools, wire
 from harness.addresses import CLIENT_IP6, CLIENT_MAC, GUEST_IP4, GUEST_IP6
 from harness.agents import until
-from harness.hooks import call
+from harness.hooks import call, check
 from harness.nodes import Node
 from harness.oracle import sysctl
 from tests.kernel.checking import BRIDGED, ROUTED, TABLE, Findings, found, found_on_node, netdev, qemu
@@ -152,6 +152,29 @@ def test_what_a_hint_says_mends_it(node: Node, name: str) -> None:
     assert [one for one in after if case.words in one["what"]] == []
     assert wrong(after) <= others
     assert default_routes() >= routes
+
+
+@pytest.mark.parametrize(
+    ("nic", "fault", "reason"),
+    [
+        (BRIDGED, "ip link del br0", "no such bridge: br0"),
+        (BRIDGED, "ip link set br0 down", "bridge br0 is down"),
+        (ROUTED, "sysctl -qw net.ipv4.conf.eth0.forwarding=0", "IPv4 forwarding is off"),
+    ],
+)
+def test_a_tap_that_no_hook_can_wire_is_told_with_the_reason(node: Node, nic: str, fault: str, reason: str) -> None:
+    """As after a hook that has failed, of whose sentence nobody knows any more."""
+    wired(node, nic)
+    check(call("kvm-ifdown", "tap0"), 0)
+    follow(fault)
+    check(call("kvm-ifup-pre", "tap0"), 69, reason)
+    (one,) = found()[1]
+    assert reason in one["what"]
+    first, *_, last = commands(one)
+    assert last == "kvm-ifup-pre tap0"
+    follow(first)
+    follow(last)
+    assert found()[0] == 0
 
 
 def default_routes() -> set[str]:
