@@ -58,6 +58,7 @@ from kvmifup.node.messages import (
     RT_SCOPE_UNIVERSE,
     RTN_UNICAST,
     RTPROT_STATIC,
+    NetlinkError,
 )
 from kvmifup.node.ports import exactly, present, share
 from kvmifup.node.procfs import address_is_set, device_name, sysctl, sysfs_of, write_sysctl
@@ -355,17 +356,22 @@ class Kernel:
 
     def _write_route(self, op: Route) -> None:
         prefix, index = ipaddress.ip_network(op.prefix), self._view.index(op.dev)
-        own, now = self._view.routes_of(op), []
+        now = []
         try:
             if op.want is True:
                 entry = ours(op, index)
-                if entry in own:  # it is there, and another one comes before it
+                try:
+                    self._netlink.add_route(prefix, op.table, entry)
+                except NetlinkError as error:
+                    if error.errno != errno.EEXIST:
+                        raise
+                    # It is there, and another one comes before it.
                     self._netlink.delete_route(prefix, op.table, entry)
-                self._netlink.add_route(prefix, op.table, entry)
-                now = [entry, *(route for route in own if route != entry)]
+                    self._netlink.add_route(prefix, op.table, entry)
+                now = [entry, *(one for one in self._view.routes_out.known(prefix, op.table, index) if one != entry)]
             else:
                 # Others may have made the route: the kernel finds it only if it is named as it is.
-                for route in own:
+                for route in self._view.routes_of(op):
                     with forgiven(errno.ESRCH):
                         self._netlink.delete_route(prefix, op.table, route)
             if isinstance(op.want, str):

@@ -69,8 +69,13 @@ class RoutesOut:
             self._known[key] = known
         return self._known[key].get((prefix.network_address.packed, prefix.prefixlen), [])
 
+    def known(self, prefix: Prefix, table: int, index: int) -> list[RouteEntry]:
+        """The same, as far as they have been read."""
+        known = self._known.get((prefix.version, table, index), {})
+        return known.get((prefix.network_address.packed, prefix.prefixlen), [])
+
     def note(self, prefix: Prefix, table: int, index: int, routes: list[RouteEntry]) -> None:
-        """Those to *prefix* are *routes* now."""
+        """Those to *prefix* are *routes* now; it matters only if they have been read."""
         known = self._known.get((prefix.version, table, index))
         if known is not None:
             known[prefix.network_address.packed, prefix.prefixlen] = routes
