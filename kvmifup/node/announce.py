@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 
 from kvmifup.core.model import ASK, Message
 from kvmifup.core.records import record
 from kvmifup.node.frames import gratuitous_arp, unsolicited_na, who_has
 from kvmifup.node.sockets import GONE, mac_of, sender
+
+KEPT = 4096  # frames: they are sent in several rounds, and made before the first
 
 
 @record
@@ -47,6 +51,15 @@ def send(messages: Sequence[Message]) -> list[NotSent]:
     return lost
 
 
+def make_ready(messages: Sequence[Message]) -> None:
+    """Have the frames of *messages* made, as they are now, so that `send` need not make them."""
+    with suppress(OSError):
+        via = sender.socket()
+        for dev, address, how in messages:
+            frame(mac_of(via, dev), address, how)
+
+
+@lru_cache(KEPT)
 def frame(mac: bytes, address: str, how: str) -> bytes:
     """The frame that says that *address* is at *mac*; *how* as in `Announce`."""
     if how.startswith(ASK):

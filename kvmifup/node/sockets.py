@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 
 from kvmifup.inputs import devices
 from kvmifup.node.frames import (
@@ -39,9 +40,8 @@ SNAP = 128  # bytes of a guest's frame that we look at, at most
 WHOLE = 1 << 16  # bytes of a neighbour's: a checksum is over all of it
 
 
-_closing = threading.Lock()
-_doomed: list[socket.socket] = []
-_closers: set[threading.Thread] = set()
+_doomed: SimpleQueue[socket.socket] = SimpleQueue()
+_closers: list[threading.Thread] = []
 
 # --- sending ----------------------------------------------------------------------------------------------
 
@@ -306,20 +306,15 @@ def is_device(name: str, index: int) -> bool:
 
 def close(packet_socket: socket.socket) -> None:
     """Close *packet_socket* in another thread, because that takes long: see `Sender`. At most `CLOSERS` at a time."""
-    with _closing:
-        _doomed.append(packet_socket)
-        if len(_closers) < CLOSERS:
-            closer = threading.Thread(target=_close_all, daemon=True)
-            with suppress(RuntimeError):  # no memory for a thread: the next one closes this as well
-                closer.start()
-                _closers.add(closer)
+    _doomed.put(packet_socket)
+    # Threads stay for the next ones: to start one takes longer than to tell it.
+    if len(_closers) < CLOSERS and _doomed.qsize() > len(_closers):
+        closer = threading.Thread(target=_close_all, daemon=True)
+        with suppress(RuntimeError):  # no memory for a thread: the next one closes this as well
+            closer.start()
+            _closers.append(closer)
 
 
 def _close_all() -> None:
     while True:
-        with _closing:
-            if not _doomed:
-                _closers.discard(threading.current_thread())
-                return
-            packet_socket = _doomed.pop()
-        packet_socket.close()
+        _doomed.get().close()

@@ -43,7 +43,7 @@ def watched(run_dir: Path) -> bool:
 def listeners(run_dir: Path) -> list[str]:
     """The names of the sockets in the directory `watch`; none if others than root could have made one there."""
     try:
-        names = os.listdir(run_dir / "watch")
+        names = os.listdir(f"{run_dir}/watch")
         if names:
             trust.check(run_dir / "watch", run_dir)
     except (OSError, trust.Untrusted):
