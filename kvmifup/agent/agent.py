@@ -34,8 +34,9 @@ from kvmifup.agent.expectations import Expectations
 from kvmifup.agent.hook_server import HookServer
 from kvmifup.agent.leftovers import Leftovers
 from kvmifup.agent.listening import Listener
-from kvmifup.agent.loop import Loop, Settling
+from kvmifup.agent.loop import Loop, Paced, Settling
 from kvmifup.agent.mending import Mending
+from kvmifup.agent.preparing import Preparations
 from kvmifup.agent.rulesets import RulesetEvents
 from kvmifup.agent.runner import Runner, Say
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
@@ -52,6 +53,7 @@ SOCKET = "agent.sock"
 METRICS = "metrics.prom"
 
 QUIET = 0.2  # seconds after a change on the node until NICs are compared with it, and arrivals prepared anew
+PACE = 0.2  # seconds between two changes of what is listened for: with hundreds of guests each takes milliseconds
 DONE = 0.02  # seconds between two looks whether the last hook has come to its end
 COUNT = 15.0  # seconds between two writings of the metrics
 DROPPED = "kvm_ifup_dropped_packets_total"
@@ -71,6 +73,9 @@ class Agent:
         self._departures = Departures(
             loop, self._runner, lambda: self._taps.look(), lambda tap: self._mending.answered(tap)
         )
+        self._listening = Paced(
+            loop, PACE, lambda: self._departures.look_after(self._taps.guests(), self._taps.wired())
+        )
         suspects = self._departures.suspects
         arm = partial(listen, self._runner, suspects.handed, clock.uptime())
         self._taps = Taps(
@@ -83,8 +88,16 @@ class Agent:
         self._node = NodeEvents(loop, self._node_changed)
         self._settling = Settling(loop, QUIET, self._settled)
         stir = self._settling.stir
+        self._preparations = Preparations(loop, self._runner, self._taps, stir)
         self._arrivals = Arrivals(
-            loop, self._runner, self._taps, self._announcements, arm, suspects.came_back, self._node.catch_up, stir
+            loop,
+            self._runner,
+            self._taps,
+            self._announcements,
+            self._preparations,
+            listen=arm,
+            came_back=suspects.came_back,
+            catch_up=self._node.catch_up,
         )
         ask = self._departures.asked_for
         self._mending = Mending(loop, self._runner, self._taps, self._announcements, ask, stir)
@@ -133,12 +146,13 @@ class Agent:
             self._leftovers.collect([tap.name])
         self._mending.found(tap)
 
-    def _look_after(self) -> None:
-        """Tell the rooms where this node answers for whom."""
+    def _look_after(self, changed: bool = True) -> None:
+        """The journals were looked at; tell the rooms if any has *changed*."""
         self._keep_run_dir()
-        guests = self._taps.guests()
-        self._mending.look_after()
-        self._departures.look_after(guests, [tap.nic for tap in self._taps if tap.phase is Phase.POST])
+        if changed:
+            self._preparations.look_after()
+            self._mending.look_after()
+            self._listening.ask()
 
     def _keep_run_dir(self) -> None:
         """Make anew what hooks find the agent by, and what it finds journals by, if somebody has removed it."""
@@ -160,15 +174,15 @@ class Agent:
 
     def _node_changed(self, things: frozenset[Thing]) -> None:
         """*things* have changed: NICs may rely on them, and what is prepared for arrivals."""
-        self._arrivals.outdate(things)
+        self._preparations.outdate(things)
         self._mending.touched(things)
 
     def _settled(self, quiet: bool) -> None:
         """After a change the node has been *quiet* for a while, or it does not get quiet at all."""
-        # Many hooks at once want the processor first: each of their NICs would be looked at while others wait.
-        self._mending.look(later=not quiet and self._hooks.crowded)
+        # Many hooks, or guests, at once want the processor first: their NICs would be looked at while others wait.
+        self._mending.look(later=not quiet and (self._hooks.crowded or self._arrivals.crowded))
         if quiet:  # or what is prepared would be thrown away at once
-            self._arrivals.prepare_anew()
+            self._preparations.anew()
 
     def _devices_gone(self, indices: list[int]) -> None:
         self._leftovers.devices_gone(indices)
@@ -244,7 +258,8 @@ class Agent:
     # --- the end ------------------------------------------------------------------------------------------
 
     def _at_work(self) -> bool:
-        return bool(self._hooks.exchanges or self._announcements.under_way or self._loop.working)
+        under_way = self._announcements.under_way or self._arrivals.under_way
+        return bool(self._hooks.exchanges or under_way or self._loop.working)
 
     def _stop(self) -> None:
         """Take no more hooks, and let those that run come to their end; at once if somebody insists."""
@@ -253,7 +268,7 @@ class Agent:
             return
         systemd.notify("STOPPING=1")
         self._listener.remove()  # first: whoever comes now does it by itself
-        self._arrivals.stop_preparing()
+        self._preparations.stop()
         self._hooks.close()
         self._loop.later(DONE, self._stop_when_done)
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import Runner
+from kvmifup.agent.taps import TapRecord
 from kvmifup.core.errors import KvmIfupError, as_ours
 from kvmifup.core.model import Message
 from kvmifup.core.records import record
@@ -43,17 +44,25 @@ class Announcements:
         self.under_way = 0
         sender.socket()  # it stays open: what is to be sent must not wait for a descriptor
 
-    def repeat(self, outcome: Outcome) -> None:
-        """Repeat what was announced with *outcome*, if anything was. From any thread."""
-        announcing.announce_later([outcome], self._runner.store, self.begin)
+    def repeat(self, outcome: Outcome, since: float | None = None, wired: TapRecord | None = None) -> None:
+        """Repeat what was announced with *outcome*, if anything was: at *since*, or just now. From any thread.
 
-    def begin(self, messages: Sequence[Message], still_true: Callable[[], bool]) -> None:
+        *wired*: as long as this is the same, it is true; else, or without it, the journal is read each time.
+        """
+        store = self._runner.store
+
+        def begin(messages: Sequence[Message], still_true: Callable[[], bool]) -> None:
+            self.begin(messages, lambda: bool(wired and wired.is_same(store)) or still_true(), since)
+
+        announcing.announce_later([outcome], store, begin)
+
+    def begin(self, messages: Sequence[Message], still_true: Callable[[], bool], since: float | None = None) -> None:
         """Send *messages* again and again, as long as they are *still_true*. From any thread."""
-        self._loop.soon(partial(self._begin, messages, still_true))
+        self._loop.soon(partial(self._begin, Announcement(messages, still_true, since or time.monotonic())))
 
-    def _begin(self, messages: Sequence[Message], still_true: Callable[[], bool]) -> None:
+    def _begin(self, one: Announcement) -> None:
         self.under_way += 1
-        self._send_in_time(Announcement(messages, still_true, time.monotonic()), 1)
+        self._send_in_time(one, 1)
 
     def _send_in_time(self, one: Announcement, number: int) -> None:
         """Round *number*; the first is 0."""

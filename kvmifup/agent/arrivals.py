@@ -9,34 +9,32 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
-from kvmifup import phases
 from kvmifup.agent.announcements import Announcements
-from kvmifup.agent.events import ANYTHING, DEFAULT_ROUTES, Thing
 from kvmifup.agent.late import ASK_SOON, Late, LateAnswers
-from kvmifup.agent.loop import Loop, OneAtATime
+from kvmifup.agent.loop import Loop
+from kvmifup.agent.preparing import Preparations
 from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.suspects import Handed, Key, ask
-from kvmifup.agent.taps import LISTENING, Prepared, State, TapRecord, Taps
-from kvmifup.core.errors import KvmIfupError, LockTimeoutError, as_ours
-from kvmifup.core.model import Nic
+from kvmifup.agent.taps import State, TapRecord, Taps
+from kvmifup.core.errors import KvmIfupError, as_ours
 from kvmifup.core.records import record
 from kvmifup.node import frames, sockets
 from kvmifup.runs import clock
-from kvmifup.runs.moves import PreparedArrival, arrive, limited, prepare_arrival, run_post
+from kvmifup.runs.arriving import Arriving, PreparedArrival, arrive, arrive_wholly
+from kvmifup.runs.moves import limited, run_post
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session
 from kvmifup.tell import syslog
 
 RECHECK = 1.0  # seconds after a failure until it is tried again
+CROWD = 0.2  # seconds between two guests that come one after the other
 
 ASK_AGAIN, ASK_LAST = 0.05, 200.0  # seconds from one question for a guest that has left to the next; to the last
-FEW = 8  # addresses: post is prepared for each of them alone as well
 
 Result = Outcome | KvmIfupError | None  # of post
-Preparation = tuple[TapRecord, Prepared | KvmIfupError]
 
 
 @record
@@ -52,6 +50,20 @@ class Arrival:
     sent: float
     only: frozenset[str] | None = None
     listener: socket.socket | None = None
+
+
+@record
+class Begun:
+    """What has been done for a guest, in *session*, and announced: that took *seconds*, until *done*.
+
+    *stack* lets go of the session.
+    """
+
+    arriving: Arriving
+    session: Session
+    stack: ExitStack
+    seconds: float
+    done: float  # by the monotonic clock
 
 
 def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None:
@@ -81,35 +93,11 @@ def time_left(runner: Runner, tap: TapRecord) -> float:
     return math.inf if tap.left else tap.reached + runner.config.agent.arrival_timeout - clock.uptime()
 
 
-def prepare_all(tap: TapRecord, session: Session) -> Prepared:
-    """post for *tap*, prepared; where the guest is asked, for each address alone as well: it may come before others.
-
-    Nothing if its NIC does not wait for its guest any more. Raises as `prepare_arrival`.
-    """
-    hosts = [phases.bare(prefix) for prefix in tap.nic.ip if phases.is_host(prefix)]
-    alone = hosts if tap.nic.to_ask and 1 < len(tap.nic.ip) <= FEW else []
-    found: dict[str | None, PreparedArrival | None] = {None: prepare_arrival(tap.name, session)}
-    found |= {address: prepare_arrival(tap.name, session, [address]) for address in alone}
-    return {address: one for address, one in found.items() if one}
-
-
-def relied_on(prepared: Prepared, nic: Nic) -> frozenset[Thing]:
-    """The things whose change may make wrong what is *prepared* for *nic*.
-
-    The tap does not count: `arrive` looks at it when it is needed.
-    """
-    devices: set[Thing] = {
-        ("device", index) for one in prepared.values() for dev, index in one.devices if dev != nic.tap
-    }
-    return frozenset({ANYTHING, *DEFAULT_ROUTES, *devices, *(("route", to) for to in nic.destinations)})
-
-
 class Arrivals:
     """Waits for guests on taps that are armed, and wires each that arrives.
 
     *listen* is the function of that name. *came_back* is called with each that only seems to have left. *catch_up*
-    has all changes on the node that were made by now reported to `outdate`. *stir*: call `prepare_anew` when it is
-    quiet.
+    has all changes on the node that were made by now reported to *preparations*.
     """
 
     def __init__(
@@ -118,35 +106,36 @@ class Arrivals:
         runner: Runner,
         taps: Taps,
         announcements: Announcements,
+        preparations: Preparations,
         listen: Callable[[TapRecord], None],
         came_back: Callable[[Key], None],
         catch_up: Callable[[], None],
-        stir: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._runner = runner
         self._taps = taps
         self._announcements = announcements
-        self._listen, self._catch_up, self._stir = listen, catch_up, stir
+        self._preparations = preparations
+        self._listen, self._catch_up = listen, catch_up
         self._came_back = came_back
         self._late = LateAnswers(loop, runner, announcements)
-        self._unprepared: dict[str, TapRecord] = {}
-        self._preparing = OneAtATime(loop, self._begin_preparing, self._prepared)
-        self._ending = False
-        self._meanwhile: set[Thing] = set()  # what has changed while one is prepared
-        # What any of those that are prepared relies on. Nearly all that changes on a node is about other guests, and
-        # to look at each of a thousand for it takes longer than what has changed it.
-        self._relied: set[Thing] = set()
+        self._last = -CROWD  # when a guest has come
+        self.under_way = 0  # guests that are wired, and whose journals do not say so yet
+
+    @property
+    def crowded(self) -> bool:
+        """Whether guests come one after the other."""
+        return time.monotonic() - self._last < CROWD
 
     def wait_for(self, tap: TapRecord) -> None:
         """*tap* is ARMING: wait for its guest, and have post prepared."""
         assert tap.listener
-        self._loop.watch(tap.listener, partial(self._heard, tap))
+        self._loop.watch(tap.listener, partial(self._heard, tap), first=True)
         if tap.left:
             self._ask(tap, ASK_AGAIN)
         else:
             tap.timers.set("arrival", time_left(self._runner, tap), partial(self._give_up, tap))
-        self._prepare(tap)
+        self._preparations.prepare(tap)
 
     def listen_later(self, tap: TapRecord) -> None:
         """*tap* could not be listened on, or its time is up: try again as long as it is not."""
@@ -178,80 +167,6 @@ class Arrivals:
         seconds = self._runner.config.agent.arrival_timeout
         self._runner.say(f"the guest has not arrived in {seconds:g} s: disarmed", tap.nic.label)
 
-    # --- preparing ----------------------------------------------------------------------------------------
-
-    def _prepare(self, tap: TapRecord) -> None:
-        """Have post for *tap* prepared: one after the other, in a thread."""
-        self._unprepared[tap.name] = tap
-        self._preparing.ask()
-
-    def stop_preparing(self) -> None:
-        """The agent ends: to prepare a thousand taps first would take it longer than it is given."""
-        self._ending = True
-
-    def _begin_preparing(self) -> Callable[[], Preparation] | None:
-        while self._unprepared and not self._ending:
-            _, tap = self._unprepared.popitem()
-            if tap.state in (State.ARMING, State.ARMED):
-                self._meanwhile.clear()
-                return partial(self._try_to_prepare, tap)
-        return None
-
-    def _try_to_prepare(self, tap: TapRecord) -> Preparation:
-        """In a thread: compute and admit post."""
-        try:
-            # Whoever works on the tap may do so for long, and the others wait for us.
-            with self._runner.session(patience=BUSY) as session:
-                return tap, prepare_all(tap, session)
-        except Exception as error:
-            return tap, as_ours(error)
-
-    def _prepared(self, result: Preparation) -> None:
-        self._preparing.ask()  # the next one
-        tap, prepared = result
-        if tap.state not in LISTENING:
-            return
-        first = tap.state is State.ARMING
-        if prepared and not isinstance(prepared, KvmIfupError):
-            tap.ready(prepared)
-            things = relied_on(prepared, tap.nic)
-            if things.isdisjoint(self._meanwhile):
-                self._relied |= things
-            else:
-                tap.become(State.ARMED)
-                self._stir()
-        elif first:
-            tap.become(State.ARMED)
-        if isinstance(prepared, LockTimeoutError):
-            tap.timers.set("prepare", RECHECK, partial(self._prepare, tap))
-        elif isinstance(prepared, KvmIfupError) and str(prepared) != tap.complaint:
-            tap.complaint = str(prepared)
-            self._runner.complain("not ready for its arrival", prepared)
-        if first:
-            self._runner.say("armed", tap.nic.label)
-
-    def outdate(self, touched: frozenset[Thing]) -> None:
-        """Throw away what relies on *touched*, which has changed."""
-        if self._preparing.busy:
-            self._meanwhile |= touched
-        if touched.isdisjoint(self._relied):
-            return
-        self._relied.clear()
-        for tap in self._taps:
-            if tap.prepared:
-                things = relied_on(tap.prepared, tap.nic)
-                if things.isdisjoint(touched):
-                    self._relied |= things
-                else:
-                    tap.become(State.ARMED)
-                    self._stir()
-
-    def prepare_anew(self) -> None:
-        """Have post prepared where it is not: what stood in its way may have changed."""
-        for tap in self._taps:
-            if tap.state is State.ARMED:
-                self._prepare(tap)
-
     # --- the first frame ------------------------------------------------------------------------------------
 
     def _heard(self, tap: TapRecord) -> None:
@@ -274,32 +189,67 @@ class Arrivals:
         self._arrive(Arrival(tap, *tap.answers.first, only, None if tap.answers.complete else tap.hand_over()))
 
     def _arrive(self, arrival: Arrival) -> None:
-        """Have post done."""
-        tap, frame = arrival.tap, arrival.frame
-        if tap.left and frame != frames.RARP:
-            self._came_back((tap.ifindex, tap.nic.mac))
+        """Have post done: at once if it is prepared. What is left then waits for other guests' first frames."""
+        tap = arrival.tap
+        self._last = time.monotonic()
         self._catch_up()
         prepared = prepared_for(arrival)
-        if prepared and not prepared.waits:
-            outcome = self._runner.attempt(partial(arrive, prepared), frame)
-            if outcome:
-                tap.become(State.ARRIVING)
-                self._arrived(arrival, outcome)
-                return
-            prepared = None
+        hurry = prepared is not None and not prepared.waits
+        begun = self._begin(arrival, prepared) if prepared and hurry else None
         tap.become(State.ARRIVING)
-        self._loop.work(partial(self._post, arrival, prepared), partial(self._arrived, arrival))
+        self._preparations.forget(tap)
+        if isinstance(begun, Begun):
+            self.under_way += 1
+            self._loop.soon(partial(self._finish, arrival, begun))
+        elif begun:
+            self._loop.soon(partial(self._arrived, arrival, begun))
+        else:
+            post = partial(self._post, arrival, None if hurry else prepared)
+            self._loop.work(post, partial(self._arrived, arrival))
+
+    def _begin(self, arrival: Arrival, prepared: PreparedArrival) -> Begun | KvmIfupError | None:
+        """Do and announce what is *prepared*; None if it is not right any more."""
+        moment = time.monotonic()
+        with ExitStack() as stack:
+            try:
+                session = stack.enter_context(self._runner.session(arrival.frame, BUSY))
+                arriving = arrive(prepared, session)
+            except Exception as error:
+                return as_ours(error)
+            done = time.monotonic()
+            return Begun(arriving, session, stack.pop_all(), done - moment, done) if arriving else None
+
+    def _finish(self, arrival: Arrival, begun: Begun) -> None:
+        """What need not come before the announcement: the journal says what is true now, and everybody is told."""
+        self.under_way -= 1
+        try:
+            with begun.stack:
+                stamp = begun.arriving.finish()
+        except Exception as error:
+            self._arrived(arrival, as_ours(error))
+            return
+        record = self._taps.written(begun.arriving.journal, stamp) if stamp else None
+        self._runner.tell_of(begun.arriving.outcome, begun.seconds, begun.session)
+        self._arrived(arrival, begun.arriving.outcome, begun.done, record)
 
     def _post(self, arrival: Arrival, prepared: PreparedArrival | None) -> Result:
         """In a thread: post, as it was *prepared*, or else from the beginning."""
-        done = prepared and self._runner.attempt(partial(arrive, prepared), arrival.frame)
+        done = prepared and self._runner.attempt(partial(arrive_wholly, prepared), arrival.frame)
         post = partial(run_post, arrival.tap.name, arrival.tap.is_of)
         if arrival.only is not None:
             post = partial(post, known=partial(limited, addresses=arrival.only))
         return done or self._runner.attempt(post, arrival.frame)
 
-    def _arrived(self, arrival: Arrival, outcome: Result) -> None:
+    def _arrived(
+        self, arrival: Arrival, outcome: Result, done: float | None = None, wired: TapRecord | None = None
+    ) -> None:
+        """*outcome* is what post has led to; it was *done* when the monotonic clock said so, None is just now.
+
+        *wired*: the record of the journal that says so, if there is one already.
+        """
         tap, listener = arrival.tap, arrival.listener
+        if tap.left and arrival.frame != frames.RARP:
+            self._came_back((tap.ifindex, tap.nic.mac))
         if listener and isinstance(outcome, Outcome):
             late = Late(tap.nic, tap.ifindex, listener, tap.answers, arrival.only or frozenset())
             self._late.wait_for(late)
@@ -308,7 +258,9 @@ class Arrivals:
         if isinstance(outcome, KvmIfupError):
             self._not_arrived(tap, outcome)
         elif outcome:
-            seconds = max(0.0, time.time() - arrival.sent)  # the kernel's stamp is of the clock that can be set
+            now = time.monotonic()
+            done = done or now
+            seconds = max(0.0, time.time() - (now - done) - arrival.sent)  # the stamp's clock can be set
             self._runner.metrics.add("kvm_ifup_arrivals_total", frame=arrival.frame)
             self._runner.metrics.took("kvm_ifup_arrival_seconds", seconds)
             answered = tap.answers.answered
@@ -316,7 +268,7 @@ class Arrivals:
             self._runner.say(
                 f"arrived, first frame {arrival.frame}; {waited}wired {1000 * seconds:.1f} ms after it", outcome.label
             )
-            self._announcements.repeat(outcome)
+            self._announcements.repeat(outcome, done, wired)
 
     def _not_arrived(self, tap: TapRecord, error: KvmIfupError) -> None:
         """Say it, and try again at the guest's next frame."""

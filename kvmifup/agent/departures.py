@@ -52,7 +52,7 @@ class Departures:
     def look_after(self, guests: Mapping[Place, Nic], wired: Sequence[Nic]) -> None:
         """Listen where this node answers for *guests*, and nowhere else; *wired* are all whose guest runs here."""
         self._guests = guests
-        self._routed = {str(prefix): nic for nic in wired if nic.mode == "routed" for prefix in nic.ip}
+        self._routed = {prefix: nic for nic in wired if nic.mode == "routed" for prefix in nic.destinations}
         self._rivals.look_after(guests)
         self.renew()
 

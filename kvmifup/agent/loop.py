@@ -39,10 +39,14 @@ class Timer:
 
 
 class Loop:
-    """Runs what is due, one thing at a time, in the thread that called `run`."""
+    """Runs what is due, one thing at a time, in the thread that called `run`.
+
+    Some sources come first: before anything else is begun, all of these have their turn.
+    """
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self._first = selectors.EpollSelector()
         self._timers: list[Timer] = []
         self._numbers = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
@@ -56,19 +60,23 @@ class Loop:
         self._broken: BaseException | None = None
         self.working = 0
         self.watch(self._woken, self._wake)
+        self.watch(self._first, lambda: None)  # they have had their turn before
         # A signal that another thread gets does not end our wait; what Python writes here does.
         self._signalled, self._tell = socket.socketpair()
         for end in (self._signalled, self._tell):
             end.setblocking(False)
         self.watch(self._signalled, lambda: self._signalled.recv(4096))
 
-    def watch(self, source: Any, action: Callable[[], object]) -> None:
-        """Call *action* whenever *source*, a descriptor or a socket, has something to read."""
-        self._selector.register(source, selectors.EVENT_READ, action)
+    def watch(self, source: Any, action: Callable[[], object], *, first: bool = False) -> None:
+        """Call *action* whenever *source*, a descriptor or a socket, has something to read.
+
+        *first*: before anything else that is to be done.
+        """
+        (self._first if first else self._selector).register(source, selectors.EVENT_READ, action)
 
     def ignore(self, source: Any) -> None:
         """Watch *source* no longer."""
-        self._selector.unregister(source)
+        (self._first if source in self._first.get_map() else self._selector).unregister(source)
 
     def on_signal(self, number: int, action: Callable[[], None]) -> None:
         """Call *action* in the loop after signal *number* has come; once, if it came several times meanwhile."""
@@ -121,16 +129,27 @@ class Loop:
         while self._running:
             # One event of each source, then timers: whoever sends a lot cannot keep the others from their turn.
             for key, _ in self._selector.select(self._wait()):
-                # An earlier event may have ended it, and even given its number to another one.
-                if self._selector.get_map().get(key.fd) is key:
-                    key.data()
+                self._serve_first()
+                self._serve(self._selector, key)
             now = time.monotonic()
             while self._timers and self._timers[0].due <= now:
+                if self._timers[0].action:
+                    self._serve_first()
                 action = heapq.heappop(self._timers).action
                 if action:
                     action()
         if self._broken:
             raise self._broken
+
+    def _serve_first(self) -> None:
+        """One event of each source that comes first."""
+        for key, _ in self._first.select(0):
+            self._serve(self._first, key)
+
+    def _serve(self, selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
+        # An earlier event may have ended it, and even given its number to another one.
+        if selector.get_map().get(key.fd) is key:
+            key.data()
 
     def close(self) -> None:
         """Wait for the threads, then let go of everything."""
@@ -138,6 +157,7 @@ class Loop:
         self._threads.shutdown()
         signal.set_wakeup_fd(-1)
         self._selector.close()
+        self._first.close()
         self._signalled.close()
         self._tell.close()
         woken, self._woken = self._woken, -1
@@ -151,6 +171,7 @@ class Loop:
     def _wake(self) -> None:
         os.eventfd_read(self._woken)
         for _ in range(len(self._soon)):
+            self._serve_first()
             self._soon.popleft()()
 
 
@@ -210,6 +231,31 @@ class Settling:
             self._first, self._patience = now, min(2 * self._patience, self.LONGEST)
             self._timer = self._loop.later(self._quiet, self._due)
         self._action(quiet <= 0)
+
+
+class Paced:
+    """Calls *action* when it is asked for, but not again in the next *pause* seconds: then it is called after them."""
+
+    def __init__(self, loop: Loop, pause: float, action: Callable[[], None]) -> None:
+        self._loop = loop
+        self._pause = pause
+        self._action = action
+        self._timer: Timer | None = None
+        self._last = -pause
+
+    def ask(self) -> None:
+        """Call it, now or later; once, however often it is asked for until then."""
+        if self._timer is None:
+            wait = self._last + self._pause - time.monotonic()
+            if wait > 0:
+                self._timer = self._loop.later(wait, self._call)
+            else:
+                self._call()
+
+    def _call(self) -> None:
+        self._timer = None
+        self._last = time.monotonic()
+        self._action()
 
 
 class OneAtATime(Generic[T]):

@@ -15,6 +15,7 @@ from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop, OneAtATime
 from kvmifup.agent.mender import REASON, Looked, Mender
+from kvmifup.agent.reliance import Reliance
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.model import Nic
@@ -57,7 +58,7 @@ class Mending:
         self._mender = Mender(runner, announcements)
         self._due: set[str] = set()
         self._known: dict[str, Looked] = {}
-        self._relying: dict[Thing, set[str]] = {}  # taps, by what they rely on
+        self._reliance = Reliance()
         self._suspects: set[str] = set()  # taps whose guest may have left unheard
         self._uplinks: set[int] = set()  # the indices of those on which this node answers for somebody
         self._looking = OneAtATime(loop, self._begin, self._looked)
@@ -73,7 +74,7 @@ class Mending:
         """*tap* has a new journal."""
         if tap.journal.reason != REASON:
             self._suspects.discard(tap.name)
-        # In any case after an arrival: `moves.arrive` has read only what others may change at any time.
+        # In any case after an arrival: `arriving.arrive` has read only what others may change at any time.
         arrived = tap.state is State.WIRED and tap.journal.by == "agent" and clock.uptime() - tap.reached < RECENT
         if self._runner.config.agent.mend or arrived:
             self._due.add(tap.name)
@@ -82,8 +83,8 @@ class Mending:
     def look_after(self) -> None:
         """Some taps may have gone."""
         there = {tap.name for tap in self._taps}
-        for name in self._known.keys() - there:
-            self._forget(name)
+        self._known = {name: one for name, one in self._known.items() if name in there}
+        self._reliance.keep(there)
         self._suspects &= there
         self._uplinks = {index for tap in self._taps for index in tap.uplinks}
         self._mender.forget(there)
@@ -93,7 +94,7 @@ class Mending:
         if ANYTHING in things:
             self.look_at_all()
         else:
-            self._soon({tap for thing in things for tap in self._relying.get(thing, ())})
+            self._soon(self._reliance.on(things))
 
     def went_down(self, devices: Iterable[int]) -> None:
         """*devices* are down, or gone: whose guest leaves meanwhile is not announced there to us."""
@@ -146,19 +147,10 @@ class Mending:
                 continue  # whoever has its journal now is looked at for itself
             if one.suspect:
                 self._ask(one.tap.nic)
-            self._forget(name)
             self._known[name] = one
-            for thing in one.things:
-                self._relying.setdefault(thing, set()).add(name)
+            self._reliance.note(name, one.things)
             if one.again is not None:
                 one.tap.timers.set("mend", one.again, partial(self._soon, [name]))
-
-    def _forget(self, name: str) -> None:
-        known = self._known.pop(name, None)
-        for thing in known.things if known else ():
-            self._relying[thing].discard(name)
-            if not self._relying[thing]:
-                del self._relying[thing]
 
     # --- what the kernel tells nobody about ---------------------------------------------------------------------
 

@@ -91,8 +91,12 @@ class Runner:
                 outcome = what(session)
         except Exception as error:
             return as_ours(error)
-        if outcome and any(change.needed for change in outcome.changes):
-            seconds = time.monotonic() - begun
+        if outcome:
+            self.tell_of(outcome, time.monotonic() - begun, session)
+        return outcome
+
+    def tell_of(self, outcome: Outcome, seconds: float, session: Session) -> None:
+        """Tell of a run in *session* that took so many *seconds*, if it has changed anything."""
+        if any(change.needed for change in outcome.changes):
             syslog.run(PROGRAM, [outcome], [], seconds, "agent")
             watchers.run(self.run_dir, PROGRAM, [outcome], [], seconds, "agent", session.seconds)
-        return outcome

@@ -18,9 +18,10 @@ from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import ProxyNeighbour
 from kvmifup.node import sockets
 from kvmifup.runs import clock
+from kvmifup.runs.arriving import PreparedArrival
 from kvmifup.runs.index import Stamp
 from kvmifup.runs.journal import Journal
-from kvmifup.runs.moves import PreparedArrival
+from kvmifup.runs.store import Store
 from kvmifup.tell import syslog
 
 SETTLE = 0.03  # seconds from the news of a change of the journals to the look at them: QEMU takes longer to start
@@ -146,6 +147,10 @@ class TapRecord:
         """Whether the device still exists, and its name is still its own."""
         return sockets.is_device(self.name, self.ifindex)
 
+    def is_same(self, store: Store) -> bool:
+        """Whether device and journal are still those that this is about."""
+        return store.stamp(self.name) == self.stamp and self.is_there()
+
     def is_of(self, journal: Journal) -> bool:
         """Whether *journal* is about this guest: by now the tap may be another one's, or there for another one."""
         return (journal.ifindex, journal.nic.mac) == (self.ifindex, self.nic.mac)
@@ -174,7 +179,8 @@ class Taps:
     """All taps that have a journal in this network namespace.
 
     A thread reads the journals. For a new one in pre it calls *listen* with the record, so that no frame gets lost
-    while others are read. Then the loop calls *found* with each new record, and *looked* once, after all of them.
+    while others are read. Then the loop calls *found* with each new record, and *looked* once, after all of them, with
+    whether any has come or gone since the last time.
     """
 
     def __init__(
@@ -183,7 +189,7 @@ class Taps:
         runner: Runner,
         listen: Callable[[TapRecord], None],
         found: Callable[[TapRecord], None],
-        looked: Callable[[], None],
+        looked: Callable[[bool], None],
     ) -> None:
         self._loop = loop
         self._runner = runner
@@ -198,6 +204,8 @@ class Taps:
         self._directory = identity_of(runner.store.directory)  # the one that was looked at last
         self._missing: dict[str, tuple[Journal, float]] = {}  # those that have gone a moment ago, and when
         self._doubtful: set[str] = set()  # those whose guest has sent a frame that has led to nothing
+        self._changed = True  # there are others than when `looked` was called last
+        self._written: set[str] = set()  # those whose journal the loop itself has written since the last look began
 
     def __iter__(self) -> Iterator[TapRecord]:
         return iter(self._taps.values())
@@ -212,6 +220,10 @@ class Taps:
     def guests(self) -> dict[Place, Nic]:
         """Where this node answers for whom."""
         return {place: tap.nic for tap in self for place in tap.places}
+
+    def wired(self) -> list[Nic]:
+        """Those whose guest runs here."""
+        return [tap.nic for tap in self if tap.phase is Phase.POST]
 
     def look(self) -> None:
         """See what has changed in the journals."""
@@ -232,6 +244,15 @@ class Taps:
         self._doubtful.add(tap.name)
         self.look()
 
+    def written(self, journal: Journal, stamp: Stamp) -> TapRecord:
+        """The loop itself has written *journal*, with this *stamp*: nobody need read it. Returns its record."""
+        tap = TapRecord(self._loop, journal, stamp)
+        self._take(tap)
+        self._written.add(tap.name)
+        self._doubtful.discard(tap.name)
+        self.look_soon()
+        return tap
+
     def close(self) -> None:
         """Let go of everything. The loop is closed."""
         for tap in self:
@@ -240,6 +261,7 @@ class Taps:
 
     def _begin(self) -> Callable[[], Found]:
         self._begun = time.monotonic()
+        self._written.clear()
         return partial(self._find, {name: tap.stamp for name, tap in self._taps.items()}, frozenset(self._doubtful))
 
     def _find(self, known: dict[str, Stamp], doubtful: frozenset[str]) -> Found:
@@ -307,18 +329,28 @@ class Taps:
         names, new, sure = found
         for name in self._taps.keys() - names:
             self._taps.pop(name).become(State.OVER)
+            self._changed = True
         self._doubtful -= new.keys()
         if sure:
             self._doubtful &= names
         for name, tap in new.items():
-            if before := self._taps.get(name):
-                if tap.state is before.state is State.UNFINISHED:
-                    tap.tries = before.tries + 1
-                tap.take_over(before)
-                before.become(State.OVER)
-            self._taps[name] = tap
-            self._found(tap)
-        self._looked()
+            if name in self._written:  # what was read may be older, and the next look sees whether it is
+                tap.become(State.OVER)
+            else:
+                self._take(tap)
+        self._looked(self._changed)
+        self._changed = False
         self._took = time.monotonic() - self._begun
         if not sure:  # a guest may have come of which we know nothing
             self._look.ask_in(AGAIN)
+
+    def _take(self, tap: TapRecord) -> None:
+        """From now on *tap* counts, and no earlier one of its name."""
+        if before := self._taps.get(tap.name):
+            if tap.state is before.state is State.UNFINISHED:
+                tap.tries = before.tries + 1
+            tap.take_over(before)
+            before.become(State.OVER)
+        self._taps[tap.name] = tap
+        self._changed = True
+        self._found(tap)

@@ -5,8 +5,8 @@ It knows no mode and no phase. It makes all of the changes that it is given, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -112,49 +112,82 @@ def apply(jobs: Sequence[Job], node: Node, store: Store, rest: Callable[[], obje
     Raises whatever stopped it, once the node and the journals are as they were before; RollbackError when
     something could not be put back, and then the journal keeps what is left to undo.
     """
-    written: list[Change] = []
-    try:
-        for job in jobs:
-            note(job, store)
-        for job in jobs:
+    doing = Doing(jobs, node, store)
+    with doing.all_or_none():
+        doing.change()
+        doing.settle()
+        rest()
+
+
+class Doing:
+    """*jobs* that are being done: first `change`, then `settle`, each within `all_or_none`.
+
+    In between, what is wanted is so, and the journals still say what to undo after a crash.
+    """
+
+    def __init__(self, jobs: Sequence[Job], node: Node, store: Store) -> None:
+        self._jobs = jobs
+        self._node = node
+        self._store = store
+        self._written: list[Change] = []
+
+    @contextmanager
+    def all_or_none(self, held: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
+        """If anything fails inside it, put back all that was done, holding what *held* gives. Raises as `apply`."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, KvmIfupError):
+                error.undone = bool(self._written)
+            with held():
+                self._put_back(error)
+            raise
+
+    def change(self) -> None:
+        """Note in the journals what is about to be changed, and change it."""
+        for job in self._jobs:
+            note(job, self._store)
+        for job in self._jobs:
             for change in in_steps(job.needed):
                 if change.op.after_change:  # announcing is not done here
                     continue
                 checkpoint()
-                written.append(change)  # before the attempt: a failed write may have been half done
+                self._written.append(change)  # before the attempt: a failed write may have been half done
                 try:
-                    node.write(change.op)
+                    self._node.write(change.op)
                 except ProgramError as error:
                     if error.untouched:
-                        written.pop()
+                        self._written.pop()
                     raise
         still_wanted()  # the last one may have taken long
-        drafts = [draft(job, store) for job in jobs]  # all of them: with no space for one, none is committed
-        for job, after in zip(jobs, drafts, strict=True):
-            commit(job, after, store)
-        rest()
-    except BaseException as error:
-        if isinstance(error, KvmIfupError):
-            error.undone = bool(written)
-        for job in jobs:
-            store.discard(job.before.nic.tap)
-        written += disturbed(written, [change for job in jobs for change in job.needed])
-        problems = undo([change.entry for change in written], node)
+
+    def settle(self) -> None:
+        """Make the journals say what is true now."""
+        # All of them first: with no space for one, none is committed.
+        drafts = [draft(job, self._store) for job in self._jobs]
+        for job, after in zip(self._jobs, drafts, strict=True):
+            commit(job, after, self._store)
+
+    def _put_back(self, error: BaseException) -> None:
+        """Undo what was written, because of *error*. Raises RollbackError for what could not be undone."""
+        for job in self._jobs:
+            self._store.discard(job.before.nic.tap)
+        lost = disturbed(self._written, [change for job in self._jobs for change in job.needed])
+        problems = undo([change.entry for change in (*self._written, *lost)], self._node)
         if problems:
-            for job in jobs:
+            for job in self._jobs:
                 # Also one that has been committed by now, or nobody would try again.
                 with suppress(KvmIfupError):  # it says so already, unless it has been committed
-                    store.save(job.pending)
+                    self._store.save(job.pending)
             raise RollbackError(
                 f"{cause(error)}; and could not put back: {'; '.join(cause(problem) for _, problem in problems)}",
                 hint="`kvm-ifup gc` tries again",
             ) from error
-        for job in jobs:
+        for job in self._jobs:
             if job.known:
-                save_or_mark(store, job.before, Mark.SETTLED)
+                save_or_mark(self._store, job.before, Mark.SETTLED)
             else:
-                store.delete(job.before.nic.tap)
-        raise
+                self._store.delete(job.before.nic.tap)
 
 
 def disturbed(written: Sequence[Change], changes: Sequence[Change]) -> list[Change]:

@@ -1,95 +1,22 @@
-"""What the agent runs: a guest is to come, arrives or leaves; what was lost is put back."""
+"""What the agent runs: a guest is to come or leaves; what was lost is put back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from kvmifup import phases
-from kvmifup.core.errors import KvmIfupError, LockTimeoutError
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.ops import LinkMtu, Sysctl, UplinkVlans
-from kvmifup.core.records import record
+from kvmifup.core.ops import LinkMtu
 from kvmifup.runs.announcing import carry_out
-from kvmifup.runs.apply import Job, survey
-from kvmifup.runs.draft import ARMED
-from kvmifup.runs.index import Stamp
+from kvmifup.runs.apply import survey
 from kvmifup.runs.journal import Journal, Mark, marked
 from kvmifup.runs.leftovers import revert
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
 from kvmifup.runs.session import Session, about, alive
 from kvmifup.runs.store import save_or_mark
-
-MANY = 100  # changes: more of them take so long that the agent has a thread make them
-
-# --- arrival and departure ---------------------------------------------------------------------------------
-
-
-@record
-class PreparedArrival:
-    """post for a NIC whose guest has yet to arrive: computed, admitted and noted, so that only the doing is left.
-
-    *stamp* is its journal's, *devices* are those that the ops are about, with their indices.
-    """
-
-    outcome: Outcome
-    job: Job
-    stamp: Stamp | None
-    devices: tuple[tuple[str, int | None], ...]
-
-    @property
-    def waits(self) -> bool:
-        """Whether it can take long."""
-        return len(self.job.needed) > MANY or any(change.op.waits for change in self.job.needed)
-
-
-def prepare_arrival(tap: str, session: Session, only: Collection[str] | None = None) -> PreparedArrival | None:
-    """Find out what post will have to do for *tap*; None if its NIC does not wait for its guest.
-
-    *only*: for these of its addresses, and no others.
-    Raises what `phases.plan` raises, LockTimeoutError, JournalError and NamespaceError.
-    """
-    with holding(tap, session, lambda journal: journal.phase is Phase.PRE) as journal:
-        if journal is None:
-            return None
-        nic = journal.nic if only is None else limited(journal.nic, only)
-        outcome, job = prepare(Phase.POST, nic, journal, session, announce=False)
-        devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
-        indices = tuple((dev, session.kernel.ifindex(dev)) for dev in devices)
-        if only is None and job.pending.pending:
-            with suppress(KvmIfupError):  # no space: then there is none at its arrival either, or there is again
-                job = replace(job, noted=session.store.draft(job.pending, ARMED))
-        return PreparedArrival(outcome, job, session.store.stamp(tap), indices)
-
-
-def arrive(prepared: PreparedArrival, session: Session) -> Outcome | None:
-    """Do what is *prepared*; None, and nothing was done, if anything has changed since or somebody works on it.
-
-    Only what others may change at any time is read again. The rest was checked when it was prepared, and the agent
-    has everything checked again a moment later.
-    Raises what `apply.apply` raises.
-    """
-    tap = prepared.outcome.tap
-    session = replace(session, config=replace(session.config, lock_timeout=0))
-    with ExitStack() as stack:
-        stack.enter_context(about(prepared.outcome.label))
-        try:
-            session.locked(stack, [tap])
-            session.share(stack, [], [prepared.job.before])
-        except LockTimeoutError:
-            return None
-        same = session.store.stamp(tap) == prepared.stamp and all(
-            session.kernel.ifindex(dev) == index for dev, index in prepared.devices
-        )
-        mutable = (change for change in prepared.job.changes if isinstance(change.op, Sysctl | UplinkVlans))
-        shared = [change for change in mutable if change.op.shared]
-        if not same or any(session.kernel.read(change.op) != change.now for change in shared):
-            return None
-        assert prepared.job.after is not None
-        job = replace(prepared.job, after=session.dated(prepared.job.after))
-        return carry_out([(prepared.outcome, job)], session.kernel, session.store)[0]
 
 
 def begin(nic: Nic, session: Session) -> Outcome | None:

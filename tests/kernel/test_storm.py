@@ -11,11 +11,13 @@ import pytest
 
 from harness import agents, guests, hooks, manager, nodes, oracle, snapshots, tools, wire
 from harness.nodes import Node
+from kvmifup.agent.runner import Runner
 from kvmifup.node import standing
-from kvmifup.node.messages import FAMILIES
+from kvmifup.node.messages import FAMILIES, RTM_NEWNEIGH, RTM_NEWROUTE
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.nexthops import hops
 from kvmifup.node.transport import Transport
+from kvmifup.runs.arriving import arrive, prepare_arrival
 
 ARMED, AT_ONCE = range(24), range(100, 124)
 
@@ -75,6 +77,39 @@ def test_the_agent_serves_all_who_come_at_once_beside_many_that_are_armed(uplink
         assert counted("kvm_ifup_runs_total", program=f"kvm-ifup-{program}", code="0") == len(many)
     assert counted("kvm_ifup_runs_total", program="kvm-ifdown", code="0") == len(ARMED) + len(AT_ONCE)
     assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
+
+
+def test_at_an_arrival_the_kernel_is_told_of_each_address_and_asked_for_nothing(
+    uplinked: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has changed since it was prepared is seen all the same."""
+    guests.incoming(uplinked)
+    runner = Runner(manager.RUN_DIR, lambda *_: True)
+    with runner.session() as session:
+        first, prepared = (prepare_arrival("tap0", session) for _ in range(2))
+    assert first
+    assert prepared
+    requests: list[int] = []
+    send = Transport.send
+
+    def sending(self: Transport, kind: int, flags: int, body: bytes) -> int:
+        requests.append(kind)
+        return send(self, kind, flags, body)
+
+    monkeypatch.setattr(Transport, "send", sending)
+    oracle.sysctl("ipv4/neigh/eth0/proxy_delay", 40)
+    with runner.session("RARP") as session:
+        assert arrive(first, session) is None
+    oracle.sysctl("ipv4/neigh/eth0/proxy_delay", 0)
+    assert requests == []
+    with runner.session("RARP") as session:
+        arriving = arrive(prepared, session)
+        assert arriving
+        assert agents.wired() == agents.WIRED
+        assert agents.phase() == "…"
+        arriving.finish()
+    assert agents.phase() == "post"
+    assert requests == [RTM_NEWROUTE, RTM_NEWROUTE, RTM_NEWNEIGH, RTM_NEWNEIGH]
 
 
 def test_without_an_agent_all_who_come_at_once_succeed_as_well(uplinked: Node) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,19 +15,23 @@ from typing import Any, cast
 
 import pytest
 
-from kvmifup.agent import announcements, arrivals
+from kvmifup.agent import announcements, arrivals, preparing
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.arrivals import Arrivals
 from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop, Settling
+from kvmifup.agent.preparing import Preparations
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, NotReadyError
 from kvmifup.core.model import AgentConfig, Config, Message, Phase
+from kvmifup.core.ops import Announce
 from kvmifup.node import announce
 from kvmifup.runs import clock
+from kvmifup.runs.apply import Change
+from kvmifup.runs.arriving import PreparedArrival
+from kvmifup.runs.index import Stamp
 from kvmifup.runs.journal import Journal
-from kvmifup.runs.moves import PreparedArrival
 from kvmifup.runs.outcome import Outcome
 
 from .samples import HERE, MAC, ROUTED, into
@@ -48,6 +54,22 @@ class Prepared(PreparedArrival):
         return cast(bool, vars(self)["slow"])
 
 
+class Finishing:
+    """As `Arriving`: a guest that is wired, and whose journal does not say so yet."""
+
+    def __init__(self, waiting: Waiting, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.journal = Journal(ROUTED, 7, Phase.POST, namespace=HERE)
+        self._waiting = waiting
+
+    def finish(self) -> Stamp:
+        """As `Arriving`."""
+        self._waiting.calls.append(("finish", threading.current_thread() is threading.main_thread()))
+        if self._waiting.cannot_finish:
+            raise self._waiting.cannot_finish
+        return (2,)
+
+
 @dataclass
 class Waiting:
     """A tap that is armed, and stand-ins for the runs: what each of them is to return or raise, in turn."""
@@ -60,24 +82,28 @@ class Waiting:
     posts: list[Outcome | KvmIfupError | None] = field(default_factory=list)
     calls: list[tuple[str, bool]] = field(default_factory=list)  # what was run, and whether in the loop's thread
     while_preparing: Callable[[], None] = lambda: None
+    while_arriving: Callable[[], object] = lambda: None
+    cannot_finish: KvmIfupError | None = None
 
     def __post_init__(self) -> None:
         self.ours, self.guest = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.ours.setblocking(False)
         self.looked_again_at: list[TapRecord] = []
+        self.written_journals: list[tuple[Journal, Stamp]] = []
         self.tap = TapRecord(self.loop, Journal(ROUTED, 7, Phase.PRE, namespace=HERE), (1,))
-        self.settling = Settling(self.loop, 0.01, lambda _: self.room.prepare_anew())
+        self.settling = Settling(self.loop, 0.01, lambda _: self.preparing.anew())
         announcer = Announcements(self.loop, self.runner)
-        taps, stir = cast(Taps, self), self.settling.stir
+        taps = cast(Taps, self)
+        self.preparing = Preparations(self.loop, self.runner, taps, self.settling.stir)
         self.room = Arrivals(
             self.loop,
             self.runner,
             taps,
             announcer,
+            self.preparing,
             listen=lambda _: None,
             came_back=lambda _: None,
             catch_up=lambda: None,
-            stir=stir,
         )
 
     def __iter__(self) -> Iterator[TapRecord]:
@@ -87,6 +113,20 @@ class Waiting:
         """As `Taps`."""
         self.looked_again_at.append(tap)
         tap.become(State.OVER)
+
+    def named(self, names: list[str]) -> list[TapRecord]:
+        """As `Taps`."""
+        return [self.tap] if self.tap.name in names else []
+
+    def written(self, journal: Journal, stamp: Stamp) -> None:
+        """As `Taps`."""
+        self.written_journals.append((journal, stamp))
+
+    def arrive(self, prepared: object, session: object) -> Any:
+        """As `arriving.arrive`: it is announced, and then finished."""
+        outcome = self.next("arrive", self.arrivals)
+        self.while_arriving()
+        return outcome and Finishing(self, outcome)
 
     def next(self, what: str, results: list[Any]) -> Any:
         """Do *what*."""
@@ -149,9 +189,12 @@ def waiting(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(runner, "session", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(runner, "attempt", lambda what, *_: attempted(what))
     one = Waiting(loop, runner, said)
-    for name, results in (("arrive", one.arrivals), ("run_post", one.posts)):
+    monkeypatch.setattr(runner, "tell_of", lambda *_: None)
+    monkeypatch.setattr(arrivals, "arrive", one.arrive)
+    for name, results in (("arrive_wholly", one.arrivals), ("run_post", one.posts)):
         monkeypatch.setattr(arrivals, name, lambda *_, name=name, results=results, **__: one.next(name, results))
-    monkeypatch.setattr(arrivals, "prepare_arrival", one.prepare_arrival)
+    monkeypatch.setattr(preparing, "prepare_arrival", one.prepare_arrival)
+    monkeypatch.setattr(preparing, "RECHECK", 0.01)
     monkeypatch.setattr(arrivals, "RECHECK", 0.01)
     one.tap.reached = clock.uptime()
     yield one
@@ -202,10 +245,10 @@ def test_what_has_become_wrong_is_prepared_anew_once_it_is_quiet(waiting: Waitin
     waiting.preparations += [Prepared(), Prepared()]
     waiting.arm()
     waiting.run_until(State.READY)
-    waiting.room.outdate(NOTHING)
+    waiting.preparing.outdate(NOTHING)
     assert waiting.tap.prepared
     for _ in range(100):
-        waiting.room.outdate(EVERYTHING)
+        waiting.preparing.outdate(EVERYTHING)
         assert not waiting.tap.prepared
     waiting.run_until(State.READY)
     assert len(waiting.calls) == 2
@@ -216,7 +259,7 @@ def test_what_has_become_wrong_while_it_was_prepared_is_prepared_anew(waiting: W
     def change_once() -> None:
         if len(waiting.calls) == 0:
             done = threading.Event()
-            waiting.loop.soon(lambda: waiting.room.outdate(EVERYTHING))
+            waiting.loop.soon(lambda: waiting.preparing.outdate(EVERYTHING))
             waiting.loop.soon(done.set)
             assert done.wait(30)
 
@@ -233,8 +276,8 @@ def test_an_agent_that_ends_prepares_nothing_more(waiting: Waiting) -> None:
     waiting.preparations.append(Prepared())
     waiting.arm()
     waiting.run_until(State.READY)
-    waiting.room.stop_preparing()
-    waiting.room.outdate(EVERYTHING)
+    waiting.preparing.stop()
+    waiting.preparing.outdate(EVERYTHING)
     waiting.pass_time(0.05)
     assert waiting.tap.state is State.ARMED
     assert len(waiting.calls) == 1
@@ -246,7 +289,7 @@ def test_a_guest_that_does_not_come_in_time_is_not_waited_for(waiting: Waiting) 
     waiting.arm()
     waiting.run_until(State.DISARMED)
     assert waiting.said[-1] == f"{ROUTED.label}: the guest has not arrived in 0.05 s: disarmed"
-    waiting.room.outdate(EVERYTHING)
+    waiting.preparing.outdate(EVERYTHING)
     waiting.pass_time(0.05)
     assert len(waiting.calls) == 1
 
@@ -256,11 +299,40 @@ def test_a_guest_that_does_not_come_in_time_is_not_waited_for(waiting: Waiting) 
 
 def test_the_first_frame_has_what_is_prepared_done_in_the_loop_itself(waiting: Waiting) -> None:
     waiting.hear(OUTCOME)
-    waiting.until(lambda: len(waiting.calls) == 2)
-    assert waiting.calls == [("prepare", False), ("arrive", True)]
+    waiting.until(lambda: len(waiting.calls) == 3)
+    assert waiting.calls == [("prepare", False), ("arrive", True), ("finish", True)]
+    assert [(journal.phase, stamp) for journal, stamp in waiting.written_journals] == [(Phase.POST, (2,))]
     assert waiting.tap.state is State.ARRIVING
     assert waiting.tap.listener is None
     assert "arrived, first frame RARP; wired" in waiting.said[-1]
+
+
+def test_anothers_first_frame_comes_before_what_is_left_of_an_arrival(waiting: Waiting) -> None:
+    ready, tell = os.pipe()
+    waiting.while_arriving = lambda: os.write(tell, b"!")
+
+    def other() -> None:
+        os.read(ready, 1)
+        waiting.calls.append(("other", waiting.room.under_way == 1))
+
+    waiting.loop.watch(ready, other, first=True)
+    waiting.hear(OUTCOME)
+    waiting.until(lambda: len(waiting.calls) == 4)
+    assert waiting.calls == [("prepare", False), ("arrive", True), ("other", True), ("finish", True)]
+    assert waiting.room.under_way == 0
+    waiting.loop.ignore(ready)
+    for descriptor in (ready, tell):
+        os.close(descriptor)
+
+
+def test_who_is_announced_and_cannot_be_noted_is_tried_again(waiting: Waiting) -> None:
+    waiting.cannot_finish = NotReadyError("full")
+    waiting.hear(OUTCOME)
+    waiting.run_until(State.OVER)
+    assert waiting.looked_again_at == [waiting.tap]
+    assert waiting.written_journals == []
+    assert "full" in waiting.said[-1]
+    assert waiting.room.under_way == 0
 
 
 def test_what_takes_long_is_done_in_a_thread_as_it_was_prepared(waiting: Waiting) -> None:
@@ -270,7 +342,7 @@ def test_what_takes_long_is_done_in_a_thread_as_it_was_prepared(waiting: Waiting
     waiting.run_until(State.READY)
     waiting.guest.send(FRAME)
     waiting.until(lambda: len(waiting.calls) == 2)
-    assert waiting.calls[1:] == [("arrive", False)]
+    assert waiting.calls[1:] == [("arrive_wholly", False)]
 
 
 @pytest.mark.parametrize("why", ["not prepared", "takes long", "has changed"])
@@ -282,7 +354,7 @@ def test_else_post_is_done_in_a_thread(waiting: Waiting, why: str) -> None:
     waiting.run_until(State.ARMED if why == "not prepared" else State.READY)
     waiting.guest.send(FRAME)
     waiting.until(lambda: not waiting.posts)
-    tried = {"not prepared": [], "takes long": [("arrive", False)], "has changed": [("arrive", True)]}[why]
+    tried = {"not prepared": [], "takes long": [("arrive_wholly", False)], "has changed": [("arrive", True)]}[why]
     assert waiting.calls[1:] == [*tried, ("run_post", False)]
     assert waiting.tap.state is State.ARRIVING
 
@@ -332,6 +404,27 @@ def test_rounds_after_the_first_are_sent_as_long_as_they_are_true(
     waiting.pass_time(0.02)
     assert rounds == [MESSAGES] * sent
     assert room.under_way == 0
+
+
+@pytest.mark.parametrize(("same", "read"), [([True] * 4, 0), ([True, False, False, True], 2)])
+def test_the_journal_is_not_read_for_a_round_while_it_is_the_same(
+    loop: Loop, waiting: Waiting, rounds: list[object], monkeypatch: pytest.MonkeyPatch, same: list[bool], read: int
+) -> None:
+    reads: list[str] = []
+    monkeypatch.setattr(waiting.tap, "is_same", lambda _store: same.pop(0))
+
+    def has_here(tap: str, _addresses: object) -> bool:
+        reads.append(tap)
+        return True
+
+    monkeypatch.setattr(waiting.runner.store, "has_here", has_here)
+    announced = Change(Announce(tuple(MESSAGES), force=False), None, needed=True)
+    room = Announcements(loop, waiting.runner)
+    room.repeat(replace(OUTCOME, changes=(announced,)), time.monotonic(), waiting.tap)
+    waiting.until(lambda: not same)
+    waiting.pass_time(0.02)
+    assert [list(cast(Any, one)) for one in rounds] == [MESSAGES] * 4
+    assert reads == ["tap0"] * read
 
 
 def test_when_the_uplink_has_gone_nothing_more_is_sent(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvmifup.agent.loop import THREADS, Loop, OneAtATime, Settling, Timers
+from kvmifup.agent.loop import THREADS, Loop, OneAtATime, Paced, Settling, Timers
 
 
 def test_timers_run_in_the_order_in_which_they_are_due(loop: Loop) -> None:
@@ -416,3 +416,77 @@ def test_where_it_does_not_get_quiet_it_acts_less_and_less_often(loop: Loop, mon
     assert pauses[0] >= 0.19
     assert all(pause >= 0.39 for pause in pauses[1:])
     assert len(loop._timers) <= 2
+
+
+# --- what comes first -----------------------------------------------------------------------------------
+
+
+def test_what_comes_first_is_served_before_all_that_can_wait(loop: Loop) -> None:
+    """Whatever it is that waits: another source, what threads have brought, or a timer."""
+    done: list[str] = []
+    first, tell_first = os.pipe()
+    other, tell_other = os.pipe()
+
+    def serve() -> None:
+        done.append(os.read(first, 1).decode())
+
+    def wait(what: str) -> None:
+        done.append(what)
+        os.write(tell_first, what[0].upper().encode())  # somebody comes while there is more to do
+
+    def read_other() -> None:
+        os.read(other, 1)
+        wait("other")
+
+    loop.watch(other, read_other)
+    loop.watch(first, serve, first=True)
+    os.write(tell_other, b"!")
+    for what in ("soon", "then"):
+        loop.soon(lambda what=what: wait(what))  # type: ignore[misc]
+    for what in ("late", "later"):
+        loop.later(0, lambda what=what: wait(what))  # type: ignore[misc]
+    loop.later(0.05, loop.stop)
+    os.write(tell_first, b"!")
+    loop.run()
+    assert done[0] == "!"
+    waited = [what for what in done if len(what) > 1]
+    assert sorted(waited) == ["late", "later", "other", "soon", "then"]
+    assert done[1:] == [said for what in waited for said in (what, what[0].upper())]
+    loop.ignore(first)
+    os.write(tell_first, b"!")
+    loop.later(0.01, loop.stop)
+    loop._running = True
+    loop.run()
+    assert len(done) == 11
+    for descriptor in (first, tell_first, other, tell_other):
+        os.close(descriptor)
+
+
+def test_who_comes_first_again_and_again_leaves_the_others_their_turn(loop: Loop) -> None:
+    turns = [0]
+    ready, tell = os.pipe()
+    os.write(tell, b"!")  # never read
+
+    def count() -> None:
+        turns[0] += 1
+
+    loop.watch(ready, count, first=True)
+    loop.later(0.01, loop.stop)
+    loop.run()
+    assert turns[0] > 0
+    for descriptor in (ready, tell):
+        os.close(descriptor)
+
+
+def test_what_is_paced_is_called_at_once_and_then_once_for_all(loop: Loop) -> None:
+    calls: list[float] = []
+    paced = Paced(loop, 0.05, lambda: calls.append(time.monotonic()))
+    paced.ask()
+    assert len(calls) == 1
+    for _ in range(10):
+        paced.ask()
+    assert len(calls) == 1
+    loop.later(0.1, loop.stop)
+    loop.run()
+    assert len(calls) == 2
+    assert calls[1] - calls[0] >= 0.05

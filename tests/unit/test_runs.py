@@ -23,6 +23,7 @@ from kvmifup.core.errors import (
 from kvmifup.core.model import Config, ExtConfig, Nic, Phase, RoutedConfig
 from kvmifup.core.ops import (
     RTPROT_STATIC,
+    Announce,
     LinkMtu,
     LinkUp,
     Neighbour,
@@ -36,11 +37,12 @@ from kvmifup.core.ops import (
     Value,
 )
 from kvmifup.runs import locks
+from kvmifup.runs.arriving import PreparedArrival, arrive, arrive_wholly, prepare_arrival
 from kvmifup.runs.down import down, taps_of_instance
 from kvmifup.runs.draft import Draft
 from kvmifup.runs.journal import Entry, Journal
 from kvmifup.runs.leftovers import collect
-from kvmifup.runs.moves import PreparedArrival, arrive, mend, prepare_arrival, run_post, withdraw
+from kvmifup.runs.moves import mend, run_post, withdraw
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session
 from kvmifup.runs.store import Store
@@ -729,7 +731,7 @@ def armed(node: Node) -> PreparedArrival:
 def test_an_arrival_that_is_killed_at_any_instant(next_run: str, nodes: Callable[[], Node]) -> None:
     """Also before its first frame: what is noted for it while it is armed says nothing."""
     at_home = nodes()
-    arrive(armed(at_home), at_home.session())
+    arrive_wholly(armed(at_home), at_home.session())
     whole = dict(at_home.kernel.values)
     step, killed = -1, True
     while killed:
@@ -738,7 +740,7 @@ def test_an_arrival_that_is_killed_at_any_instant(next_run: str, nodes: Callable
         before = dict(node.kernel.values)
         assert prepared.job.noted
         assert Path(prepared.job.noted.file).read_text() == prepared.job.noted.text
-        killed = step < 0 or killed_at(step, node, lambda: arrive(prepared, node.session()))  # noqa: B023
+        killed = step < 0 or killed_at(step, node, lambda: arrive_wholly(prepared, node.session()))  # noqa: B023
         made_whole(node, TABLED, next_run, before, whole, step)
         assert list((node.run_dir / "armed").iterdir()) == []
         step += 1
@@ -774,11 +776,61 @@ def test_what_is_noted_for_an_arrival_counts_only_as_it_was_written(
             seen.append(tuple(one.op for one in node.journal().pending))
 
     node.kernel.before = note
-    assert arrive(prepared, node.session())
+    assert arrive_wholly(prepared, node.session())
     needed = tuple(change.op for change in prepared.job.needed if change.op.undoable)
     assert seen
     assert set(seen) == {needed}
     assert node.journal().phase is Phase.POST
+
+
+def test_who_is_announced_and_not_noted_yet_keeps_the_lock_of_its_tap_alone(node: Node) -> None:
+    """Others may change what taps share meanwhile: what they read claims the same as afterwards."""
+    prepared = armed(node)
+    session = node.session()
+    arriving = arrive(prepared, session)
+    assert arriving
+    needed = {change.op for change in prepared.job.needed if change.op.undoable}
+    assert {entry.op for entry in node.journal().pending} == needed
+    assert isinstance(node.kernel.writes[-1], Announce)
+    with pytest.raises(LockTimeoutError), locks.hold(node.run_dir, [locks.of_tap("tap0")], 0):
+        pass
+    with locks.hold(node.run_dir, [locks.UPLINK], 0):
+        pass
+    node.down("tap1")  # what the two share stays
+    assert (node.kernel.read(PROXY_DELAY), node.kernel.read(PROXY_NDP)) == ("0", "1")
+    assert arriving.finish() == node.store.stamp("tap0")
+    assert (node.journal().phase, node.journal().pending) == (Phase.POST, ())
+    assert node.journal() == arriving.journal
+    node.down()
+    assert node.kernel.values == {}
+
+
+def test_an_arrival_that_cannot_be_noted_is_undone_with_what_is_shared_locked(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = armed(node)
+    before = dict(node.kernel.values)
+    arriving = arrive(prepared, node.session())
+    assert arriving
+    assert node.kernel.values != before
+    full = NoSpaceError("full", errno=errno.ENOSPC)
+    monkeypatch.setattr(node.store, "draft", lambda *_: raise_if(True, full))
+    undone: list[Op] = []
+
+    def locked(_number: int) -> None:
+        undone.append(node.kernel.writes[-1])
+        with pytest.raises(LockTimeoutError), locks.hold(node.run_dir, [locks.UPLINK], 0):
+            pass
+
+    node.kernel.before = locked
+    with pytest.raises(NoSpaceError) as raised:
+        arriving.finish()
+    assert raised.value.undone
+    assert undone
+    assert node.kernel.values == before
+    assert (node.journal().phase, node.journal().pending) == (Phase.PRE, ())
+    with locks.hold(node.run_dir, [locks.of_tap("tap0"), locks.UPLINK], 0):
+        pass
 
 
 def test_a_neighbour_of_a_killed_run_knows_what_was_there_before_both(nodes: Callable[[], Node]) -> None:

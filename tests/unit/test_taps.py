@@ -13,16 +13,17 @@ from typing import Any, cast
 
 import pytest
 
-from kvmifup.agent.arrivals import relied_on
 from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop
+from kvmifup.agent.preparing import relied_on
+from kvmifup.agent.reliance import Reliance
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, NEXT, State, TapRecord, Taps, state_of
 from kvmifup.core.errors import BugError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu, ProxyNeighbour
+from kvmifup.runs.arriving import PreparedArrival
 from kvmifup.runs.journal import Entry, Journal
-from kvmifup.runs.moves import PreparedArrival
 
 from .samples import DUAL, HERE, ROUTED, into
 
@@ -218,6 +219,7 @@ class Node:
         self.listened: list[str] = []
         self.found: list[tuple[str, State]] = []
         self.looks = 0
+        self.changed: list[bool] = []
         self.runner = Runner(run_dir, into(self.said))
         self.taps = Taps(loop, self.runner, self.listen, self.note, self.looked)
 
@@ -236,9 +238,10 @@ class Node:
         if tap.listener:
             self.loop.watch(tap.listener, lambda: None)
 
-    def looked(self) -> None:
+    def looked(self, changed: bool) -> None:
         """After each look."""
         self.looks += 1
+        self.changed.append(changed)
         self.loop.stop()
 
     def look(self, ask: Callable[[], None] | None = None) -> list[tuple[str, State]]:
@@ -283,6 +286,42 @@ def test_every_journal_is_found_once(node: Node) -> None:
     assert len(node.taps) == 3
     assert node.taps.guests() == {("eth0", "192.0.2.8"): replace(ROUTED, tap="tap1")}
     assert [tap.name for tap in node.taps.named(["tap2", "tap9", "tap0"])] == ["tap2", "tap0"]
+
+
+def test_what_the_loop_itself_has_written_is_not_read(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.save(PRE)
+    node.look()
+    before = node.one()
+    node.save(POST)
+    stamp = node.runner.store.stamp("tap0")
+    assert stamp
+    after = node.taps.written(POST, stamp)
+    assert node.one() is after
+    assert (before.state, after.state) == (State.OVER, State.WIRED)
+    assert after.is_same(node.runner.store) is False, "there is no such device"
+    monkeypatch.setattr(node.runner.store, "load", lambda tap: pytest.fail(f"{tap} was read"))
+    assert node.look() == []
+    assert node.changed == [True, True]
+    assert node.look() == []
+    assert node.changed == [True, True, False]
+    assert node.one() is after
+
+
+def test_what_is_written_during_a_look_is_not_replaced_by_what_that_read(node: Node) -> None:
+    node.save(PRE)
+    node.look()
+    node.save(KILLED)  # what is pending while post is done
+    look = node.taps._begin()
+    found = look()
+    node.save(POST)
+    stamp = node.runner.store.stamp("tap0")
+    assert stamp
+    after = node.taps.written(POST, stamp)
+    node.taps._done(found)
+    assert node.one() is after
+    assert node.look() == []
+    node.save(KILLED)
+    assert node.look() == [("tap0", State.UNFINISHED)], "what changes after that is seen"
 
 
 def test_a_journal_that_changes_ends_its_record_and_begins_another(node: Node) -> None:
@@ -345,3 +384,23 @@ def test_a_journal_of_another_namespace_is_not_found(node: Node) -> None:
     assert node.look() == []
     assert len(node.taps) == 0
     assert node.said == []
+
+
+# --- who relies on what ---------------------------------------------------------------------------------
+
+
+def test_a_change_concerns_those_that_rely_on_it_and_nobody_else() -> None:
+    reliance = Reliance()
+    eth0, route, other = ("device", 2), ("route", "192.0.2.8/32"), ("route", "192.0.2.9/32")
+    reliance.note("tap0", frozenset({eth0, route}))
+    reliance.note("tap1", frozenset({eth0, other}))
+    assert reliance.on({eth0}) == {"tap0", "tap1"}
+    assert reliance.on({route, ANYTHING}) == {"tap0"}
+    reliance.note("tap0", frozenset({other}))
+    assert (reliance.on({route}), reliance.on({other})) == (set(), {"tap0", "tap1"})
+    reliance.forget("tap0")
+    reliance.forget("tap0")
+    assert reliance.on({other}) == {"tap1"}
+    reliance.keep({"tap0"})
+    assert reliance.on({eth0, route, other}) == set()
+    assert vars(reliance) == vars(Reliance()), "nothing is left"

@@ -1,0 +1,38 @@
+"""Which taps rely on what: a change on the node is about few of them, and nobody should look through thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from kvmifup.agent.events import Thing
+
+
+class Reliance:
+    """Taps, by name, and the things that each relies on."""
+
+    def __init__(self) -> None:
+        self._things: dict[str, frozenset[Thing]] = {}
+        self._taps: dict[Thing, set[str]] = {}
+
+    def note(self, tap: str, things: frozenset[Thing]) -> None:
+        """From now on *tap* relies on *things*, and nothing else."""
+        self.forget(tap)
+        self._things[tap] = things
+        for thing in things:
+            self._taps.setdefault(thing, set()).add(tap)
+
+    def forget(self, tap: str) -> None:
+        """*tap* relies on nothing any more."""
+        for thing in self._things.pop(tap, ()):
+            self._taps[thing].discard(tap)
+            if not self._taps[thing]:
+                del self._taps[thing]
+
+    def keep(self, there: Collection[str]) -> None:
+        """Forget all but *there*."""
+        for tap in self._things.keys() - there:
+            self.forget(tap)
+
+    def on(self, things: Iterable[Thing]) -> set[str]:
+        """The taps that rely on one of *things*."""
+        return {tap for thing in things for tap in self._taps.get(thing, ())}
