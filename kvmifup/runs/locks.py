@@ -84,7 +84,7 @@ def _in_line(file: str) -> Iterator[threading.Event]:
 def _wait(descriptor: int, name: str, deadline: float, timeout: float, turn: threading.Event) -> None:
     pause = 0.001
     last = deadline + (MOST - 1) * timeout
-    holder = os.pread(descriptor, TOKEN, 0)
+    holder: bytes | None = None  # nobody has been seen to hold it
     while True:
         if turn.is_set() or timeout == 0:
             try:
@@ -93,7 +93,8 @@ def _wait(descriptor: int, name: str, deadline: float, timeout: float, turn: thr
             except BlockingIOError:
                 pass
         now = time.monotonic()
-        if holder != (holder := os.pread(descriptor, TOKEN, 0)):
+        before, holder = holder, os.pread(descriptor, TOKEN, 0)
+        if before not in (None, holder):
             deadline = min(now + timeout, last)
         if now >= deadline:
             whose = f"other runs have held the lock {name} for {MOST * timeout:g} s, one after the other"

@@ -154,7 +154,7 @@ class Store:
     def stamp(self, tap: str) -> Stamp | None:
         """A stamp that changes whenever the journal of *tap* does; None if it has none. Raises OSError."""
         try:
-            return stamp_of(os.lstat(self.path(tap)))
+            return stamp_of(os.lstat(f"{self.directory}/{tap}.json"))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
