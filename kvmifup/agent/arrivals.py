@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import islice
 
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.late import ASK_SOON, Late, LateAnswers
@@ -30,6 +31,7 @@ from kvmifup.runs.session import Session
 from kvmifup.tell import syslog
 
 RECHECK = 1.0  # seconds after a failure until it is tried again
+FRAMES = 64  # of one guest at a time, so that one that sends a lot keeps nobody from their turn
 CROWD = 0.2  # seconds between two guests that come one after the other
 
 ASK_AGAIN, ASK_LAST = 0.05, 200.0  # seconds from one question for a guest that has left to the next; to the last
@@ -172,7 +174,7 @@ class Arrivals:
     def _heard(self, tap: TapRecord) -> None:
         """The guest on *tap* has sent something: it runs here."""
         assert tap.listener
-        for data, sent in sockets.received(tap.listener):
+        for data, sent in islice(sockets.received(tap.listener), FRAMES):
             if not tap.nic.to_ask:
                 self._arrive(Arrival(tap, frames.name_of(data), sent))
                 return

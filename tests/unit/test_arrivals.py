@@ -26,7 +26,7 @@ from kvmifup.agent.taps import State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, NotReadyError
 from kvmifup.core.model import AgentConfig, Config, Message, Phase
 from kvmifup.core.ops import Announce
-from kvmifup.node import announce
+from kvmifup.node import announce, sockets
 from kvmifup.runs import clock
 from kvmifup.runs.apply import Change
 from kvmifup.runs.arriving import PreparedArrival
@@ -323,6 +323,23 @@ def test_anothers_first_frame_comes_before_what_is_left_of_an_arrival(waiting: W
     waiting.loop.ignore(ready)
     for descriptor in (ready, tell):
         os.close(descriptor)
+
+
+def test_who_is_asked_and_sends_without_end_keeps_nobody_from_their_turn(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(_listener: socket.socket) -> Iterator[tuple[bytes, float]]:
+        while True:
+            yield FRAME, 0.0
+
+    waiting.tap.nic = replace(ROUTED, to_ask=True)
+    waiting.preparations.append(None)
+    monkeypatch.setattr(sockets, "received", endless)
+    waiting.arm()
+    waiting.guest.send(FRAME)  # never read
+    waiting.pass_time(0.05)
+    waiting.run_until(State.ARMED)
+    assert waiting.tap.answers.first == ("RARP", 0.0)
 
 
 def test_who_is_announced_and_cannot_be_noted_is_tried_again(waiting: Waiting) -> None:
