@@ -17,10 +17,10 @@ from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.late import ASK_SOON, Late, LateAnswers
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.preparing import Preparations
-from kvmifup.agent.runner import BUSY, Runner
+from kvmifup.agent.runner import Runner
 from kvmifup.agent.suspects import Handed, Key, ask
 from kvmifup.agent.taps import State, TapRecord, Taps
-from kvmifup.core.errors import KvmIfupError, as_ours
+from kvmifup.core.errors import KvmIfupError, LockTimeoutError, as_ours
 from kvmifup.core.records import record
 from kvmifup.node import frames, sockets
 from kvmifup.runs import clock
@@ -196,17 +196,17 @@ class Arrivals:
         self._last = time.monotonic()
         self._catch_up()
         prepared = prepared_for(arrival)
-        hurry = prepared is not None and not prepared.waits
-        begun = self._begin(arrival, prepared) if prepared and hurry else None
+        begun = self._begin(arrival, prepared) if prepared and not prepared.waits else None
         tap.become(State.ARRIVING)
         self._preparations.forget(tap)
         if isinstance(begun, Begun):
             self.under_way += 1
             self._loop.soon(partial(self._finish, arrival, begun))
-        elif begun:
+        elif begun and not isinstance(begun, LockTimeoutError):
             self._loop.soon(partial(self._arrived, arrival, begun))
         else:
-            post = partial(self._post, arrival, None if hurry else prepared)
+            right = begun or (prepared and prepared.waits)  # nobody has said that it is not as it was prepared
+            post = partial(self._post, arrival, prepared if right else None)
             self._loop.work(post, partial(self._arrived, arrival))
 
     def _begin(self, arrival: Arrival, prepared: PreparedArrival) -> Begun | KvmIfupError | None:
@@ -214,7 +214,7 @@ class Arrivals:
         moment = time.monotonic()
         with ExitStack() as stack:
             try:
-                session = stack.enter_context(self._runner.session(arrival.frame, BUSY))
+                session = stack.enter_context(self._runner.session(arrival.frame, patience=0))
                 arriving = arrive(prepared, session)
             except Exception as error:
                 return as_ours(error)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-from kvmifup.core.errors import KvmIfupError, LockTimeoutError
+from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
 from kvmifup.core.ops import Announce, Sysctl, UplinkVlans
 from kvmifup.core.records import record
@@ -21,6 +21,7 @@ from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
 from kvmifup.runs.session import Session, about
 
+PATIENCE = 0.5  # seconds to wait for what is shared when an arrival has to be undone; longer, and others do so
 MANY = 100  # changes: more of them take so long that the agent has a thread make them
 
 
@@ -87,25 +88,21 @@ class Arriving:
 
     def _sharing(self) -> ExitStack:
         with ExitStack() as stack:
-            self._session.share(stack, [], [self.journal])
+            config = replace(self._session.config, lock_timeout=PATIENCE)
+            replace(self._session, config=config).share(stack, [], [self.journal])
             return stack.pop_all()
 
 
 def arrive(prepared: PreparedArrival, session: Session) -> Arriving | None:
-    """Do what is *prepared*, and announce it; None, and nothing was done, if anything has changed since or somebody
-    works on it.
+    """Do what is *prepared*, and announce it; None, and nothing was done, if anything has changed since.
 
     Only what others may change at any time is read again. The rest was checked when it was prepared, and the agent
     has everything checked again a moment later.
-    Raises what `apply.apply` raises.
+    Raises LockTimeoutError, and what `apply.apply` raises.
     """
-    hasty = replace(session, config=replace(session.config, lock_timeout=0))
     with ExitStack() as locks, ExitStack() as shared, about(prepared.outcome.label):
-        try:
-            hasty.locked(locks, [prepared.outcome.tap])
-            hasty.share(shared, [], [prepared.job.before])
-        except LockTimeoutError:
-            return None
+        session.locked(locks, [prepared.outcome.tap])
+        session.share(shared, [], [prepared.job.before])
         if not is_as_prepared(prepared, session):
             return None
         assert prepared.job.after is not None

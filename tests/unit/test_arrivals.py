@@ -362,6 +362,14 @@ def test_what_takes_long_is_done_in_a_thread_as_it_was_prepared(waiting: Waiting
     assert waiting.calls[1:] == [("arrive_wholly", False)]
 
 
+def test_who_has_to_wait_for_a_lock_does_so_in_a_thread_as_it_was_prepared(waiting: Waiting) -> None:
+    waiting.hear(LockTimeoutError("held"))
+    waiting.arrivals.append(OUTCOME)
+    waiting.until(lambda: not waiting.arrivals)
+    assert waiting.calls[1:] == [("arrive", True), ("arrive_wholly", False)]
+    waiting.until(lambda: "arrived" in waiting.said[-1])
+
+
 @pytest.mark.parametrize("why", ["not prepared", "takes long", "has changed"])
 def test_else_post_is_done_in_a_thread(waiting: Waiting, why: str) -> None:
     waiting.preparations.append(None if why == "not prepared" else Prepared(waits=why == "takes long"))
