@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from ipaddress import IPv4Interface, ip_address, ip_network
 
 from kvmifup.core.errors import VanishedError
@@ -98,19 +99,28 @@ def local(family: int, view: View) -> tuple[Reserved, ...]:
     return table
 
 
-def of_devices(family: int, view: View) -> Iterator[Reserved]:
+def of_devices(family: int, view: View) -> tuple[Reserved, ...]:
     """The node's own addresses, also on devices that are down, and what their IPv4 networks reserve."""
-    for _, text in standing.own_addresses(FAMILIES[family], view.netlink):
-        address = text.partition("/")[0]
-        if address.startswith(LINK_LOCAL):
-            continue
-        yield one_address(address, OWN)
-        if family == 4:
-            network = IPv4Interface(text).network
-            if network.prefixlen < 31:  # RFC 3021: a network of two has neither
-                yield one_address(str(network.broadcast_address), f"the broadcast address of {network} here")
-                what = f"the address of the network {network} here"
-                yield one_address(str(network.network_address), what, alone=True)
+    return of_addresses(family, tuple(text for _, text in standing.own_addresses(FAMILIES[family], view.netlink)))
+
+
+@lru_cache(maxsize=16)
+def of_addresses(family: int, addresses: tuple[str, ...]) -> tuple[Reserved, ...]:
+    """The same for these *addresses*, each with its prefix length. Hooks ask again and again about the same ones."""
+    return tuple(one for text in addresses for one in of_address(family, text))
+
+
+def of_address(family: int, text: str) -> Iterator[Reserved]:
+    """The same for one of them; nothing if it is link-local."""
+    address = text.partition("/")[0]
+    if address.startswith(LINK_LOCAL):
+        return
+    yield one_address(address, OWN)
+    if family == 4:
+        network = IPv4Interface(text).network
+        if network.prefixlen < 31:  # RFC 3021: a network of two has neither
+            yield one_address(str(network.broadcast_address), f"the broadcast address of {network} here")
+            yield one_address(str(network.network_address), f"the address of the network {network} here", alone=True)
 
 
 def gateways(family: int, view: View) -> Iterator[Reserved]:

@@ -18,7 +18,7 @@ from harness.oracle import sysctl
 from kvmifup.agent import events
 from kvmifup.agent.loop import Loop
 from kvmifup.core.ops import LinkMaster, Op, Value
-from kvmifup.node import procfs, standing, transport
+from kvmifup.node import procfs, reserved, standing, transport
 from kvmifup.node.addresses import link_local
 from kvmifup.node.kernel import Kernel
 from kvmifup.node.messages import RTM_GETRULE
@@ -342,3 +342,20 @@ def test_what_a_hook_finds_it_reads_once(kind: str, monkeypatch: pytest.MonkeyPa
         assert [what for what, times in counts.items() if times > 1] == []
         looked += len(counts)
     assert looked > 30
+
+
+def test_what_the_nodes_addresses_reserve_is_worked_out_when_they_have_changed() -> None:
+    nodes.add_tap("tap99")
+
+    def worked_out(code: int) -> int:
+        before = reserved.of_addresses.cache_info().misses
+        check(call("kvm-ifup-post", environ=manager.ganeti("tap99", MODE="routed", IP="198.18.9.9")), code)
+        return reserved.of_addresses.cache_info().misses - before
+
+    tools.ip("addr add 198.18.9.1/24 dev eth0")  # no other test has this one
+    assert worked_out(0) == 1
+    assert worked_out(0) == 0
+    tools.ip("addr add 198.18.9.9/32 dev lo")
+    assert worked_out(69) == 1
+    tools.ip("addr del 198.18.9.9/32 dev lo")
+    assert worked_out(0) == 0
