@@ -12,6 +12,7 @@ from kvmifup.commands.call import Call
 from kvmifup.commands.streams import Output
 from kvmifup.core.errors import InterruptedRun
 from kvmifup.diagnosis import live
+from kvmifup.diagnosis.state import agent_lives
 from kvmifup.tell import watchers
 
 
@@ -20,6 +21,8 @@ def run(call: Call) -> int:
     if call.options.trace:
         return traced(call, call.options.trace)
     with suppress(InterruptedRun), watchers.watching(call.run_dir, live.Drops().news) as events:
+        there = "what hooks and the agent do" if agent_lives(call.run_dir) else "what hooks do; the agent is not there"
+        begin(call, f"watching {there}")
         for event in events:
             if call.options.json:
                 call.out.write(json.dumps(event) + "\n")
@@ -34,13 +37,22 @@ def run(call: Call) -> int:
 def traced(call: Call, tap: str) -> int:
     """Print what nft says of each packet that comes out of *tap*; returns 0."""
     with suppress(InterruptedRun), closing(live.trace(tap)) as lines:
-        for line in lines:
+        for number, line in enumerate(lines):
+            if number == 0:
+                begin(call, f"tracing {tap}: packets of its guest that meet a rule of nftables")
             if line:
                 call.say([json.dumps({"at": time.time(), "nic": tap, "trace": line}) if call.options.json else line])
                 call.out.flush()
             if isinstance(call.out, Output) and call.out.unread:
                 break
     return 0
+
+
+def begin(call: Call, what: str) -> None:
+    """Tell a person that there is nothing yet, and not nothing at all."""
+    if call.options.verbose or call.err.isatty():
+        call.add([f"{what}; an interrupt ends it"])
+        call.err.flush()
 
 
 def event_lines(event: Mapping[str, Any]) -> Iterable[str]:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,18 @@ def test_a_round_of_announcements_names_each_address_once(uplinked: Node, agent:
     assert watcher.end() == 0
     (line,) = [line for line in watcher.said().splitlines() if "round 2 of 5: " in line]
     assert sorted(line.partition("round 2 of 5: ")[2].split(", ")) == sorted(f"{one} on eth0" for one in IPS)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_person_is_told_that_it_watches_and_whether_there_is_an_agent(uplinked: Node, there: bool) -> None:
+    with running() if there else nullcontext():
+        process = hooks.start("kvm-ifup", "watch", "-v")
+        assert process.stderr is not None
+        _, line = process.stderr.readline(), process.stderr.readline()  # the first: not by the agent
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(tools.PATIENCE), process.stderr.read()) == (0, "")
+    what = "what hooks and the agent do" if there else "what hooks do; the agent is not there"
+    assert line == f"watching {what}; an interrupt ends it\n"
 
 
 def test_as_json(uplinked: Node, agent: Agent) -> None:
