@@ -29,7 +29,8 @@ from kvmifup.agent import systemd
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.arrivals import Arrivals, listen
 from kvmifup.agent.departures import Departures
-from kvmifup.agent.events import DirectoryEvents, LinkEvents, NodeEvents, Thing
+from kvmifup.agent.directories import DirectoryEvents, Names
+from kvmifup.agent.events import LinkEvents, NodeEvents, Thing
 from kvmifup.agent.expectations import Expectations
 from kvmifup.agent.hook_server import HookServer
 from kvmifup.agent.leftovers import Leftovers
@@ -71,11 +72,9 @@ class Agent:
         self._dropped: Counts = {}
         self._announcements = Announcements(loop, self._runner)
         self._departures = Departures(
-            loop, self._runner, lambda: self._taps.look(), lambda tap: self._mending.answered(tap)
+            loop, self._runner, lambda tap: self._taps.look([tap]), lambda tap: self._mending.answered(tap)
         )
-        self._listening = Paced(
-            loop, PACE, lambda: self._departures.look_after(self._taps.guests(), self._taps.wired())
-        )
+        self._listening = Paced(loop, PACE, self._departures.renew)
         suspects = self._departures.suspects
         arm = partial(listen, self._runner, suspects.handed, clock.uptime())
         self._taps = Taps(
@@ -84,6 +83,11 @@ class Agent:
             listen=arm,
             found=self._found,
             looked=self._look_after,
+            over=[
+                self._departures.over,
+                lambda tap: self._mending.over(tap),
+                lambda tap: self._preparations.forget(tap),
+            ],
         )
         self._node = NodeEvents(loop, self._node_changed)
         self._settling = Settling(loop, QUIET, self._settled)
@@ -104,7 +108,9 @@ class Agent:
         self._leftovers = Leftovers(loop, self._runner, self._taps)
         self._expectations = Expectations(loop, self._runner, lambda: self._journals.complete())
         also = (run_dir / expected.DIRECTORY, ganeti.pids())
-        self._journals = DirectoryEvents(loop, self._runner.store.directory, self._files_changed, also)
+        self._journals = DirectoryEvents(
+            loop, self._runner.store.directory, self._files_changed, also, [SOCKET, expected.DIRECTORY]
+        )
         with suppress(OSError):  # a kernel without nftables has nothing to tell
             RulesetEvents(loop, self._mending.touched)
         LinkEvents(loop, self._devices_gone, self._mending.went_down, self._events_lost)
@@ -146,12 +152,12 @@ class Agent:
             self._leftovers.collect([tap.name])
         self._mending.found(tap)
 
+        self._departures.found(tap)
+
     def _look_after(self, changed: bool = True) -> None:
-        """The journals were looked at; tell the rooms if any has *changed*."""
+        """The journals were looked at; listen for other guests if any has *changed*."""
         self._keep_run_dir()
         if changed:
-            self._preparations.look_after()
-            self._mending.look_after()
             self._listening.ask()
 
     def _keep_run_dir(self) -> None:
@@ -168,8 +174,10 @@ class Agent:
         except (KvmIfupError, OSError) as error:  # tried again at the next look
             self._runner.complain("not made again", error)
 
-    def _files_changed(self) -> None:
-        self._taps.look_soon()
+    def _files_changed(self, names: Names | None) -> None:
+        taps = None if names is None else [one.removesuffix(".json") for one in names if one.endswith(".json")]
+        if taps is None or taps:
+            self._taps.look_soon(taps)
         self._expectations.look()
 
     def _node_changed(self, things: frozenset[Thing]) -> None:

@@ -8,9 +8,10 @@ is not listened for, for a moment, so that what is said of others does not get l
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable
 from contextlib import suppress
 from functools import partial
+from typing import Generic, TypeVar
 
 from kvmifup import phases
 from kvmifup.agent.events import RouteEvents
@@ -18,60 +19,113 @@ from kvmifup.agent.loop import Loop
 from kvmifup.agent.rivals import Heard, Rivals
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.suspects import Suspects
-from kvmifup.agent.taps import Place
-from kvmifup.core.model import Nic
+from kvmifup.agent.taps import Place, TapRecord
+from kvmifup.core.model import Nic, Phase
 from kvmifup.node import frames, sockets
 
 FRAMES = 64  # of one uplink at a time
 MUTED = 0.2  # seconds for which nothing is heard of an address that is in more of them than that
 
+Key = TypeVar("Key", bound=Hashable)
 Which = tuple[str, int]  # uplink, address family (4 or 6)
 UNHEARD = Heard("its uplink", "was down", patience=0.4)  # many may be asked at once, and the node is busy then
+
+
+class Whose(Generic[Key]):
+    """Whose something is `now`. For a moment several may have it, such as one that is to be cleared up: the last one
+    counts.
+    """
+
+    def __init__(self) -> None:
+        self.now: dict[Key, Nic] = {}
+        self._others: dict[Key, list[Nic]] = {}
+
+    def add(self, key: Key, nic: Nic) -> None:
+        """It is that of *nic*, too."""
+        if key in self.now:
+            self._others.setdefault(key, []).append(self.now[key])
+        self.now[key] = nic
+
+    def remove(self, key: Key, nic: Nic) -> None:
+        """It is no longer that of *nic*."""
+        others = self._others.get(key, [])
+        if self.now[key] is not nic:
+            others.remove(nic)
+        elif others:
+            self.now[key] = others.pop()
+        else:
+            del self.now[key]
+        if not others:
+            self._others.pop(key, None)
+
+
+def routed_here(tap: TapRecord) -> Iterable[str]:
+    """The prefixes of a routed guest that runs here."""
+    return tap.nic.destinations if tap.phase is Phase.POST and tap.nic.mode == "routed" else ()
 
 
 class Departures:
     """Listens where this node answers for guests, and has those asked that others announce.
 
-    *withdrawn* is called after each that has left, *answered* with the tap of each that was `asked_for`, and is here.
+    *withdrawn* is called with the tap of each that has left, *answered* with that of each that was `asked_for`, and is
+    here.
     """
 
     def __init__(
-        self, loop: Loop, runner: Runner, withdrawn: Callable[[], None], answered: Callable[[str], None]
+        self, loop: Loop, runner: Runner, withdrawn: Callable[[str], None], answered: Callable[[str], None]
     ) -> None:
         self._loop = loop
         self._answered = answered
         self.suspects = Suspects(loop, runner, withdrawn, self._here)
         self._rivals = Rivals(loop, runner)
-        self._guests: Mapping[Place, Nic] = {}
-        self._routed: dict[str, Nic] = {}  # by prefix
+        self._guests: Whose[Place] = Whose()
+        self._routed: Whose[str] = Whose()  # by prefix
+        self._wanted: dict[Which, set[str]] = {}  # the addresses that guests have there
+        self._stale: set[Which] = set()  # those of which perhaps not all is heard, or what is muted
         self._listeners: dict[Which, tuple[socket.socket, int]] = {}  # with the uplink's index
         self._about: dict[Which, set[str]] = {}  # the addresses that each is to hear of
         self._muted: dict[Which, set[str]] = {}  # those of which it is not, for a moment
         RouteEvents(loop, self._routed_elsewhere)
 
-    def look_after(self, guests: Mapping[Place, Nic], wired: Sequence[Nic]) -> None:
-        """Listen where this node answers for *guests*, and nowhere else; *wired* are all whose guest runs here."""
-        self._guests = guests
-        self._routed = {prefix: nic for nic in wired if nic.mode == "routed" for prefix in nic.destinations}
-        self._rivals.look_after(guests)
-        self.renew()
+    def found(self, tap: TapRecord) -> None:
+        """*tap* has this journal from now on. `renew` is called once for all that are found, or over."""
+        for place in tap.places:
+            which = place[0], phases.family_of(place[1])
+            self._guests.add(place, tap.nic)
+            self._wanted.setdefault(which, set()).add(place[1])
+            self._stale.add(which)
+        for prefix in routed_here(tap):
+            self._routed.add(prefix, tap.nic)
+
+    def over(self, tap: TapRecord) -> None:
+        """It had the one of *tap* until now."""
+        for place in tap.places:
+            which = place[0], phases.family_of(place[1])
+            self._guests.remove(place, tap.nic)
+            if place not in self._guests.now:
+                self._wanted[which].discard(place[1])  # what is still heard of it means nothing
+        for prefix in routed_here(tap):
+            self._routed.remove(prefix, tap.nic)
 
     def renew(self) -> None:
-        """Leave devices that have gone, or are another one now, and listen on what is there in their place."""
-        wanted: dict[Which, set[str]] = {}
-        for uplink, address in self._guests:
-            wanted.setdefault((uplink, phases.family_of(address)), set()).add(address)
+        """Listen where this node answers for guests, and nowhere else: leave devices that have gone, or are another one
+        now, and listen on what is there in their place.
+        """
+        self._rivals.look_after(self._guests.now)
         for which, (listener, index) in list(self._listeners.items()):
-            if which not in wanted or not sockets.is_device(which[0], index):
+            if not self._wanted[which] or not sockets.is_device(which[0], index):
                 del self._listeners[which], self._about[which]
                 self._loop.ignore(listener)
                 sockets.close(listener)
-        for which in wanted:
-            addresses = wanted[which] - self._muted.get(which, set())
-            if self._about.get(which) != addresses:
+        for which in self._stale | (self._wanted.keys() - self._listeners.keys()):
+            addresses = self._wanted[which] - self._muted.get(which, set())
+            known = self._about.get(which, set())
+            if self._wanted[which] and not (addresses <= known and known.isdisjoint(self._muted.get(which, ()))):
                 with suppress(OSError):
                     self._listen(which, addresses)
-                    self._about[which] = addresses
+                    known = self._about[which] = addresses
+            if addresses <= known:
+                self._stale.discard(which)
 
     def _listen(self, which: Which, addresses: set[str]) -> None:
         """Hear what *which* is told about *addresses*. Raises OSError."""
@@ -116,7 +170,7 @@ class Departures:
             found = frames.announcement_in(frame)
             if found:
                 told.add(found[0])
-            if found and (nic := self._guests.get((uplink, found[0]))):
+            if found and (nic := self._guests.now.get((uplink, found[0]))):
                 address, mac = found
                 # By ourselves, where two uplinks are on one segment: each hears what goes out of the other.
                 if mac not in self._own_macs():
@@ -124,12 +178,14 @@ class Departures:
 
         if not told <= self._muted.get(which, set()):
             self._muted[which] = told | self._muted.get(which, set())
+            self._stale.add(which)
             self.renew()
             self._loop.later(MUTED, partial(self._unmute, which))
 
     def _unmute(self, which: Which) -> None:
         """Hear of all addresses again."""
         if self._muted.pop(which, None):
+            self._stale.add(which)
             self.renew()
 
     def _own_macs(self) -> set[str]:
@@ -141,6 +197,6 @@ class Departures:
 
         Nobody announces a prefix, so for a guest that has nothing else this is all that there is to hear.
         """
-        nic = self._routed.get(prefix)
+        nic = self._routed.now.get(prefix)
         if nic and not (index and sockets.is_device(nic.tap, index)):
             self.suspects.suspect(nic, Heard(prefix, f"routed elsewhere by protocol {protocol}"))

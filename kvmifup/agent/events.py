@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
-from kvmifup.agent.loop import Loop, Timer
-from kvmifup.core.errors import NotReadyError
+from kvmifup.agent.loop import Loop
 from kvmifup.core.model import LOCAL_TABLE
 from kvmifup.core.records import record
-from kvmifup.inputs import places
 from kvmifup.node import messages, sockets
 
 RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IFADDR = (1,), (3,), (5, 9)  # linux/rtnetlink.h; addresses: IPv4, IPv6
@@ -297,80 +291,3 @@ class RouteEvents(Subscription):
 
         super().__init__(loop, RTNLGRP_ROUTE, heard, lambda: None, urgent=True)
         sockets.attach(self.socket, OF_DAEMONS)
-
-
-class DirectoryEvents:
-    """Calls *changed* after files in *directory* have come, gone or been replaced (fcntl(2), F_NOTIFY).
-
-    *also* are directories that others make, once they are there: there it counts, too, what is written into files.
-    It is called a `MOMENT` after the first change, and once for all until then: a hook writes its journal twice.
-    """
-
-    def __init__(self, loop: Loop, directory: Path, changed: Callable[[], None], also: Sequence[Path] = ()) -> None:
-        self._loop = loop
-        self._directory = directory
-        self._changed = changed
-        self._also = also
-        self._missing: tuple[Path, ...] = ()
-        self._watched: dict[int, int] = {}  # what each descriptor is watched for; the directory's own is the first
-        self._timer: Timer | None = None
-        loop.on_signal(signal.SIGIO, self._notified)
-        self.renew()
-
-    def renew(self) -> None:
-        """Watch what is at the directory's path now, and its parent: somebody may remove it and make another.
-
-        Raises OSError, NotReadyError.
-        """
-        self.close()
-        places.made(self._directory.parent, self._directory.name)
-        wanted = fcntl.DN_RENAME | fcntl.DN_DELETE
-        # DN_ATTRIB: for `Store.mark`. DN_MODIFY: for a person with an editor.
-        self._open(self._directory, wanted | fcntl.DN_ATTRIB | fcntl.DN_MODIFY)
-        self._open(self._directory.parent, wanted | fcntl.DN_CREATE)
-        missing = []
-        for directory in self._also:
-            try:
-                self._open(directory, wanted | fcntl.DN_CREATE | fcntl.DN_MODIFY)
-            except OSError:
-                missing.append(directory)
-        self._missing = tuple(missing)
-        self._watch()
-
-    def _open(self, directory: Path, events: int) -> None:
-        self._watched[os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)] = events
-
-    def _watch(self) -> None:
-        # Each sends one SIGIO, until it is watched anew: no DN_MULTISHOT.
-        for descriptor, events in self._watched.items():
-            fcntl.fcntl(descriptor, fcntl.F_NOTIFY, events)
-
-    def complete(self) -> None:
-        """Watch also what was not there before."""
-        if any(map(Path.is_dir, self._missing)):
-            with suppress(OSError, NotReadyError):
-                self.renew()
-
-    def close(self) -> None:
-        """Watch it no longer."""
-        for descriptor in self._watched:
-            os.close(descriptor)
-        self._watched = {}
-
-    def is_watched(self) -> bool:
-        """Whether what is at the directory's path now is what is watched. Raises OSError if there is nothing."""
-        mine = next(iter(self._watched), None)
-        return mine is not None and os.path.samestat(self._directory.stat(), os.fstat(mine))
-
-    def _notified(self) -> None:
-        if self._timer is None:
-            self._timer = self._loop.later(MOMENT, self._due)
-
-    def _due(self) -> None:
-        self._timer = None
-        with suppress(OSError, NotReadyError):
-            self._watch()  # before anybody looks: what changes from now on is told once more
-            # Only once there is another: it may still be on its way out.
-            if self._watched and not self.is_watched():
-                self.renew()
-        self._changed()

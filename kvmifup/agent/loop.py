@@ -74,6 +74,10 @@ class Loop:
         """
         (self._first if first else self._selector).register(source, selectors.EVENT_READ, action)
 
+    def __contains__(self, source: Any) -> bool:
+        """Whether *source* is watched."""
+        return source in self._selector.get_map()
+
     def ignore(self, source: Any) -> None:
         """Watch *source* no longer."""
         (self._first if source in self._first.get_map() else self._selector).unregister(source)

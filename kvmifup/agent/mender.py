@@ -45,7 +45,7 @@ class Breakages:
     AT_ONCE, CALM, LONGEST = 4, 60.0, 300.0
 
     def __init__(self) -> None:
-        self._times: dict[tuple[str, Key], tuple[int, float]] = {}  # in a row, and when last
+        self._times: dict[str, dict[Key, tuple[int, float]]] = {}  # by tap: in a row, and when last
 
     def wait(self, tap: str, keys: Iterable[Key], now: float) -> float:
         """For how many seconds *keys* of *tap* are left broken; 0 if one of them is due."""
@@ -54,20 +54,20 @@ class Breakages:
     def mended(self, tap: str, keys: Iterable[Key], now: float) -> float:
         """*keys* of *tap* were put right; returns after how many seconds, at the earliest, they will be again."""
         for key in keys:
-            times, last = self._times.get((tap, key), (0, now))
+            times, last = self._times.get(tap, {}).get(key, (0, now))
             calm = now - last > self.CALM + self._delay(times)
-            self._times[tap, key] = (1 if calm else times + 1), now
+            self._times.setdefault(tap, {})[key] = (1 if calm else times + 1), now
         return max((self._due(tap, key) - now for key in keys), default=0.0)
 
-    def forget(self, taps: Collection[str]) -> None:
-        """All but *taps*."""
-        self._times = {which: one for which, one in self._times.items() if which[0] in taps}
+    def forget(self, tap: str) -> None:
+        """It has gone."""
+        self._times.pop(tap, None)
 
     def _delay(self, times: int) -> float:
         return 0.0 if times < self.AT_ONCE else min(2.0 ** (times - self.AT_ONCE + 1), self.LONGEST)
 
     def _due(self, tap: str, key: Key) -> float:
-        times, last = self._times.get((tap, key), (0, 0.0))
+        times, last = self._times.get(tap, {}).get(key, (0, 0.0))
         return last + self._delay(times)
 
 
@@ -99,11 +99,11 @@ class Mender:
         self._failed: dict[str, tuple[str, int]] = {}  # by tap: what was said, and how often in a row it has failed
         self._mtus: dict[str, int] = {}  # by tap: its MTU when all was right
 
-    def forget(self, taps: Collection[str]) -> None:
-        """All but *taps*."""
-        self._breakages.forget(taps)
-        self._failed = {tap: one for tap, one in self._failed.items() if tap in taps}
-        self._mtus = {tap: mtu for tap, mtu in self._mtus.items() if tap in taps}
+    def forget(self, tap: str) -> None:
+        """It has gone."""
+        self._breakages.forget(tap)
+        self._failed.pop(tap, None)
+        self._mtus.pop(tap, None)
 
     def check(self, asked: Sequence[tuple[str, Op]]) -> set[str]:
         """The taps for which one of the ops that are *asked* for is not true."""

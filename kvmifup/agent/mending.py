@@ -8,6 +8,7 @@ like any run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
@@ -60,7 +61,7 @@ class Mending:
         self._known: dict[str, Looked] = {}
         self._reliance = Reliance()
         self._suspects: set[str] = set()  # taps whose guest may have left unheard
-        self._uplinks: set[int] = set()  # the indices of those on which this node answers for somebody
+        self._uplinks: Counter[int] = Counter()  # for how many this node answers on each, by its index
         self._looking = OneAtATime(loop, self._begin, self._looked)
         self._checking = OneAtATime(loop, self._begin_check, self._checked)
         self._turn = self._checks = self._put_off = 0
@@ -72,6 +73,7 @@ class Mending:
 
     def found(self, tap: TapRecord) -> None:
         """*tap* has a new journal."""
+        self._uplinks.update(tap.uplinks)
         if tap.journal.reason != REASON:
             self._suspects.discard(tap.name)
         # In any case after an arrival: `arriving.arrive` has read only what others may change at any time.
@@ -80,14 +82,14 @@ class Mending:
             self._due.add(tap.name)
             self._stir()
 
-    def look_after(self) -> None:
-        """Some taps may have gone."""
-        there = {tap.name for tap in self._taps}
-        self._known = {name: one for name, one in self._known.items() if name in there}
-        self._reliance.keep(there)
-        self._suspects &= there
-        self._uplinks = {index for tap in self._taps for index in tap.uplinks}
-        self._mender.forget(there)
+    def over(self, tap: TapRecord) -> None:
+        """Its journal is that of *tap* no longer."""
+        self._uplinks -= Counter(tap.uplinks)
+        if not self._taps.named([tap.name]):  # it has none any more
+            self._known.pop(tap.name, None)
+            self._reliance.forget(tap.name)
+            self._suspects.discard(tap.name)
+            self._mender.forget(tap.name)
 
     def touched(self, things: frozenset[Thing]) -> None:
         """*things* have changed."""
@@ -98,7 +100,7 @@ class Mending:
 
     def went_down(self, devices: Iterable[int]) -> None:
         """*devices* are down, or gone: whose guest leaves meanwhile is not announced there to us."""
-        indices = self._uplinks.intersection(devices)
+        indices = self._uplinks.keys() & set(devices)
         if indices:  # each tap that is made is down at first
             self._suspects |= {tap.name for tap in self._taps if not indices.isdisjoint(tap.uplinks)}
 

@@ -118,10 +118,6 @@ class Preparations:
                 tap.become(State.ARMED)
                 self._stir()
 
-    def look_after(self) -> None:
-        """Some taps may have gone."""
-        self._reliance.keep({tap.name for tap in self._taps})
-
     def anew(self) -> None:
         """Have post prepared where it is not: what stood in its way may have changed."""
         for tap in self._taps:
@@ -129,5 +125,5 @@ class Preparations:
                 self.prepare(tap)
 
     def forget(self, tap: TapRecord) -> None:
-        """Its guest has come: what was prepared is done."""
+        """Its guest has come, so what was prepared is done; or its journal is another one now, or gone."""
         self._reliance.forget(tap.name)

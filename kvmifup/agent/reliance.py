@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from kvmifup.agent.events import Thing
 
@@ -27,11 +27,6 @@ class Reliance:
             self._taps[thing].discard(tap)
             if not self._taps[thing]:
                 del self._taps[thing]
-
-    def keep(self, there: Collection[str]) -> None:
-        """Forget all but *there*."""
-        for tap in self._things.keys() - there:
-            self.forget(tap)
 
     def on(self, things: Iterable[Thing]) -> set[str]:
         """The taps that rely on one of *things*."""

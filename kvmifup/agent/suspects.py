@@ -85,12 +85,16 @@ Verdict = tuple[Suspect, Outcome | KvmIfupError | bool | None]  # True: it has a
 class Suspects:
     """Asks guests that may have left, and withdraws those that have.
 
-    *withdrawn* is called after each that is, *here* for each that has answered, with what was said of it. *handed* are
-    the listeners for those that were withdrawn.
+    *withdrawn* is called with the tap of each that is, *here* for each that has answered, with what was said of it.
+    *handed* are the listeners for those that were withdrawn.
     """
 
     def __init__(
-        self, loop: Loop, runner: Runner, withdrawn: Callable[[], None], here: Callable[[Nic, Collection[Heard]], None]
+        self,
+        loop: Loop,
+        runner: Runner,
+        withdrawn: Callable[[str], None],
+        here: Callable[[Nic, Collection[Heard]], None],
     ) -> None:
         self._loop = loop
         self._runner = runner
@@ -271,7 +275,7 @@ class Suspects:
             self._acquit(suspect)
             self._runner.metrics.add("kvm_ifup_withdrawals_total")
             self._runner.say(said, nic.label)
-            self._then()
+            self._then(nic.tap)
             return
         self.handed.pop(suspect.key, None)
         if outcome is True and suspect.listener:

@@ -14,7 +14,7 @@ from kvmifup.agent.answers import Answers
 from kvmifup.agent.loop import Loop, OneAtATime, Timers
 from kvmifup.agent.runner import Runner
 from kvmifup.core.errors import BugError, KernelError, KvmIfupError, NamespaceError
-from kvmifup.core.model import Nic, Phase
+from kvmifup.core.model import Phase
 from kvmifup.core.ops import ProxyNeighbour
 from kvmifup.node import sockets
 from kvmifup.runs import clock
@@ -171,16 +171,17 @@ def identity_of(directory: Path) -> tuple[int, int] | None:
     return None
 
 
-# All taps that have a journal; those whose journal is new; whether all that there is could be read.
+# The taps that have no journal any more; those whose journal is new; whether all that there is could be read.
 Found = tuple[set[str], dict[str, TapRecord], bool]
 
 
 class Taps:
     """All taps that have a journal in this network namespace.
 
-    A thread reads the journals. For a new one in pre it calls *listen* with the record, so that no frame gets lost
-    while others are read. Then the loop calls *found* with each new record, and *looked* once, after all of them, with
-    whether any has come or gone since the last time.
+    A thread reads the journals, those that are said to have changed, or all. For a new one in pre it calls *listen*
+    with the record, so that no frame gets lost while others are read. Then the loop calls *over* with each record that
+    is no more, *found* with each new one, and *looked* once, after all of them, with whether any has come or gone since
+    the last time.
     """
 
     def __init__(
@@ -190,10 +191,13 @@ class Taps:
         listen: Callable[[TapRecord], None],
         found: Callable[[TapRecord], None],
         looked: Callable[[bool], None],
+        over: Sequence[Callable[[TapRecord], None]] = (),
     ) -> None:
         self._loop = loop
         self._runner = runner
         self._listen, self._found, self._looked = listen, found, looked
+        self._when_over = over
+        self._asked: set[str] | None = set()  # the taps at which to look next; None: all
         self._taps: dict[str, TapRecord] = {}
         self._look = OneAtATime(loop, self._begin, self._done)
         self._begun = self._took = 0.0  # when the last look began, and how long it took, in seconds
@@ -217,32 +221,30 @@ class Taps:
         """Those of *names* that have a record."""
         return [self._taps[name] for name in names if name in self._taps]
 
-    def guests(self) -> dict[Place, Nic]:
-        """Where this node answers for whom."""
-        return {place: tap.nic for tap in self for place in tap.places}
-
-    def wired(self) -> list[Nic]:
-        """Those whose guest runs here."""
-        return [tap.nic for tap in self if tap.phase is Phase.POST]
-
-    def look(self) -> None:
-        """See what has changed in the journals."""
+    def look(self, names: Collection[str] | None = None) -> None:
+        """See what has changed in the journals of the taps *names*; None for all that there are."""
+        self._want(names)
         self._look.ask()
 
-    def look_soon(self) -> None:
+    def _want(self, names: Collection[str] | None) -> None:
+        self._asked = None if names is None or self._asked is None else self._asked.union(names)
+
+    def look_soon(self, names: Collection[str] | None = None) -> None:
         """The same in a moment, once for all changes until then.
 
         A hook writes its journal twice, and we should not compete with it for the processor. With thousands of
         journals a look takes long, so there are pauses that are longer in proportion.
         """
+        self._want(names)
         self._look.ask_in(max(SETTLE, min(REST * self._took, REST_AT_MOST)))
 
     def look_again_at(self, tap: TapRecord) -> None:
         """Read its journal again, though it is the same, and begin anew with it: its arrival has failed."""
         tap.become(State.OVER)
         del self._taps[tap.name]
+        self._over(tap)
         self._doubtful.add(tap.name)
-        self.look()
+        self.look([tap.name])
 
     def written(self, journal: Journal, stamp: Stamp) -> TapRecord:
         """The loop itself has written *journal*, with this *stamp*: nobody need read it. Returns its record."""
@@ -250,7 +252,7 @@ class Taps:
         self._take(tap)
         self._written.add(tap.name)
         self._doubtful.discard(tap.name)
-        self.look_soon()
+        self.look_soon([tap.name])
         return tap
 
     def close(self) -> None:
@@ -259,28 +261,40 @@ class Taps:
             if tap.listener:
                 tap.listener.close()
 
+    def _over(self, tap: TapRecord) -> None:
+        for call in self._when_over:
+            call(tap)
+
     def _begin(self) -> Callable[[], Found]:
         self._begun = time.monotonic()
         self._written.clear()
-        return partial(self._find, {name: tap.stamp for name, tap in self._taps.items()}, frozenset(self._doubtful))
+        names, self._asked = self._asked, set()
+        if names is not None and identity_of(self._runner.store.directory) != self._directory:
+            names = None  # it is another directory
+        known = (
+            {name: tap.stamp for name, tap in self._taps.items()}
+            if names is None
+            else {tap.name: tap.stamp for tap in self.named([*names])}
+        )
+        return partial(self._find, known, frozenset(self._doubtful), names)
 
-    def _find(self, known: dict[str, Stamp], doubtful: frozenset[str]) -> Found:
-        """In a thread: see which journals there are, and read those that are not *known*."""
+    def _find(self, known: dict[str, Stamp], doubtful: frozenset[str], names: Collection[str] | None) -> Found:
+        """In a thread: see which journals there are of *names*, or at all, and read those that are not *known*."""
         try:
-            now = self._runner.store.stamps()
+            now = self._runner.store.stamps(names)
             restored = self._restored(known.keys() - now.keys())
             if restored:
-                now = self._runner.store.stamps()
+                now = self._runner.store.stamps(names)
         except OSError as error:  # nothing is known of any: all stay as they are
             if self._complaint != str(error):
                 self._complaint = str(error)
                 self._runner.complain("cannot look at the journals", error)
-            return set(known), {}, False
+            return set(), {}, False
         with suppress(KvmIfupError, OSError):  # else hooks look for themselves
-            self._runner.store.heed(now)
+            self._runner.store.heed(now, names)
         self._complaint, sure = "", True
         stamps = {name: stamp for name, stamp in now.items() if self._elsewhere.get(name) != stamp}
-        names = set(stamps)
+        gone = (known.keys() | doubtful if names is None else set(names)) - stamps.keys()
         new = {}
         for name, stamp in sorted(stamps.items()):
             if stamp == known.get(name):
@@ -289,7 +303,7 @@ class Taps:
                 journal = self._runner.store.load(name)
             except NamespaceError:
                 self._elsewhere[name] = stamp
-                names.discard(name)
+                gone.add(name)
                 continue
             except (KvmIfupError, OSError) as error:
                 if self._unreadable.get(name) != stamp:
@@ -303,7 +317,7 @@ class Taps:
             tap.doubtful = name in restored or name in doubtful
             if tap.phase is Phase.PRE and tap.state is State.DISARMED:
                 self._listen(tap)
-        return names, new, sure
+        return gone, new, sure
 
     def _restored(self, missing: Collection[str]) -> list[str]:
         """Write journals again that are *missing* because somebody has removed the whole directory; returns the taps.
@@ -326,13 +340,15 @@ class Taps:
         return names
 
     def _done(self, found: Found) -> None:
-        names, new, sure = found
-        for name in self._taps.keys() - names:
-            self._taps.pop(name).become(State.OVER)
-            self._changed = True
+        gone, new, sure = found
+        for name in gone:
+            if tap := self._taps.pop(name, None):
+                tap.become(State.OVER)
+                self._over(tap)
+                self._changed = True
         self._doubtful -= new.keys()
         if sure:
-            self._doubtful &= names
+            self._doubtful -= gone
         for name, tap in new.items():
             if name in self._written:  # what was read may be older, and the next look sees whether it is
                 tap.become(State.OVER)
@@ -342,6 +358,7 @@ class Taps:
         self._changed = False
         self._took = time.monotonic() - self._begun
         if not sure:  # a guest may have come of which we know nothing
+            self._want(None)
             self._look.ask_in(AGAIN)
 
     def _take(self, tap: TapRecord) -> None:
@@ -352,5 +369,7 @@ class Taps:
             tap.take_over(before)
             before.become(State.OVER)
         self._taps[tap.name] = tap
+        if before:
+            self._over(before)
         self._changed = True
         self._found(tap)

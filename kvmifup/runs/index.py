@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -114,11 +114,18 @@ class Index:
         self._updated = time.monotonic()
         self._catch_up(files, files.trusted_stamps())
 
-    def heed(self, files: Files, stamps: Mapping[str, Stamp]) -> None:
-        """The same, for who looks at the *stamps* whenever a file changes: then nobody else need do it. Raises so."""
-        self._heeded = False
-        self._catch_up(files, stamps)
-        self._heeded = True
+    def heed(self, files: Files, stamps: Mapping[str, Stamp], taps: Collection[str] | None = None) -> None:
+        """The same, for who looks at the *stamps* whenever a file changes: then nobody else need do it. Raises so.
+
+        *taps*: only those of these, because no other has changed.
+        """
+        heeded, self._heeded = self._heeded or taps is None, False
+        if taps is None:
+            self._catch_up(files, stamps)
+        for tap in taps or ():
+            with self._lock:
+                self._look_at(tap, files)
+        self._heeded = heeded
 
     def _catch_up(self, files: Files, there: Mapping[str, Stamp]) -> None:
         # To look at thousands takes long, and hooks wait for the lock: so what seems new is looked at once more.

@@ -279,8 +279,10 @@ class Store:
         """The taps that have a journal."""
         return sorted(self.stamps())
 
-    def stamps(self) -> dict[str, Stamp]:
-        """The stamps of all journals, by tap."""
+    def stamps(self, taps: Collection[str] | None = None) -> dict[str, Stamp]:
+        """The stamps of all journals, by tap; or of those of *taps*. Raises OSError."""
+        if taps is not None:
+            return {tap: stamp for tap in taps if (stamp := self.stamp(tap))}
         found: dict[str, Stamp] = {}
         with suppress(FileNotFoundError, NotADirectoryError), opened(self.directory, FOLDER) as directory:
             with os.scandir(directory) as files:
@@ -307,9 +309,11 @@ class Store:
         except OSError as error:
             raise refused(error, f"cannot read {self.path(tap)}") from None
 
-    def heed(self, stamps: Mapping[str, Stamp]) -> None:
-        """Take in what has changed, for who looks at the *stamps* whenever a file does. Raises as `others`."""
-        self._index.heed(self, stamps)
+    def heed(self, stamps: Mapping[str, Stamp], taps: Collection[str] | None = None) -> None:
+        """Take in what has changed, for who looks at the *stamps* whenever a file does: at all of them, or only at
+        those of *taps*. Raises as `others`.
+        """
+        self._index.heed(self, stamps, taps)
 
     def others(self, tap: str, name: Hashable) -> Iterator[Journal]:
         """The readable journals of other taps that name *name*: an instance, an address or prefix of the NIC, or

@@ -109,7 +109,7 @@ def test_a_guest_that_never_answers_has_left_whatever_its_machine_does(
     runner = Runner(manager.RUN_DIR, lambda *_: True)
     journal = runner.store.load("tap0")
     assert journal
-    one = Suspects(loop, runner, withdrawn=loop.stop, here=lambda *_: None)
+    one = Suspects(loop, runner, withdrawn=lambda _tap: loop.stop(), here=lambda *_: None)
     begun = time.monotonic()
     with answering(guest, only=[]):
         loop.soon(partial(one.suspect, journal.nic, Heard(ip[0].partition("/")[0], "is elsewhere")))

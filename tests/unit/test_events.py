@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmifup.agent import events
+from kvmifup.agent import directories
+from kvmifup.agent.directories import DirectoryEvents, Names
 from kvmifup.agent.events import (
     ANYTHING,
     NOT_LEARNT,
-    DirectoryEvents,
     NetlinkMessage,
     not_up,
     removed,
@@ -178,14 +178,16 @@ class Seen:
 
     def __init__(self, loop: Loop, directory: Path) -> None:
         self.loop, self.directory, self.wanted = loop, directory, {"nothing"}
+        self.told: list[Names | None] = []
         self.events = DirectoryEvents(loop, directory, self.changed)
 
     def names(self) -> set[str]:
         """Its files."""
         return {path.name for path in self.directory.iterdir()} if self.directory.exists() else set()
 
-    def changed(self) -> None:
+    def changed(self, names: Names | None) -> None:
         """As the agent looks."""
+        self.told.append(names)
         if self.names() == self.wanted:
             self.loop.stop()
 
@@ -222,22 +224,64 @@ def test_files_that_come_are_replaced_and_go(seen: Seen) -> None:
     seen.wait("b")
 
 
-def test_many_changes_are_one_signal_until_somebody_looks(
-    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(events, "MOMENT", 3600.0)
-    signals: list[int] = []
-    one = DirectoryEvents(loop, tmp_path / "run" / "state", loop.stop)
-    loop.on_signal(signal.SIGIO, lambda: None)  # keeps its descriptor for signals
-    signal.signal(signal.SIGIO, lambda number, _frame: signals.append(number))
+def test_many_changes_wake_the_loop_up_once_until_somebody_looks(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[DirectoryEvents] = []
+    notified = DirectoryEvents._notified
+
+    def counting(one: DirectoryEvents) -> None:
+        woken.append(one)
+        notified(one)
+
+    monkeypatch.setattr(DirectoryEvents, "_notified", counting)
+    seen.events.renew()
     for number in range(20):
-        put(tmp_path / "run" / "state", f"file{number}")
-        (tmp_path / "run" / f"file{number}").touch()
-    assert 1 <= len(signals) <= 2  # one from each directory
-    one._due()
-    put(tmp_path / "run" / "state", "more")
-    assert 2 <= len(signals) <= 4
-    one.close()
+        put(seen.directory, f"file{number}")
+    seen.wait(*(f"file{number}" for number in range(20)))
+    assert len(woken) == 1
+    (told,) = seen.told
+    assert told == frozenset({"new", *(f"file{number}" for number in range(20))})
+
+
+def test_only_what_matters_of_the_files_beside_is_told(loop: Loop, tmp_path: Path) -> None:
+    told: list[Names | None] = []
+    events = DirectoryEvents(loop, tmp_path / "run" / "state", told.append, beside=["agent.sock"])
+    for number, name in enumerate(("agent.sock", "metrics.prom")):
+        (tmp_path / "run" / "new").touch()
+        (tmp_path / "run" / "new").rename(tmp_path / "run" / name)
+        loop.later(0.1, loop.stop)
+        loop._running = True
+        loop.run()
+        assert (None in told) is (number == 0)
+        told.clear()
+    events.close()
+
+
+def test_more_than_the_kernel_can_report_may_be_anything(seen: Seen) -> None:
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    path = seen.directory / "a"
+    path.touch()
+    for _ in range(limit // 2 + 10):  # not the same twice in a row: that would be one
+        os.utime(path)
+        path.rename(seen.directory / "b")
+        (seen.directory / "b").rename(path)
+    seen.wait("a")
+    assert None in seen.told
+
+
+def test_without_inotify_somebody_looks_from_time_to_time(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directories, "BLIND", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(directories, "_libc", type("Libc", (), {"inotify_init1": staticmethod(lambda _flags: -1)}))
+        seen.events.renew()
+        for name in ("a", "b"):
+            put(seen.directory, name)
+            seen.wait(*sorted({"a", name}))
+        assert set(seen.told) == {None}
+    seen.events.renew()
+    seen.told.clear()
+    put(seen.directory, "c")
+    seen.wait("a", "b", "c")
+    assert seen.told[-1] == frozenset({"new", "c"})
 
 
 def test_directories_of_others_are_watched_once_they_are_there(loop: Loop, tmp_path: Path) -> None:
@@ -245,7 +289,7 @@ def test_directories_of_others_are_watched_once_they_are_there(loop: Loop, tmp_p
     late = tmp_path / "pid"
     wanted = ""
 
-    def changed() -> None:
+    def changed(_names: Names | None) -> None:
         if (late / "web1").exists() and (late / "web1").read_text() == wanted:
             loop.stop()
 

@@ -42,5 +42,5 @@ def test_something_else_and_another_tap_are_not_held_back() -> None:
     assert breakages.wait("tap0", [ROUTE], 1000.0) > 0
     assert breakages.wait("tap0", [ROUTE, RULE], 1000.0) <= 0
     assert breakages.wait("tap1", [ROUTE], 1000.0) <= 0
-    breakages.forget({"tap1"})
+    breakages.forget("tap0")
     assert breakages.wait("tap0", [ROUTE], 1000.0) <= 0

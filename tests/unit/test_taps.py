@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from kvmifup.agent import taps
 from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.preparing import relied_on
@@ -23,7 +24,9 @@ from kvmifup.core.errors import BugError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu, ProxyNeighbour
 from kvmifup.runs.arriving import PreparedArrival
+from kvmifup.runs.index import Stamp
 from kvmifup.runs.journal import Entry, Journal
+from kvmifup.runs.store import Store
 
 from .samples import DUAL, HERE, ROUTED, into
 
@@ -221,7 +224,9 @@ class Node:
         self.looks = 0
         self.changed: list[bool] = []
         self.runner = Runner(run_dir, into(self.said))
-        self.taps = Taps(loop, self.runner, self.listen, self.note, self.looked)
+        self.over: list[str] = []
+        over = [lambda tap: self.over.append(tap.name)]
+        self.taps = Taps(loop, self.runner, self.listen, self.note, self.looked, over)
 
     def listen(self, tap: TapRecord) -> None:
         """As for a tap whose guest can be listened to."""
@@ -284,7 +289,6 @@ def test_every_journal_is_found_once(node: Node) -> None:
     assert node.listened == ["tap0"]
     assert node.look() == []
     assert len(node.taps) == 3
-    assert node.taps.guests() == {("eth0", "192.0.2.8"): replace(ROUTED, tap="tap1")}
     assert [tap.name for tap in node.taps.named(["tap2", "tap9", "tap0"])] == ["tap2", "tap0"]
 
 
@@ -322,6 +326,67 @@ def test_what_is_written_during_a_look_is_not_replaced_by_what_that_read(node: N
     assert node.look() == []
     node.save(KILLED)
     assert node.look() == [("tap0", State.UNFINISHED)], "what changes after that is seen"
+
+
+def test_only_those_are_looked_at_that_are_said_to_have_changed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    for journal in (PRE, named("tap1", POST), named("tap2", POST)):
+        node.save(journal)
+    node.look()
+    looked: list[str] = []
+    stamp = Store.stamp
+
+    def noting(store: Store, tap: str) -> Stamp | None:
+        looked.append(tap)
+        return stamp(store, tap)
+
+    monkeypatch.setattr(Store, "stamp", noting)
+    node.save(POST)
+    node.save(named("tap1", POST, since=2.0))
+    node.save(named("tap3", PRE))
+    node.runner.store.delete("tap2")
+    assert node.look(partial(node.taps.look, ["tap0"])) == [("tap0", State.WIRED)]
+    assert set(looked) == {"tap0"}
+    assert node.look(partial(node.taps.look, ["tap2", "tap3"])) == [("tap3", State.ARMING)]
+    assert set(looked) == {"tap0", "tap2", "tap3"}
+    assert node.over == ["tap0", "tap2"]
+    assert node.look(partial(node.taps.look, [])) == []
+    assert node.look() == [("tap1", State.WIRED)]
+    assert node.over == ["tap0", "tap2", "tap1"]
+    assert node.look() == []
+
+
+@pytest.mark.parametrize("names", [["tap0"], ["tap1"], ["tap9"]])
+def test_in_another_directory_all_are_looked_at(node: Node, names: list[str]) -> None:
+    for journal in (PRE, named("tap1", POST)):
+        node.save(journal)
+    node.look()
+    directory = node.runner.store.directory
+    directory.rename(directory.with_name("old"))
+    node.save(named("tap2", POST))
+    found = node.look(partial(node.taps.look, names))
+    assert ("tap2", State.WIRED) in found
+    assert {tap.name for tap in node.taps} >= {"tap2"}
+
+
+def test_what_could_not_be_read_is_looked_for_among_all(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taps, "AGAIN", 0.01)
+    node.save(named("tap2", POST))
+    node.look()
+    node.save(PRE)
+    node.save(named("tap1", POST))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "stamp", raising(OSError(5, "broken")))
+        assert node.look(partial(node.taps.look, ["tap0"])) == []
+    assert node.look(lambda: None) == [("tap0", State.ARMING), ("tap1", State.WIRED)]
+
+
+def raising(error: OSError) -> Callable[..., Any]:
+    """What fails so."""
+
+    def fail(*_: object) -> Any:
+        raise error
+
+    return fail
 
 
 def test_a_journal_that_changes_ends_its_record_and_begins_another(node: Node) -> None:
@@ -401,6 +466,6 @@ def test_a_change_concerns_those_that_rely_on_it_and_nobody_else() -> None:
     reliance.forget("tap0")
     reliance.forget("tap0")
     assert reliance.on({other}) == {"tap1"}
-    reliance.keep({"tap0"})
+    reliance.forget("tap1")
     assert reliance.on({eth0, route, other}) == set()
     assert vars(reliance) == vars(Reliance()), "nothing is left"
