@@ -81,8 +81,11 @@ def no_trunk(nic: Nic, look: Look) -> Iterator[Finding]:
 
 def ports_of(bridge: str, look: Look) -> dict[str, Port]:
     """The ports of *bridge* that are no guest's tap."""
-    guests = look.guests.keys() | {one.tap for one in look.everything}
-    return {name: port for name, port in look.overview.ports(bridge).items() if not port.tap or name not in guests}
+    if bridge not in look.outward:
+        guests = look.guests.keys() | {one.tap for one in look.everything}
+        ports = look.overview.ports(bridge).items()
+        look.outward[bridge] = {name: port for name, port in ports if not port.tap or name not in guests}
+    return look.outward[bridge]
 
 
 def unasked(bridge: str, taps: Sequence[str], look: Look) -> list[str]:
@@ -103,14 +106,14 @@ def same_mac(one: Known, nic: Nic, look: Look) -> Iterator[Finding]:
     kernel, bridge = look.overview, nic.link or ""
     lost = "a bridge sends what is for this MAC to one port only: to the one that sent last"
     ports = kernel.ports(bridge)
-    own = [name for name in (bridge, *ports) if name != nic.tap and kernel.mac(name) == nic.mac]
+    own = [name for name in kernel.macs.get(nic.mac, ()) if name != nic.tap and (name == bridge or name in ports)]
     if own:
         yield Finding(
             f"{own[0]} of this node has the guest's MAC {nic.mac}",
             f"{bridge} keeps the guest's frames for the node",
             f"give the guest or {own[0]} another MAC",
         )
-    twins = [other for other in look.everything if is_twin(one, nic, other, look)]
+    twins = [other for other in look.by_mac.get(nic.mac, ()) if is_twin(one, nic, other, look)]
     for other in twins:
         yield Finding(
             f"{other.label} has the same MAC {nic.mac} on {bridge}", lost, "give one of the two guests another MAC"

@@ -271,8 +271,8 @@ def routed_packets(nic: Nic, look: Look) -> Iterator[Packet]:
 
 def bridged_packets(nic: Nic, bridge: str, look: Look) -> Iterator[Packet]:
     """What goes between a bridged guest and its bridge's uplink, or another port."""
-    ports = [*ports_of(bridge, look), *look.overview.ports(bridge)]
-    port = next((name for name in ports if name != nic.tap), None)
+    kinds = (ports_of(bridge, look), look.overview.ports(bridge))
+    port = next((name for ports in kinds for name in ports if name != nic.tap), None)
     if port is None:
         return
     for family in (4, 6):

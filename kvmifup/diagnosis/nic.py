@@ -225,7 +225,7 @@ def answers(one: Known, nic: Nic, kernel: Overview, config: Config) -> Iterator[
     hosts = [phases.bare(prefix) for prefix in nic.ip if phases.is_host(prefix)]
     for name in dict.fromkeys(uplink.name for uplink in uplinks(nic, kernel, config)):
         try:
-            others = probe.others(name, hosts, kernel.addresses(name), kernel.macs())
+            others = probe.others(name, hosts, kernel.addresses(name), kernel.macs.keys())
         except OSError as error:  # it is down, or what it should send does not get out
             yield Finding(f"nobody could be asked on {name}", error.strerror or str(error), wrong=False)
             continue

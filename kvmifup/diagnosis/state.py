@@ -22,7 +22,7 @@ from kvmifup.node.drops import Counts
 from kvmifup.node.firewall import Chains, chains
 from kvmifup.node.frames import is_station
 from kvmifup.node.guests import Qemu, behind_taps
-from kvmifup.node.overview import Overview
+from kvmifup.node.overview import Overview, Port
 from kvmifup.runs import clock, expected, planning
 from kvmifup.runs.admission import refusals
 from kvmifup.runs.apply import Change
@@ -46,6 +46,20 @@ class Look:
     session: Session
     overview: Overview
     agent: bool
+
+    @cached_property
+    def by_mac(self) -> dict[str, list[Known]]:
+        """*everything*, by the guest's MAC."""
+        found: dict[str, list[Known]] = {}
+        for one in self.everything:
+            if one.nic:
+                found.setdefault(one.nic.mac, []).append(one)
+        return found
+
+    @cached_property
+    def outward(self) -> dict[str, dict[str, Port]]:
+        """The ports of bridges that are no guest's tap, as far as somebody has asked: `bridged.ports_of`."""
+        return {}
 
     @cached_property
     def guests(self) -> dict[str, Qemu]:

@@ -19,7 +19,7 @@ from kvmifup.node.messages import (
     RTPROT_STATIC,
     Link,
 )
-from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysctl, sysfs_of
+from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysfs_of
 from kvmifup.node.refusals import refusals
 from kvmifup.node.reserved import why_not
 from kvmifup.node.routes import RouteEntry
@@ -53,7 +53,7 @@ def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
         else tuple(with_gateways(uplink, table, view) for uplink in uplinks_of(nic, table, config, view)),
         unguarded=sources_of(view).refused() if ipv6 and needs_nftables(config) else None,
         taken=() if table is None else tuple(taken(nic, table, view)),
-        ipv6_mend=(assignment(disabled, "0"),) if sysctl(disabled) not in (None, "0") else (),
+        ipv6_mend=(assignment(disabled, "0"),) if view.sysctl(disabled) not in (None, "0") else (),
     )
 
 

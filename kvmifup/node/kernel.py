@@ -61,7 +61,7 @@ from kvmifup.node.messages import (
     NetlinkError,
 )
 from kvmifup.node.ports import exactly, present, share
-from kvmifup.node.procfs import address_is_set, device_name, sysctl, sysfs_of, write_sysctl
+from kvmifup.node.procfs import address_is_set, device_name, sysfs_of, write_sysctl
 from kvmifup.node.refusals import forgiven, refusals
 from kvmifup.node.routes import RouteEntry, route_entry
 from kvmifup.node.view import View, limits_of, sources_of
@@ -148,7 +148,7 @@ class Kernel:
             case Sysctl():
                 if not op.everywhere:
                     self._view.index(op.dev)  # is it still the same device?
-                value = sysctl(op.path)
+                value = self._view.sysctl(op.path)
                 if value is None and op.on_uplink:
                     raise VanishedError(f"no sysctl {op.path}", errno=errno.ENOENT)
                 return value

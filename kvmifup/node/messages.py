@@ -194,6 +194,7 @@ class Link:
     snoops: bool  # of a bridge: it sends multicast only to those who have asked for it
     addr_gen_mode: int | None  # IN6_ADDR_GEN_MODE_*; None without IPv6
     lower: int | None  # the index of the device that it is a VLAN of, if that is in this network namespace
+    spec: bytes  # IFLA_AF_SPEC: its sysctls (`settings`)
 
     @property
     def port_options(self) -> dict[str, int]:
@@ -236,6 +237,7 @@ def link_of(message: bytes) -> Link:
         snoops=bool(u8(bridge.get(IFLA_BR_MCAST_SNOOPING))),
         addr_gen_mode=u8(inet6.get(IFLA_INET6_ADDR_GEN_MODE)),
         lower=None if IFLA_LINK_NETNSID in found else u32(found.get(IFLA_LINK)),
+        spec=found.get(IFLA_AF_SPEC, b""),
     )
 
 

@@ -61,6 +61,7 @@ from kvmifup.node.nfmessages import (
     big,
     big_of,
     comment_of,
+    keys_of,
     listed,
     named,
 )
@@ -261,3 +262,19 @@ def send(asked: socket.socket, batch: bytes) -> None:
             except OSError:
                 continue
     asked.send(batch)
+
+
+class ReadOnce(Nftables):
+    """The table as it was at the first question about each set, for who only looks, and at all of it."""
+
+    def __init__(self, family: int, name: str, beside: Nftables | Transport | None = None) -> None:
+        super().__init__(family, name, beside)
+        self._sets: dict[str, dict[tuple[bytes, bytes], Element]] = {}
+
+    def element(self, name: str, element: bytes) -> Element | None:
+        """As `Nftables.element`; of a range only the whole one."""
+        if name not in self._sets:
+            self._sets[name] = {}
+            with forgiven(errno.ENOENT):
+                self._sets[name] = {keys_of(one): one for one in self.elements(name)}
+        return self._sets[name].get(keys_of(attributes(element)))

@@ -6,9 +6,10 @@ import errno
 import ipaddress
 import os
 from collections.abc import Mapping
+from functools import cached_property
 
 from kvmifup.core.errors import KernelError
-from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Prefix
+from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Config, Nic, NodeFacts, Prefix
 from kvmifup.core.ops import Route
 from kvmifup.core.records import record
 from kvmifup.node import messages
@@ -29,9 +30,13 @@ from kvmifup.node.messages import (
 from kvmifup.node.ports import AllPorts
 from kvmifup.node.procfs import device_name, sysctl
 from kvmifup.node.refusals import refusal, refusals
+from kvmifup.node.remains import Remains
 from kvmifup.node.routes import RouteEntry, connected, default_type, local_addresses
+from kvmifup.node.settings import Settings, named, settings_of
+from kvmifup.node.sources import SourceTable
 from kvmifup.node.view import View
 
+EVERY_DEVICE = ("all", "default")  # in the place of a device, in the path of a sysctl
 MAIN_PRIORITY = 32766  # of the rule that looks up main (net/ipv4/fib_rules.c)
 
 
@@ -56,6 +61,9 @@ class WholeView(View):
             self._links = self.netlink.links()
         self.ports = AllPorts(self.netlink, self._links)
         self.limits = Limits(AllQueues(self.netlink))
+        self.remains, self.sources = Remains(once=True), SourceTable(once=True)
+        self.sysctl = self._setting
+        self._settings: dict[str, Settings] = {}  # by device
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
         self._addresses: dict[int, list[str]] | None = None
         self._neighbours: dict[int, dict[tuple[int, str], tuple[int, str | None]]] = {}
@@ -65,6 +73,16 @@ class WholeView(View):
     def links(self) -> Mapping[str, Link]:
         """Every device, by name."""
         return self._links
+
+    def _setting(self, path: str) -> str | None:
+        """As `procfs.sysctl`."""
+        _net, family, what, dev, name = path.split("/")
+        if what != "conf" or dev in EVERY_DEVICE or dev not in self._links or self._links[dev].name != dev:
+            return sysctl(path)
+        if dev not in self._settings:
+            self._settings[dev] = settings_of(self._links[dev].spec)
+        value = named(self._settings[dev], family, name)
+        return sysctl(path) if value is None else value
 
     def refresh(self) -> None:
         """Do nothing: everything is from one moment."""
@@ -128,6 +146,14 @@ class Overview(Kernel):
         self._gateways: dict[tuple[int, str], str | None] = {}
         self._connected: dict[tuple[int, str], list[Prefix]] = {}
         self._default_types: dict[tuple[int, int], str | None] = {}
+        self._local: dict[int, dict[int | None, list[str]]] = {}  # addresses, by family and device
+        self._facts: tuple[Nic, Config, NodeFacts] | None = None  # those that were asked for last
+
+    def facts(self, nic: Nic, config: Config) -> NodeFacts:
+        """As `Kernel.facts`; several questions about one NIC come after each other."""
+        if self._facts is None or self._facts[:2] != (nic, config):
+            self._facts = nic, config, super().facts(nic, config)
+        return self._facts[2]
 
     def setting(self, path: str) -> str | None:
         """The value of the sysctl *path*, which has slashes; None if there is no such sysctl."""
@@ -164,22 +190,31 @@ class Overview(Kernel):
     def has_addresses(self, dev: str) -> bool:
         """Whether the node itself has addresses on *dev*, other than IPv6 ones of link scope."""
         index = self._view.index(dev)
-        found = [one for family in (4, 6) for one in local_addresses(self._view.routes(family, LOCAL_TABLE), index)]
+        found = [one for family in (4, 6) for one in self._own(family).get(index, ())]
         return any(not ipaddress.ip_address(one).is_link_local for one in found)
 
+    def _own(self, family: int) -> dict[int | None, list[str]]:
+        if family not in self._local:
+            self._local[family] = local_addresses(self._view.routes(family, LOCAL_TABLE))
+        return self._local[family]
+
     def ports(self, bridge: str) -> dict[str, Port]:
-        """The ports of *bridge*, by name."""
-        index = self._view.index(bridge)
-        return {
-            name: Port(
-                tap=link.kind == "tun",
-                up=bool(link.flags & IFF_UP),
-                carrier=link.carrier,
-                forwarding=link.port_state == PORT_STATES.index("forwarding"),
-            )
-            for name, link in self._whole.links.items()
-            if link.master == index
-        }
+        """The ports of *bridge*, by name. Raises VanishedError."""
+        return self._ports.get(self._view.index(bridge), {})
+
+    @cached_property
+    def _ports(self) -> dict[int, dict[str, Port]]:
+        """By the bridge's index."""
+        found: dict[int, dict[str, Port]] = {}
+        for name, link in self._whole.links.items():
+            if link.master:
+                found.setdefault(link.master, {})[name] = Port(
+                    tap=link.kind == "tun",
+                    up=bool(link.flags & IFF_UP),
+                    carrier=link.carrier,
+                    forwarding=link.port_state == PORT_STATES.index("forwarding"),
+                )
+        return found
 
     def neighbours(self, dev: str) -> dict[str, str | None]:
         """The MACs that the node has learnt on *dev*, by address; not what somebody has put there."""
@@ -188,8 +223,7 @@ class Overview(Kernel):
     def addresses(self, dev: str) -> list[str]:
         """The node's own addresses on *dev*: every IPv4 one, and an IPv6 one of link scope."""
         index = self._view.index(dev)
-        found = local_addresses(self._view.routes(4, LOCAL_TABLE), index)
-        return [*found, *filter(None, [link_local(self._netlink.transport, index)])]
+        return [*self._own(4).get(index, ()), *filter(None, [link_local(self._netlink.transport, index)])]
 
     def is_proxied(self, address: str, dev: str) -> bool:
         """Whether the node has a proxy entry for *address* on *dev*."""
@@ -207,13 +241,14 @@ class Overview(Kernel):
         """As `sign_of`; *qemu* is who is behind *tap*. Raises VanishedError."""
         return sign_of(tap, self._view.link(tap), qemu)
 
-    def mac(self, dev: str) -> str | None:
-        """The MAC of the device *dev*. Raises VanishedError."""
-        return self._view.link(dev).address
-
-    def macs(self) -> set[str]:
-        """The MACs of the node's devices."""
-        return {link.address for link in self._whole.links.values() if link.address}
+    @cached_property
+    def macs(self) -> dict[str, list[str]]:
+        """The MACs of the node's devices, each with the names of those."""
+        found: dict[str, list[str]] = {}
+        for name, link in self._whole.links.items():
+            if link.address:
+                found.setdefault(link.address, []).append(name)
+        return found
 
     def way(self, source: str, destination: str, iif: str) -> str | None:
         """The device by which a packet leaves that comes in on *iif*; None if the reverse path filter drops it.

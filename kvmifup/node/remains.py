@@ -6,11 +6,15 @@ Every hook asks, and most nodes have no such table. So the modules about tables 
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
 from kvmifup.node.messages import BODY, NetlinkError
 from kvmifup.node.procfs import has_module
 from kvmifup.node.refusals import refusals
 from kvmifup.node.transport import TRIES, Transport, split
+
+if TYPE_CHECKING:
+    from kvmifup.node.nfnetlink import Nftables
 
 NETLINK_NETFILTER, GETTABLE = 12, 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 EVERY_TABLE = bytes(4)  # struct nfgenmsg: of any family
@@ -22,9 +26,14 @@ UNTOLD = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.EPROTONOSUPPORT)
 
 
 class Remains:
-    """What is there of taps. Which tables there are is read once, until `clear`."""
+    """What is there of taps. Which tables there are is read once, until `clear`.
 
-    def __init__(self) -> None:
+    *once*: so is what is in their maps, for who asks for all taps, and only looks.
+    """
+
+    def __init__(self, *, once: bool = False) -> None:
+        self._once = once
+        self._maps: dict[int, Nftables] = {}  # by family; if it is read once
         self._transport: Transport | None = None
         self._tables: frozenset[int] | None = None  # families
 
@@ -64,10 +73,13 @@ class Remains:
         if not self._tables or family not in self._tables or not self._transport:
             return False
         from kvmifup.node.nfmessages import device_key, keyed
-        from kvmifup.node.nfnetlink import Nftables
+        from kvmifup.node.nfnetlink import Nftables, ReadOnce
 
+        table = self._maps.get(family) or (ReadOnce if self._once else Nftables)(family, TABLE, self._transport)
+        if self._once:
+            self._maps[family] = table
         try:
-            return Nftables(family, TABLE, self._transport).element(LED[family], keyed(device_key(tap))) is not None
+            return table.element(LED[family], keyed(device_key(tap))) is not None
         except NetlinkError as error:
             if error.errno != errno.EINVAL:  # a map of somebody else, that has other keys
                 raise

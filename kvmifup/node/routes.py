@@ -141,11 +141,11 @@ def connected(routes: list[bytes], index: int) -> list[Prefix]:
     return found
 
 
-def local_addresses(routes: list[bytes], index: int) -> list[str]:
-    """The addresses of the device *index*, as *routes*, those of the table local, have them."""
-    found = []
+def local_addresses(routes: list[bytes]) -> dict[int | None, list[str]]:
+    """The addresses of each device, by its index, as *routes*, those of the table local, have them."""
+    found: dict[int | None, list[str]] = {}
     for message in routes:
-        attrs = attributes(message, BODY + RTMSG.size)
-        if message[BODY + 7] == RTN_LOCAL and u32(attrs.get(RTA_OIF)) == index:
-            found.append(address_of(attrs[RTA_DST]))
+        if message[BODY + 7] == RTN_LOCAL:
+            attrs = attributes(message, BODY + RTMSG.size)
+            found.setdefault(u32(attrs.get(RTA_OIF)), []).append(address_of(attrs[RTA_DST]))
     return found

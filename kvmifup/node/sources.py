@@ -31,7 +31,7 @@ from kvmifup.node.nfmessages import (
     verdict,
     verdict_of,
 )
-from kvmifup.node.nfnetlink import DISTURBED, Nftables
+from kvmifup.node.nfnetlink import DISTURBED, Nftables, ReadOnce
 from kvmifup.node.nft import TABLE
 from kvmifup.node.source_rules import (
     ADDRESSES,
@@ -52,10 +52,13 @@ FOREIGN = "?"  # the chain, if somebody else has made another verdict of it
 
 
 class SourceTable:
-    """The table, through a socket of its own. Whether its rules are there is read once, until `clear`."""
+    """The table, through a socket of its own. Whether its rules are there is read once, until `clear`.
 
-    def __init__(self) -> None:
-        self._kernel = Nftables(NFPROTO_INET, TABLE)
+    *once*: so are its sets, for who asks for all guests, and only looks.
+    """
+
+    def __init__(self, *, once: bool = False) -> None:
+        self._kernel = (ReadOnce if once else Nftables)(NFPROTO_INET, TABLE)
         self.right: bool | None = None
         self._blind = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmifup.core.errors import VanishedError
@@ -115,6 +115,7 @@ class View:
         self._switch: Switch | None = None
         self.sources: SourceTable | None = None  # `sources_of`
         self.remains = Remains()
+        self.sysctl: Callable[[str], str | None] = sysctl
         self.reserved: dict[tuple[int, str], Any] = {}  # by family, and where it is from: `kvmifup.node.reserved`
 
     def close(self) -> None:
@@ -355,7 +356,7 @@ def read_uplink(view: View, dev: str, family: int) -> Uplink:
     if family == 6:
         # IPv6 forwards for all devices or none (ip6_forward), and answers per device (ndisc_recv_ns).
         needed |= {"net/ipv6/conf/all/forwarding": "1", f"net/ipv6/conf/{dev}/disable_ipv6": "0"}
-    needed = {path: value for path, value in needed.items() if sysctl(path) != value}
+    needed = {path: value for path, value in needed.items() if view.sysctl(path) != value}
     if family == 6 and any(path.endswith("/forwarding") for path in needed):
         needed = keeping_routes(default_devices(view, 6, MAIN_TABLE)) | needed
     source = None

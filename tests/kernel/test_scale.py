@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import socket
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +21,13 @@ from harness.oracle import sysctl
 from kvmifup.agent import events
 from kvmifup.agent.loop import Loop
 from kvmifup.core.ops import LinkMaster, Op, Value
-from kvmifup.node import procfs, reserved, standing, transport
+from kvmifup.diagnosis import bridged
+from kvmifup.node import facts, messages, overview, procfs, reserved, routes, settings, standing, transport
+from kvmifup.node import view as views
 from kvmifup.node.addresses import link_local
 from kvmifup.node.kernel import Kernel
 from kvmifup.node.messages import RTM_GETRULE
+from kvmifup.node.overview import WholeView
 from kvmifup.node.transport import Transport, split
 from kvmifup.node.view import View
 from kvmifup.runs import store
@@ -227,7 +233,7 @@ class Reading:
     """Counts what is read: requests, the messages of dumps by kind, journals, and looks at all journals."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self._patch = monkeypatch
         self._count(Transport, "send")
         self._count(Store, "stamps")
@@ -236,7 +242,7 @@ class Reading:
 
         def dumped(transport: Transport, kind: int, body: bytes) -> tuple[list[bytes], bool]:
             parts, undisturbed = once(transport, kind, body)
-            self._counts[f"messages of {kind}"] += sum(len(list(split(part))) for part in parts)
+            self.counts[f"messages of {kind}"] += sum(len(list(split(part))) for part in parts)
             return parts, undisturbed
 
         monkeypatch.setattr(Transport, "dump_once", dumped)
@@ -245,7 +251,7 @@ class Reading:
         before = getattr(owner, name)
 
         def counting(*given: object, **named: object) -> object:
-            self._counts[name] += 1
+            self.counts[name] += 1
             return before(*given, **named)
 
         self._patch.setattr(owner, name, counting)
@@ -254,9 +260,9 @@ class Reading:
         """What it takes to wire a NIC, once more, and to take it down."""
         taken = {}
         for what, program in (("post", "kvm-ifup-post"), ("again", "kvm-ifup-post"), ("down", "kvm-ifdown")):
-            self._counts.clear()
+            self.counts.clear()
             run(program, kind, 99)
-            taken[what] = Counter(self._counts)
+            taken[what] = Counter(self.counts)
         return taken
 
 
@@ -359,3 +365,87 @@ def test_what_the_nodes_addresses_reserve_is_worked_out_when_they_have_changed()
     assert worked_out(69) == 1
     tools.ip("addr del 198.18.9.9/32 dev lo")
     assert worked_out(0) == 0
+
+
+# --- looking at all of them ------------------------------------------------------------------------------------
+
+
+def wired(numbers: range) -> None:
+    """So many NICs, of each kind in turn."""
+    for number in numbers:
+        nodes.add_tap(f"tap{number}")
+        run("kvm-ifup-post", NAMES[number % len(NAMES)], number)
+
+
+@pytest.mark.pyroute2
+def test_show_asks_the_kernel_as_little_about_many_nics_as_about_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.add_bridge()
+    tools.ip("route add default via 192.0.2.1 table 100")
+    reading = Reading(monkeypatch)
+    sent = []
+    for numbers in (range(6), range(6, 42)):
+        wired(numbers)
+        reading.counts.clear()
+        shown = json.loads(call("kvm-ifup", "show", "--json").out)
+        assert [nic["wired"] for nic in shown] == [True] * numbers.stop
+        sent.append(reading.counts["send"])
+    few, many = sent
+    assert few > 0
+    assert many - few <= 2  # where there are few, a table need not be read
+
+
+def test_what_check_looks_through_grows_with_the_nics_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.add_bridge()
+    tools.ip("route add default via 192.0.2.1 table 100")
+    counts: Counter[str] = Counter()
+    parse, twins = messages.attributes, bridged.is_twin
+
+    def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
+        counts["messages"] += 1
+        return parse(data, offset)
+
+    def is_twin(*given: Any) -> bool:
+        counts["twins"] += 1
+        return twins(*given)
+
+    for module in (messages, routes, overview):
+        monkeypatch.setattr(module, "attributes", attributes, raising=False)
+    monkeypatch.setattr(bridged, "is_twin", is_twin)
+    each = []
+    for numbers in (range(6), range(6, 48)):
+        wired(numbers)
+        counts.clear()
+        assert len(json.loads(call("kvm-ifup", "check", "--json").out)["nics"]) == numbers.stop
+        assert counts["twins"] == numbers.stop // len(KINDS)  # each bridged one looks at itself
+        each.append(counts["messages"] / numbers.stop)
+    few, many = each
+    assert 0 < many <= few
+
+
+@pytest.mark.parametrize("value", ["0", "1", "2"])
+@pytest.mark.parametrize(("family", "name"), settings.PLACES)
+def test_a_dump_of_devices_has_their_settings_as_they_are(family: str, name: str, value: str) -> None:
+    nodes.taps(["tap5", "tap.6"])
+    path = f"net/{family}/conf/tap.6/{name}"
+    Path("/proc/sys", path).write_text(value)
+    for place in (path, f"net/{family}/conf/tap5/{name}", f"net/{family}/conf/all/{name}"):
+        view = WholeView()
+        assert view.sysctl(place) == Path("/proc/sys", place).read_text().strip()
+        view.close()
+    assert WholeView().sysctl(path) in (value, "1")  # of some, any number means yes
+
+
+def test_only_what_a_dump_does_not_have_is_read_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.add_bridge()
+    wired(range(6))
+    read: Counter[str] = Counter()
+    plain = procfs.sysctl
+
+    def sysctl(path: str) -> str | None:
+        read[path.rpartition("/")[2]] += 1
+        return plain(path)
+
+    for module in (overview, views, facts):
+        monkeypatch.setattr(module, "sysctl", sysctl, raising=False)
+    call("kvm-ifup", "show")
+    assert {name for name, times in read.items() if times >= 4} == {"proxy_delay"}
