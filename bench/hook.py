@@ -205,11 +205,14 @@ def fill(numbers: range) -> None:
 
 
 class Peer:
-    """Another node, in a process of its own: with an agent and *many* routed NICs, or, if there are none, without."""
+    """Another node, in a process of its own: with an agent and *many* routed NICs, or, if there are none, without.
 
-    def __init__(self, many: int) -> None:
+    What it is for is up to the *part* of the bench that it is asked by.
+    """
+
+    def __init__(self, many: int, part: str = "hook") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.hook", "--peer", str(many)],
+            [sys.executable, "-m", f"bench.{part}", "--peer", str(many)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
 
