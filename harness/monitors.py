@@ -1,13 +1,16 @@
-"""What happens on a node meanwhile, by `ip monitor`."""
+"""What happens on a node meanwhile, by `ip monitor`; and in a directory, by inotify."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import select
+import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +65,30 @@ def monitored() -> Iterator[Monitor]:
         yield monitor
     finally:
         monitor.close()
+
+
+IN_MOVED_TO = 0x80  # sys/inotify.h
+EVENT = struct.Struct("iIII")  # struct inotify_event: watch, mask, cookie, length of the name
+
+
+@contextlib.contextmanager
+def renamed_in(directory: Path) -> Iterator[Callable[[], list[str]]]:
+    """Yields what gives the names that files in *directory* have got since, in order."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert descriptor >= 0, os.strerror(ctypes.get_errno())
+    assert libc.inotify_add_watch(descriptor, os.fsencode(directory), IN_MOVED_TO) > 0
+
+    def names() -> list[str]:
+        found, data, offset = [], os.read(descriptor, 65536), 0
+        while offset < len(data):
+            *_, length = EVENT.unpack_from(data, offset)
+            offset += EVENT.size
+            found.append(data[offset : offset + length].rstrip(b"\0").decode())
+            offset += length
+        return found
+
+    try:
+        yield names
+    finally:
+        os.close(descriptor)

@@ -8,7 +8,6 @@ Large because it has a case for each op, and these are easier to see in one plac
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 import time
 from contextlib import suppress
@@ -63,7 +62,7 @@ from kvmifup.node.messages import (
 from kvmifup.node.ports import exactly, present, share
 from kvmifup.node.procfs import address_is_set, device_name, sysfs_of, write_sysctl
 from kvmifup.node.refusals import forgiven, refusals
-from kvmifup.node.routes import RouteEntry, route_entry
+from kvmifup.node.routes import RouteEntry, network, route_entry
 from kvmifup.node.view import View, limits_of, sources_of
 
 if TYPE_CHECKING:
@@ -218,7 +217,7 @@ class Kernel:
         ProgramError.
         """
         try:
-            with refusals(op.describe()):
+            with refusals(op.describe):
                 self._write(op)
         finally:
             self._view.forget(op)
@@ -355,7 +354,7 @@ class Kernel:
                 self._netlink.delete_neighbour(index, op.address, NTF_PROXY)
 
     def _write_route(self, op: Route) -> None:
-        prefix, index = ipaddress.ip_network(op.prefix), self._view.index(op.dev)
+        prefix, index = network(op.prefix), self._view.index(op.dev)
         now = []
         try:
             if op.want is True:
@@ -424,7 +423,7 @@ def routes_for(op: Route, view: View) -> bool | str:
 
 def leads(op: Route, index: int, view: View) -> bool:
     """Whether all packets to the prefix of *op* take a route of its own, out of the device *index*."""
-    prefix = ipaddress.ip_network(op.prefix)
+    prefix = network(op.prefix)
     # A routing daemon may have one as well. Of equal ones IPv4 takes the first.
     every = [route for route in view.routes_to(prefix, op.table) if route.for_all]
     order = [((route.priority or 0, prefix.version == 6 and route.oif != index), route) for route in every]

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 
 from kvmifup.core.errors import KernelError, PrivilegeError, VanishedError
 from kvmifup.node.messages import NetlinkError
 
 
 class refusals:  # noqa: N801 (a context manager reads as a function)
-    """A context manager: OSError and NetlinkError inside it become the error that `refusal` makes, about *what*."""
+    """A context manager: OSError and NetlinkError inside it become the error that `refusal` makes, about *what*.
 
-    def __init__(self, what: str) -> None:
+    That is a text, or what gives one: it is only wanted after a failure.
+    """
+
+    def __init__(self, what: str | Callable[[], str]) -> None:
         self.what = what
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if not isinstance(error, OSError):  # which a NetlinkError is, too
+            return
+        what = self.what if isinstance(self.what, str) else self.what()
         if isinstance(error, NetlinkError):
-            raise refusal(self.what, error.errno or 0) from None
-        if isinstance(error, OSError) and error.errno is not None:
+            raise refusal(what, error.errno or 0) from None
+        if error.errno is not None:
             # A sysctl that is not there belongs to a device that is gone.
-            raise refusal(self.what, errno.ENODEV if error.errno == errno.ENOENT else error.errno) from None
+            raise refusal(what, errno.ENODEV if error.errno == errno.ENOENT else error.errno) from None
 
 
 class forgiven:  # noqa: N801 (likewise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 
 from kvmifup.core.model import Prefix
 from kvmifup.core.records import record
@@ -28,6 +29,8 @@ from kvmifup.node.messages import (
     number,
     u32,
 )
+
+KEPT = 1024  # prefixes: each is read, and then written
 
 
 @record
@@ -62,6 +65,12 @@ class RouteEntry:
         """All of it but the device."""
         said = {**vars(self), "oif": None, "more": self.more.hex()}
         return " ".join(f"{name}={value}" for name, value in said.items() if value)
+
+
+@lru_cache(KEPT)
+def network(prefix: str) -> Prefix:
+    """The prefix that this is the text of."""
+    return ipaddress.ip_network(prefix)
 
 
 def route_entry(text: str, oif: int) -> RouteEntry:

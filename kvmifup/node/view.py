@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from kvmifup.node.ports import Ports
 from kvmifup.node.procfs import assignment, device_name, sysctl
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.remains import Remains
-from kvmifup.node.routes import RouteEntry, by_prefix, route_of, routes_to
+from kvmifup.node.routes import RouteEntry, by_prefix, network, route_of, routes_to
 
 if TYPE_CHECKING:
     from kvmifup.node.limits import Limits
@@ -273,7 +272,7 @@ class View:
 
         If nobody has searched the table for it yet, the kernel is asked only for the routes out of that device.
         """
-        prefix, index = ipaddress.ip_network(op.prefix), self.index(op.dev)
+        prefix, index = network(op.prefix), self.index(op.dev)
         if (prefix, op.table) in self._routes_to or (prefix.version, op.table) in self._routes:
             return [route for route in self.routes_to(prefix, op.table) if route.oif == index]
         with refusals(f"reading table {op.table}"):

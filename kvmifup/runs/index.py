@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -43,11 +43,14 @@ class Seen:
     @property
     def names(self) -> set[Hashable]:
         """The names by which `Store.others` finds the journal."""
-        if self.journal is None:
-            return set()
-        nic, entries = self.journal.nic, (*self.journal.entries, *self.journal.pending)
-        kinds = [ROUTED] * (nic.mode == "routed") + [NETWORKS] * (nic.mode == "routed" and bool(nic.networks))
-        return {nic.instance, *kinds, *map(str, nic.ip), *(entry.op.key for entry in entries if entry.op.shared)}
+        return names_of(self.journal) if self.journal else set()
+
+
+def names_of(journal: Journal) -> set[Hashable]:
+    """The names by which `Store.others` finds *journal*."""
+    nic, entries = journal.nic, (*journal.entries, *journal.pending)
+    kinds = [ROUTED] * (nic.mode == "routed") + [NETWORKS] * (nic.mode == "routed" and bool(nic.networks))
+    return {nic.instance, *kinds, *map(str, nic.ip), *(entry.op.key for entry in entries if entry.op.shared)}
 
 
 class Files(Protocol):
@@ -177,17 +180,17 @@ class Index:
         with self._lock:
             self._forget(tap)
 
-    def written(self, tap: str, text: str | None, journal: Journal) -> None:
+    def written(self, tap: str, text: str | None, journal: Journal, names: Set[Hashable] | None = None) -> None:
         """Remember what this process has written; *text* None for a part of it. The file is read again all the same: it
-        may have changed by then.
+        may have changed by then. *names*: those of the journal, if they have been found already.
         """
         with self._lock:
-            self._remember(tap, Seen((), False, None if text is None else hash(text), journal))
+            self._remember(tap, Seen((), False, None if text is None else hash(text), journal), names)
 
-    def _remember(self, tap: str, seen: Seen) -> None:
+    def _remember(self, tap: str, seen: Seen, names: Set[Hashable] | None = None) -> None:
         self._forget(tap)
         self._seen[tap] = seen
-        for name in seen.names:
+        for name in seen.names if names is None else names:
             self._taps.setdefault(name, set()).add(tap)
 
     def naming(self, name: Hashable) -> Iterator[tuple[str, Journal]]:

@@ -25,7 +25,7 @@ from kvmifup.core.errors import (
 from kvmifup.core.model import Nic, Phase
 from kvmifup.inputs import devices, places, trust
 from kvmifup.runs.draft import ARMED, Draft
-from kvmifup.runs.index import Stamp, index_of, stamp_of
+from kvmifup.runs.index import Stamp, index_of, names_of, stamp_of
 from kvmifup.runs.journal import HEAD, Journal, Mark, OtherVersion, decode, encode, marked
 
 NAMESPACE = "/proc/self/ns/net"
@@ -184,7 +184,7 @@ class Store:
         except OSError as error:
             self.discard(tap, directory)
             raise refused(error, f"cannot write {self.path(tap)}") from None
-        return Draft(journal, text, temporary, stamp)
+        return Draft(journal, names_of(journal), text, temporary, stamp)
 
     def publish(self, draft: Draft) -> None:
         """Put *draft* in the place of the journal, at once or not at all. Raises KernelError, PrivilegeError."""
@@ -194,7 +194,7 @@ class Store:
             with self._index.changing():
                 os.rename(draft.file, path)
                 sync(self.directory)
-                self._index.written(tap, draft.text, draft.journal)
+                self._index.written(tap, draft.text, draft.journal, draft.names)
         except OSError as error:
             self.discard(tap)
             raise refused(error, f"cannot write {path}") from None

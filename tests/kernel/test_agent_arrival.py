@@ -361,6 +361,52 @@ def test_an_arrival_that_fails_says_why_and_a_later_frame_tries_again(
     assert wired() == WIRED
 
 
+def test_an_arrival_whose_journal_cannot_be_completed_is_undone_and_tried_again(uplinked: Node, agent: Agent) -> None:
+    """It is announced by then; what is left to undo is undone by whoever clears up after killed runs."""
+    guest = incoming(uplinked, agent)
+    client = uplinked.listen()
+    before = snapshots.snapshot_of_kernel()
+    in_the_way = RUN_DIR / "state/tap0.new"
+    in_the_way.mkdir()
+    guest.send(rarp())
+    agent.heard("not arrived")
+    assert wired() == NOT_WIRED
+    assert snapshots.changes(before, snapshots.snapshot_of_kernel()) == []
+    assert len(guests.announcements(uplinked.fence(client), GUEST_IP4)) == 1, "no more rounds of what is not true"
+    in_the_way.rmdir()
+
+    def tried() -> bool:
+        guest.send(rarp())
+        return phase() == "post"
+
+    until(tried)
+    assert wired() == WIRED
+    through("kvm-ifdown", "tap0")
+    assert oracle.proxies() == set()
+
+
+def test_guests_that_come_while_the_agent_is_stopped_are_all_announced_at_once(uplinked: Node, agent: Agent) -> None:
+    """Each is announced before any journal is completed: the first of them does not have the others wait."""
+    macs = [f"aa:00:00:35:ac:{number:02x}" for number in range(5)]
+    addresses = [f"192.0.2.{40 + number}" for number in range(5)]
+    taps = [
+        incoming(uplinked, agent, f"tap{number}", mac=mac, ip=[address])
+        for number, (mac, address) in enumerate(zip(macs, addresses, strict=True))
+    ]
+    witness(uplinked, agent)  # all is prepared by then
+    client = uplinked.listen()
+    agent.send(signal.SIGSTOP)
+    for tap, mac in zip(taps, macs, strict=True):
+        tap.send(rarp(mac))
+    with monitors.renamed_in(agents.STATE) as names:
+        agent.send(signal.SIGCONT)
+        client.until(guests.rounds_of(*addresses, rounds=1))
+        until(lambda: all(phase(f"tap{number}") == "post" for number in range(5)))
+        put = names()
+    journals = {f"tap{number}.json" for number in range(5)}
+    assert (set(put[:5]), set(put[5:])) == (journals, journals)
+
+
 def test_an_address_that_is_the_nodes_own_by_now_is_not_taken(uplinked: Node, agent: Agent) -> None:
     guest = incoming(uplinked, agent)
     tools.ip(f"addr add {GUEST_IP4}/32 dev lo")

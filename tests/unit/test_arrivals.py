@@ -362,6 +362,15 @@ def test_what_takes_long_is_done_in_a_thread_as_it_was_prepared(waiting: Waiting
     assert waiting.calls[1:] == [("arrive_wholly", False)]
 
 
+def test_guests_that_come_one_after_the_other_are_a_crowd(waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "CROWD", 60.0)
+    waiting.hear(OUTCOME)
+    waiting.until(lambda: len(waiting.calls) == 3)
+    assert waiting.room.crowded
+    monkeypatch.setattr(arrivals, "CROWD", 0.0)
+    assert not waiting.room.crowded
+
+
 def test_who_has_to_wait_for_a_lock_does_so_in_a_thread_as_it_was_prepared(waiting: Waiting) -> None:
     waiting.hear(LockTimeoutError("held"))
     waiting.arrivals.append(OUTCOME)
