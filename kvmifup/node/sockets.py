@@ -13,10 +13,10 @@ import struct
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
 
 from kvmifup.inputs import devices
 from kvmifup.node.frames import (
@@ -40,7 +40,8 @@ SNAP = 128  # bytes of a guest's frame that we look at, at most
 WHOLE = 1 << 16  # bytes of a neighbour's: a checksum is over all of it
 
 
-_doomed: SimpleQueue[socket.socket] = SimpleQueue()
+_doomed: deque[socket.socket] = deque()
+_waiting = threading.Semaphore(0)  # how many of them nobody has taken up
 _closers: list[threading.Thread] = []
 
 # --- sending ----------------------------------------------------------------------------------------------
@@ -306,9 +307,10 @@ def is_device(name: str, index: int) -> bool:
 
 def close(packet_socket: socket.socket) -> None:
     """Close *packet_socket* in another thread, because that takes long: see `Sender`. At most `CLOSERS` at a time."""
-    _doomed.put(packet_socket)
+    _doomed.append(packet_socket)
+    _waiting.release()
     # Threads stay for the next ones: to start one takes longer than to tell it.
-    if len(_closers) < CLOSERS and _doomed.qsize() > len(_closers):
+    if len(_closers) < CLOSERS and len(_doomed) > len(_closers):
         closer = threading.Thread(target=_close_all, daemon=True)
         with suppress(RuntimeError):  # no memory for a thread: the next one closes this as well
             closer.start()
@@ -317,4 +319,5 @@ def close(packet_socket: socket.socket) -> None:
 
 def _close_all() -> None:
     while True:
-        _doomed.get().close()
+        _waiting.acquire()
+        _doomed.popleft().close()
