@@ -3,16 +3,18 @@
 A chain that judges ends with a drop, so what a test cannot read (a frame that is too short, a header that makes no
 sense) is dropped. A test for something that is to be dropped comes before that for the sake of its reason.
 
-What is true of one NIC is in sets, whose keys begin with the name of its tap. nft has no names for what is inside RARP
-and neighbour discovery: these bytes are looked up in sets of numbers, `inner_…`. A rule that does so must not name a
-protocol that nft does not know (RARP), or nft 1.0.6 and 1.1.3 abort when they list it.
+What is true of one NIC is in sets, whose keys begin with the name of its tap. nft has no names for what is inside RARP,
+neighbour discovery and a second tag: these bytes are looked up in sets of numbers, `inner_…`. A rule that does so must
+not name a protocol that nft does not know (RARP), or nft 1.0.6 and 1.1.3 abort when they list it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kvmifup.core.filters import REASONS
+from kvmifup.core.records import record
+from kvmifup.node import filter_tagged
 
 BASE = "prerouting"
 # An authentication header before what could be neighbour discovery: its receivers know it as any other header.
@@ -22,7 +24,20 @@ ADVERTISED = 16  # times eight bytes of options in a router advertisement
 RS, RA, NS, NA, REDIRECT = 133, 134, 135, 136, 137  # messages of neighbour discovery
 
 
-def options() -> Iterator[str]:
+@record
+class Place:
+    """Where neighbour discovery is: the words for its type and for the length of the packet, and for its bits."""
+
+    type: str
+    length: str
+    bits: Callable[[int, int], str]
+
+
+PLAIN = Place("icmpv6 type", "ip6 length", lambda offset, length: f"@th,{offset},{length}")
+TAGGED = Place(filter_tagged.TYPE6, filter_tagged.at(32, 16), filter_tagged.behind)
+
+
+def options(place: Place) -> Iterator[str]:
     """Tests for all that a message of neighbour discovery may carry: MACs of the guest, and perhaps a nonce."""
     for kind, length, option, nonce in (
         (RS, 8, 1, True),
@@ -30,28 +45,29 @@ def options() -> Iterator[str]:
         (NA, 24, 2, False),
         (REDIRECT, 40, 2, False),
     ):
-        for test in of_length(length, option, nonce=nonce):
-            yield f"icmpv6 type {kind} {test} return"
+        for test in of_length(place, length, option, nonce=nonce):
+            yield f"{place.type} {kind} {test} return"
     # A router may say more before its own MAC than can be followed here: wherever an option could be a MAC, it is the
     # guest's.
-    for place in range(128, 128 + 64 * ADVERTISED, 64):
-        yield f"icmpv6 type {RA} @th,{place},16 0x0101 iifname . @th,{place + 16},48 != @inner_macs goto drop_mac"
-    yield f"icmpv6 type {RA} ip6 length <= {16 + 8 * ADVERTISED} return"
+    for bit in range(128, 128 + 64 * ADVERTISED, 64):
+        mac = f"iifname . {place.bits(bit + 16, 48)} != @inner_macs"
+        yield f"{place.type} {RA} {place.bits(bit, 16)} 0x0101 {mac} goto drop_mac"
+    yield f"{place.type} {RA} {place.length} <= {16 + 8 * ADVERTISED} return"
 
 
-def of_length(length: int, option: int, *, nonce: bool) -> Iterator[str]:
+def of_length(place: Place, length: int, option: int, *, nonce: bool) -> Iterator[str]:
     """Tests for all the options that a message of *length* bytes may have: a MAC, and perhaps a nonce (RFC 7527)."""
+
+    def own(bit: int) -> str:
+        return f"{place.bits(bit, 16)} 0x{option:02x}01 iifname . {place.bits(bit + 16, 48)} @inner_macs"
+
     first, second = 8 * length, 8 * length + 64
-
-    def own(place: int) -> str:
-        return f"@th,{place},16 0x{option:02x}01 iifname . @th,{place + 16},48 @inner_macs"
-
-    yield f"ip6 length {length}"
-    yield f"ip6 length {length + 8} {own(first)}"
+    yield f"{place.length} {length}"
+    yield f"{place.length} {length + 8} {own(first)}"
     if nonce:
-        yield f"ip6 length {length + 8} @th,{first},16 0x0e01"
-        yield f"ip6 length {length + 16} {own(first)} @th,{second},16 0x0e01"
-        yield f"ip6 length {length + 16} @th,{first},16 0x0e01 {own(second)}"
+        yield f"{place.length} {length + 8} {place.bits(first, 16)} 0x0e01"
+        yield f"{place.length} {length + 16} {own(first)} {place.bits(second, 16)} 0x0e01"
+        yield f"{place.length} {length + 16} {place.bits(first, 16)} 0x0e01 {own(second)}"
 
 
 RARP_MACS = "iifname . @nh,64,48 @inner_macs iifname . @nh,144,48 @inner_macs"
@@ -64,8 +80,9 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "meta protocol arp goto mac_arp",
         f"{RARP} goto mac_rarp",
         "meta protocol ip6 goto mac_six",
-        # A second tag, or one from before there was a standard: nobody here looks behind those.
-        "meta protocol { 8021q, 8021ad, 0x9100, 0x9200, 0x9300 } goto drop_protocol",
+        "meta protocol { 8021q, 8021ad } goto mac_tagged",
+        # A tag from before there was a standard: nobody here looks behind those.
+        "meta protocol { 0x9100, 0x9200, 0x9300 } goto drop_protocol",
         # ARP in an LLC frame (RFC 1042): some systems take it.
         "meta protocol 4 @nh,0,48 0xaaaa03000000 goto drop_protocol",
         "meta protocol 4 @nh,0,48 0xaaaa030000f8 goto drop_protocol",
@@ -99,6 +116,7 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "meta protocol ip6 iifname @with6 goto six",
         "meta protocol arp iifname @with4 goto address_arp",
         f"{RARP} goto address_rarp",
+        "meta protocol { 8021q, 8021ad } goto address_tagged",
         "meta protocol { ip, ip6, arp } goto drop_address",
         "goto drop_protocol",
     ),
@@ -200,7 +218,9 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "ip6 saddr :: accept",
         "goto six_source",
     ),
-    "options": (*options(), "goto drop_mac"),
+    "options": (*options(PLAIN), "goto drop_mac"),
+    # --- inside a second tag
+    **filter_tagged.tagged(tuple(options(TAGGED))),
     **{f"drop_{reason}": (f"iifname @dropped_{reason} drop", "drop") for reason in REASONS},
 }
 

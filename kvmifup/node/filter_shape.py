@@ -73,6 +73,8 @@ SETS = {
     "nets4": Shape(f"{TAP} . ipv4_addr", ("ifname", "ipv4_addr"), IP4, RANGES),
     "hosts6": Shape(f"{TAP} . ipv6_addr", ("ifname", "ipv6_addr"), IP6),
     "nets6": Shape(f"{TAP} . ipv6_addr", ("ifname", "ipv6_addr"), IP6, RANGES),
+    "inner_hosts4": Shape("typeof iifname . @nh,128,32", NUMBER, IP4),
+    "inner_nets4": Shape("typeof iifname . @nh,128,32", NUMBER, IP4, RANGES),
     "inner_hosts6": Shape("typeof iifname . @th,64,128", NUMBER, IP6),
     "inner_nets6": Shape("typeof iifname . @th,64,128", NUMBER, IP6, RANGES),
     **{f"dropped_{reason}": Shape(TAP, more="counter;") for reason in REASONS},
@@ -134,7 +136,7 @@ def elements(facts: Facts) -> frozenset[Element]:
     for prefix in facts.everything:
         kind = "hosts" if prefix.prefixlen == prefix.max_prefixlen else "nets"
         names = f"{kind}{prefix.version}", f"{INNER}{kind}{prefix.version}"
-        found |= {(name, said(prefix), "") for name in names if name in SETS}
+        found |= {(name, said(prefix), "") for name in names}
         found.add((f"with{prefix.version}", "", ""))
     return frozenset(found)
 

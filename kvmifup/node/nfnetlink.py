@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from kvmifup.node.messages import (
     BODY,
@@ -149,13 +150,9 @@ class Nftables:
             return [one[ATTRIBUTES:] for one in found]
         return []
 
-    def comments(self, chain: str = "") -> dict[str, tuple[str, ...]]:
+    def comments(self, chain: str = "") -> Mapping[str, tuple[str, ...]]:
         """By chain, the comment of each rule of *chain*, or of the table; empty for a rule without."""
-        found: dict[str, list[str]] = {}
-        for one in map(attributes, self.rules(chain)):
-            said = comment_of(one.get(NFTA_RULE_USERDATA, b"")) or ""
-            found.setdefault(text(one.get(NFTA_RULE_CHAIN)) or "", []).append(said)
-        return {name: tuple(every) for name, every in found.items()}
+        return comments_of(tuple(self.rules(chain)))
 
     def element(self, name: str, element: bytes) -> Element | None:
         """What the set *name* has for the *element* (`keyed`); None if it is not in it, or there is no such set."""
@@ -235,6 +232,16 @@ class Nftables:
                     raise failed
                 transport.answered()
                 return
+
+
+@lru_cache(4)  # they take a while to take apart, and are mostly those of the last time
+def comments_of(rules: tuple[bytes, ...]) -> Mapping[str, tuple[str, ...]]:
+    """By chain, the comments of *rules*, which are attributes NFTA_RULE_*."""
+    found: dict[str, list[str]] = {}
+    for one in map(attributes, rules):
+        said = comment_of(one.get(NFTA_RULE_USERDATA, b"")) or ""
+        found.setdefault(text(one.get(NFTA_RULE_CHAIN)) or "", []).append(said)
+    return {name: tuple(every) for name, every in found.items()}
 
 
 def kind(what: int) -> int:

@@ -44,6 +44,8 @@ ATTACKS = {
         mausezahn eth0 -c 3 -t arp reply,sip={GATEWAY_IP4},tip={CLIENT_IP4}
         mausezahn eth0 -c 3 -Q 0 -b {CLIENT_MAC} -A {GATEWAY_IP4} -B {CLIENT_IP4} -t udp dp=9
         mausezahn eth0 -c 3 -Q 5,7 -a rand -b bc -A {GUEST_IP4} -B {CLIENT_IP4} -t udp dp=9
+        mausezahn eth0 -c 3 -Q 5,7 -b bc -A {GATEWAY_IP4} -B {CLIENT_IP4} -t udp dp=9
+        mausezahn eth0 -c 3 -Q 0,0 -b {CLIENT_MAC} -A {GUEST_IP4} -B {CLIENT_IP4} -t udp sp=67,dp=68
         mausezahn eth0 -c 3 -a rand -b {CLIENT_MAC} -A {GUEST_IP4} -B {CLIENT_IP4} -t udp dp=9
         mausezahn eth0 -c 3 -b {CLIENT_MAC} -A rand -B {CLIENT_IP4} -t udp dp=9
         mausezahn eth0 -c 3 -b {CLIENT_MAC} -A {GUEST_IP4} -B {CLIENT_IP4} -t udp sp=67,dp=68

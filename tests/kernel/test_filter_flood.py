@@ -25,6 +25,7 @@ FORGED = [
     guestframes.arp(mac=OTHER_MAC, sender=OTHER_IP4, op=2),
     guestframes.nd(guestframes.NA, guestframes.YOURS_TOO, about=OTHER_IP6),
     guestframes.tagged(guestframes.arp(mac=OTHER_MAC), (guestframes.VLAN, 0)),
+    guestframes.tagged(guestframes.arp(mac=OTHER_MAC), (guestframes.VLAN, 0), (guestframes.VLAN, 0)),
     guestframes.sent_by("02:f3:00:00:00:02", guestframes.ip4(OTHER_IP4, "255.255.255.255", 17, guestframes.udp(9, 9))),
 ]  # fmt: skip
 ATTACHMENTS = 100

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +19,7 @@ from harness.nodes import Node
 
 TABLE = guestframes.table()
 FORWARDED = "0xfff8"  # the groups of 802.1D that a bridge can be told to forward
+REASONS = ("mac", "address", "router", "dhcp", "protocol")
 MTU = 9000
 SECOND_MAC, VIRTUAL_MAC = "aa:00:00:35:ac:02", "00:00:5e:00:01:07"
 
@@ -89,6 +92,46 @@ def test_each_frame_of_the_table_passes_or_does_not_and_no_table_moves(node: Nod
     assert learnt("tap0") == {GUEST_MAC}
     assert CLIENT_MAC in learnt("eth0")
     assert oracle.link("tap0")["address"] == TAP_MAC
+
+
+def counted() -> Counter[str]:
+    """How many frames of the guest were dropped so far, by reason."""
+    found: Counter[str] = Counter()
+    for one in json.loads(tools.run("nft", "-j", "list", "ruleset"))["nftables"]:
+        if one.get("set", {}).get("name", "").startswith("dropped_"):
+            (element,) = one["set"]["elem"]
+            found[one["set"]["name"].removeprefix("dropped_")] = element["elem"]["counter"]["packets"]
+    return found
+
+
+def plain(frame: bytes) -> bool:
+    """Whether there are neither options of IPv4 nor extension headers of IPv6."""
+    if frame[12:14] == b"\x08\0":
+        return frame[14:15] == b"\x45"
+    return frame[12:14] != b"\x86\xdd" or frame[20] not in (0, 43, 44, 51, 60)
+
+
+@pytest.mark.parametrize("how", ["mac", "address"])
+@pytest.mark.parametrize("words", ["VID 0 twice", "two tags", "802.1ad and 802.1Q"])
+def test_inside_two_tags_it_is_dropped_for_the_same_reason(node: Node, how: str, words: str) -> None:
+    """But what has headers before it: nobody can look behind these there. (What is not whole is dropped anyway.)"""
+    guest = wired(node, how)
+    every = [one for one in guestframes.bare() if "half" not in one.name]
+    seen = [one.frame for one in every if one.passes(how) is not None and plain(one.frame)]
+    closed = [one.frame for one in every if one.passes(how) and not guestframes.in_two(one).passes(how)]
+    tags = guestframes.TAGS[words]
+    end = far_end(node)
+    counts = []
+    for frames in (seen, [guestframes.tagged(one, *tags) for one in seen],
+                   [guestframes.tagged(one, *tags) for one in closed]):  # fmt: skip
+        before = counted()
+        end.passed(guest, frames)
+        counts.append(counted() - before)
+    end.close()
+    assert counts[0] == counts[1]
+    assert sorted(counts[0]) == (["mac", "protocol"] if how == "mac" else sorted(REASONS))
+    assert counts[2] == Counter(protocol=len(closed))
+    assert closed
 
 
 @pytest.mark.parametrize("how", ["mac", "address"])
