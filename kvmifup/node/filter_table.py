@@ -31,7 +31,7 @@ from kvmifup.node.nfmessages import (
     Entry,
     device_key,
 )
-from kvmifup.node.nfnetlink import Nftables, SetTypes
+from kvmifup.node.nfnetlink import Chain, Nftables, SetTypes
 
 HOOKED = (NF_BR_PRE_ROUTING, -300, NF_ACCEPT, "filter", ())
 THE_TABLE, BASE_CHAIN, NOTHING_WHOLE = "the table", f"the hook of chain {BASE}", "nothing whole"
@@ -208,6 +208,11 @@ def guard_of(guards: Nftables, tap: str) -> tuple[str, ...] | None:
     base = guards.chain(chain)
     if base is None:
         return None
-    if base != (NF_NETDEV_INGRESS, shape.GUARD_PRIORITY, NF_ACCEPT, "filter", (tap,)):
+    if base != hooked_on(tap):
         return ("another hook",)
     return guards.comments(chain).get(chain, ())
+
+
+def hooked_on(tap: str) -> Chain:
+    """What there is to know of that chain, if it is as it is to be."""
+    return NF_NETDEV_INGRESS, shape.GUARD_PRIORITY, NF_ACCEPT, "filter", (tap,)

@@ -20,8 +20,9 @@ from kvmifup.node import nft
 from kvmifup.node.filter_changes import changes, commands, guard_made
 from kvmifup.node.filter_rules import RESERVED
 from kvmifup.node.filter_shape import GUARD, HERE, SETS
-from kvmifup.node.filter_table import THE_TABLE, Found, entries_for, facts_in, guard_of, missing, text
+from kvmifup.node.filter_table import THE_TABLE, Found, entries_for, facts_in, guard_of, hooked_on, missing, text
 from kvmifup.node.messages import attributes
+from kvmifup.node.nfevents import Heard
 from kvmifup.node.nfmessages import (
     NFPROTO_BRIDGE,
     NFPROTO_NETDEV,
@@ -42,6 +43,7 @@ from kvmifup.node.refusals import refusals
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 TRIES = 8  # of a change that other changes disturb
 UNKNOWN = -1  # no generation
+OURS = frozenset((NFPROTO_BRIDGE, NFPROTO_NETDEV))
 KEPT_TAPS = 4096  # of which is kept what there is
 NOT_PLAIN = '"\\*'  # in the name of a tap: nft has no way to write it
 
@@ -50,7 +52,8 @@ class Filters:
     """The filters of one network namespace. Threads share it, one after the other.
 
     It keeps what it has read as long as the ruleset is of the same generation: any change of any table makes another.
-    Only its own changes do not count: it knows what they have changed.
+    Only its own changes do not count: it knows what they have changed. Nor do those of which the kernel has told that
+    they were about other tables.
     """
 
     def __init__(self) -> None:
@@ -59,6 +62,7 @@ class Filters:
         self.guards = Nftables(NFPROTO_NETDEV, nft.TABLE, self.nftables)
         self._lock = Lock()
         self._library: Any = None
+        self._heard: Heard | None = None
         self._generation = UNKNOWN  # of which is true what follows
         self._missing: tuple[str, ...] | None = None  # of what NICs share
         self._messages: dict[str, list[bytes]] = {}  # that have the elements of sets: of those taps that are not below
@@ -66,8 +70,10 @@ class Filters:
         self._found: dict[str, Found] = {}  # by tap
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the sockets."""
         self.nftables.close()
+        if self._heard:
+            self._heard.close()
 
     def read(self, tap: str) -> str | None:
         """The value of `Filter` for *tap*. Raises KernelError, PrivilegeError, NotReadyError."""
@@ -85,9 +91,11 @@ class Filters:
         """What there is for *tap*. Raises KernelError, PrivilegeError; NotReadyError if the table is not ours."""
         with refusals(f"reading the filter of {tap}"):
             for _ in range(TRIES):
+                self._heard = self._heard or Heard(OURS, nft.TABLE)
                 generation = self.nftables.generation()
-                if generation != self._generation or len(self._found) > KEPT_TAPS:
+                if not self._is_still_true(generation) or len(self._found) > KEPT_TAPS:
                     self._forget(generation)
+                self._generation = generation
                 if tap in self._found:
                     return self._with_its_chain(tap)
                 found = self._look_once(tap)
@@ -95,6 +103,12 @@ class Filters:
                     self._found[tap] = found
                     break
             return found
+
+    def _is_still_true(self, generation: int) -> bool:
+        """Whether what is known is true of *generation* as well."""
+        if generation == self._generation or self._heard is None:
+            return generation == self._generation
+        return self._heard.only_others(self._generation, generation) and self._generation != UNKNOWN
 
     def _look_once(self, tap: str) -> Found:
         if self._missing is None:
@@ -114,10 +128,10 @@ class Filters:
             yield entry_of(found)
 
     def _with_its_chain(self, tap: str) -> Found:
-        """What was found for *tap*, unless its own chain has gone with the device: that makes no new generation."""
+        """What was found for *tap*. Its own chain goes with the device, and that makes no new generation."""
         found = self._found[tap]
-        if found.guard is not None and self.guards.chain(shape.chain_of(tap)) is None:
-            found = self._found[tap] = replace(found, guard=None)
+        if found.guard is not None and self.guards.chain(shape.chain_of(tap)) != hooked_on(tap):
+            found = self._found[tap] = replace(found, guard=guard_of(self.guards, tap))
         return found
 
     # --- changing it -----------------------------------------------------------------------------------------
@@ -192,6 +206,8 @@ class Filters:
         if due is None or generation != self._generation + 1:  # somebody else has changed something meanwhile
             self._forget(UNKNOWN)
             return
+        if self._heard:  # or what it has heard of our own changes would fill it
+            self._heard.only_others(self._generation, generation)
         self._generation, self._found[op.dev] = generation, due
         if self._guests is not None:
             self._guests = self._others(op.dev) | ({device_key(op.dev)} if due.entries else set())

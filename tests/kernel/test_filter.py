@@ -386,7 +386,10 @@ def test_a_nic_is_wired_as_nft_wires_it_by_the_printed_commands(bridged: Node, h
 def test_the_twentieth_nic_takes_no_more_requests_than_the_third(
     bridged: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever has just made the second knows what there is, and needs no libnftables."""
+    """Whoever has just made the second knows what there is, and needs no libnftables.
+
+    Others may change their own tables all the time.
+    """
     asked: list[str] = []
 
     def counted(name: str) -> None:
@@ -409,22 +412,52 @@ def test_the_twentieth_nic_takes_no_more_requests_than_the_third(
         for program in ("kvm-ifup-post", "kvm-ifup-post", "kvm-ifdown", "kvm-ifup-post"):
             check(call(program, f"tap{number}"), 0)
             asked.append("")
+            nft(f"add table inet theirs{number}; add set inet theirs{number} kvm-ifup {{ type ifname; }}")
         found.append(" ".join(asked))
     assert found[-1] == found[1]
     assert "_dump" not in found[-1]
     assert found[-1].count("change") == 3
 
 
-def test_a_tap_that_is_made_anew_has_its_chain_again(bridged: Node) -> None:
-    """It goes with the device, of which the ruleset tells nothing, and kvm-ifdown was not called."""
+OURS = "bridge kvm-ifup macs { tap0 . 02:00:00:00:00:77 }"
+THEIRS = "add table inet theirs; add set inet theirs kvm-ifup { type inet_service; }; "
+MANY = "add element inet theirs kvm-ifup {{ {} }}"
+AMID = {
+    "alone": [f"add element {OURS}"],
+    "in one transaction": [THEIRS + f"add element {OURS}"],
+    "before theirs": [f"add element {OURS}", THEIRS],
+    "after theirs": [THEIRS, f"add element {OURS}"],
+    "among more than the kernel can tell": [
+        THEIRS, *(MANY.format(", ".join(map(str, range(at, at + 3000)))) for at in range(1, 15000, 3000)),
+        f"add element {OURS}",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", AMID)
+def test_a_change_of_ours_is_seen_whatever_others_change_about_it(bridged: Node, how: str) -> None:
+    check(wire(ip=IPS, filter="address"), 0)
+    assert call("kvm-ifup-post", "tap0", "--json").needed == []
     for _ in range(2):
+        for line in AMID[how]:
+            nft(line)
+        mended = call("kvm-ifup-post", "tap0", "--json").needed
+        assert len(mended) == 1
+        assert passing(bridged, {"own": ARP, "forged": udp(GUEST_IP4, 1, 1, "02:00:00:00:00:77")}) == {"own"}
+        assert call("kvm-ifup-post", "tap0", "--json").needed == []
+
+
+def test_a_tap_that_is_made_anew_has_its_chain_again(bridged: Node) -> None:
+    """It may go where the device goes, of which the ruleset tells nothing, and kvm-ifdown was not called."""
+    for gone in (["link del tap0"], ["link set tap0 down", "link set tap0 name old0"], ["link del tap0"]):
         check(wire(ip=IPS, filter="address"), 0)
         bridged.taps[0].send(ethernet("01:80:c2:00:00:0e", FOREIGN_MAC, 0x88CC, bytes(46)))
         assert passing(bridged, {"own": RIGHT["UDP"], "forged": WRONG_MAC["another MAC"][0]}) == {"own"}
         assert learnt() == {GUEST_MAC}
         assert 'hook ingress device "tap0"' in nft("list", "chain", "netdev", "kvm-ifup", "nic-tap0")
         assert call("kvm-ifup-post", "tap0", "--json").needed == []
-        tools.ip("link del tap0")
+        for words in gone:
+            tools.ip(words)
         bridged.taps.clear()
         bridged.guest()
 
