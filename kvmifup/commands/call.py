@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from kvmifup.commands.options import Options
 from kvmifup.commands.request import Request
-from kvmifup.core.errors import PrivilegeError
+from kvmifup.core.errors import KvmIfupError, PrivilegeError
 from kvmifup.core.model import Background, Config
 from kvmifup.core.text import printable
 from kvmifup.runs.outcome import Outcome
@@ -27,7 +27,8 @@ class Call:
 
     *background* sends the later rounds of announcements; None leaves them out. *options*, *config* and *request* (of
     a hook, or of `plan`) are there once they have been read. *done* has an `Outcome` for each NIC that was worked on.
-    *seconds* says how long each op took, by its key, if that was asked for.
+    *seconds* says how long each op took, by its key, if that was asked for. *troubles* do not keep the call from its
+    work: they are raised after it.
     """
 
     program: str
@@ -41,6 +42,7 @@ class Call:
     request: Request | None = None
     done: list[Outcome] = field(default_factory=list)
     seconds: Mapping[tuple[object, ...], float] | None = None
+    troubles: list[KvmIfupError] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:

@@ -36,7 +36,9 @@ def take_down(call: Call, request: Request, session: Session) -> Results:
     """kvm-ifdown, each tap for itself: a failure on one does not stop the others."""
 
     def described(tap: str) -> Nic | None:
-        """The NIC to withdraw when there is no journal."""
+        """The NIC to withdraw when there is no journal; where its wiring would be takes the configuration."""
+        if call.troubles:
+            return None
         nic = nic_of(tap, call.run_dir, call.environ, needed=False)
         return nic and values.as_wired(nic, session.config)
 

@@ -20,7 +20,7 @@ from kvmifup.commands.call import Call
 from kvmifup.commands.options import Options
 from kvmifup.core import signals
 from kvmifup.core.errors import BugError, KvmIfupError, all_as_ours
-from kvmifup.core.model import Background
+from kvmifup.core.model import Background, Phase
 from kvmifup.inputs import config
 from kvmifup.runs import announcing
 from kvmifup.tell import render, syslog, watchers
@@ -97,10 +97,21 @@ def execute(call: Call, argv: Sequence[str]) -> int:
         if call.request is None:
             return 0
     if asked.subcommand not in ("nic", "watch"):
-        call.config = config.load(asked.config)
+        try:
+            call.config = config.load(asked.config)
+        except KvmIfupError as error:
+            if not only_undoes(call):
+                raise
+            call.troubles.append(error)  # a journal says all that undoing takes
     if asked.writes:
         calls.need_privileges()
     return runner(asked.subcommand)(call)
+
+
+def only_undoes(call: Call) -> bool:
+    """Whether *call* does nothing but undo what has been done."""
+    down = call.options.subcommand == "hook" and call.request and call.request.phase is Phase.DOWN
+    return bool(down or call.options.subcommand == "gc")
 
 
 def parsed(program: str, argv: Sequence[str]) -> Options:

@@ -19,6 +19,7 @@ def run(call: Call, work: Callable[[Session], Results]) -> int:
     with opened(call.run_dir, call.config, dry=options.plan, by=call.by, timed=timed) as session:
         call.seconds = session.seconds
         outcomes, failures = work(session)
+        failures = [*failures, *call.troubles]
         if not options.plan:
             call.done += outcomes
             announce_later(outcomes, session.store, call.background)

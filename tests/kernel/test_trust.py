@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import manager, namespaces, nodes, snapshots
-from harness.addresses import GUEST_IP4
+from harness import manager, namespaces, nodes, snapshots, tools
+from harness.addresses import GUEST_IP4, GUEST_IP6
 from harness.hooks import call, check, hook
 from harness.nodes import Node
 
@@ -134,6 +134,28 @@ def test_a_configuration_that_is_not_to_be_trusted_is_78(uplinked: Node, spoil: 
     for program in (["kvm-ifup-pre", "tap0"], ["kvm-ifdown", "tap0"], ["kvm-ifup", "gc"]):
         check(call(*program, option), 78, str(file))
     assert snapshots.changes(before, snapshots.snapshot()) == []
+
+
+@pytest.mark.parametrize("mistake", ["x = 1", "not toml", "[routed]\nuplinks = 5"])
+@pytest.mark.parametrize("program", ["kvm-ifdown tap0", "kvm-ifup gc"])
+def test_undoing_needs_no_configuration_that_is_right(uplinked: Node, program: str, mistake: str) -> None:
+    """What was drawn here must not stay because of a typo. The typo is told all the same."""
+    manager.write_nic(mode="routed", ip=[GUEST_IP4, GUEST_IP6])
+    before = snapshots.snapshot()
+    nodes.add_tap()
+    option = manager.configuration()
+    check(call("kvm-ifup-post", "tap0", option), 0)
+    Path(option.partition("=")[2]).write_text(mistake)
+    if program == "kvm-ifup gc":
+        tools.ip("link del tap0")
+    found = call(*program.split(), option)
+    check(found, 78, option.partition("=")[2])
+    assert found.err.count("\n") == 1
+    if program != "kvm-ifup gc":
+        tools.ip("link del tap0")
+    assert snapshots.changes(before, snapshots.snapshot()) == []
+    check(call(*program.split()), 0)
+    assert not list((manager.RUN_DIR / "state").glob("*.json"))
 
 
 @pytest.mark.parametrize("option", ["--config=/nonexistent.toml", "--config=/run/no/such/dir.toml", "--config=/run"])
