@@ -446,7 +446,7 @@ def test_an_ext_network_is_wired_as_configured(shell: Shell) -> None:
         ("kvm-ifup-post", ["--plan", "--config", "/nonexistent"], ENVIRONMENT, 78),
         ("kvm-ifdown", ["--plan", "a/b"], {}, 65),
         ("kvm-ifdown", ["--plan", "--instance", "../x"], {}, 65),
-        ("kvm-ifup", ["--config", "/nonexistent", "gc", "--plan"], {}, 78),
+        ("kvm-ifup", ["--config", "/nonexistent", "check"], {}, 78),
         ("kvm-ifup", ["show", "--config", "/nonexistent"], {}, 78),
         ("kvm-ifup", ["plan", "post", "a b"], {}, 65),
         ("kvm-ifup", ["check", "--node", "tap0"], {}, 64),
