@@ -1,6 +1,6 @@
 """Announcing: the first round when a job is done, the later ones as long as it is true. All of it is best effort.
 
-Announcing begins when the journal says what is true, and a failure changes nothing: what draws the guest's traffic
+Announcing begins when what it says is true, and a failure changes nothing: what draws the guest's traffic
 here is in place, the neighbours' caches expire, and each round is for itself. It is told, though.
 """
 
