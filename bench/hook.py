@@ -279,12 +279,12 @@ def ratios(rows: Rows, who: str, reference: str) -> str:
 def beside(rows: Rows, reference: str) -> str:
     """How long hooks take with the agent, and how long without it."""
     agent, alone = (ratios(rows, who, reference) for who in (AGENT, ALONE))
-    return f"in times of {reference}: {agent} with the agent, {alone} without"
+    return f"{agent} times as long as {reference} with the agent, {alone} without"
 
 
 def title(rows: Rows) -> str:
     """What the picture says in one sentence."""
-    return f"A hook's time, {beside(rows, GANETI)}"
+    return f"A hook takes {beside(rows, GANETI)}"
 
 
 def note(rows: Rows) -> str:
@@ -292,7 +292,10 @@ def note(rows: Rows) -> str:
     plain = picture.median(rows[f"bridged: {AGENT}"])
     more = {kind: rows[f"{kind}: {AGENT}"] for kind in WITH_MORE if f"{kind}: {AGENT}" in rows}
     lines = [beside(rows, reference) for reference in (BARE, SHELL, BATCHES)]
-    lines += [f"{kind}, agent: {picture.median(values) / plain:.2f} of without" for kind, values in more.items()]
+    lines += [
+        f"{kind}: {picture.median(values) / plain:.2f} times as long as without, with the agent"
+        for kind, values in more.items()
+    ]
     return "\n".join(lines)
 
 

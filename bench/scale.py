@@ -20,6 +20,7 @@ from typing import Any
 from bench import hook, picture, results
 from bench.results import Rows
 from harness import agents, hooks, manager, nodes, tools
+from lab.agent import scheduled
 
 FEW, FULL = 100, 2000
 OF_A_GUEST = 100  # NICs that are wired in one run, so that the node is soon full
@@ -95,7 +96,7 @@ def peer(many: int) -> None:
     with nodes.fresh_node() as here:
         here.uplink()
         nodes.add_bridge()
-        with agents.running() as agent:
+        with agents.running(within=scheduled()) as agent:
             pid = agent.process.pid
             fill(many)
             rest(pid)

@@ -21,9 +21,9 @@ def medians(directory: Path, name: str) -> Rows:
     return {label: [value] for label, value in zip(texts[first - len(values) : first], values, strict=True)}
 
 
-def ratio(rows: Rows, one: str, other: str) -> str:
+def ratio(rows: Rows, one: str, other: str, form: str = ".2g") -> str:
     """How *one* is to *other*, by their medians."""
-    return f"{picture.median(rows[one]) / picture.median(rows[other]):.2g}"
+    return f"{picture.median(rows[one]) / picture.median(rows[other]):{form}}"
 
 
 def lines(directory: Path) -> list[str]:
@@ -39,8 +39,8 @@ def lines(directory: Path) -> list[str]:
         for who in (hook.AGENT, hook.ALONE)
     }
     said = [
-        f"A whole hook takes {beside[hook.AGENT]}. Among 500 NICs it takes {ratio(hooks, *among)} times as long as "
-        "among 100.",
+        f"A whole hook takes {beside[hook.AGENT]}. Among 500 NICs it takes {ratio(hooks, *among, '.2f')} times as long "
+        "as among 100.",
         f"**Without the agent** it takes {beside[hook.ALONE]}, with the configuration that is installed, which sets "
         "nothing.",
         "A guest's announcement is at the client in "
