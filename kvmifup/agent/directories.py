@@ -35,9 +35,10 @@ Names = frozenset[str]
 class DirectoryEvents:
     """Calls *changed* after files in *directory* have come, gone or been replaced, with their names.
 
-    With None where any may have: the directory itself has gone or come, or more has happened than the kernel could
-    report. *also* are directories that others make, once they are there: there it counts, too, what is written into
-    files; these have no names. Nor has what happens to one of *beside*, which are files next to the directory.
+    With None where any may have: the directory itself has gone or come, it is watched since a moment ago, or more has
+    happened than the kernel could report. *also* are directories that others make, once they are there: there it
+    counts, too, what is written into files; these have no names. Nor has what happens to one of *beside*, which are
+    files next to the directory.
     It is called a `MOMENT` after the first change, and once for all until then: a hook writes its journal twice.
     """
 
@@ -59,6 +60,7 @@ class DirectoryEvents:
         self._watched: dict[int, Path] = {}  # by the number that events have
         self._events = -1
         self._waiting = False  # something has come, and is read in a moment
+        self._new = False  # what happened before it was watched has not been told
         self.renew()
 
     def renew(self) -> None:
@@ -84,6 +86,8 @@ class DirectoryEvents:
                 missing.append(directory)
         self._missing = tuple(missing)
         self._loop.watch(self._events, self._notified)
+        self._new = True
+        self._wait(MOMENT)
 
     def _open(self, directory: Path, what: int) -> None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -130,6 +134,8 @@ class DirectoryEvents:
         if not self._held:
             return
         names = self._read()
+        if self._new:
+            names, self._new = None, False
         with suppress(OSError, NotReadyError, KernelError):
             # Only once there is another: it may still be on its way out.
             if not self.is_watched():

@@ -180,6 +180,20 @@ class Seen:
         self.loop, self.directory, self.wanted = loop, directory, {"nothing"}
         self.told: list[Names | None] = []
         self.events = DirectoryEvents(loop, directory, self.changed)
+        self.settle()
+
+    def settle(self) -> None:
+        """Until it has been told that all may have changed before it was watched."""
+        self.told.clear()
+        alarm = self.loop.later(30, lambda: pytest.fail("nobody has said so"))
+        self.loop._running = True
+        while not self.told:
+            self.loop.later(0.05, self.loop.stop)
+            self.loop._running = True
+            self.loop.run()
+        alarm.cancel()
+        assert self.told == [None]
+        self.told.clear()
 
     def names(self) -> set[str]:
         """Its files."""
@@ -234,6 +248,8 @@ def test_many_changes_wake_the_loop_up_once_until_somebody_looks(seen: Seen, mon
 
     monkeypatch.setattr(DirectoryEvents, "_notified", counting)
     seen.events.renew()
+    seen.settle()
+    woken.clear()
     for number in range(20):
         put(seen.directory, f"file{number}")
     seen.wait(*(f"file{number}" for number in range(20)))
@@ -245,6 +261,10 @@ def test_many_changes_wake_the_loop_up_once_until_somebody_looks(seen: Seen, mon
 def test_only_what_matters_of_the_files_beside_is_told(loop: Loop, tmp_path: Path) -> None:
     told: list[Names | None] = []
     events = DirectoryEvents(loop, tmp_path / "run" / "state", told.append, beside=["agent.sock"])
+    loop.later(0.1, loop.stop)
+    loop.run()
+    assert told == [None]
+    told.clear()
     for number, name in enumerate(("agent.sock", "metrics.prom")):
         (tmp_path / "run" / "new").touch()
         (tmp_path / "run" / "new").rename(tmp_path / "run" / name)
@@ -278,7 +298,7 @@ def test_without_inotify_somebody_looks_from_time_to_time(seen: Seen, monkeypatc
             seen.wait(*sorted({"a", name}))
         assert set(seen.told) == {None}
     seen.events.renew()
-    seen.told.clear()
+    seen.settle()
     put(seen.directory, "c")
     seen.wait("a", "b", "c")
     assert seen.told[-1] == frozenset({"new", "c"})
