@@ -30,7 +30,7 @@ def lines(directory: Path) -> list[str]:
     """The items of the list, from the pictures in *directory*."""
     hooks, arrival, migration = (medians(directory, f"bench-{name}") for name in ("hook", "arrival", "migration"))
     bridged, agent, late = migration
-    among = [f"{hook.AGENT}, among {many} NICs" for many in (500, 100)]
+    full, few = (f"{hook.AGENT}, among {many} NICs" for many in (500, 100))
     beside: Mapping[str, str] = {
         who: f"{hook.ratios(hooks, who, hook.GANETI)} times as long as Ganeti's own script, "
         f"{hook.ratios(hooks, who, hook.SHELL)} times as long as a shell script of the commands that "
@@ -39,8 +39,8 @@ def lines(directory: Path) -> list[str]:
         for who in (hook.AGENT, hook.ALONE)
     }
     said = [
-        f"A whole hook takes {beside[hook.AGENT]}. Among 500 NICs it takes {ratio(hooks, *among, '.2f')} times as long "
-        "as among 100.",
+        f"A whole hook takes {beside[hook.AGENT]}. Among 500 NICs it takes {ratio(hooks, full, few, '.2f')} times as "
+        "long as among 100.",
         f"**Without the agent** it takes {beside[hook.ALONE]}, with the configuration that is installed, which sets "
         "nothing.",
         "A guest's announcement is at the client in "
