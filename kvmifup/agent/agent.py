@@ -130,6 +130,7 @@ class Agent:
 
     def close(self) -> None:
         """Let go of everything."""
+        self._arrivals.close()
         self._write_metrics()
         self._hooks.close()
         self._journals.close()

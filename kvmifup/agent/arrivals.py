@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -122,7 +123,17 @@ class Arrivals:
         self._came_back = came_back
         self._late = LateAnswers(loop, runner, announcements)
         self._last = -CROWD  # when a guest has come
-        self.under_way = 0  # guests that are wired, and whose journals do not say so yet
+        self._unfinished: deque[tuple[Arrival, Begun]] = deque()  # wired, and the journal does not say so yet
+
+    @property
+    def under_way(self) -> int:
+        """How many guests are wired, and their journals do not say so yet."""
+        return len(self._unfinished)
+
+    def close(self) -> None:
+        """Finish these: what their journals say now is to be undone."""
+        while self._unfinished:
+            self._finish()
 
     @property
     def crowded(self) -> bool:
@@ -200,8 +211,8 @@ class Arrivals:
         tap.become(State.ARRIVING)
         self._preparations.forget(tap)
         if isinstance(begun, Begun):
-            self.under_way += 1
-            self._loop.soon(partial(self._finish, arrival, begun))
+            self._unfinished.append((arrival, begun))
+            self._loop.soon(self._finish)
         elif begun and not isinstance(begun, LockTimeoutError):
             self._loop.soon(partial(self._arrived, arrival, begun))
         else:
@@ -221,9 +232,11 @@ class Arrivals:
             done = time.monotonic()
             return Begun(arriving, session, stack.pop_all(), done - moment, done) if arriving else None
 
-    def _finish(self, arrival: Arrival, begun: Begun) -> None:
+    def _finish(self) -> None:
         """What need not come before the announcement: the journal says what is true now, and everybody is told."""
-        self.under_way -= 1
+        if not self._unfinished:
+            return
+        arrival, begun = self._unfinished.popleft()
         try:
             with begun.stack:
                 stamp = begun.arriving.finish()

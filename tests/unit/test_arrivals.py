@@ -342,6 +342,19 @@ def test_who_is_asked_and_sends_without_end_keeps_nobody_from_their_turn(
     assert waiting.tap.answers.first == ("RARP", 0.0)
 
 
+def test_an_agent_that_ends_at_once_completes_what_it_has_announced(waiting: Waiting) -> None:
+    waiting.while_arriving = waiting.loop.stop
+    waiting.hear(OUTCOME)
+    waiting.loop._running = True
+    waiting.loop.run()
+    assert (waiting.calls[1:], waiting.room.under_way) == ([("arrive", True)], 1)
+    waiting.room.close()
+    assert waiting.calls[2:] == [("finish", True)]
+    assert [journal.phase for journal, _ in waiting.written_journals] == [Phase.POST]
+    waiting.pass_time(0.01)  # it is not done once more
+    assert waiting.calls[3:] == []
+
+
 def test_who_is_announced_and_cannot_be_noted_is_tried_again(waiting: Waiting) -> None:
     waiting.cannot_finish = NotReadyError("full")
     waiting.hear(OUTCOME)
