@@ -39,13 +39,17 @@ def announced(frame: bytes) -> bool:
     )
 
 
-def arrival(node: Node, number: int, address: str, begin: Callable[[wire.Tap, str], None]) -> float:
+def arrival(
+    node: Node, number: int, address: str, begin: Callable[[wire.Tap, str], None], agent: agents.Agent | None
+) -> float:
     """One incoming guest on a new tap: ms from *begin* to the client's knowing."""
     tap = f"tap{number}"
     guest = node.guest(tap)
     manager.write_nic(tap, mode="routed", ip=[address], incoming=True)
     hooks.check(hooks.hook("kvm-ifup-pre", tap), 0)
-    time.sleep(0.2)  # armed
+    if agent:
+        agent.armed(tap)
+    time.sleep(0.2)  # until nothing of it goes on any more
     client = node.listen()
     start = time.perf_counter()
     begin(guest, tap)
@@ -131,12 +135,12 @@ def main(argv: Sequence[str]) -> int:
                 node.uplink()
                 heard = begin is first_frame
                 runs = options.runs if heard else max(options.runs // 5, 3)
-                with agents.running(within=scheduled()) if heard else contextlib.nullcontext():
-                    rows[label] = [arrival(node, number, address, begin) for number in range(runs)]
+                with agents.running(within=scheduled()) if heard else contextlib.nullcontext() as agent:
+                    rows[label] = [arrival(node, number, address, begin, agent) for number in range(runs)]
     with nodes.fresh_node() as node:
         node.uplink()
-        with agents.running(within=scheduled()) as agent:
-            many = evacuation(node, agent)
+        with agents.running(within=scheduled()) as one:
+            many = evacuation(node, one)
     rows |= many
     print(picture.table("ms", rows, "IPv4, kvm-ifup-post"))
     for label, values in many.items():
