@@ -329,7 +329,8 @@ class Taps:
         self._missing = {name: one for name, one in self._missing.items() if now - one[1] < REMOVING}
         self._missing |= {name: (tap.journal, now) for name in missing if (tap := self._taps.get(name))}
         before, self._directory = self._directory, identity_of(self._runner.store.directory)
-        if before in (None, self._directory) or not self._missing:
+        # Without a directory before, it was removed again right after they were written.
+        if (before is not None and before == self._directory) or not self._missing:
             return []
         lost = self._missing
         names = [name for name, (journal, _) in sorted(lost.items()) if self._runner.restore(journal)]

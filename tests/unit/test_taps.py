@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 import time
@@ -474,3 +475,26 @@ def test_a_change_concerns_those_that_rely_on_it_and_nobody_else() -> None:
     reliance.forget("tap1")
     assert reliance.on({eth0, route, other}) == set()
     assert vars(reliance) == vars(Reliance()), "nothing is left"
+
+
+def test_journals_removed_again_as_soon_as_they_were_written_come_back(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.save(POST)
+    node.look()
+    directory = node.runner.store.directory
+
+    def restored(_runner: Runner, journal: Journal) -> bool:
+        node.save(journal)  # as `restore` does; this tap is not on any node
+        if len(written) == 0:
+            shutil.rmtree(directory)
+        written.append(journal.nic.tap)
+        return True
+
+    written: list[str] = []
+    monkeypatch.setattr(Runner, "restore", restored)
+    shutil.rmtree(directory)
+    node.look()
+    node.look()
+    assert written == ["tap0", "tap0"]
+    assert [tap.name for tap in node.taps] == ["tap0"]
