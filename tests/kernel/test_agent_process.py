@@ -41,8 +41,8 @@ def test_version_help_and_wrong_arguments(node: Node) -> None:
     described = hook("kvm-ifupd", "--help")
     assert (described.code, described.err) == (0, "")
     assert "foreground" in described.out
-    for argv in (["--nonsense"], ["tap0"], ["--vers"]):
-        check(hook("kvm-ifupd", *argv), 64, "kvm-ifupd: ", "kvm-ifupd --help")
+    for wrong, hint in {"--nonsense": "kvm-ifupd --help", "tap0": "kvm-ifupd --help", "--vers": "--version"}.items():
+        check(hook("kvm-ifupd", wrong), 64, "kvm-ifupd: ", hint)
     assert not manager.RUN_DIR.exists()
 
 
