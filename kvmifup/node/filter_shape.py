@@ -30,6 +30,7 @@ HOOKED = "{ type filter hook prerouting priority -300; policy accept; }"
 GUARD = "netdev kvm-ifup"
 GUARD_PRIORITY = -500
 GUARDED = f"goto {RESERVED}"
+CHAIN = "nic-"  # so the name of the chain on a tap begins
 INNER = "inner_"  # so the name of a set begins whose keys are numbers for nft
 
 
@@ -87,7 +88,7 @@ Element = tuple[str, str, str]  # the set, what comes after the tap's name ("" f
 def chain_of(tap: str) -> str:
     """The name of the chain on *tap*: nft takes letters, digits and a few signs, so other bytes are spelt out."""
     plain = (chr(one) for one in os.fsencode(tap))
-    return "nic-" + "".join(
+    return CHAIN + "".join(
         one if one.isascii() and (one.isalnum() or one in "-._") else f"/{ord(one):02x}" for one in plain
     )
 

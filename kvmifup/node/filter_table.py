@@ -165,7 +165,7 @@ def missing(table: Nftables, which: str) -> Iterator[str]:
     ours = {name: one for name, one in SETS.items() if one.table == which}
     if wrong := [name for name, one in ours.items() if name in known and not fits(known[name], one)]:
         raise not_ours(which, f"its set {wrong[0]} is another one")
-    if used and not known.keys() & ours.keys():
+    if used and not known.keys() & ours.keys() and not is_older(table, used):
         raise not_ours(which, "it has none of our sets")
     if flags & NFT_TABLE_F_DORMANT:
         yield f"{NAMES[which]}, which sleeps"
@@ -180,6 +180,12 @@ def missing(table: Nftables, which: str) -> Iterator[str]:
     # There may be a chain for each NIC, so one that stands alone is read alone.
     found = table.comments(next(iter(chains)) if len(chains) == 1 else "")
     yield from (f"chain {name}" for name, wanted in shape.marks(which).items() if found.get(name, ()) != wanted)
+
+
+def is_older(table: Nftables, used: int) -> bool:
+    """Whether a table without our sets is of an older kvm-ifup: it has nothing but chains of NICs, with rules."""
+    chains = table.comments()
+    return used == len(chains) and all(one.startswith(shape.CHAIN) for one in chains)
 
 
 def not_ours(which: str, why: str) -> NotReadyError:

@@ -20,10 +20,21 @@ from kvmifup.node import nft
 from kvmifup.node.filter_changes import changes, commands, guard_made
 from kvmifup.node.filter_rules import RESERVED
 from kvmifup.node.filter_shape import GUARD, HERE, SETS
-from kvmifup.node.filter_table import THE_TABLE, Found, entries_for, facts_in, guard_of, hooked_on, missing, text
+from kvmifup.node.filter_table import (
+    THE_TABLE,
+    Found,
+    element,
+    entries_for,
+    facts_in,
+    guard_of,
+    hooked_on,
+    missing,
+    text,
+)
 from kvmifup.node.messages import attributes
 from kvmifup.node.nfevents import Heard
 from kvmifup.node.nfmessages import (
+    IFNAMSIZ,
     NFPROTO_BRIDGE,
     NFPROTO_NETDEV,
     WITHOUT_TABLE,
@@ -160,7 +171,8 @@ class Filters:
             return
         elif found.missing:
             self._library = self._library or nft.context()
-            nft.script("\n".join(commands(tap, facts, found)), op.describe(), self._library)
+            words = (*commands(tap, facts, found), *self._numbers(tap, found.missing))
+            nft.script("\n".join(words), op.describe(), self._library)
             self._forget(UNKNOWN)
         else:
             due = Found((), entries_for(tap, facts), shape.guard_marks(tap))
@@ -169,6 +181,20 @@ class Filters:
                 guards += () if found.guard is None else without_chain(shape.chain_of(tap))
                 guards += guard_made(tap)
             self._change(op, [*changes(HERE, found.entries, due.entries)], guards, due)
+
+    def _numbers(self, tap: str, missing: tuple[str, ...]) -> Iterator[str]:
+        """The commands that put what other NICs have into sets of numbers that are not there.
+
+        An older kvm-ifup had rules of each NIC instead, which those that NICs share do not use any more.
+        """
+        for name in SETS:
+            origin = name.removeprefix(shape.INNER)
+            if name == origin or f"set {name}" not in missing or f"set {origin}" in missing:
+                continue
+            for one in map(entry_of, self.nftables.elements(origin)):
+                other = os.fsdecode(one[0][:IFNAMSIZ].rstrip(b"\0"))
+                if other != tap:
+                    yield shape.element("add", other, (name, element(origin, one)[1], ""))
 
     def _remove(self, op: Filter, found: Found) -> None:
         """Remove what was found. The last one takes the tables along."""

@@ -516,6 +516,48 @@ def test_a_filter_whose_journal_is_lost_meets_no_other_guest(bridged: Node, how:
     assert "nic-tap0" not in nft("list", "ruleset")
 
 
+def as_an_older_version(*taps: str) -> None:
+    """No sets of numbers, and a rule of its own on each tap, in tables that are not empty."""
+    script = [f"flush table bridge kvm-ifup; add rule bridge kvm-ifup address iifname {{ {', '.join(taps)} }} drop"]
+    script += [f"delete set bridge kvm-ifup {name}" for name in SETS if name.startswith("inner_")]
+    script += ["add rule bridge kvm-ifup prerouting iifname vmap @guests"]
+    script += ["delete table netdev kvm-ifup; add table netdev kvm-ifup"]
+    for tap in taps:
+        hook = f"type filter hook ingress device {tap} priority -500; policy accept;"
+        script += [f"add chain netdev kvm-ifup nic-{tap} {{ {hook} }}"]
+        script += [f"add rule netdev kvm-ifup nic-{tap} ether daddr 01:80:c2:00:00:0e ether saddr != {{ {OWN} }} drop"]
+    nft("; ".join(script))
+
+
+OWN = f"{GUEST_MAC}, {FOREIGN_MAC}"
+
+
+def test_tables_of_an_older_version_are_taken_over_for_all_nics_at_once(bridged: Node) -> None:
+    """Those of other NICs too, as far as the shared rules judge by them: nothing that is right is dropped meanwhile."""
+    check(wire(ip=IPS, filter="address"), 0)
+    add_filtered("tap1", 1)
+    check(call("kvm-ifup-post", "tap1"), 0)
+    before = elements("inner_macs"), elements("inner_hosts4")
+    assert "tap0" in str(before)
+    as_an_older_version("tap0", "tap1")
+    check(call("kvm-ifup-post", "tap1"), 0)
+    assert (elements("inner_macs"), elements("inner_hosts4")) == before
+    forged = {name: frame for name, (frame, _) in (WRONG_MAC | WRONG_ADDRESS).items()}
+    assert passing(bridged, RIGHT | forged) == RIGHT.keys()
+    check(call("kvm-ifup", "check", "--repair"), 0)
+    check(call("kvm-ifup", "check"), 0)
+    for tap in ("tap0", "tap1"):
+        check(call("kvm-ifdown", tap), 0)
+    assert nft("list", "ruleset") == ""
+
+
+def test_what_an_older_version_has_wired_is_removed(bridged: Node) -> None:
+    check(wire(ip=IPS, filter="address"), 0)
+    as_an_older_version("tap0")
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert nft("list", "ruleset") == ""
+
+
 # --- failures -----------------------------------------------------------------------------------------------------
 
 FOREIGN = {
