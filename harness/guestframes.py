@@ -182,6 +182,7 @@ def right() -> dict[str, bytes]:
         "QEMU's RARP": reverse(),
         "IPv4 UDP": ip4(GUEST_IP4, OTHER_IP4, 17, udp(9, 9)),
         "IPv4 ping": ip4(GUEST_IP4, OTHER_IP4, 1, ECHO4),
+        "IPv6 TCP behind an authentication header": ip6(GUEST_IP6, OTHER_IP6, 6, bytes(20), AUTHENTICATION),
         "IPv4 from a prefix": ip4(IN_PREFIX4, OTHER_IP4, 17, udp(9, 9)),
         "IPv4 to everybody": ip4(GUEST_IP4, "255.255.255.255", 17, udp(9, 9)),
         "IPv4, the first fragment": ip4(GUEST_IP4, OTHER_IP4, 17, udp(9, 9, bytes(16)), fragment=0x2000),
@@ -303,6 +304,9 @@ def hidden() -> dict[str, bytes]:
     return {
         "NS behind options": nd(NS, MINE, about=OTHER_IP6, chain=[DESTINATION]),
         "NS behind an authentication header": nd(NS, MINE, about=OTHER_IP6, chain=[AUTHENTICATION]),
+        "NS behind two": nd(NS, MINE, about=OTHER_IP6, chain=[AUTHENTICATION, AUTHENTICATION]),
+        "RA behind two": nd(RA, MINE, source=LINK_LOCAL, chain=[AUTHENTICATION, AUTHENTICATION]),
+        "DHCPv6 server behind one": ip6(LINK_LOCAL, OTHER_LINK_LOCAL, 17, udp(547, 546), AUTHENTICATION),
         "NS behind a router alert": nd(NS, MINE, about=OTHER_IP6, chain=[ALERT]),
         "NA in a fragment that is the whole": nd(NA, MINE_TOO, chain=[fragment()]),
         "NS, the first fragment": ip6(GUEST_IP6, str(group), 58, first, fragment(more=True)),
@@ -351,6 +355,7 @@ def forged_inside() -> dict[str, bytes]:
         "RS with a nonce and another's MAC": nd(RS, NONCE, YOURS, source=LINK_LOCAL),
         "NS with another's MAC as target": nd(NS, YOURS_TOO, about=OTHER_IP6),
         "NS behind options with another's MAC": nd(NS, YOURS, about=OTHER_IP6, chain=[DESTINATION]),
+        "NS behind two with another's MAC": nd(NS, YOURS, about=OTHER_IP6, chain=[AUTHENTICATION, AUTHENTICATION]),
         "NA behind many headers with another's MAC": nd(NA, YOURS_TOO, chain=[HOP, DESTINATION, DESTINATION]),
         "NA in a fragment with another's MAC": nd(NA, YOURS_TOO, chain=[fragment()]),
     }  # fmt: skip
@@ -433,6 +438,7 @@ CLOSED = {
     "IPv4 with options": (True, False),
     "IPv6 UDP behind options": (False, False),
     "IPv6 ping behind options": (False, False),
+    "IPv6 TCP behind an authentication header": (False, False),
     "IPv6 from another behind options": (False, False),
     "DHCPv6 server behind options": (False, False),
 }

@@ -30,10 +30,10 @@ def ethernet(target: str, source: str, kind: int, payload: bytes) -> bytes:
     return mac_bytes(target) + mac_bytes(source) + struct.pack("!H", kind) + payload
 
 
-def packet_socket(dev: str) -> socket.socket:
-    """Every frame on *dev*, in the namespace that this process is in."""
-    made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.htons(ETH_P_ALL))
-    made.bind((dev, ETH_P_ALL))
+def packet_socket(dev: str, protocol: int = ETH_P_ALL) -> socket.socket:
+    """Every frame on *dev*, in the namespace that this process is in; of one *protocol*, those that are received."""
+    made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.htons(protocol))
+    made.bind((dev, protocol))
     return made
 
 

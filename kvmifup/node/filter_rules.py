@@ -17,11 +17,19 @@ from kvmifup.core.records import record
 from kvmifup.node import filter_tagged
 
 BASE = "prerouting"
-# An authentication header before what could be neighbour discovery: its receivers know it as any other header.
-SEALED = "meta l4proto ah ah nexthdr { 0, 43, 44, 58, 60 }"
+# What may stand behind an authentication header, by its number (IPv4, TCP, UDP, …): nothing that could be neighbour
+# discovery, or lead to it, for receivers know that header as any other.
+SEALED = (4, 6, 17, 41, 47, 50, 89, 103, 112, 115, 132)
+UDP = 17
 RARP = "meta protocol 0x8035"  # nft has no name for it
 ADVERTISED = 16  # times eight bytes of options in a router advertisement
 RS, RA, NS, NA, REDIRECT = 133, 134, 135, 136, 137  # messages of neighbour discovery
+
+
+def sealed(*others: int) -> str:
+    """A rule for an authentication header before anything but `SEALED` without *others*."""
+    known = ", ".join(str(one) for one in SEALED if one not in others)
+    return f"meta l4proto ah ah nexthdr != {{ {known} }} goto drop_protocol"
 
 
 @record
@@ -88,8 +96,12 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "meta protocol 4 @nh,0,48 0xaaaa030000f8 goto drop_protocol",
         "accept",
     ),
+    # Asked for what is right: nft lists the opposite as tests that mean less when they are loaded again.
     "mac_arp": (
-        "@nh,0,48 != 0x000108000604 goto drop_protocol",
+        "@nh,0,48 0x000108000604 goto mac_arp_sender",
+        "goto drop_protocol",
+    ),
+    "mac_arp_sender": (
         "meta protocol arp iifname . arp saddr ether @macs accept",
         "goto drop_mac",
     ),
@@ -102,7 +114,7 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "goto drop_protocol",
     ),
     "mac_six_known": (
-        f"{SEALED} goto drop_protocol",
+        sealed(),
         "meta l4proto != icmpv6 accept",
         "meta protocol ip6 icmpv6 type { 133, 134, 135, 136, 137 } goto mac_nd",
         "meta protocol ip6 icmpv6 type >= 0 accept",
@@ -121,7 +133,10 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "goto drop_protocol",
     ),
     "address_arp": (
-        "@nh,0,48 != 0x000108000604 goto drop_protocol",
+        "@nh,0,48 0x000108000604 goto address_arp_sender",
+        "goto drop_protocol",
+    ),
+    "address_arp_sender": (
         "meta protocol arp iifname . arp saddr ether != @macs goto drop_mac",
         "meta protocol arp iifname . arp saddr ip @hosts4 accept",
         "meta protocol arp iifname . arp saddr ip @nets4 accept",
@@ -171,7 +186,7 @@ _JUDGING: dict[str, tuple[str, ...]] = {
     "six_known": (
         "meta l4proto udp goto six_udp",
         "meta l4proto icmpv6 goto six_icmp",
-        f"{SEALED} goto drop_protocol",
+        sealed(UDP),
         "goto six_source",
     ),
     "six_udp": (

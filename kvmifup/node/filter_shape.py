@@ -133,11 +133,12 @@ def elements(facts: Facts) -> frozenset[Element]:
     """The elements of a NIC that say *facts*."""
     found = {("guests", "", facts.kind)}
     found |= {(f"dropped_{reason}", "", "") for reason in REASONS}
-    found |= {(name, mac, "") for mac in facts.macs for name in ("macs", "inner_macs", "port_macs")}
+    # What is for a reserved address is no ARP, RARP or IP: of the kind "address" nobody sends that.
+    names = ("macs", "inner_macs", "port_macs")[: 3 if facts.kind == "mac" else 2]
+    found |= {(name, mac, "") for mac in facts.macs for name in names}
     for prefix in facts.everything:
         kind = "hosts" if prefix.prefixlen == prefix.max_prefixlen else "nets"
-        names = f"{kind}{prefix.version}", f"{INNER}{kind}{prefix.version}"
-        found |= {(name, said(prefix), "") for name in names}
+        found |= {(name, said(prefix), "") for name in (f"{kind}{prefix.version}", f"{INNER}{kind}{prefix.version}")}
         found.add((f"with{prefix.version}", "", ""))
     return frozenset(found)
 

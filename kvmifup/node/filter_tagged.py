@@ -68,7 +68,10 @@ def tagged(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
             "goto drop_protocol",
         ),
         "mac_tagged_arp": (
-            f"{at(0, 48)} != 0x000108000604 goto drop_protocol",
+            f"{at(0, 48)} 0x000108000604 goto mac_tagged_sender",
+            "goto drop_protocol",
+        ),
+        "mac_tagged_sender": (
             f"{ARP_MACS} @inner_macs accept",
             "goto drop_mac",
         ),
@@ -103,7 +106,10 @@ def tagged(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
             "goto drop_protocol",
         ),
         "address_tagged_arp": (
-            f"{at(0, 48)} != 0x000108000604 goto drop_protocol",
+            f"{at(0, 48)} 0x000108000604 goto address_tagged_sender",
+            "goto drop_protocol",
+        ),
+        "address_tagged_sender": (
             f"{ARP_MACS} != @inner_macs goto drop_mac",
             *own(ARP_SENDER, "4", "accept"),
             # A probe. One for another's address would have that guest give it up.
