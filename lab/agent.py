@@ -22,10 +22,12 @@ UNIT = Path(__file__).parents[1] / "integration/systemd/kvm-ifupd.service"
 
 @cache
 def scheduled() -> tuple[str, ...]:
-    """What has a command scheduled as systemd's unit has the agent: what is measured is what a node has."""
-    niceness = re.search(r"^Nice=(-\d+)$", UNIT.read_text(), re.MULTILINE)
+    """What starts a command as systemd's unit does the agent: what is measured is what a node has."""
+    text = UNIT.read_text()
+    niceness, environment = (re.search(rf"^{key}=(.+)$", text, re.MULTILINE) for key in ("Nice", "Environment"))
     assert niceness, f"{UNIT} has no Nice="
-    return "nice", "-n", niceness[1]
+    assert environment, f"{UNIT} has no Environment="
+    return "env", environment[1], "nice", "-n", niceness[1]
 
 
 class Agent:
