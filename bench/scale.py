@@ -133,7 +133,7 @@ def note(rows: Rows, once: Rows) -> str:
     return "\n".join(
         [
             f"the agent's own time for a hook, and for what it does then: {max(ratios(rows, AGENT)):.2f} times",
-            f"kvm-ifup show: {show / few:.1f} times as long for {FULL / FEW:g} times as many; {show / post:.0f} hooks",
+            f"kvm-ifup show: {show / few:.1f} times as long for {FULL / FEW:g} times as many: {show / post:.0f} hooks",
         ]
     )
 

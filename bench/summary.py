@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench import hook, picture
+from bench import hook, picture, scale
 from bench.results import Rows
 
 MEDIAN = r"[\d.]+ ms"
@@ -21,16 +21,16 @@ def medians(directory: Path, name: str) -> Rows:
     return {label: [value] for label, value in zip(texts[first - len(values) : first], values, strict=True)}
 
 
-def ratio(rows: Rows, one: str, other: str, form: str = ".2g") -> str:
+def ratio(rows: Rows, one: str, other: str) -> str:
     """How *one* is to *other*, by their medians."""
-    return f"{picture.median(rows[one]) / picture.median(rows[other]):{form}}"
+    return f"{picture.median(rows[one]) / picture.median(rows[other]):.2g}"
 
 
 def lines(directory: Path) -> list[str]:
     """The items of the list, from the pictures in *directory*."""
-    hooks, arrival, migration = (medians(directory, f"bench-{name}") for name in ("hook", "arrival", "migration"))
+    names = "hook", "scale", "arrival", "migration"
+    hooks, full, arrival, migration = (medians(directory, f"bench-{name}") for name in names)
     bridged, agent, late = migration
-    full, few = (f"{hook.AGENT}, among {many} NICs" for many in (500, 100))
     beside: Mapping[str, str] = {
         who: f"{hook.ratios(hooks, who, hook.GANETI)} times as long as Ganeti's own script, "
         f"{hook.ratios(hooks, who, hook.SHELL)} times as long as a shell script of the commands that "
@@ -39,8 +39,7 @@ def lines(directory: Path) -> list[str]:
         for who in (hook.AGENT, hook.ALONE)
     }
     said = [
-        f"A whole hook takes {beside[hook.AGENT]}. Among 500 NICs it takes {ratio(hooks, full, few, '.2f')} times as "
-        "long as among 100.",
+        f"A whole hook takes {beside[hook.AGENT]}. {scale.title(full)}.",
         f"**Without the agent** it takes {beside[hook.ALONE]}, with the configuration that is installed, which sets "
         "nothing.",
         "A guest's announcement is at the client in "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar
 
 from kvmifup.core import bridgeport
@@ -63,10 +63,10 @@ class Op:
         """Whether several NICs may want the same value, so that it is put back only when the last of them leaves."""
         return False
 
-    @cached_property
+    @property
     def key(self) -> tuple[object, ...]:
         """What the op is about, without the value wanted: two ops with equal keys are about the same thing."""
-        return (self.kind, *(getattr(self, name) for name in field_names(self) if name not in _NOT_IDENTITY))
+        return (self.kind, *[getattr(self, name) for name in identity(self.__class__)])  # type: ignore[arg-type]
 
     @property
     def wanted(self) -> Value:
@@ -109,7 +109,12 @@ class Op:
         return f"{self.subject()}: {self.say(self.wanted)}"
 
 
-_NOT_IDENTITY = frozenset({"want", "among", "timeout", "force"})
+@cache
+def identity(kind: type[Op]) -> tuple[str, ...]:
+    """The fields that say what an op of that *kind* is about. (Its key is not kept: an agent has thousands of ops.)"""
+    return tuple(name for name in field_names(kind) if name not in {"want", "among", "timeout", "force"})
+
+
 DOWN = "down"  # what an op does to a device that it sets down for a moment
 
 

@@ -9,8 +9,9 @@ from unittest.mock import ANY
 import pytest
 
 from kvmifup.core.model import AgentConfig, BridgedConfig, LinkConfig, Nic, Phase, Tap
-from kvmifup.core.ops import Address, LinkAddress, LinkMtu, Neighbour, Op, ProxyNeighbour
+from kvmifup.core.ops import Address, LinkAddress, LinkMtu, Neighbour, Op, ProxyNeighbour, UplinkVlans
 from kvmifup.core.records import field_names
+from kvmifup.core.vlans import tagged
 from kvmifup.runs.journal import Entry, Journal
 
 NIC = Nic("tap0", "aa:00:00:35:00:01", "bridged", "br0")
@@ -52,8 +53,8 @@ def test_a_record_differs_from_all_others(one: object, other: object) -> None:
 
 
 def test_what_has_been_computed_of_a_record_is_no_part_of_it() -> None:
-    first, second = LinkMtu("tap0", 9000), LinkMtu("tap0", 9000)
-    assert first.key == ("link-mtu", "tap0")
+    first, second = (UplinkVlans("br0", "eth0", tagged([7]), "") for _ in range(2))
+    assert first.vids == {7}
     assert vars(first) != vars(second)
     assert first == second
     assert hash(first) == hash(second)
