@@ -17,16 +17,19 @@ from lab.errors import LabError
 from lab.hooks import Hooks
 from lab.nodes import Namespace, end
 
-UNIT = Path(__file__).parents[1] / "integration/systemd/kvm-ifupd.service"
+NAME = "kvm-ifupd.service"
+# What tests of an installed package have of the source lacks the first.
+UNITS = Path(__file__).parents[1] / f"integration/systemd/{NAME}", Path(f"/usr/lib/systemd/system/{NAME}")
 
 
 @cache
 def scheduled() -> tuple[str, ...]:
     """What starts a command as systemd's unit does the agent: what is measured is what a node has."""
-    text = UNIT.read_text()
+    unit = next(path for path in UNITS if path.exists())
+    text = unit.read_text()
     niceness, environment = (re.search(rf"^{key}=(.+)$", text, re.MULTILINE) for key in ("Nice", "Environment"))
-    assert niceness, f"{UNIT} has no Nice="
-    assert environment, f"{UNIT} has no Environment="
+    assert niceness, f"{unit} has no Nice="
+    assert environment, f"{unit} has no Environment="
     return "env", environment[1], "nice", "-n", niceness[1]
 
 
