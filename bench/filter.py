@@ -23,13 +23,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bench import picture, results
 from harness import agents, hooks, manager, nodes, tools
 from harness.addresses import CLIENT_IP4, CLIENT_MAC
 from harness.wire import ETH_P_IP, attach, ethernet
+from lab.agent import scheduled
 
 CROWD = 500
 HOOK_CROWDS = (2, CROWD)
@@ -137,7 +137,7 @@ def hook_costs(runs: int) -> dict[str, list[float]]:
     """Milliseconds of the agent's processor time for each hook of a new NIC, with a filter and without."""
     rows: dict[str, list[float]] = {}
     for count in HOOK_CROWDS:
-        with nodes.fresh_node() as node, agents.running() as agent:
+        with nodes.fresh_node() as node, agents.running(within=scheduled()) as agent:
             nodes.add_bridge()
             node.uplink(master="br0")
             crowd(count)
@@ -149,24 +149,18 @@ def hook_costs(runs: int) -> dict[str, list[float]]:
                 manager.write_nic(tap, f"web{number}", mode="bridged", link="br0", **keys)
                 settled(agent)
                 for what, program in HOOKS.items():
-                    before = busy(agent)
+                    before = agent.taken()
                     agents.through(program, tap)
                     settled(agent)
-                    rows.setdefault(f"{what}, {how}, among {count} NICs", []).append(busy(agent) - before)
+                    rows.setdefault(f"{what}, {how}, among {count} NICs", []).append(agent.taken() - before)
                 tools.ip(f"link del {tap}")
     return rows
-
-
-def busy(agent: agents.Agent) -> float:
-    """Milliseconds that the agent's threads have had a processor so far."""
-    tasks = Path(f"/proc/{agent.process.pid}/task").glob("*/schedstat")
-    return sum(int(one.read_text().split()[0]) for one in tasks) / 1e6
 
 
 def settled(agent: agents.Agent) -> None:
     """Wait until the agent has nothing left to do."""
     before = -1.0
-    while (now := busy(agent)) != before:
+    while (now := agent.taken()) != before:
         before = now
         time.sleep(QUIET)
 

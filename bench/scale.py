@@ -2,8 +2,8 @@
 
 Two nodes, each with an agent, and with guests of all kinds, some of which have yet to arrive: 100 NICs, and 2,000. They
 take turns. Whole hooks, from their start to their end: post for a new NIC, the same once more, kvm-ifdown; and the
-processor's time that the agent takes for all three, with what it does afterwards. Then `kvm-ifup show` and `check`, the
-agent's memory, and the processor's time that it takes while nothing happens.
+processor's time that the agent takes for all three, with what it does afterwards. Then `kvm-ifup show`, the agent's
+memory, and the processor's time that it takes while nothing happens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench import hook, picture, results
@@ -51,44 +50,38 @@ def fill(many: int) -> None:
         hooks.check(hooks.hook("kvm-ifup-pre", "--instance", guest), 0)
 
 
-def taken(pid: int) -> float:
-    """Milliseconds of a processor that the threads of a process have had so far."""
-    stats = (Path(f"{task}/schedstat").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
-    return sum(int(text.split()[0]) for text in stats) / 1e6
-
-
-def rest(pid: int) -> None:
+def rest(agent: agents.Agent) -> None:
     """Wait until the agent has nothing more to do."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        before = taken(pid)
+        before = agent.taken()
         time.sleep(SETTLED)
-        if taken(pid) - before < QUIET * SETTLED * 1000:
+        if agent.taken() - before < QUIET * SETTLED * 1000:
             return
     raise SystemExit(f"the agent is not at rest after {PATIENCE:g} s")
 
 
-def one(number: int, pid: int, many: int) -> dict[str, float]:
+def one(number: int, agent: agents.Agent, many: int) -> dict[str, float]:
     """A new NIC of each kind: wired, once more, and taken down."""
     found: dict[str, float] = {}
     for kind in KINDS:
         hook.add_taps([number])
         environ, tap = hook.environment(kind, number), f"tap{number}"
-        before = taken(pid)
+        before = agent.taken()
         for what, script in ((POST, "kvm-ifup-post"), (AGAIN, "kvm-ifup-post"), (DOWN, "kvm-ifdown")):
             found[among(f"{kind}: {what}", many)] = hook.timed([hook.script(script), tap], environ)
-        rest(pid)
-        found[among(f"{kind}: {AGENT}", many)] = taken(pid) - before
+        rest(agent)
+        found[among(f"{kind}: {AGENT}", many)] = agent.taken() - before
         tools.ip(f"link del {tap}")
     return found
 
 
-def at_rest(pid: int, many: int) -> dict[str, float]:
+def at_rest(agent: agents.Agent, many: int) -> dict[str, float]:
     """How much of a processor the agent takes while nothing happens."""
-    rest(pid)
-    before = taken(pid)
+    rest(agent)
+    before = agent.taken()
     time.sleep(AT_REST)
-    return {among("the agent at rest, % of a processor", many): (taken(pid) - before) / AT_REST / 10}
+    return {among("the agent at rest, % of a processor", many): (agent.taken() - before) / AT_REST / 10}
 
 
 def peer(many: int) -> None:
@@ -97,15 +90,14 @@ def peer(many: int) -> None:
         here.uplink()
         nodes.add_bridge()
         with agents.running(within=scheduled()) as agent:
-            pid = agent.process.pid
             fill(many)
-            rest(pid)
+            rest(agent)
             numbers = itertools.count(MINE)
             plain = tools.CLEAN
             answers: Mapping[str, Callable[[], dict[str, float]]] = {
-                "one": lambda: one(next(numbers), pid, many),
-                "at rest": lambda: at_rest(pid, many),
-                "memory": lambda: {among("MB of memory of the agent", many): hook.memory(pid)},
+                "one": lambda: one(next(numbers), agent, many),
+                "at rest": lambda: at_rest(agent, many),
+                "memory": lambda: {among("MB of memory of the agent", many): hook.memory(agent.process.pid)},
                 "show": lambda: {among("kvm-ifup show", many): hook.timed([hook.script("kvm-ifup"), "show"], plain)},
             }
             for line in sys.stdin:

@@ -78,6 +78,17 @@ class Agent:
                 found.append(descriptor.readlink())
         return path in found
 
+    def taken(self) -> float:
+        """Milliseconds of a processor that its threads have had so far."""
+        found = (task.read_text() for task in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"))
+        return sum(int(text.split()[0]) for text in found) / 1e6
+
+    def rests(self) -> bool:
+        """Whether it does nothing for longer than it waits until the node is quiet (`kvmifup.agent.agent.QUIET`)."""
+        before = self.taken()
+        time.sleep(0.3)
+        return self.taken() == before
+
     def send(self, number: int) -> None:
         """Send it a signal."""
         self.process.send_signal(number)

@@ -364,6 +364,7 @@ def test_an_arrival_that_fails_says_why_and_a_later_frame_tries_again(
 def test_an_arrival_whose_journal_cannot_be_completed_is_undone_and_tried_again(uplinked: Node, agent: Agent) -> None:
     """It is announced by then; what is left to undo is undone by whoever clears up after killed runs."""
     guest = incoming(uplinked, agent)
+    until(agent.rests)  # what pre itself has changed may have it prepared once more
     client = uplinked.listen()
     before = snapshots.snapshot_of_kernel()
     in_the_way = RUN_DIR / "state/tap0.new"
@@ -393,7 +394,7 @@ def test_guests_that_come_while_the_agent_is_stopped_are_all_announced_at_once(u
         incoming(uplinked, agent, f"tap{number}", mac=mac, ip=[address])
         for number, (mac, address) in enumerate(zip(macs, addresses, strict=True))
     ]
-    witness(uplinked, agent)  # all is prepared by then
+    until(agent.rests)  # all is prepared by then
     client = uplinked.listen()
     agent.send(signal.SIGSTOP)
     for tap, mac in zip(taps, macs, strict=True):
