@@ -152,7 +152,6 @@ class Agent:
         elif not tap.is_there():
             self._leftovers.collect([tap.name])
         self._mending.found(tap)
-
         self._departures.found(tap)
 
     def _look_after(self, changed: bool = True) -> None:

@@ -17,7 +17,7 @@ from itertools import islice
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.late import ASK_SOON, Late, LateAnswers
 from kvmifup.agent.loop import Loop
-from kvmifup.agent.preparing import Preparations
+from kvmifup.agent.preparing import RECHECK, Preparations
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.suspects import Handed, Key, ask
 from kvmifup.agent.taps import State, TapRecord, Taps
@@ -31,7 +31,6 @@ from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session
 from kvmifup.tell import syslog
 
-RECHECK = 1.0  # seconds after a failure until it is tried again
 FRAMES = 64  # of one guest at a time, so that one that sends a lot keeps nobody from their turn
 CROWD = 0.2  # seconds between two guests that come one after the other
 

@@ -59,6 +59,12 @@ class Whose(Generic[Key]):
             self._others.pop(key, None)
 
 
+def which_of(place: Place) -> Which:
+    """Where announcements of *place* are heard."""
+    uplink, address = place
+    return uplink, phases.family_of(address)
+
+
 def routed_here(tap: TapRecord) -> Iterable[str]:
     """The prefixes of a routed guest that runs here."""
     return tap.nic.destinations if tap.phase is Phase.POST and tap.nic.mode == "routed" else ()
@@ -90,20 +96,18 @@ class Departures:
     def found(self, tap: TapRecord) -> None:
         """*tap* has this journal from now on. `renew` is called once for all that are found, or over."""
         for place in tap.places:
-            which = place[0], phases.family_of(place[1])
             self._guests.add(place, tap.nic)
-            self._wanted.setdefault(which, set()).add(place[1])
-            self._stale.add(which)
+            self._wanted.setdefault(which_of(place), set()).add(place[1])
+            self._stale.add(which_of(place))
         for prefix in routed_here(tap):
             self._routed.add(prefix, tap.nic)
 
     def over(self, tap: TapRecord) -> None:
         """It had the one of *tap* until now."""
         for place in tap.places:
-            which = place[0], phases.family_of(place[1])
             self._guests.remove(place, tap.nic)
             if place not in self._guests.now:
-                self._wanted[which].discard(place[1])  # what is still heard of it means nothing
+                self._wanted[which_of(place)].discard(place[1])  # what is still heard of it means nothing
         for prefix in routed_here(tap):
             self._routed.remove(prefix, tap.nic)
 

@@ -30,6 +30,7 @@ from kvmifup.node.nfmessages import (
     big,
     commented,
     create,
+    for_each_set,
     keyed,
     made_rule,
     named,
@@ -40,18 +41,16 @@ from kvmifup.node.nfmessages import (
     verdict,
 )
 
-AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
-
 
 def changes(table: str, before: Entries, after: Entries) -> Iterator[Request]:
     """The requests that make the elements *before* in *table* those *after*, and leave alone what stays."""
     for how, every in ((remove, before - after), (put, after - before)):
-        found: dict[str, list[bytes]] = {}
-        for name, (key, end, chain) in every:
-            if SETS[name].table == table:
-                found.setdefault(name, []).append(keyed(key, end) + (leading(chain) if how is put else b""))
-        for name, elements in found.items():
-            yield from (how(name, *elements[first : first + AT_ONCE]) for first in range(0, len(elements), AT_ONCE))
+        elements = (
+            (name, keyed(key, end) + (leading(chain) if how is put else b""))
+            for name, (key, end, chain) in every
+            if SETS[name].table == table
+        )
+        yield from for_each_set(how, elements)
 
 
 def leading(chain: str) -> bytes:

@@ -134,7 +134,7 @@ def elements(facts: Facts) -> frozenset[Element]:
     found = {("guests", "", facts.kind)}
     found |= {(f"dropped_{reason}", "", "") for reason in REASONS}
     # What is for a reserved address is no ARP, RARP or IP: of the kind "address" nobody sends that.
-    names = ("macs", "inner_macs", "port_macs")[: 3 if facts.kind == "mac" else 2]
+    names = ["macs", "inner_macs"] + ["port_macs"] * (facts.kind == "mac")
     found |= {(name, mac, "") for mac in facts.macs for name in names}
     for prefix in facts.everything:
         kind = "hosts" if prefix.prefixlen == prefix.max_prefixlen else "nets"

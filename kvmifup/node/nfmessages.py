@@ -6,7 +6,7 @@ The numbers in them are big-endian, and whatever is of one table begins with the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from struct import Struct
 
 from kvmifup.node.messages import (
@@ -50,6 +50,7 @@ NFTA_EXPR_NAME, NFTA_EXPR_DATA, NFTA_COUNTER_PACKETS = 1, 2, 2
 NFTNL_UDATA_COMMENT = 0  # NFTNL_UDATA_RULE_COMMENT, NFTNL_UDATA_SET_ELEM_COMMENT
 TYPES = {"integer": 4, "ifname": 41, "ether_addr": 9, "ipv4_addr": 7, "ipv6_addr": 8}
 IFNAMSIZ = 16  # linux/if.h
+AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
 
 NFGENMSG = Struct(">BBH")  # family, version, resource
 Request = tuple[int, int, bytes]  # a message of a transaction: NFT_MSG_*, NLM_F_*, attributes without the table's name
@@ -209,6 +210,15 @@ def put(name: str, *elements: bytes) -> Request:
 def remove(name: str, *elements: bytes) -> Request:
     """The request that removes *elements*, which are there, from the set *name*."""
     return NFT_MSG_DELSETELEM, 0, named(NFTA_SET_ELEM_LIST_SET, name) + among(elements)
+
+
+def for_each_set(how: Callable[..., Request], elements: Iterable[tuple[str, bytes]]) -> Iterator[Request]:
+    """The requests that `put`, or `remove`, all *elements*, each with its set: as few as it takes."""
+    found: dict[str, list[bytes]] = {}
+    for name, element in elements:
+        found.setdefault(name, []).append(element)
+    for name, every in found.items():
+        yield from (how(name, *every[first : first + AT_ONCE]) for first in range(0, len(every), AT_ONCE))
 
 
 def emptied(chain: str) -> Request:

@@ -23,6 +23,7 @@ from kvmifup.node.nfmessages import (
     comment_of,
     commented,
     device_key,
+    for_each_set,
     keyed,
     keys_of,
     nested,
@@ -46,7 +47,6 @@ from kvmifup.node.source_rules import (
 
 LONGEST = 120  # characters of a comment: nft takes 128
 NOTHING = "none"  # the comment for a guest without IPv6 addresses
-AT_ONCE = 400  # elements in one message, whose attributes have at most 64 KiB
 TRIES = 5  # of a change that another one has come before
 FOREIGN = "?"  # the chain, if somebody else has made another verdict of it
 
@@ -191,12 +191,7 @@ class SourceTable:
 
 def changes(how: Callable[..., Request], tap: str, sources: Collection[str]) -> Iterator[Request]:
     """The requests that put or remove *sources* of the guest on *tap*."""
-    found: dict[str, list[bytes]] = {}
-    for one in sources:
-        name, element = place(tap, one)
-        found.setdefault(name, []).append(element)
-    for name, elements in found.items():
-        yield from (how(name, *elements[first : first + AT_ONCE]) for first in range(0, len(elements), AT_ONCE))
+    return for_each_set(how, (place(tap, one) for one in sources))
 
 
 def said(error: OSError) -> str:

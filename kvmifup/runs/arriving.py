@@ -106,13 +106,13 @@ def arrive(prepared: PreparedArrival, session: Session) -> Arriving | None:
         if not is_as_prepared(prepared, session):
             return None
         assert prepared.job.after is not None
-        job = replace(prepared.job, after=session.dated(prepared.job.after))
+        after = session.dated(prepared.job.after)
+        job = replace(prepared.job, after=after)
         doing = Doing([job], session.kernel, session.store)
         with doing.all_or_none():
             doing.change()
         told = replace(prepared.outcome, remarks=(*prepared.outcome.remarks, *first_round(job, session.kernel)))
-        assert job.after is not None
-        return Arriving(told, job.after, doing, locks.pop_all(), session)
+        return Arriving(told, after, doing, locks.pop_all(), session)
 
 
 def arrive_wholly(prepared: PreparedArrival, session: Session) -> Outcome | None:
