@@ -190,16 +190,11 @@ class Link:
     default_pvid: int  # of a bridge: the VLAN of a new port; 0 for none
     port_of: str | None  # the kind of device that it is a port of
     port_state: int | None  # of a port of a bridge: BR_STATE_*
-    port: Mapping[int, bytes]  # of a port of a bridge: IFLA_BRPORT_*
+    port_options: Mapping[str, int]  # of a port of a bridge: its options, as far as this kernel has them
     snoops: bool  # of a bridge: it sends multicast only to those who have asked for it
     addr_gen_mode: int | None  # IN6_ADDR_GEN_MODE_*; None without IPv6
     lower: int | None  # the index of the device that it is a VLAN of, if that is in this network namespace
     spec: bytes  # IFLA_AF_SPEC: its sysctls (`settings`)
-
-    @property
-    def port_options(self) -> dict[str, int]:
-        """Of a port of a bridge: its options, as far as this kernel has them."""
-        return {name: self.port[kind][0] for name, kind in IFLA_BRPORT.items() if kind in self.port}
 
     @property
     def is_tap(self) -> bool:
@@ -233,7 +228,7 @@ def link_of(message: bytes) -> Link:
         forward_delay=(u32(bridge.get(IFLA_BR_FORWARD_DELAY)) or 0) / USER_HZ,
         port_of=port_of,
         port_state=u8(port.get(IFLA_BRPORT_STATE)),
-        port=port,
+        port_options={name: port[kind][0] for name, kind in IFLA_BRPORT.items() if kind in port},
         snoops=bool(u8(bridge.get(IFLA_BR_MCAST_SNOOPING))),
         addr_gen_mode=u8(inet6.get(IFLA_INET6_ADDR_GEN_MODE)),
         lower=None if IFLA_LINK_NETNSID in found else u32(found.get(IFLA_LINK)),

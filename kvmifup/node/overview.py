@@ -62,7 +62,6 @@ class WholeView(View):
         self.ports = AllPorts(self.netlink, self._links)
         self.limits = Limits(AllQueues(self.netlink))
         self.remains, self.sources = Remains(once=True), SourceTable(once=True)
-        self.sysctl = self._setting
         self._settings: dict[str, Settings] = {}  # by device
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
         self._addresses: dict[int, list[str]] | None = None
@@ -74,7 +73,7 @@ class WholeView(View):
         """Every device, by name."""
         return self._links
 
-    def _setting(self, path: str) -> str | None:
+    def sysctl(self, path: str) -> str | None:
         """As `procfs.sysctl`."""
         _net, family, what, dev, name = path.split("/")
         if what != "conf" or dev in EVERY_DEVICE or dev not in self._links or self._links[dev].name != dev:

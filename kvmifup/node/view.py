@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmifup.core.errors import VanishedError
@@ -87,6 +87,7 @@ class View:
     """
 
     ALONE = 4  # prefixes for which a table is searched, until it is quicker to read it
+    sysctl = staticmethod(sysctl)
 
     def __init__(self) -> None:
         self.netlink = Netlink()
@@ -114,7 +115,6 @@ class View:
         self._switch: Switch | None = None
         self.sources: SourceTable | None = None  # `sources_of`
         self.remains = Remains()
-        self.sysctl: Callable[[str], str | None] = sysctl
         self.reserved: dict[tuple[int, str], Any] = {}  # by family, and where it is from: `kvmifup.node.reserved`
 
     def close(self) -> None:

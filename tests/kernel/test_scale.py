@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import json
 import socket
@@ -449,3 +450,40 @@ def test_only_what_a_dump_does_not_have_is_read_for_each(monkeypatch: pytest.Mon
         monkeypatch.setattr(module, "sysctl", sysctl, raising=False)
     call("kvm-ifup", "show")
     assert {name for name, times in read.items() if times >= 4} == {"proxy_delay"}
+
+
+# --- what is left of it in memory ------------------------------------------------------------------------------
+
+
+def left_for_the_collector(what: Callable[[], object]) -> Counter[str]:
+    """Our objects that are in use no longer after *what* was done, and that only the garbage collector finds."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        what()
+        gc.collect()
+        return Counter(type(one).__qualname__ for one in gc.garbage if type(one).__module__.startswith("kvmifup."))
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.pyroute2
+@pytest.mark.parametrize("kind", [*KINDS, "filtered"])
+def test_what_a_run_has_read_goes_with_it(kind: str) -> None:
+    """An agent makes many runs until the garbage collector comes by, and one that looks reads the whole node."""
+    nodes.add_bridge()
+    tools.ip("route add default via 192.0.2.1 table 100")
+    nodes.add_tap("tap99")
+
+    def runs() -> None:
+        for program in ("kvm-ifup-pre", "kvm-ifup-post", "kvm-ifup-post"):
+            run(program, kind, 99)
+        for verb in ("show", "check"):
+            assert "tap99" in call("kvm-ifup", verb, "--json").out
+        run("kvm-ifdown", kind, 99)
+
+    runs()  # what is loaded meanwhile stays
+    assert left_for_the_collector(runs) == {}
