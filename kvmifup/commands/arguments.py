@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 from kvmifup import __version__
 from kvmifup.commands.options import HOOKS, RUN_DIR, Options, Told
-from kvmifup.core.errors import UsageError
+from kvmifup.core.errors import NicError, UsageError
 from kvmifup.core.text import shown
 from kvmifup.inputs import config
-from kvmifup.inputs.values import misspelt
+from kvmifup.inputs.values import misspelt, nic_index
 
 DOES = {
     "kvm-ifup-pre": "Wire a guest's tap as far as may be true on two nodes at once (before a live migration). "
@@ -27,9 +27,15 @@ EPILOG = (
     "71 refused by the kernel and rolled back, 75 busy, 77 not permitted, 78 bad configuration"
 )
 
+BEHIND = "\0"  # begins each word behind "--", also another "--": so argparse takes it for no option and for no "--"
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises our errors, and writes nothing itself."""
+    """An argument parser that raises our errors, and writes nothing itself.
+
+    Of several "--" argparse drops more than the first, which of them depends on its version, and a word that is dropped
+    counts as not given: `nic rm web1 -- --` was all NIC files of web1.
+    """
 
     words: Collection[str] = ()  # its subcommands: what follows one is not for this parser
 
@@ -45,12 +51,12 @@ class Parser(argparse.ArgumentParser):
             if option is None:
                 raise
             raise self._no_option(option) from None
-        if left:
-            option = self._unknown(left)
-            if option:
-                raise self._no_option(option)
-            raise UsageError(f"{shown(left[0])} is one argument too many", hint=f"{self.prog} --help")
-        return found, left
+        if option := self._unknown(left):
+            raise self._no_option(option)
+        for one in left:
+            if one != "--":
+                raise UsageError(f"{shown(as_given(one))} is one argument too many", hint=f"{self.prog} --help")
+        return found, []
 
     def _no_option(self, name: str) -> UsageError:
         """What to say of an option *name* that there is not."""
@@ -58,9 +64,23 @@ class Parser(argparse.ArgumentParser):
         return UsageError(f"there is no option {shown(name)}", hint=hint)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """As argparse does it; but a lone "--" where one word belongs is that word: argparse makes it a list."""
-        found = super()._get_values(action, arg_strings)
-        return self._get_value(action, "--") if found == [] and action.nargs is None else found
+        """As argparse does it; the word that names a parser is the first one that is not "--"."""
+        if action.nargs == argparse.PARSER:
+            first, *more = arg_strings[1:] if arg_strings[0] == "--" else arg_strings
+            arg_strings = [as_given(first), *more]
+        elif action.option_strings and arg_strings == ["--"]:  # --instance=--
+            arg_strings = [f"{BEHIND}--"]
+        return super()._get_values(action, arg_strings)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """As argparse does it; but what is empty names nothing."""
+        if action.nargs == argparse.PARSER:  # these words are for the parser below this one
+            return arg_string
+        word = as_given(arg_string)
+        if not word and not action.choices:
+            name = "/".join(action.option_strings) or action.metavar
+            raise UsageError(f"{name} is empty", hint=f"is a variable not set? {self.prog} --help")
+        return super()._get_value(action, word)
 
     def _unknown(self, args: Sequence[str]) -> str | None:
         """The first of *args* that is an option, but not one of this parser."""
@@ -98,10 +118,17 @@ class Parser(argparse.ArgumentParser):
 
 def parse(program: str, argv: Sequence[str]) -> Options:
     """The options of *program* in *argv*. Raises UsageError, and Told."""
-    found = parser(program).parse_args(list(argv), Options())
+    end = argv.index("--") + 1 if "--" in argv else len(argv)
+    words = [*argv[:end], *(BEHIND + word for word in argv[end:])]
+    found = parser(program).parse_args(words, Options())
     if found.node and (found.name or found.repair or found.probe):
         raise UsageError("--node excludes INSTANCE|TAP, --repair and --probe", hint="it is about all of the node")
     return found
+
+
+def as_given(word: str) -> str:
+    """*word* as it stands on the command line."""
+    return word.removeprefix(BEHIND)
 
 
 @cache
@@ -144,10 +171,11 @@ def add_options(made: Parser, *, again: bool = False) -> None:
 
 
 def number(text: str) -> int:
-    """The number of a NIC; for argparse. Raises ValueError for what `int` would take beyond plain digits."""
-    if not (text.isascii() and text.removeprefix("-").isdigit()):
-        raise ValueError
-    return int(text)
+    """The number of a NIC; for argparse. Raises UsageError."""
+    try:
+        return nic_index(text, "INDEX")
+    except NicError as error:
+        raise UsageError(str(error), hint="`kvm-ifup nic list` shows those that there are") from None
 
 
 # --- the command line -----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Options:
 
 def of_manager(argv: Sequence[str]) -> Options | None:
     """The options of a hook that is given a tap or nothing; None if there is more to read."""
-    if len(argv) > 1 or any(argument.startswith("-") for argument in argv):
+    if len(argv) > 1 or any(argument.startswith("-") or not argument for argument in argv):
         return None
     found = Options()
     found.tap = argv[0] if argv else None

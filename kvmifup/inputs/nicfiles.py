@@ -14,13 +14,11 @@ from kvmifup.core.errors import KvmIfupError, NicError
 from kvmifup.core.model import Nic
 from kvmifup.core.text import as_told, shown
 from kvmifup.inputs import devices, places, toml, trust
-from kvmifup.inputs.values import LADDER, MAX_INDEX, assemble, instance_name, nearest, nic_index, yes_or_no
+from kvmifup.inputs.values import LADDER, assemble, instance_name, nearest, nic_index, yes_or_no
 
 
 def place(run_dir: Path, instance: str, index: int) -> Path:
-    """Where the NIC file is. Raises NicError for a name or number that cannot be one."""
-    if not 0 <= index <= MAX_INDEX:
-        raise NicError(f"index {index} is not 0 to {MAX_INDEX}")
+    """Where the NIC file is. Raises NicError for a name that cannot be a guest's."""
     return run_dir / "nic" / instance_name(instance) / f"{index}.toml"
 
 

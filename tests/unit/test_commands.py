@@ -495,7 +495,7 @@ def test_what_is_refused_never_loads_what_speaks_to_the_kernel(
         ("kvm-ifup nic", {}, 64),
         ("kvm-ifup nic put web1 0 -", {}, 64),
         ("kvm-ifup nic put web1 0 /nonexistent", {}, 64),
-        ("kvm-ifup nic put web1 10000 /dev/null", {}, 65),
+        ("kvm-ifup nic put web1 10000 /dev/null", {}, 64),
         ("kvm-ifup nic put web1 0 /dev/null", {}, 65),
         ("kvm-ifup nic list web9", {}, 65),
         ("kvm-ifup check --config /nonexistent", {}, 78),
@@ -578,24 +578,104 @@ def test_what_is_missing_is_named_when_the_options_are_right(argv: list[str], mi
 
 
 @every_hook
-@pytest.mark.parametrize("argv", [[], ["tap0"], [""], ["a b"], ["tap-0"]])
+@pytest.mark.parametrize("argv", [[], ["tap0"], ["a b"], ["tap-0"]])
 def test_what_managers_give_is_read_as_argparse_would_read_it(program: str, argv: list[str]) -> None:
     plain, full = options.of_manager(argv), arguments.parse(program, argv)
     names = [name for name, value in vars(options.Options).items() if name[0] != "_" and not callable(value)]
     assert [getattr(plain, name) for name in names] == [getattr(full, name) for name in names]
 
 
-@pytest.mark.parametrize("argv", [["-v"], ["--"], ["-"], ["--help"], ["tap0", "-v"], ["tap0", "tap1"], ["--json"]])
+@pytest.mark.parametrize("argv", [["-v"], ["--"], ["-"], [""], ["--help"], ["tap0", "-v"], ["tap0", "tap1"]])
 def test_all_else_is_left_to_argparse(argv: list[str]) -> None:
     assert options.of_manager(argv) is None
 
 
-@pytest.mark.parametrize("index", ["\u0661", "\uff11", "+1", " 1", "1 ", "1_0", "0x1", "1.0", ""])
-def test_an_index_is_plain_digits(index: str, tmp_path: Path) -> None:
-    for argv in (["put", "web1", index, "/nonexistent"], ["rm", "web1", index]):
-        ran = call_main("kvm-ifup", f"--run-dir={tmp_path}", "nic", *argv)
-        assert ran.code == 64
+INDICES = ["\u0661", "\uff11", "+1", " 1", "1 ", "1_0", "0x1", "1.0", "", " ", "-1", "00", "10000", "web1", "--"]
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_an_index_is_a_number_written_in_the_one_way(index: str, shell: Shell) -> None:
+    path = put(shell.run_dir, "web1/0.toml", nic_toml())
+    for argv in (["put", "--", "web1", index, "-"], ["rm", "--", "web1", index], ["rm", "web1", "--", index]):
+        ran = shell("kvm-ifup", "nic", *argv)
+        assert (ran.code, ran.out, path.exists()) == (64, "", True), argv
         assert "INDEX" in ran.err
+
+
+# --- "--", and what is empty --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "expected"),
+    [
+        ("kvm-ifup-pre", ["--", "tap0"], {"tap": "tap0"}),
+        ("kvm-ifup-pre", ["--", "--"], {"tap": "--"}),
+        ("kvm-ifdown", ["--", "-v"], {"tap": "-v", "verbose": 0}),
+        ("kvm-ifdown", ["-v", "--"], {"tap": None, "verbose": 1}),
+        ("kvm-ifdown", ["--instance=--"], {"instance": "--"}),
+        ("kvm-ifup", ["show", "--"], {"name": None}),
+        ("kvm-ifup", ["show", "--", "--"], {"name": "--"}),
+        ("kvm-ifup", ["--", "show", "--wrong"], {"name": "--wrong", "wrong": False}),
+        ("kvm-ifup", ["gc", "--"], {"subcommand": "gc"}),
+        ("kvm-ifup", ["plan", "--", "post", "--"], {"phase": "post", "name": "--"}),
+        ("kvm-ifup", ["plan", "post", "--", "--"], {"phase": "post", "name": "--"}),
+        ("kvm-ifup", ["watch", "--trace=--"], {"trace": "--"}),
+        ("kvm-ifup", ["--config=--", "check"], {"config": Path("--")}),
+        ("kvm-ifup", ["nic", "rm", "web1", "--"], {"instance": "web1", "index": None}),
+        ("kvm-ifup", ["nic", "rm", "--", "--"], {"instance": "--", "index": None}),
+        ("kvm-ifup", ["nic", "rm", "--", "web1", "0"], {"instance": "web1", "index": 0}),
+        ("kvm-ifup", ["nic", "rm", "web1", "--", "0"], {"instance": "web1", "index": 0}),
+        ("kvm-ifup", ["nic", "--", "rm", "web1", "0"], {"verb": "rm", "instance": "web1", "index": 0}),
+        ("kvm-ifup", ["nic", "put", "--", "--", "0", "--"], {"instance": "--", "index": 0, "file": "--"}),
+    ],
+)
+def test_behind_two_dashes_every_word_is_itself(program: str, argv: list[str], expected: dict[str, object]) -> None:
+    found = arguments.parse(program, argv)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "surplus"),
+    [
+        ("kvm-ifup-pre", ["--", "tap0", "--"], "--"),
+        ("kvm-ifdown", ["tap0", "tap0"], "tap0"),
+        ("kvm-ifdown", ["tap0", "--", "-v"], "-v"),
+        ("kvm-ifup", ["show", "tap0", "tap0"], "tap0"),
+        ("kvm-ifup", ["gc", "--", "--"], "--"),
+        ("kvm-ifup", ["gc", ""], ""),
+        ("kvm-ifup", ["nic", "rm", "web1", "0", "0"], "0"),
+        ("kvm-ifup", ["nic", "list", "--", "web1", "--"], "--"),
+        ("kvm-ifup", ["nic", "put", "web1", "0", "-", "--", "--"], "--"),
+    ],
+)
+def test_an_argument_too_many_is_named(program: str, argv: list[str], surplus: str) -> None:
+    ran = call_main(program, *argv)
+    assert (ran.code, ran.out) == (64, "")
+    assert f"{surplus!r} is one argument too many" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "what"),
+    [
+        ("kvm-ifup-pre", [""], "TAP"),
+        ("kvm-ifdown", ["--", ""], "TAP"),
+        ("kvm-ifdown", ["--instance", ""], "--instance"),
+        ("kvm-ifup-post", ["--run-dir="], "--run-dir"),
+        ("kvm-ifup", ["--config", "", "show"], "--config"),
+        ("kvm-ifup", ["show", ""], "INSTANCE|TAP"),
+        ("kvm-ifup", ["check", ""], "INSTANCE|TAP"),
+        ("kvm-ifup", ["plan", "post", ""], "INSTANCE|TAP"),
+        ("kvm-ifup", ["watch", "--trace", ""], "--trace"),
+        ("kvm-ifup", ["nic", "list", ""], "INSTANCE"),
+        ("kvm-ifup", ["nic", "rm", ""], "INSTANCE"),
+        ("kvm-ifup", ["nic", "rm", "web1", ""], "INDEX"),
+        ("kvm-ifup", ["nic", "put", "web1", "0", ""], "FILE"),
+    ],
+)
+def test_what_is_empty_names_nothing(program: str, argv: list[str], what: str) -> None:
+    ran = call_main(program, *argv)
+    assert (ran.code, ran.out) == (64, "")
+    assert ran.err.startswith(f"{program}: {what} is empty (")
 
 
 def call_main(program: str, *argv: str) -> Ran:
