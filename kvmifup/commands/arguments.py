@@ -101,7 +101,10 @@ class Parser(argparse.ArgumentParser):
             return
         if action.dest == "subcommand":
             hooks = "a tap is wired by kvm-ifup-pre and kvm-ifup-post, and taken down by kvm-ifdown; kvm-ifup --help"
-            hint = f"`{HOOKS[value]} TAP`" if value in HOOKS else misspelt(value, action.choices) or hooks
+            if value in ("help", "version"):
+                hint = f"`{self.prog} --{value}`"
+            else:
+                hint = f"`{HOOKS[value]} TAP`" if value in HOOKS else misspelt(value, action.choices) or hooks
             raise UsageError(f"{shown(value)} is no subcommand", hint=hint)
         if action.dest == "phase":
             raise UsageError(f"{shown(value)} is no phase", hint=f"`{self.prog} {'|'.join(HOOKS)} INSTANCE|TAP`")
@@ -144,7 +147,6 @@ def parser(program: str) -> Parser:
             made.add_argument("--announce", action="store_true", help="announce even if nothing changed")
         made.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
     add_options(made)
-    made.add_argument("--version", action="version", version=f"{program} {__version__}")
     if program == "kvm-ifup":
         add_subcommands(made)
     return made
@@ -168,6 +170,7 @@ def add_options(made: Parser, *, again: bool = False) -> None:
         "--config", metavar="FILE", type=Path, default=default(None), help=f"this file instead of {config.DIRECTORY}"
     )
     made.add_argument("--run-dir", metavar="DIR", type=Path, default=default(RUN_DIR), help=f"instead of {RUN_DIR}")
+    made.add_argument("--version", action="version", version=f"{made.prog.split()[0]} {__version__}")
 
 
 def number(text: str) -> int:

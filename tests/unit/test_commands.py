@@ -161,6 +161,27 @@ def test_help_and_version(program: str, shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
+    "words", ["show", "plan", "check", "gc", "expect", "watch", "nic", "nic put", "nic list", "nic rm", "nic rm web1"]
+)
+def test_help_and_version_behind_each_subcommand(words: str, shell: Shell) -> None:
+    path = put(shell.run_dir, "web1/0.toml", nic_toml())
+    for flag in ("--help", "-h"):
+        ran = shell("kvm-ifup", *words.split(), flag)
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out.startswith(f"usage: kvm-ifup {words.removesuffix(' web1')} [-h]")
+    ran = shell("kvm-ifup", *words.split(), "--version")
+    assert (ran.code, ran.out, ran.err) == (0, f"kvm-ifup {__version__}\n", "")
+    assert path.exists()
+
+
+@pytest.mark.parametrize("word", ["help", "version"])
+def test_an_option_without_its_dashes_is_known(word: str, shell: Shell) -> None:
+    ran = shell("kvm-ifup", word)
+    assert (ran.code, ran.out) == (64, "")
+    assert f"(`kvm-ifup --{word}`)" in ran.err
+
+
+@pytest.mark.parametrize(
     ("program", "argv", "environ"),
     [
         ("kvm-ifup-pre", [], {}),
