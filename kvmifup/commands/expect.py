@@ -27,4 +27,6 @@ def run(call: Call) -> int:
         except (KvmIfupError, OSError) as error:  # it moves all the same, and is wired when Ganeti says so
             what = render.error_line("its arrival will not be noticed", as_ours(error))
             syslog.write(call.program, syslog.WARNING, what)
+    if call.options.json:
+        call.say_json([render.described(nic) | {"tap": None} for nic in nics])
     return 0

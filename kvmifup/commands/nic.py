@@ -10,12 +10,10 @@ from kvmifup.core.errors import NicError, UsageError, raise_all
 from kvmifup.core.model import Nic
 from kvmifup.core.text import printable, shown
 from kvmifup.inputs import nicfiles, trust
-from kvmifup.inputs.values import said_of
 from kvmifup.tell import render
 
 HEADINGS = ["INSTANCE", "NIC", "TAP", "MODE", "LINK", "ADDRESSES", "INCOMING"]
 ELASTIC = {"INSTANCE": 16, "LINK": 6, "ADDRESSES": 9}  # columns that give way on a narrow terminal, and how far
-KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming")
 
 
 def run(call: Call) -> int:
@@ -39,6 +37,8 @@ def put(call: Call) -> None:
         nic = nicfiles.put(call.run_dir, options.instance, options.index, text)
     except NicError as error:
         raise error.at("standard input" if options.file == "-" else options.file) from None
+    if options.json:
+        call.say_json([render.described(nic)])
     if options.verbose:
         call.add([f"{nic.label}: {nic.source}"])
 
@@ -70,12 +70,7 @@ def list_nics(call: Call) -> None:
     wrong = [one for one in found if isinstance(one, NicError)]
     if call.options.json:
         if not wrong:  # else the failures are the one JSON value on stdout
-            call.say_json(
-                [
-                    {key: getattr(nic, key) for key in KEYS} | {"ip": [*map(render.short, nic.ip)]} | said_of(nic)
-                    for nic in nics
-                ]
-            )
+            call.say_json([render.described(nic) for nic in nics])
     else:
         table = render.table([HEADINGS, *map(cells, nics)], call.columns, ELASTIC)
         call.say(render.GAP.join(row).rstrip() for row in table)
@@ -94,6 +89,8 @@ def remove(call: Call) -> None:
     instance, index = call.options.instance, call.options.index
     assert instance is not None  # the command line takes it
     removed = nicfiles.remove(call.run_dir, instance, index)
+    if call.options.json:
+        call.say_json([{"instance": instance, "file": str(path)} for path in removed])
     if call.options.verbose:
         call.add(f"removed {path}" for path in removed)
     if not removed and (call.options.verbose or call.err.isatty()):  # perhaps it is misspelt

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvmifup.core.errors import KvmIfupError
-from kvmifup.core.model import Prefix
+from kvmifup.core.model import Nic, Prefix
 from kvmifup.core.text import printable
+from kvmifup.inputs.values import said_of
 from kvmifup.runs.apply import Change
 from kvmifup.runs.outcome import Outcome
 
@@ -101,6 +102,14 @@ def change_object(change: Change) -> dict[str, Any]:
         "want": change.op.wanted,
         "needed": change.needed,
     }
+
+
+KEYS = ("instance", "index", "tap", "mac", "mode", "link", "ip", "vlan", "iface_id", "incoming")
+
+
+def described(nic: Nic) -> dict[str, Any]:
+    """How a NIC is described, for JSON."""
+    return {key: getattr(nic, key) for key in KEYS} | {"ip": [*map(short, nic.ip)]} | said_of(nic)
 
 
 def table(

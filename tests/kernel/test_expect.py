@@ -33,6 +33,15 @@ def test_a_node_that_can_take_the_guest_only_writes_down_that_it_is_to_come(upli
     assert change.startswith(f"+ /run/kvm-ifup/expected/{INSTANCE}.json: ")
 
 
+def test_a_node_that_can_take_the_guest_says_as_json_which_nics_that_are(uplinked: Node) -> None:
+    ran = call("kvm-ifup", "expect", "--json", environ=environment(FIRST, SECOND))
+    check(ran, 0)
+    keys = ("instance", "index", "tap", "mac", "mode", "incoming")
+    assert [tuple(nic[key] for key in keys) for nic in json.loads(ran.out)] == [
+        (INSTANCE, index, None, nic["MAC"], "routed", True) for index, nic in enumerate((FIRST, SECOND))
+    ]
+
+
 def test_show_says_who_is_expected_until_its_nic_is_there(uplinked: Node) -> None:
     line = f"{INSTANCE}: expected with {GUEST_IP4}, told 0s ago; its QEMU does not wait here yet"
     assert INSTANCE not in call("kvm-ifup", "show").out

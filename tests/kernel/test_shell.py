@@ -312,6 +312,22 @@ def test_nic_put_list_and_rm(node: Node) -> None:
     check(call("kvm-ifup", "nic", "rm", "web1"), 0)
 
 
+def test_nic_put_and_rm_say_as_json_what_they_have_done(node: Node) -> None:
+    def said(*argv: str) -> list[dict[str, object]]:
+        ran = call("kvm-ifup", "nic", *argv, "--json")
+        check(ran, 0)
+        found: list[dict[str, object]] = json.loads(ran.out)
+        return found
+
+    put = [*said("put", "web1", "0", file(TOML)), *said("put", "web1", "1", file(TOML.replace("tap0", "tap1")))]
+    assert [(nic["instance"], nic["index"], nic["tap"]) for nic in put] == [("web1", 0, "tap0"), ("web1", 1, "tap1")]
+    assert put == said("list")
+    assert said("rm", "web1", "0") == [{"instance": "web1", "file": f"{RUN_DIR}/nic/web1/0.toml"}]
+    assert said("rm", "web1", "0") == []
+    (RUN_DIR / "nic/web1/2.toml").write_text("nonsense")
+    assert said("rm", "web1") == [{"instance": "web1", "file": f"{RUN_DIR}/nic/web1/{index}.toml"} for index in (1, 2)]
+
+
 def test_nic_put_from_standard_input(node: Node) -> None:
     process = hooks.start("kvm-ifup", "nic", "put", "web1", "0", "-")
     process.stdin = None
