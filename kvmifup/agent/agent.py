@@ -205,7 +205,7 @@ class Agent:
         try:
             self._runner.config = config.load(None)
         except KvmIfupError as error:
-            self._runner.complain("configuration not read", error)
+            self._runner.complain("configuration not read; the agent goes on with the one it has", error)
             return
         self._look_after()
         self._mending.look_at_all()

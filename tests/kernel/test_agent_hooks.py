@@ -110,9 +110,22 @@ def test_a_bad_configuration_is_78_either_way_and_does_not_end_the_agent(uplinke
         check(through_agent, 78, "routed.nonsense")
         assert through_agent == directly
         agent.send(signal.SIGHUP)
-        agent.heard("configuration not read", "routed.nonsense")
+        agent.heard("configuration not read; the agent goes on with the one it has", "routed.nonsense")
         agents.configure()
         through("kvm-ifup-post", "tap0")
+
+
+def test_with_a_bad_configuration_the_agent_goes_on_with_the_one_before(uplinked: Node) -> None:
+    nodes.add_tap()
+    manager.write_nic(mode="routed", ip=IPS)
+    with agents.configured(routed={"rp_filter": "loose"}), agents.running() as agent:
+        through("kvm-ifup-post", "tap0")
+        agents.configure(routed={"rp_filter": "strict", "nonsense": 1})
+        agent.send(signal.SIGHUP)
+        agent.heard("configuration not read")
+        setting = Path("/proc/sys/net/ipv4/conf/tap0/rp_filter")
+        setting.write_text("0")
+        until(lambda: setting.read_text() == "2\n")
 
 
 def test_a_kernel_that_refuses_is_the_same_error_and_all_is_put_back(uplinked: Node) -> None:

@@ -302,7 +302,7 @@ def test_in_the_journal_a_line_has_its_priority_and_no_name_of_its_own(uplinked:
             agents.configure(agent={"nonsense": 1})
             process.send_signal(signal.SIGHUP)
             (line,) = log.until(b"nonsense")
-            assert line.startswith(b"<3>configuration not read: ")
+            assert line.startswith(b"<3>configuration not read; the agent goes on with the one it has: ")
             again = subprocess.run(hooks.command("kvm-ifupd"), env=log.environ, stderr=log.theirs.fileno(), check=False)
             assert again.returncode == 75
             (line,) = log.until(b"another")
