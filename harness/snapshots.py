@@ -103,12 +103,6 @@ def _nftables(found: list[dict[str, Any]]) -> Iterator[str]:
         ((kind, what),) = one.items()
         if kind == "metainfo":
             continue
-        if what["family"] == "inet" and what.get("table", what["name"] if kind == "table" else "") == "kvm-ifup":
-            # Of this table only what is in sets and maps goes with the last NIC.
-            for element in what.get("elem", ()):
-                said = re.sub(r', "counter": {[^}]*}', "", json.dumps(element))
-                yield f"nft inet {what['table']} {what['name']} {said}"
-            continue
         place = [what.get("table", ""), what.get("chain", ""), what.get("name", "")]
         if kind == "rule":
             rules[what["table"], what["chain"]] += 1

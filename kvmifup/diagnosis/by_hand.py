@@ -39,8 +39,9 @@ from kvmifup.node import filter_changes, limits, ovs
 from kvmifup.node.filter_shape import GUARD, HERE
 from kvmifup.runs.apply import Change
 
-# The last filter takes its tables along.
+# The last filter takes its tables along, and so do the last sources.
 LAST = f"nft list map {HERE} guests | grep -q goto || nft 'delete table {HERE};delete table {GUARD}'"
+LAST_SOURCES = f"nft list table {by_hand_sources.HERE} | grep -q elements || nft 'delete table {by_hand_sources.HERE}'"
 HANDLE, POLICE = f"{limits.OURS >> 16:x}", f"ingress pref {limits.PRIORITY}"
 
 
@@ -56,7 +57,8 @@ def lines(change: Change) -> list[str]:
             found = [shlex.join(["nft", one]) for one in filter_changes.by_hand(change.op, change.now)]
             return found if change.op.want else [*found, LAST]
         case Sources() | UplinkGuard():
-            return [shlex.join(by_hand_sources.command(change.op, change.now))]
+            found = [shlex.join(by_hand_sources.command(change.op, change.now))]
+            return found if change.op.want else [*found, LAST_SOURCES]
         case OvsPort():
             now = None if change.now is None else str(change.now)
             return [shlex.join(["ovs-vsctl", *ovs.transaction(change.op.dev, change.op.want, now)])]

@@ -40,6 +40,7 @@ from kvmifup.node.nfmessages import (
     NFTA_CHAIN_NAME,
     NFTA_CHAIN_POLICY,
     NFTA_CHAIN_TYPE,
+    NFTA_CHAIN_USE,
     NFTA_GEN_ID,
     NFTA_HOOK_DEVS,
     NFTA_HOOK_HOOKNUM,
@@ -135,6 +136,11 @@ class Nftables:
         policy, what = big_of(found.get(NFTA_CHAIN_POLICY)), text(found.get(NFTA_CHAIN_TYPE)) or ""
         devices = attributes(hook.get(NFTA_HOOK_DEVS, b"")).values()
         return big_of(hook[NFTA_HOOK_HOOKNUM]), priority, policy, what, tuple(text(one) or "" for one in devices)
+
+    def uses(self, chain: str) -> int:
+        """How many rules *chain* has, and how often it is led to by rules and elements; 0 without it."""
+        found = self._get(NFT_MSG_GETCHAIN, named(NFTA_CHAIN_NAME, chain))
+        return big_of(found.get(NFTA_CHAIN_USE)) if found else 0
 
     def sets(self) -> dict[str, SetTypes]:
         """What there is to know of each set, by its name."""

@@ -62,6 +62,8 @@ STRICT, LOOSE, OWN, BASE = "strict", "loose", "own", "prerouting"  # chains
 SOURCES, DROPPED = "sources", "dropped_address"  # what leads a tap to a chain, and what counts what was dropped there
 ADDRESSES, PREFIXES = "addresses", "prefixes"  # where a guest may send from
 GUESTS, NETWORKS = {4: "guests4", 6: "guests6"}, {4: "networks4", 6: "networks6"}  # from where nobody on an uplink may
+PARTS = 12  # chains and sets that `rules_made` makes
+USES = 4  # of the chains STRICT and LOOSE while nobody is led there: their rules
 PRIORITY = -300  # NF_IP_PRI_RAW, linux/netfilter_ipv4.h: before connections are followed
 
 # linux/netfilter/nf_tables.h

@@ -18,6 +18,7 @@ from kvmifup.node.nfmessages import (
     NFT_GOTO,
     NFTA_SET_ELEM_DATA,
     NFTA_SET_ELEM_USERDATA,
+    WITHOUT_TABLE,
     Element,
     Request,
     comment_of,
@@ -38,9 +39,13 @@ from kvmifup.node.source_rules import (
     ADDRESSES,
     DROPPED,
     GUESTS,
+    LOOSE,
     NETWORKS,
+    PARTS,
     PREFIXES,
     SOURCES,
+    STRICT,
+    USES,
     are_ours,
     rules_made,
 )
@@ -48,6 +53,7 @@ from kvmifup.node.source_rules import (
 LONGEST = 120  # characters of a comment: nft takes 128
 NOTHING = "none"  # the comment for a guest without IPv6 addresses
 TRIES = 5  # of a change that another one has come before
+NEEDED = (SOURCES, *GUESTS.values(), *NETWORKS.values())  # while something is in one of them, so is the table
 FOREIGN = "?"  # the chain, if somebody else has made another verdict of it
 
 
@@ -97,18 +103,7 @@ class SourceTable:
         """Make it so, in one transaction. Raises NetlinkError."""
         if want and want.startswith(FOREIGN):  # the way back to that: what is in force stays, for it is closed
             return
-        for last in [False] * TRIES + [True]:
-            try:
-                self._kernel.change(
-                    [*([] if self._is_right() or want is None else rules_made()), *self._due(tap, want)]
-                )
-                return
-            except NetlinkError as error:
-                # Somebody has changed the same between reading and writing.
-                if last or error.errno not in DISTURBED:
-                    raise
-            finally:
-                self.clear()
+        self._change(lambda: self._due(tap, want), makes=want is not None)
 
     def read_guard(self, dev: str, prefix: str) -> bool:
         """Whether what comes in on the uplink *dev* from *prefix* is dropped. Raises NetlinkError."""
@@ -118,13 +113,44 @@ class SourceTable:
     def write_guard(self, dev: str, prefix: str, want: bool) -> None:
         """Make it so. Raises NetlinkError."""
         name, element = guard(dev, prefix)
-        try:
+
+        def due() -> Iterator[Request]:
             if want:
-                self._kernel.change([*([] if self._is_right() else rules_made()), put(name, element)])
+                yield put(name, element)
             elif self._kernel.element(name, element) is not None:
-                self._kernel.change([remove(name, element)])
-        finally:
-            self.clear()
+                yield remove(name, element)
+
+        self._change(due, makes=want)
+
+    def _change(self, due: Callable[[], Iterator[Request]], *, makes: bool) -> None:
+        """Do what is *due*. If that *makes* something, the table is made; else it goes with the last."""
+        for last in [False] * TRIES + [True]:
+            try:
+                self._kernel.change([*([] if self._is_right() or not makes else rules_made()), *due()])
+                break
+            except NetlinkError as error:
+                # Somebody has changed the same between reading and writing.
+                if last or error.errno not in DISTURBED:
+                    raise
+            finally:
+                self.clear()
+        if not makes:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove the table if nobody needs it. Raises NetlinkError."""
+        # That a chain is led to is cheap to see, and mostly so. It is also true of what another transaction only tries
+        # to add or remove (nft --check), so it does not prove that nobody is led there.
+        if any(self._kernel.uses(chain) > USES for chain in (STRICT, LOOSE)):
+            return
+        try:
+            generation = self._kernel.generation()
+            itself = self._kernel.itself()
+            if itself is not None and itself[1] == PARTS and not any(map(self._kernel.elements, NEEDED)):
+                self._kernel.change([WITHOUT_TABLE], generation=generation)
+        except NetlinkError as error:
+            if error.errno not in DISTURBED:  # somebody comes right now, or has removed it
+                raise
 
     # --- what is there ---------------------------------------------------------------------------------------
 

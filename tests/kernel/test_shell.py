@@ -47,16 +47,17 @@ def commands(phase: str, name: str = "tap0") -> list[str]:
     return found
 
 
-LAST_FILTER = (
+LAST_ONES = (
     "nft list map bridge kvm-ifup guests | grep -q goto || "
-    "nft 'delete table bridge kvm-ifup;delete table netdev kvm-ifup'"
+    "nft 'delete table bridge kvm-ifup;delete table netdev kvm-ifup'",
+    "nft list table inet kvm-ifup | grep -q elements || nft 'delete table inet kvm-ifup'",
 )
 
 
 def by_hand(lines: list[str]) -> None:
-    """Type them: each is one command, with nothing for a shell to expand. (One is for the last NIC with a filter.)"""
+    """Type them: each is one command, with nothing for a shell to expand. (Some are for the last NIC of its kind.)"""
     for line in lines:
-        if line != LAST_FILTER:
+        if line not in LAST_ONES:
             assert not re.search(r"[;&|<>$`*?(){}\n]", re.sub("'[^']*'", "", line))
             tools.run(*shlex.split(line))
         else:

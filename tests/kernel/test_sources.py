@@ -7,7 +7,9 @@ import json
 import shlex
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,10 +34,12 @@ from kvmifup.node.nfmessages import (
     NFT_MSG_NEWTABLE,
     NFT_TABLE_F_OWNER,
     NFTA_TABLE_FLAGS,
+    WITHOUT_TABLE,
     big,
     create,
 )
 from kvmifup.node.nfnetlink import Nftables
+from kvmifup.node.sources import SourceTable
 
 BEHIND = "2001:db8:1::/64"  # a network behind the guest
 INSIDE, OUTSIDE = "2001:db8:1::77", "2001:db8:1:1::77"
@@ -123,6 +127,11 @@ def elements(name: str) -> list[Any]:
             if kind in one and (one[kind]["family"], one[kind]["table"], one[kind]["name"]) == (*TABLE, name):
                 return list(one[kind].get("elem", []))
     return []
+
+
+def has_table() -> bool:
+    """Whether our table is there."""
+    return " ".join(("table", *TABLE)) in tools.run("nft", "list", "tables").splitlines()
 
 
 def dropped(name: str = "tap0") -> int:
@@ -305,7 +314,7 @@ def test_sources_whose_journal_is_lost_meet_no_other_guest(uplinked: Node, how: 
     config = manager.configuration(routed={"rp_filter": "off"})
     assert len(elements("sources")) == 1
     check(call("kvm-ifdown" if how == "down" else "kvm-ifup-post", "tap0", config), 0)
-    assert elements("sources") == elements("addresses") == elements("prefixes") == elements("dropped_address") == []
+    assert not has_table()
 
 
 def test_it_goes_with_the_nic_also_after_a_crash(uplinked: Node) -> None:
@@ -313,7 +322,95 @@ def test_it_goes_with_the_nic_also_after_a_crash(uplinked: Node) -> None:
     tools.ip("link del tap0")
     assert len(elements("sources")) == 1
     check(call("kvm-ifup", "gc"), 0)
-    assert elements("sources") == elements("addresses") == elements("prefixes") == elements("dropped_address") == []
+    assert not has_table()
+
+
+# --- the table goes with the last one --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["strict", "loose"])
+def test_the_table_goes_with_the_last_nic_and_not_before(uplinked: Node, how: str) -> None:
+    config = manager.configuration(routed={"rp_filter": how, "guard_uplinks": True})
+    for number in range(2):
+        uplinked.guest(f"tap{number}")
+        addresses = [f"192.0.2.{number + 8}", f"2001:db8::{number + 8}"]
+        manager.write_nic(f"tap{number}", f"web{number}", mode="routed", ip=addresses, mac=f"aa:00:00:35:ac:0{number}")
+        check(call("kvm-ifup-post", f"tap{number}", config), 0)
+    check(call("kvm-ifdown", "tap0", config), 0)
+    assert [len(elements(name)) for name in ("sources", "addresses", "guests4", "guests6")] == [1, 1, 1, 1]
+    check(call("kvm-ifdown", "tap1", config), 0)
+    assert not has_table()
+
+
+OWN = f"strict {GUEST_IP6}"
+NEEDS = [
+    lambda table: table.write("tap1", "strict"),
+    lambda table: table.write("tap1", "loose 2001:db8:1::/64"),
+    *(
+        partial(SourceTable.write_guard, dev="eth0", prefix=prefix, want=True)
+        for prefix in ("192.0.2.9/32", "192.0.2.64/28", "2001:db8::9/128", "2001:db8:1::/64")
+    ),
+    lambda _: tools.run("nft", "add", "chain", *TABLE, "mine"),
+]
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+def test_a_table_that_somebody_needs_stays(node: Node, needs: Callable[[SourceTable], object]) -> None:
+    table = SourceTable()
+    table.write("tap0", OWN)
+    needs(table)
+    table.write("tap0", None)
+    assert has_table()
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize("moment", ["generation", "elements", "change"])
+def test_who_comes_while_the_last_one_goes_is_not_removed(
+    node: Node, needs: Callable[[SourceTable], object], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any of the looks at what is left, or right before the table would go."""
+    table, other = SourceTable(), SourceTable()
+    table.write("tap0", OWN)
+    really = getattr(Nftables, moment)
+    come: list[int] = []
+
+    def somebody_comes(self: Nftables, *args: Any, **more: Any) -> Any:
+        if not come and (moment != "change" or args == ([WITHOUT_TABLE],)):
+            come.append(1)
+            needs(other)
+        return really(self, *args, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Nftables, "uses", lambda *_: 0)  # what it says may be true of a moment only
+        patched.setattr(Nftables, moment, somebody_comes)
+        table.write("tap0", None)
+    assert come
+    assert has_table()
+    table.write("tap0", OWN)
+    assert table.read("tap0") == OWN
+
+
+def test_nics_that_come_and_go_at_once_never_lose_what_they_have(node: Node) -> None:
+    wrong: list[object] = []
+
+    def come_and_go(number: int) -> None:
+        try:
+            table = SourceTable()
+            for turn in range(150):
+                for want in (f"strict 2001:db8::{number + 1}", None):
+                    table.write(f"tap{number}", want)
+                    if table.read(f"tap{number}") != want:
+                        wrong.append((number, turn, want))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert not has_table()
 
 
 def test_the_next_guest_on_a_tap_cannot_pose_as_the_last_one(uplinked: Node) -> None:
