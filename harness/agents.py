@@ -24,17 +24,43 @@ STATE = RUN_DIR / "state"
 CONFIGURATION = Path("/etc/kvm-ifup")
 _numbers = itertools.count()
 
+# Runs the script that its arguments name, after the constants that the first one names have got other values.
+WITH_OTHERS = """
+import importlib, json, os, runpy, sys
+del sys.argv[0]
+others, checkout = json.loads(sys.argv.pop(0)), os.path.dirname(os.path.dirname(os.path.realpath(sys.argv[0])))
+if os.path.isdir(os.path.join(checkout, "kvmifup")):
+    sys.path.insert(0, checkout)
+for name, value in others.items():
+    module, _, name = name.rpartition(".")
+    module = importlib.import_module("kvmifup." + module)
+    assert name in vars(module), name
+    setattr(module, name, value)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 class Agent:
-    """A running kvm-ifupd, with *within* before it (such as `setpriv …`); *more* goes to Popen."""
+    """A running kvm-ifupd, with *within* before it (such as `setpriv …`); *more* goes to Popen.
+
+    *others*: values of constants that are not the usual ones, such as {"agent.suspects.ANSWER": 60}. Where seconds
+    decide, they can be so many, or so few, that it does not matter how busy the machine is.
+    """
 
     def __init__(
-        self, *argv: str, environ: Mapping[str, str] | None = None, within: Sequence[str] = (), **more: Any
+        self,
+        *argv: str,
+        environ: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
+        others: Mapping[str, float] | None = None,
+        **more: Any,
     ) -> None:
         self.log = Path(f"/run/agent.{next(_numbers)}.log")
+        python, isolated, *script = hooks.command("kvm-ifupd", *argv)
+        changed = ["-c", WITH_OTHERS, json.dumps(others)] if others else []
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*within, *hooks.command("kvm-ifupd", *argv)],
+                [*within, python, isolated, *changed, *script],
                 env={**tools.CLEAN, **(environ or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -83,11 +109,16 @@ class Agent:
         found = (task.read_text() for task in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"))
         return sum(int(text.split()[0]) for text in found) / 1e6
 
+    def waits(self) -> bool:
+        """Whether none of its threads runs, or would run if a processor had time for it."""
+        found = (task.read_text() for task in Path(f"/proc/{self.process.pid}/task").glob("*/stat"))
+        return {text.rpartition(")")[2].split()[0] for text in found} == {"S"}
+
     def rests(self) -> bool:
         """Whether it does nothing for longer than it waits until the node is quiet (`kvmifup.agent.agent.QUIET`)."""
         before = self.taken()
         time.sleep(0.3)
-        return self.taken() == before
+        return self.waits() and self.taken() == before
 
     def send(self, number: int) -> None:
         """Send it a signal."""

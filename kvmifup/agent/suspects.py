@@ -170,14 +170,19 @@ class Suspects:
                 break
         suspect.asked, suspect.taken = time.monotonic(), taken(suspect)
         question(suspect, self._loop)
-        # A machine that stands still still takes one frame, which it keeps: so it gets two.
-        self._loop.later(ANSWER / 2, partial(question, suspect, self._loop))
         patience = max(one.patience or ANSWER for one in suspect.heard.values())
         if not any(map(phases.is_host, nic.ip)):
             patience = max(patience, PATIENT)
-        suspect.timer = self._loop.later(
-            max(patience, self._patience.get(suspect.key, 0.0)), partial(self._late, suspect, 2)
-        )
+        patience = max(patience, self._patience.get(suspect.key, 0.0))
+        suspect.timer = self._loop.later(ANSWER / 2, partial(self._ask_twice, suspect, patience - ANSWER / 2))
+
+    def _ask_twice(self, suspect: Suspect, patience: float) -> None:
+        """A machine that stands still still takes one frame, which it keeps: so it gets two.
+
+        It has *patience* seconds from this one on: when the node is busy, both questions may come late.
+        """
+        question(suspect, self._loop)
+        suspect.timer = self._loop.later(patience, partial(self._late, suspect, 2))
 
     def _maybe_answered(self, suspect: Suspect) -> None:
         assert suspect.listener
@@ -250,18 +255,8 @@ class Suspects:
             suspect = self._silent.popleft()
             if suspect.listener:
                 self.handed[suspect.key] = suspect.listener  # before: who waits for guests may look at once
-                return partial(self._try_to_withdraw, suspect, suspect.listener)
+                return partial(try_to_withdraw, self._runner, suspect, suspect.listener)
         return None
-
-    def _try_to_withdraw(self, suspect: Suspect, listener: socket.socket) -> Verdict:
-        """In a thread."""
-        if heard_from(listener):
-            return suspect, True
-        try:
-            with self._runner.session(suspect.why, BUSY) as session:
-                return suspect, withdraw(suspect.nic.tap, session, suspect.key)
-        except Exception as error:
-            return suspect, as_ours(error)
 
     def _withdrawn(self, verdict: Verdict) -> None:
         suspect, outcome = verdict
@@ -300,6 +295,24 @@ class Suspects:
         if listener and self.handed.get(key) is listener:
             del self.handed[key]
             sockets.close(listener)
+
+
+def try_to_withdraw(runner: Runner, suspect: Suspect, listener: socket.socket) -> Verdict:
+    """In a thread: withdraw *suspect*, unless it is heard first."""
+    if heard_from(listener):
+        return suspect, True
+    spoke = False
+
+    def silent() -> bool:
+        nonlocal spoke
+        spoke = heard_from(listener)
+        return not spoke
+
+    try:
+        with runner.session(suspect.why, BUSY) as session:
+            return suspect, withdraw(suspect.nic.tap, session, suspect.key, silent) or spoke or None
+    except Exception as error:
+        return suspect, as_ours(error)
 
 
 def question(suspect: Suspect, loop: Loop) -> None:

@@ -77,10 +77,11 @@ def run(phase: Phase, nic: Nic, journal: Journal, session: Session, *, admitted:
     return carry_out([prepared], session.kernel, session.store)[0]
 
 
-def withdraw(tap: str, session: Session, guest: tuple[int, str]) -> Outcome | None:
+def withdraw(tap: str, session: Session, guest: tuple[int, str], silent: Callable[[], bool]) -> Outcome | None:
     """Undo what draws the traffic of the guest on *tap* here: it has left. The rest stays, as it was after pre.
 
     *guest*: only for this one, with the tap's index and its MAC; by now the tap may be another's.
+    *silent*: only if it still is, once nobody else works on the tap.
     None if there is nothing to undo. Raises LockTimeoutError, JournalError, NamespaceError, RollbackError.
     """
 
@@ -89,7 +90,7 @@ def withdraw(tap: str, session: Session, guest: tuple[int, str]) -> Outcome | No
 
     with holding(tap, session, wanted) as journal:
         away = tuple(entry for entry in journal.entries if phases.only_here(entry.op)) if journal else ()
-        if journal is None or not away:
+        if journal is None or not away or not silent():
             return None
         undone = revert(session.store.mark(journal, Mark.LEAVING), session)
         save_or_mark(session.store, session.dated(marked(journal, Mark.LEFT)), Mark.LEFT)

@@ -460,7 +460,7 @@ def test_only_the_phase_that_was_reached_is_made_true_again(node: Node) -> None:
     assert rule in node.kernel.of(Rule)
     assert not node.kernel.of(Route) + node.kernel.of(ProxyNeighbour)
     node.post(TABLED)
-    withdraw("tap0", node.session(), (node.journal().ifindex, TABLED.mac))
+    withdraw("tap0", node.session(), (node.journal().ifindex, TABLED.mac), lambda: True)
     mended(node)
     assert not node.kernel.of(Route) + node.kernel.of(ProxyNeighbour)
     node.post(TABLED)
@@ -473,6 +473,16 @@ def test_only_the_phase_that_was_reached_is_made_true_again(node: Node) -> None:
     assert node.kernel.values == whole
     node.kernel.replace_tap("tap0")
     assert mended(node) is None
+
+
+def test_who_is_heard_once_the_tap_is_ours_is_not_withdrawn(node: Node) -> None:
+    node.post(TABLED)
+    whole, journal = dict(node.kernel.values), node.journal()
+    guest = (journal.ifindex, TABLED.mac)
+    assert withdraw("tap0", node.session(), guest, lambda: False) is None
+    assert (node.kernel.values, node.journal()) == (whole, journal)
+    assert withdraw("tap0", node.session(), guest, lambda: True)
+    assert not node.kernel.of(Route) + node.kernel.of(ProxyNeighbour)
 
 
 def test_what_is_on_a_renamed_uplink_goes_with_it(node: Node) -> None:
