@@ -7,9 +7,11 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from harness.agents import NOT_WIRED, WIRED, Agent, phase, through, until, wired
 from harness.guests import FRAMES, advert, answering, arrived, garp, incoming, rarp, witness
 from harness.hooks import check, hook
 from harness.nodes import Node
+from kvmifup.agent.departures import MUTED
 
 NIC: dict[str, Any] = {"mode": "routed", "link": "100", "ip": IPS}
 
@@ -324,35 +327,43 @@ def test_a_withdrawn_guest_is_not_wired_by_the_second_look_at_its_arrival(uplink
 
 
 @pytest.mark.parametrize("announcement", [garp(), advert()], ids=["gratuitous ARP", "unsolicited NA"])
-@pytest.mark.parametrize("delay", [0.15, 0.3])
+@pytest.mark.parametrize("later", [0, 0.3])
 def test_a_guest_that_answers_too_late_is_put_back_then(
-    uplinked: Node, agent: Agent, announcement: bytes, delay: float
+    uplinked: Node, agent: Agent, announcement: bytes, later: float
 ) -> None:
     guest = arrived(uplinked, agent)
     client = uplinked.listen()
     whole = snapshots.snapshot_of_kernel()
-    with answering(guest, delay=delay, times=1):  # to the first question: the next ones are not needed
-        client.send(announcement)
-        agent.heard("withdrawn")
-        until(lambda: phase() == "post", 5.0)
+    client.send(announcement)
+    agent.heard("withdrawn")
+    time.sleep(later)
+    with answering(guest, times=1):  # the first question: the next ones are not needed
+        until(lambda: phase() == "post")
     assert wired() == WIRED
     assert snapshots.changes(whole, snapshots.snapshot_of_kernel()) == []
     client.until(guests.rounds_of(*IPS))
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["the guest", "its machine"])
-def test_who_can_answer_only_after_a_while_is_asked_again(uplinked: Node, agent: Agent, stopped: bool) -> None:
+def test_a_guest_that_can_answer_only_after_a_while_is_asked_again(uplinked: Node) -> None:
+    with agents.running(others={"agent.suspects.ANSWER": 0.5}) as agent:
+        guest = arrived(uplinked, agent)
+        with answering(guest, deaf=1.5, times=1):
+            uplinked.listen().send(garp())
+            agent.heard("the guest runs here")
+        assert (phase(), wired(), agent.said().count("withdrawn")) == ("post", WIRED, 0)
+
+
+def test_a_machine_that_can_answer_only_after_a_while_is_asked_again(uplinked: Node, agent: Agent) -> None:
     guest = arrived(uplinked, agent)
     uplinked.listen().send(garp())
-    if stopped:
-        agent.heard("withdrawn")
-        time.sleep(0.5)
-        while wire.readable(guest.descriptor, 0):
-            os.read(guest.descriptor, 65536)
-    with answering(guest, deaf=0.0 if stopped else 1.0, times=1):
-        until(lambda: agent.said().count("arrived,") == 2 if stopped else "the guest runs here" in agent.said())
-        until(lambda: phase() == "post", 4.0)
-    assert (wired(), agent.said().count("withdrawn")) == (WIRED, int(stopped))
+    agent.heard("withdrawn")
+    time.sleep(0.5)
+    while wire.readable(guest.descriptor, 0):
+        os.read(guest.descriptor, 65536)
+    with answering(guest, times=1):
+        until(lambda: agent.said().count("arrived,") == 2)
+        until(lambda: phase() == "post")
+    assert (wired(), agent.said().count("withdrawn")) == (WIRED, 1)
 
 
 @pytest.mark.parametrize("timeout", [0, 0.5])
@@ -403,16 +414,17 @@ def test_a_guest_is_asked_for_the_address_that_is_announced(
     assert phase() == "post"
 
 
-def test_a_slow_guest_is_not_cut_off_again_and_again(uplinked: Node, agent: Agent) -> None:
-    guest = arrived(uplinked, agent)
-    client = uplinked.listen()
-    with answering(guest, delay=0.08):
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            client.send(garp())
-            time.sleep(0.01)
-        until(lambda: phase() == "post")
-    assert 1 <= agent.said().count("withdrawn") <= 3
+def test_a_slow_guest_is_not_cut_off_again_and_again(uplinked: Node) -> None:
+    with agents.running(others={"agent.suspects.ANSWER": 0.01}) as agent:
+        guest = arrived(uplinked, agent)
+        client = uplinked.listen()
+        with answering(guest, delay=0.5):
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                client.send(garp())
+                time.sleep(0.01)
+            until(lambda: phase() == "post")
+        assert 1 <= agent.said().count("withdrawn") <= 3
 
 
 # --- somebody else announces a guest that is here ------------------------------------------------------------
@@ -477,14 +489,14 @@ def test_many_claims_are_answered_once_and_at_last(uplinked: Node, agent: Agent)
     client = uplinked.listen()
     with answering(guest):
         begun = time.monotonic()
-        while time.monotonic() - begun < 3:
+        for _ in range(60):
             client.send(garp())
             time.sleep(0.03)  # the node answers each, and there is room for some hundred
         seen = uplinked.fence(client)
         assert len(defences(seen, GUEST_IP4)) == 1
         # The last word is ours, ten seconds after the first.
         client.until(lambda frame: bool(defences([frame], GUEST_IP4)))
-        assert 9 < time.monotonic() - begun < 13
+        assert time.monotonic() - begun > 9
     # It is said once.
     assert agent.said().count("the guest runs here") == 1
     agent.end()
@@ -594,20 +606,16 @@ def test_floods_on_uplink_and_tap_make_the_agent_deaf_for_no_second(uplinked: No
     forged = [garp(f"02:00:00:01:00:{n:02x}", f"198.18.0.{n}") for n in range(256)]
     forged += [advert(f"02:00:00:01:00:{n:02x}", f"2001:db8:9::{n:x}") for n in range(256)]
     forged += [garp(address=f"192.0.2.{60 + n}") for n in range(4)] + [garp(), advert()]
-    slowest = 0.0
+    longest = 0.0
     with flooding(client.send, forged), flooding(guest.send, [rarp(), *FRAMES.values()]):
-        end = time.monotonic() + 6
-        number = 0
-        while time.monotonic() < end:
-            number += 1
+        for number in range(12):
             other = incoming(uplinked, agent, f"tapn{number}", ip=[f"192.0.2.{100 + number}"],
                              mac=f"aa:00:00:00:04:{number:02x}")  # fmt: skip
-            begun = time.monotonic()
+            before = agent.taken()
             other.send(rarp(f"aa:00:00:00:04:{number:02x}"))
             until(lambda tap=f"tapn{number}": phase(tap) == "post")  # type: ignore[misc]
-            slowest = max(slowest, time.monotonic() - begun)
-    assert number > 1
-    assert slowest < 1.0
+            longest = max(longest, agent.taken() - before)
+    assert longest < 1000, "milliseconds that it had a processor meanwhile"
 
     def heard() -> bool:  # the flood from the uplink may have had the last word
         guest.send(rarp())
@@ -629,17 +637,25 @@ def test_what_too_much_is_said_of_one_guest_hides_no_other(uplinked: Node, agent
     guest = arrived(uplinked, agent)
     arrived(uplinked, agent, "tap1", ip=["192.0.2.77", "2001:db8::77"], mac="aa:00:00:00:00:77")
     client = uplinked.listen()
+    begun = time.monotonic()
     with answering(guest):
         for number in range(10000):
             client.send(flood)
             if number % 100 == 0:
-                time.sleep(0.01)  # as much as it can bear, so that nothing is lost for want of room
+                until(nothing_waits)  # as much as it can bear, so that nothing is lost for want of room
             if number == 5000:
                 client.send(garp(address="192.0.2.77"))
                 client.send(advert(address="2001:db8::77"))
-        until(lambda: phase("tap1") == "pre", 2.0)
+        until(lambda: phase("tap1") == "pre")
         assert (phase(), wired()) == ("post", WIRED)
+        muted = (time.monotonic() - begun) / MUTED + 1  # how often, at most
     time.sleep(0.5)
     guests.withdraw(client)  # it goes on listening
     agent.end()
-    assert 1 <= counted("kvm_ifup_rival_announcements_total") < 3000
+    assert 1 <= counted("kvm_ifup_rival_announcements_total") < 200 * muted
+
+
+def nothing_waits() -> bool:
+    """Whether all that has come from the uplink has been read."""
+    fields = [line.split() for line in Path("/proc/self/net/packet").read_text().splitlines()[1:]]
+    return all(one[6] == "0" for one in fields if one[4] == str(socket.if_nametoindex("eth0")))

@@ -142,19 +142,23 @@ def test_it_is_in_force_before_the_tap_is_up(ready: Node, mode: str) -> None:
 
 
 def test_no_more_gets_through_than_was_said(ready: Node) -> None:
-    """The kernel's own counters: what has left the shaper in half a second, while more has come all the time."""
+    """The kernel's own counters: what has left the shaper while there was always more that waited in it."""
     check(wire(rate={"to_guest": "8mbit", "to_guest_burst": "10kb"}), 0)
     nodes.add_port("br0")
     frame = ethernet(GUEST_MAC, CLIENT_MAC, 0x88B5, bytes(1400))
+    begin = time.monotonic()
     with packet_socket("br0-far") as sender:
-        begin = time.monotonic()
-        while (passed := time.monotonic() - begin) < 0.5:
-            for _ in range(10):
-                sender.send(frame)
-            time.sleep(0.0015)
-    (shaper,) = [one for one in asked("tc -j -s qdisc show dev tap0") if one.get("root")]
-    assert shaper["overlimits"] > 0
-    assert 0.3 * passed * 1_000_000 < shaper["bytes"] < 1.3 * passed * 1_000_000 + 10_240
+        for _ in range(1000):
+            sender.send(frame)
+    (first,) = [one for one in asked("tc -j -s qdisc show dev tap0") if one.get("root")]
+    between = time.monotonic()
+    time.sleep(0.4)
+    passed = time.monotonic() - between
+    (second,) = [one for one in asked("tc -j -s qdisc show dev tap0") if one.get("root")]
+    assert first["overlimits"] > 0
+    assert second["bytes"] < 1.3 * (time.monotonic() - begin) * 1_000_000 + 10_240
+    # It may have sent all that there was, if this process has slept for longer.
+    assert second["backlog"] == 0 or second["bytes"] - first["bytes"] > 0.3 * passed * 1_000_000
 
 
 # --- it is changed in place ---------------------------------------------------------------------------------------
