@@ -60,13 +60,31 @@ def taken(nic: Nic, other: Nic) -> NicError:
 
 def of_the_same_tap(nic: Nic, path: Path, run_dir: Path) -> Iterator[Nic]:
     """The NICs of other files than *path*, also other guests', that are on the tap of *nic*."""
-    for other in files(run_dir):
-        with suppress(OSError, NicError, trust.Untrusted):  # what is wrong describes no NIC
-            text = "" if other == path else trust.read(other, run_dir)
-            if nic.tap in text or "\\" in text:  # thousands are read as TOML only if they may be about this tap
-                there = read_nic(other, run_dir)
+    for other in every(run_dir):
+        if other.path != str(path) and may_name(other.path, nic.tap):
+            with suppress(NicError, PermissionError):  # what is wrong describes no NIC
+                there = read_nic(Path(other.path), run_dir)
                 if there.tap == nic.tap and (there.instance, there.index) != (nic.instance, nic.index):
                     yield there
+
+
+FIRST = 1 << 14  # bytes of a NIC file that are looked at
+
+
+def may_name(path: str, tap: str) -> bool:
+    """Whether the NIC file *path* has to be read to know that it is not about *tap*.
+
+    Thousands are not: so this takes four system calls, and believes nothing of what it finds.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            data = os.read(descriptor, FIRST)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return True
+    return tap.encode("utf-8", "surrogateescape") in data or b"\\" in data or len(data) == FIRST
 
 
 def of_the_same_address(nic: Nic, run_dir: Path) -> Iterator[Nic]:
@@ -85,11 +103,12 @@ def remove(run_dir: Path, instance: str, index: int | None = None) -> list[Path]
     """
     directory = run_dir / "nic" / instance_name(instance)
     paths = trust.listed(directory, ".toml") if index is None else [place(run_dir, instance, index)]
-    for path in paths:
-        for other in files(run_dir):
-            if other not in paths and other.is_symlink() and os.path.realpath(other) == os.path.realpath(path):
-                hint = f"`kvm-ifup nic rm {other.parent.name} {other.stem}` first"
-                raise NicError(f"{other} leads to it", hint=hint, where=str(path))
+    doomed = {os.path.realpath(path): path for path in paths}
+    for one in every(run_dir):
+        if one.is_symlink() and Path(one.path) not in paths and (path := doomed.get(os.path.realpath(one.path))):
+            other = Path(one.path)
+            hint = f"`kvm-ifup nic rm {other.parent.name} {other.stem}` first"
+            raise NicError(f"{other} leads to it", hint=hint, where=str(path))
     removed = []
     for path in paths:
         forget_links(run_dir, path)
@@ -122,13 +141,30 @@ def files(run_dir: Path, instance: str | None = None) -> list[Path]:
     return [path for guest in guests for path in trust.listed(guest, ".toml")]
 
 
+def every(run_dir: Path) -> Iterator[os.DirEntry[str]]:
+    """All NIC files, in the order of `files`. Raises OSError."""
+    for guest in trust.entries(run_dir / "nic"):
+        yield from trust.entries(guest.path, ".toml")
+
+
 def forget_links(run_dir: Path, path: Path, keep: str | None = None) -> None:
     """Remove the symlinks that lead to *path*, except that of the tap *keep*. Raises OSError."""
-    for link in trust.listed(run_dir / "tap"):
+    there = identity(path)
+    for link in trust.entries(run_dir / "tap"):
+        if link.name == keep or not link.is_symlink() or identity(link) != there:
+            continue
         # Somebody else's may be written otherwise; and a symlink in the place of the file leads further.
-        leads_there = link.is_symlink() and target(path) == str(link.readlink())
-        if link.name != keep and (leads_there or (link.is_symlink() and os.path.realpath(link) == str(path))):
-            link.unlink()
+        if target(path) == str(Path(link.path).readlink()) or os.path.realpath(link.path) == str(path):
+            os.unlink(link.path)
+
+
+def identity(one: Path | os.DirEntry[str]) -> tuple[int, int] | None:
+    """Which file *one* is, or leads to; None if there is none."""
+    try:
+        found = one.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def target(path: Path) -> str:

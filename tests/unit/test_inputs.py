@@ -745,6 +745,88 @@ def test_a_fifo_is_no_nic_file_and_nobody_waits_for_it(run_dir: Path) -> None:
         nicfiles.nic_of_tap("tap0", run_dir)
 
 
+# --- NIC files: whose tap it is -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        nic_toml(tap='"tap7"'),
+        nic_toml(tap="'tap7'"),
+        nic_toml(tap='"t\\u0061p7"'),
+        "# nothing\n" * 4000 + nic_toml(tap='"tap7"'),
+        nic_toml(ip="[]", tap='"tap7"').replace("\n", "\r\n"),
+    ],
+    ids=["plain", "literal", "escaped", "far behind", "another system's"],
+)
+@pytest.mark.parametrize("symlink", [False, True])
+def test_put_finds_the_tap_in_whatever_file_describes_it(text: str, symlink: bool, run_dir: Path) -> None:
+    path = put(run_dir, "web1/0.toml", text)
+    if symlink:
+        put(run_dir, "web9/3.toml", text)
+        path.unlink()
+        path.symlink_to("../web9/3.toml")
+    with pytest.raises(NicError, match=r"tap7 is that of web\d/\d \(tap7\) already"):
+        nicfiles.put(run_dir, "web2", 0, nic_toml(tap='"tap7"'))
+    assert not (run_dir / "nic/web2").exists()
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path, 0o600)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_fifo,
+        Path.mkdir,
+        lambda path: path.symlink_to(path),
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.write_bytes(b'\xff tap = "tap7"'),
+        lambda path: path.write_text('# not the tap: tap7\ntap = "tap8"\n'),
+    ],
+    ids=["a FIFO", "a directory", "itself", "a device", "no text", "only named"],
+)
+def test_put_does_not_stop_at_what_describes_no_nic(make: Callable[[Path], object], run_dir: Path) -> None:
+    put(run_dir, "web1/0.toml", nic_toml())
+    make(run_dir / "nic/web1/1.toml")
+    nicfiles.put(run_dir, "web2", 0, nic_toml(tap='"tap7"'))
+    assert (run_dir / "tap/tap7").resolve() == run_dir / "nic/web2/0.toml"
+
+
+def test_put_and_rm_read_no_file_that_does_not_name_the_tap(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(50):
+        put(run_dir, f"web{number}/0.toml", nic_toml(tap=f'"vnet{number}"'), link=True)
+    read: list[Path] = []
+    real = nicfiles.read_nic
+
+    def reading(path: Path, top: Path) -> Nic:
+        read.append(path)
+        return real(path, top)
+
+    monkeypatch.setattr(nicfiles, "read_nic", reading)
+    nicfiles.put(run_dir, "web7", 1, nic_toml(tap='"tap7"'))
+    nicfiles.remove(run_dir, "web7", 1)
+    assert read == []
+    assert len(list((run_dir / "tap").iterdir())) == 50
+    with pytest.raises(NicError, match="vnet3 is that of web3/0 "):
+        nicfiles.put(run_dir, "new", 0, nic_toml(tap='"vnet3"'))
+    assert {path.parent.name for path in read} == {"web3", *(f"web{number}" for number in range(30, 40))}
+
+
+def test_a_put_that_cannot_look_refuses(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without descriptors nobody knows whose tap it is."""
+    put(run_dir, "web1/0.toml", nic_toml(tap='"tap7"'))
+
+    def refuse(*_args: object, **_more: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match="Too many"):
+        nicfiles.put(run_dir, "web2", 0, nic_toml(tap='"tap7"'))
+    assert not (run_dir / "nic/web2").exists()
+
+
 # --- ext networks -------------------------------------------------------------------------------------
 
 
