@@ -98,11 +98,12 @@ def plan(phase: Phase, nic: Nic, config: Config, facts: NodeFacts, *, announce: 
 
 def stale(nic: Nic, facts: NodeFacts, steps: tuple[Step, ...]) -> Iterator[Op]:
     """The removal of what a dead NIC or a script has left for this tap, and what no phase wants."""
-    planned = {op.key for _, op in steps}
     found: list[Op] = [OvsPort(nic.tap, None)] if facts.port else []
     found += [Filter(nic.tap, None)] if facts.filtered else []
     found += [Sources(nic.tap, None)] if facts.judged else []
-    yield from (op for op in (*found, *(rule.turned(False) for rule in facts.rules)) if op.key not in planned)
+    found += [rule.turned(False) for rule in facts.rules]
+    planned = {op.key for _, op in steps} if found else set()
+    yield from (op for op in found if op.key not in planned)
 
 
 def wiring(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Iterator[Step]:
@@ -420,13 +421,24 @@ def announcement(pairs: Iterable[tuple[Uplink, str]]) -> tuple[Message, ...]:
     return (*told, *((uplink.name, address, ASK + way) for uplink, address in fit for way in uplink.gateways))
 
 
-def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:
-    """Whether *op* is about an uplink that cannot be found now, because there is no default route of its family.
+def families_unseen(nic: Nic, config: Config, facts: NodeFacts) -> set[int]:
+    """The address families of *nic* whose uplink cannot be found now, because there is no default route of theirs.
 
-    That is so while an uplink is down, and for a while after. It does not make *op* wrong.
+    That is so while an uplink is down, and for a while after.
     """
-    uplink = uplink_of(op)
-    if uplink is None or nic.mode != "routed" or config.routed.uplinks is not None:
+    if nic.mode != "routed" or config.routed.uplinks is not None:
+        return set()
+    families: set[int] = {prefix.version for prefix in nic.ip}
+    return families - {uplink.family for uplink in facts.uplinks}
+
+
+def unseen(op: Op, nic: Nic, lacking: set[int]) -> bool:
+    """Whether *op* is about an uplink of one of the families *lacking* (`families_unseen`).
+
+    That does not make *op* wrong.
+    """
+    uplink = uplink_of(op) if lacking else None
+    if uplink is None or uplink[1] not in lacking:
         return False
     if isinstance(op, ProxyNeighbour):
         wanted = ip_network(op.address) in nic.prefixes
@@ -434,7 +446,7 @@ def unseen(op: Op, nic: Nic, config: Config, facts: NodeFacts) -> bool:
         wanted = ip_network(op.prefix) in nic.prefixes
     else:
         wanted = any(is_host(prefix) and prefix.version == uplink[1] for prefix in nic.ip)
-    return wanted and all(seen.family != uplink[1] for seen in facts.uplinks)
+    return wanted
 
 
 def usable(uplink: Uplink) -> bool:

@@ -10,8 +10,9 @@ Large because the set of ops is closed, and is easier to see in one place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
+from operator import attrgetter
 from typing import ClassVar
 
 from kvmifup.core import bridgeport
@@ -66,7 +67,8 @@ class Op:
     @property
     def key(self) -> tuple[object, ...]:
         """What the op is about, without the value wanted: two ops with equal keys are about the same thing."""
-        return (self.kind, *[getattr(self, name) for name in identity(self.__class__)])  # type: ignore[arg-type]
+        key: tuple[object, ...] = identity(self.__class__)(self)  # type: ignore[arg-type]
+        return key
 
     @property
     def wanted(self) -> Value:
@@ -110,9 +112,10 @@ class Op:
 
 
 @cache
-def identity(kind: type[Op]) -> tuple[str, ...]:
-    """The fields that say what an op of that *kind* is about. (Its key is not kept: an agent has thousands of ops.)"""
-    return tuple(name for name in field_names(kind) if name not in {"want", "among", "timeout", "force"})
+def identity(kind: type[Op]) -> Callable[[Op], tuple[object, ...]]:
+    """What takes the key from an op of that *kind*. (The key is not kept: an agent has thousands of ops.)"""
+    said = (name for name in field_names(kind) if name not in {"want", "among", "timeout", "force"})
+    return attrgetter("kind", *said)
 
 
 DOWN = "down"  # what an op does to a device that it sets down for a moment

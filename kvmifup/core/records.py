@@ -8,6 +8,7 @@ print it are here, once for all. That nobody changes a record is for mypy to see
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, TypeVar, dataclass_transform
 
 Class = TypeVar("Class", bound=type)
@@ -18,6 +19,7 @@ def record(cls: Class) -> Class:
     """A class decorator: a dataclass whose instances are equal if their classes and their fields are."""
     made: Any = dataclass(eq=False, repr=False)(cls)
     made.__fields__ = tuple([one.name for one in fields(made)])
+    made.__values__ = attrgetter("__class__", *made.__fields__)
     made.__eq__, made.__hash__, made.__repr__ = equal, hashed, printed
     return cls
 
@@ -30,15 +32,13 @@ def field_names(data: Any) -> tuple[str, ...]:
 
 def equal(one: Any, other: object) -> Any:
     """`__eq__` of all records."""
-    if one.__class__ is not other.__class__:
-        return NotImplemented
-    names = field_names(one)
-    return [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
+    values = one.__values__
+    return values(one) == values(other) if one.__class__ is other.__class__ else NotImplemented
 
 
 def hashed(one: Any) -> int:
     """`__hash__` of all records."""
-    return hash(tuple([getattr(one, name) for name in field_names(one)]))
+    return hash(one.__values__(one))
 
 
 def printed(one: Any) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISREG
 
 from kvmifup.core.errors import JournalError, KvmIfupError, NamespaceError, NicError
 from kvmifup.core.model import Nic, Phase
@@ -71,19 +73,18 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
     Raises PermissionError if they are not ours to read.
     """
     found: dict[str, Known] = {}
-    next(store.others("", ""), None)  # reads all of them at once, and `load` then finds them decoded
-    for tap in store.taps():
+    for tap, known in store.everything():
         try:
-            journal = store.load(tap)
+            journal = store.of_here(known) if known else store.load(tap)
         except (JournalError, NamespaceError) as error:
             found[tap] = Known(tap, None, None, error)
             continue
         if journal is not None:
             found[tap] = Known(tap, journal.nic, journal)
-    unchanged = {path: tap for tap, one in found.items() if one.journal and (path := as_before(run_dir, one.journal))}
+    unchanged = {file: tap for tap, one in found.items() if one.journal and (file := as_before(run_dir, one.journal))}
     described: dict[str, list[Nic]] = {}
     for path in nicfiles.files(run_dir):
-        if path in unchanged:
+        if str(path) in unchanged:
             continue
         try:
             nic = nicfiles.read_nic(path, run_dir)
@@ -94,9 +95,9 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
         if nic.tap not in found:  # the file may call it by another name of it
             nic = replace(nic, tap=devices.own_name(nic.tap))
         described.setdefault(nic.tap, []).append(nic)
-    for path, tap in unchanged.items():
+    for file, tap in unchanged.items():
         if tap in described and (own := found[tap].nic):  # by another file, too
-            described[tap].append(replace(own, source=str(path)))
+            described[tap].append(replace(own, source=file))
     for tap, nics in described.items():
         found |= of_tap(found.get(tap, Known(tap, None)), nics, run_dir)
     for tap, one in managed.all_nics(found):
@@ -107,7 +108,7 @@ def all_nics(run_dir: Path, store: Store) -> list[Known]:
 def of_tap(known: Known, nics: Sequence[Nic], run_dir: Path) -> dict[str, Known]:
     """What is known of a tap, of which *known* is what its journal tells, and which the files of *nics* describe."""
     tap, journal = known.tap, known.journal
-    leading = [nic for nic in nics if leads_to(run_dir / "tap" / tap, Path(nic.source))]
+    leading = [nic for nic in nics if leads_to(f"{run_dir}/tap/{tap}", nic.source)]
     wired = [nic for nic in nics if journal and is_same(nic, journal.nic)]
     if not journal:
         wired = leading or (list(nics) if len(nics) == 1 else [])
@@ -126,23 +127,24 @@ def is_same(nic: Nic, wired: Nic) -> bool:
     return (nic.instance, nic.index) == (wired.instance, wired.index) or not is_another(nic, wired)
 
 
-def as_before(run_dir: Path, journal: Journal) -> Path | None:
+def as_before(run_dir: Path, journal: Journal) -> str | None:
     """The NIC file that *journal* was made from, if it has not been written since: reading it would tell nothing."""
     nic = journal.nic
     if nic.instance is None or nic.index is None:
         return None
-    path = run_dir / "nic" / nic.instance / f"{nic.index}.toml"
+    path = f"{run_dir}/nic/{nic.instance}/{nic.index}.toml"  # no `Path`: there are thousands
     reached = min(journal.since, time.time() - clock.age(journal))  # by either way that the clock may have been set
     with suppress(OSError):
-        if path.stat().st_mtime < reached and leads_to(run_dir / "tap" / nic.tap, path):
+        file = os.lstat(path)
+        if S_ISREG(file.st_mode) and file.st_mtime < reached and leads_to(f"{run_dir}/tap/{nic.tap}", path):
             return path
     return None
 
 
-def leads_to(link: Path, path: Path) -> bool:
+def leads_to(link: str, path: str) -> bool:
     """Whether the symlink *link* of a tap leads to the NIC file *path*."""
     try:
-        return str(link.readlink()) == f"../nic/{path.parent.name}/{path.name}"
+        return os.readlink(link) == f"../nic/{'/'.join(path.split('/')[-2:])}"
     except OSError:
         return False
 

@@ -105,10 +105,11 @@ class Look:
 @contextmanager
 def look(name: str | None, run_dir: Path, config: Config) -> Iterator[Look]:
     """Look at the NICs that *name* means (`nics.selected`). Raises NicError."""
-    everything = all_nics(run_dir, Store(run_dir))
+    store = Store(run_dir)
+    everything = all_nics(run_dir, store)
     agent = agent_lives(run_dir)
     overview = Overview()
-    with opened(run_dir, config, dry=True, kernel=lambda: overview) as session:
+    with opened(run_dir, config, dry=True, kernel=lambda: overview, store=store) as session:
         here = [one for one in everything if one.journal and alive(one.journal, session)]
         guests = [one for one in expected.found(run_dir) if one.age < config.agent.arrival_timeout]
         nics = selected(name, [*everything, *coming(guests, here)])
@@ -132,7 +133,8 @@ class State:
 
 def state_of(one: Known, look: Look) -> State:
     """Compare *one* with what its phase's hook would make of it, and look whether it can work so."""
-    return replace(as_wired(one, look), dropped=tuple(look.dropped.get(one.tap, {}).items()))
+    state, dropped = as_wired(one, look), look.dropped.get(one.tap)
+    return replace(state, dropped=tuple(dropped.items())) if dropped else state
 
 
 def as_wired(one: Known, look: Look) -> State:
@@ -182,12 +184,10 @@ def without_uplink(found: planning.Plan, config: Config) -> tuple[NotReadyError 
     With it, whether the guest can be reached for now: what was done on the uplink has stayed.
     """
     nic = found.nic
-    if nic.mode != "routed" or config.routed.uplinks is not None:
-        return None, False
-    families = {prefix.version for prefix in nic.ip}
-    lacking = families - {uplink.family for uplink in found.facts.uplinks}
+    lacking = phases.families_unseen(nic, config, found.facts)
     if not lacking:
         return None, False
+    families = {prefix.version for prefix in nic.ip}
     kept = {phases.family_of(entry.op.address) for entry in found.kept if isinstance(entry.op, ProxyNeighbour)}
     kept |= {uplink.family for uplink in found.last}
     which = "" if lacking == families else "".join(f"IPv{family} " for family in lacking)

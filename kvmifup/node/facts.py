@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from kvmifup.core.errors import VanishedError
 from kvmifup.core.model import MAIN_TABLE, Bridge, Config, Nic, NodeFacts, Prefix, Tap, Trunk, Uplink
@@ -19,7 +20,7 @@ from kvmifup.node.messages import (
     RTPROT_STATIC,
     Link,
 )
-from kvmifup.node.procfs import address_is_set, assignment, device_name, has_ipv6, ports_of, sysfs_of
+from kvmifup.node.procfs import address_is_set, assignment, ports_of, sysfs_of
 from kvmifup.node.refusals import refusals
 from kvmifup.node.reserved import why_not
 from kvmifup.node.routes import RouteEntry
@@ -29,32 +30,33 @@ from kvmifup.node.view import View, default_devices, sources_of
 def facts_for(nic: Nic, config: Config, view: View) -> NodeFacts:
     """What a plan for *nic* needs to know; everything is read anew. Raises KernelError, NotReadyError, ConfigError."""
     view.refresh()
-    ipv6 = has_ipv6()
+    ipv6 = view.has_ipv6()
     filtered, judged = view.remains.of(nic.tap)
-    facts = NodeFacts(
+    return NodeFacts(
         tap=tap_called(nic, view, ipv6=ipv6),
         bridge=bridge_of(nic, config, view) if nic.mode in ("bridged", "openvswitch") else None,
         program=programs.find(programs.DIRECTORY, nic.link) if nic.mode == "ext" and nic.link else None,
         rules=tuple(rule for family in (4, 6)[: 1 + ipv6] for rule in view.rules(family, nic.tap)),
-        port=view.switch().ports.get(nic.tap) if ovs.is_there() else None,
+        port=view.switch().ports.get(nic.tap) if view.has_switch() else None,
         filtered=filtered,
         judged=judged,
         ipv6=ipv6,
+        **(of_routed(nic, config, view, ipv6=ipv6) if nic.mode == "routed" else {}),
     )
-    if nic.mode != "routed":
-        return facts
+
+
+def of_routed(nic: Nic, config: Config, view: View, *, ipv6: bool) -> dict[str, Any]:
+    """Those that only a routed NIC needs, by the name of the fact."""
     table = MAIN_TABLE if nic.link is None else tables.number(nic.link)
     disabled = f"net/ipv6/conf/{nic.tap}/disable_ipv6"
-    return replace(
-        facts,
-        table=table,
-        uplinks=()
-        if table is None
-        else tuple(with_gateways(uplink, table, view) for uplink in uplinks_of(nic, table, config, view)),
-        unguarded=sources_of(view).refused() if ipv6 and needs_nftables(config) else None,
-        taken=() if table is None else tuple(taken(nic, table, view)),
-        ipv6_mend=(assignment(disabled, "0"),) if view.sysctl(disabled) not in (None, "0") else (),
-    )
+    uplinks = () if table is None else uplinks_of(nic, table, config, view)
+    return {
+        "table": table,
+        "uplinks": tuple(with_gateways(uplink, table or 0, view) for uplink in uplinks),
+        "unguarded": sources_of(view).refused() if ipv6 and needs_nftables(config) else None,
+        "taken": () if table is None else tuple(taken(nic, table, view)),
+        "ipv6_mend": (assignment(disabled, "0"),) if view.sysctl(disabled) not in (None, "0") else (),
+    }
 
 
 def needs_nftables(config: Config) -> bool:
@@ -127,11 +129,11 @@ def would_adopt(bridge: Link, nic: Nic, view: View) -> bool:
     except VanishedError:
         own = None
     above = bridge.address is None or bridge.address >= nic.tap_mac or bridge.address == own
-    sysfs = sysfs_of(bridge.name, bridge)
+    sysfs = sysfs_of(bridge.name, bridge, view.read_file)
     if sysfs is None:
         # /sys is another network namespace's. A bridge without a carrier has no live port that it could follow.
         return above or not bridge.carrier
-    return not address_is_set(sysfs) and (above or not ports_of(sysfs) - {nic.tap})
+    return not address_is_set(sysfs, view.read_file) and (above or not ports_of(sysfs) - {nic.tap})
 
 
 def uplinks_of(nic: Nic, table: int, config: Config, view: View) -> Iterator[Uplink]:
@@ -185,7 +187,7 @@ def led_elsewhere(prefix: Prefix, tap: str, table: int, view: View) -> str | Non
             continue
         if route.type in LEADING_NOWHERE:
             return f"leads nowhere: table {table} has a route for it that says {LEADING_NOWHERE[route.type]}"
-        dev = None if route.oif is None else device_name(route.oif)
+        dev = None if route.oif is None else view.device_name(route.oif)
         if dev != tap:
             return f"is already routed {'to a next hop' if dev is None else f'out of {dev}'} in table {table}"
     return None

@@ -60,7 +60,7 @@ from kvmifup.node.messages import (
     NetlinkError,
 )
 from kvmifup.node.ports import exactly, present, share
-from kvmifup.node.procfs import address_is_set, device_name, sysfs_of, write_sysctl
+from kvmifup.node.procfs import address_is_set, sysfs_of, write_sysctl
 from kvmifup.node.refusals import forgiven, refusals
 from kvmifup.node.routes import RouteEntry, network, route_entry
 from kvmifup.node.view import View, limits_of, sources_of
@@ -121,8 +121,9 @@ class Kernel:
                 return str(self._view.link(op.dev).address)
             case BridgeAddress():
                 link = self._view.link(op.dev)
-                sysfs = sysfs_of(op.dev, link)
-                return str(link.address) if sysfs and address_is_set(sysfs) else "not pinned"
+                read = self._view.read_file
+                sysfs = sysfs_of(op.dev, link, read)
+                return str(link.address) if sysfs and address_is_set(sysfs, read) else "not pinned"
             case AddrGenMode():
                 return self._view.link(op.dev).addr_gen_mode
             case Address():
@@ -177,7 +178,7 @@ class Kernel:
         # A switch is the master of its ports, too: `OvsPort` is about those.
         if not link.master or link.port_of == "openvswitch":
             return None
-        bridge, want = device_name(link.master), op.want or ""
+        bridge, want = self._view.device_name(link.master), op.want or ""
         if link.port_of != "bridge":
             return bridge
         here = bridgeport.bridge_of(want) == bridge
@@ -194,7 +195,7 @@ class Kernel:
     def _trunk(self, op: UplinkVlans) -> int:
         """The index of the uplink. Raises VanishedError if it is no port of its bridge any more."""
         link = self._view.link(op.dev)
-        if link.port_of != "bridge" or not link.master or device_name(link.master) != op.bridge:
+        if link.port_of != "bridge" or not link.master or self._view.device_name(link.master) != op.bridge:
             raise VanishedError(f"{op.dev} is no port of {op.bridge} any more", errno=errno.ENODEV)
         return link.index
 

@@ -159,10 +159,9 @@ def text(data: bytes | None) -> str | None:
 # --- links -----------------------------------------------------------------------------------------------
 
 
-def names_of(message: bytes) -> list[str]:
-    """The name of the device in an RTM_NEWLINK message, and its alternative ones."""
-    found = attributes(message, BODY + IFINFOMSG.size)
-    names, others, offset = [text(found.get(IFLA_IFNAME)) or ""], found.get(IFLA_PROP_LIST, b""), 0
+def alternative_names(others: bytes) -> list[str]:
+    """The names in an attribute IFLA_PROP_LIST."""
+    names, offset = [], 0
     while offset + NLATTR.size <= len(others):
         length, kind = NLATTR.unpack_from(others, offset)
         if kind & NLA_TYPE_MASK == IFLA_ALT_IFNAME:
@@ -195,6 +194,12 @@ class Link:
     addr_gen_mode: int | None  # IN6_ADDR_GEN_MODE_*; None without IPv6
     lower: int | None  # the index of the device that it is a VLAN of, if that is in this network namespace
     spec: bytes  # IFLA_AF_SPEC: its sysctls (`settings`)
+    others: bytes  # IFLA_PROP_LIST: what else it is called
+
+    @property
+    def names(self) -> list[str]:
+        """Its name, and its alternative ones."""
+        return [self.name, *alternative_names(self.others)] if self.others else [self.name]
 
     @property
     def is_tap(self) -> bool:
@@ -233,6 +238,7 @@ def link_of(message: bytes) -> Link:
         addr_gen_mode=u8(inet6.get(IFLA_INET6_ADDR_GEN_MODE)),
         lower=None if IFLA_LINK_NETNSID in found else u32(found.get(IFLA_LINK)),
         spec=found.get(IFLA_AF_SPEC, b""),
+        others=found.get(IFLA_PROP_LIST, b""),
     )
 
 

@@ -54,7 +54,6 @@ from kvmifup.node.messages import (
     link_of,
     mac_bytes,
     name_bytes,
-    names_of,
     neighbour_body,
     number,
     packed,
@@ -218,8 +217,8 @@ class Netlink:
     def links(self) -> dict[str, Link]:
         """Every device, by its name and by its alternative ones."""
         body = IFINFOMSG.pack(0, 0, 0, 0, 0) + number(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
-        found = self.transport.dump(RTM_GETLINK, body)
-        return {name: link_of(one) for one in found for name in names_of(one)}
+        found = map(link_of, self.transport.dump(RTM_GETLINK, body))
+        return {name: one for one in found for name in one.names}
 
     def rules_by_iif(self, family: int) -> dict[str, list[bytes]]:
         """The policy rules, as whole messages, by the name of the incoming device that they are for, "" for any."""

@@ -6,13 +6,13 @@ import errno
 import ipaddress
 import os
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 
 from kvmifup.core.errors import KernelError
 from kvmifup.core.model import LOCAL_TABLE, MAIN_TABLE, Config, Nic, NodeFacts, Prefix
 from kvmifup.core.ops import Route
 from kvmifup.core.records import record
-from kvmifup.node import messages
+from kvmifup.node import messages, ovs
 from kvmifup.node.addresses import addresses, link_local
 from kvmifup.node.guests import Qemu, sign_of
 from kvmifup.node.kernel import PORT_STATES, Kernel
@@ -28,10 +28,10 @@ from kvmifup.node.messages import (
     NetlinkError,
 )
 from kvmifup.node.ports import AllPorts
-from kvmifup.node.procfs import device_name, sysctl
+from kvmifup.node.procfs import SYSCTL, device_name, has_ipv6, read_file
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.remains import Remains
-from kvmifup.node.routes import RouteEntry, connected, default_type, local_addresses
+from kvmifup.node.routes import RouteEntry, connected, default_type, local_addresses, network
 from kvmifup.node.settings import Settings, named, settings_of
 from kvmifup.node.sources import SourceTable
 from kvmifup.node.view import View
@@ -62,6 +62,10 @@ class WholeView(View):
         self.ports = AllPorts(self.netlink, self._links)
         self.limits = Limits(AllQueues(self.netlink))
         self.remains, self.sources = Remains(once=True), SourceTable(once=True)
+        self.read_file = cache(read_file)
+        self.has_ipv6, self.has_switch = cache(has_ipv6), cache(ovs.is_there)
+        names = {link.index: link.name for link in self._links.values()}
+        self.device_name = lambda index: names.get(index) or device_name(index)
         self._settings: dict[str, Settings] = {}  # by device
         self._rules_by_iif: dict[int, dict[str, list[bytes]]] = {}
         self._addresses: dict[int, list[str]] | None = None
@@ -76,12 +80,12 @@ class WholeView(View):
     def sysctl(self, path: str) -> str | None:
         """As `procfs.sysctl`."""
         _net, family, what, dev, name = path.split("/")
-        if what != "conf" or dev in EVERY_DEVICE or dev not in self._links or self._links[dev].name != dev:
-            return sysctl(path)
-        if dev not in self._settings:
-            self._settings[dev] = settings_of(self._links[dev].spec)
-        value = named(self._settings[dev], family, name)
-        return sysctl(path) if value is None else value
+        if what == "conf" and dev not in EVERY_DEVICE and dev in self._links and self._links[dev].name == dev:
+            if dev not in self._settings:
+                self._settings[dev] = settings_of(self._links[dev].spec)
+            if (value := named(self._settings[dev], family, name)) is not None:
+                return value
+        return self.read_file(f"{SYSCTL}/{path}")
 
     def refresh(self) -> None:
         """Do nothing: everything is from one moment."""
@@ -115,7 +119,7 @@ class WholeView(View):
     def routes_of(self, op: Route) -> list[RouteEntry]:
         """As `View.routes_of`."""
         index = self.index(op.dev)
-        return [route for route in self.routes_to(ipaddress.ip_network(op.prefix), op.table) if route.oif == index]
+        return [route for route in self.routes_to(network(op.prefix), op.table) if route.oif == index]
 
     def neighbour(self, dev: str, address: str, flags: int) -> tuple[int, str | None] | None:
         """As `View.neighbour`."""
@@ -156,7 +160,7 @@ class Overview(Kernel):
 
     def setting(self, path: str) -> str | None:
         """The value of the sysctl *path*, which has slashes; None if there is no such sysctl."""
-        return sysctl(path)
+        return self._whole.read_file(f"{SYSCTL}/{path}")
 
     def gateway(self, family: int, dev: str) -> str | None:
         """The next hop of a default route of *family*, 4 or 6, out of *dev* in the table main; None without one."""
@@ -259,7 +263,7 @@ class Overview(Kernel):
         except NetlinkError as error:  # also EACCES, which is the answer of a "prohibit"
             number = error.errno or 0
             raise KernelError(f"reading the route to {destination}: {os.strerror(number)}", errno=number) from None
-        return None if index is None else device_name(index)
+        return None if index is None else self._view.device_name(index)
 
     def vlans(self, bridge: str) -> tuple[bool, int]:
         """Whether *bridge* filters VLANs, and in which VLAN it puts new ports, 0 for none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from functools import cache
 
 from kvmifup.inputs import trust
@@ -13,6 +14,7 @@ SYSCTL = "/proc/sys"
 SYS_NET = "/sys/class/net"
 NET_ADDR_SET = "3"  # linux/netdevice.h, in /sys/class/net/DEV/addr_assign_type
 IFF_PERSIST = 0x0800  # linux/if_tun.h, in /sys/class/net/TAP/tun_flags
+Read = Callable[[str], str | None]  # as `read_file`, for who has the text already
 
 
 def read_file(path: str, *, whole: bool = False) -> str | None:
@@ -84,10 +86,10 @@ def device_name(index: int) -> str:
         return f"#{index}"
 
 
-def sysfs_of(name: str, link: Link) -> str | None:
+def sysfs_of(name: str, link: Link, read: Read = read_file) -> str | None:
     """The directory of the device *name* in /sys; None if /sys shows another network namespace."""
     directory = f"{SYS_NET}/{name}"
-    same = read_file(f"{directory}/ifindex") == str(link.index) and read_file(f"{directory}/address") == link.address
+    same = read(f"{directory}/ifindex") == str(link.index) and read(f"{directory}/address") == link.address
     return directory if same else None
 
 
@@ -103,9 +105,9 @@ def frames_into(tap: str, index: int) -> int | None:
     return int(count) if count else None
 
 
-def address_is_set(sysfs: str) -> bool:
+def address_is_set(sysfs: str, read: Read = read_file) -> bool:
     """Whether somebody has set the MAC of the device whose directory in /sys is *sysfs*."""
-    return read_file(f"{sysfs}/addr_assign_type") == NET_ADDR_SET
+    return read(f"{sysfs}/addr_assign_type") == NET_ADDR_SET
 
 
 def ports_of(sysfs: str) -> set[str]:

@@ -11,7 +11,6 @@ from kvmifup.core.model import LOCAL_TABLE, Prefix
 from kvmifup.core.records import record
 from kvmifup.node import standing
 from kvmifup.node.messages import FAMILIES, RTN_ANYCAST, RTN_BROADCAST, RTN_LOCAL, RTN_MULTICAST
-from kvmifup.node.procfs import device_name
 from kvmifup.node.refusals import refusals
 from kvmifup.node.routes import route_of
 from kvmifup.node.view import View
@@ -132,7 +131,7 @@ def gateways(family: int, view: View) -> Iterator[Reserved]:
         for hop in view.default_hops(version, standing.EVERY_TABLE):
             if not hop.gateway or (":" in hop.gateway) != (family == 6):
                 continue
-            dev = device_name(hop.index)
+            dev = view.device_name(hop.index)
             if not is_tap(dev, view):
                 yield one_address(hop.gateway, f"the gateway of a default route on {dev}")
 

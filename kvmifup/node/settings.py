@@ -17,12 +17,15 @@ PLACES = {
     ("ipv4", "send_redirects"): 5,
     ("ipv4", "rp_filter"): 7,
     ("ipv4", "accept_source_route"): 8,
+    ("ipv4", "arp_ignore"): 18,
+    ("ipv4", "drop_unicast_in_l2_multicast"): 29,
     ("ipv6", "forwarding"): 0,
     ("ipv6", "accept_ra"): 3,
     ("ipv6", "accept_redirects"): 4,
     ("ipv6", "autoconf"): 5,
     ("ipv6", "proxy_ndp"): 22,
     ("ipv6", "disable_ipv6"): 26,
+    ("ipv6", "accept_dad"): 27,
 }
 KINDS = {"ipv4": (socket.AF_INET, IFLA_INET_CONF), "ipv6": (socket.AF_INET6, IFLA_INET6_CONF)}
 

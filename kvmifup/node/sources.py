@@ -35,6 +35,7 @@ from kvmifup.node.nfmessages import (
 )
 from kvmifup.node.nfnetlink import DISTURBED, Nftables, ReadOnce
 from kvmifup.node.nft import TABLE
+from kvmifup.node.routes import network
 from kvmifup.node.source_rules import (
     ADDRESSES,
     DROPPED,
@@ -250,8 +251,8 @@ def guard(dev: str, prefix: str) -> tuple[str, bytes]:
 
 def element(dev: str, prefix: str, single: str, wide: str) -> tuple[str, bytes]:
     """The set, *single* for a single address and else *wide*, and the element in it."""
-    network = ipaddress.ip_network(prefix)
-    first, last = (device_key(dev) + one.packed for one in (network.network_address, network.broadcast_address))
+    whole = network(prefix)
+    first, last = (device_key(dev) + one.packed for one in (whole.network_address, whole.broadcast_address))
     return (single, keyed(first)) if first == last else (wide, keyed(first, last))
 
 

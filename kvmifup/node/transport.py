@@ -171,7 +171,9 @@ class Transport:
                 finally:
                     if warm:
                         other.close()
-                every |= {identity(one): one for part in parts for one in filter(keep, split(part, wanted))}
+                same = {one[BODY:] for one in every.values()}  # as nearly all are
+                again = (one for part in parts for one in filter(keep, split(part, wanted)) if one[BODY:] not in same)
+                every |= {identity(one): one for one in again}
             if undisturbed:
                 break
         return list(every.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kvmifup.core.errors import VanishedError
@@ -30,7 +30,7 @@ from kvmifup.node.netlink import Netlink
 from kvmifup.node.nexthops import Hop
 from kvmifup.node.ovs import Switch
 from kvmifup.node.ports import Ports
-from kvmifup.node.procfs import assignment, device_name, sysctl
+from kvmifup.node.procfs import assignment, device_name, has_ipv6, read_file, sysctl
 from kvmifup.node.refusals import refusal, refusals
 from kvmifup.node.remains import Remains
 from kvmifup.node.routes import RouteEntry, by_prefix, network, route_of, routes_to
@@ -115,6 +115,11 @@ class View:
         self._switch: Switch | None = None
         self.sources: SourceTable | None = None  # `sources_of`
         self.remains = Remains()
+        # What is asked for every NIC, and what a `WholeView` asks for once.
+        self.read_file: Callable[[str], str | None] = read_file
+        self.device_name: Callable[[int], str] = device_name
+        self.has_ipv6: Callable[[], bool] = has_ipv6
+        self.has_switch: Callable[[], bool] = ovs.is_there
         self.reserved: dict[tuple[int, str], Any] = {}  # by family, and where it is from: `kvmifup.node.reserved`
 
     def close(self) -> None:
@@ -331,7 +336,7 @@ def limits_of(view: View) -> Limits:
 
 def default_devices(view: View, family: int, table: int) -> list[str]:
     """The devices that the default routes of *family*, 4 or 6, in *table* lead out of, each once."""
-    return [device_name(index) for index in dict.fromkeys(hop.index for hop in view.default_hops(family, table))]
+    return [view.device_name(index) for index in dict.fromkeys(hop.index for hop in view.default_hops(family, table))]
 
 
 def keeping_routes(devices: Iterable[str]) -> dict[str, str]:

@@ -79,7 +79,8 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
             now, needed = None, getattr(op, "force", False) or bool(written)
         else:
             now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
-            lost = any((what, device(op)) in written for what in op.lost_with)  # writing that undoes this
+            # Writing that undoes this.
+            lost = bool(written) and any((what, device(op)) in written for what in op.lost_with)
             if lost and op.leaves:
                 now = op.leaves[0]
             needed = lost or now != op.wanted

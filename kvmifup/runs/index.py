@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Hashable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -203,10 +204,10 @@ class Index:
             if seen and seen.journal:
                 yield tap, seen.journal
 
-    def all(self) -> list[Journal]:
-        """All of them."""
+    def by_tap(self) -> list[tuple[str, Journal | None]]:
+        """All of them, by tap; None for one that is unreadable."""
         with self._lock:
-            return [seen.journal for seen in self._seen.values() if seen.journal]
+            return sorted(((tap, seen.journal) for tap, seen in self._seen.items()), key=itemgetter(0))
 
 
 def stamp_of(info: os.stat_result) -> Stamp:

@@ -79,13 +79,16 @@ def plan(
     ours = journal and journal.prior(phases.ipv6_off(nic).key)
     if ours and ours.prior == "0" and nic.mode == "routed":  # off since the NIC was bridged; undone below
         facts = replace(facts, ipv6_mend=())
-    last = last_uplinks(nic, journal, facts, session) if journal else ()
+    lacking = phases.families_unseen(nic, config, facts)
+    last = last_uplinks(nic, journal, lacking, session) if journal and lacking else ()
     uplinks = (*facts.uplinks, *(uplink for uplink in last if admitted or not uplink.mend))
     if admitted:
         uplinks = tuple(replace(uplink, mend=()) for uplink in uplinks if phases.usable(uplink))
         facts = replace(facts, bridge=facts.bridge and phases.as_far_as_usable(facts.bridge))
-    known = replace(facts, uplinks=uplinks)
-    guest = replace(nic, incoming=nic.incoming and not (admitted or has_arrived(nic, facts, journal, session)))
+    known = replace(facts, uplinks=uplinks) if uplinks != facts.uplinks else facts
+    guest = nic
+    if nic.incoming and (admitted or has_arrived(nic, facts, journal, session)):
+        guest = replace(nic, incoming=False)
     everything = phases.plan(Phase.POST, guest, config, known, announce=announce)
     ops = everything if phase is Phase.POST else phases.plan(phase, guest, config, known, announce=announce)
     assert facts.tap is not None  # phases.plan has refused a tap that is not there
@@ -105,7 +108,7 @@ def plan(
         # pre, called once more after post, takes nothing away from a guest that runs here.
         uplink = phases.uplink_of(entry.op)
         stays = entry.op.key in later or (uplink is not None and uplink[1] in unusable)
-        stays = stays or phases.unseen(entry.op, nic, config, facts)
+        stays = stays or phases.unseen(entry.op, nic, lacking)
         (kept if stays else dropped).append(entry)
     changes = survey(ops, session.kernel, before)
     for change in changes:
@@ -137,14 +140,14 @@ def has_arrived(nic: Nic, facts: NodeFacts, journal: Journal | None, session: Se
     return facts.tap is not None and bool(session.kernel.sign_of(nic.tap))
 
 
-def last_uplinks(nic: Nic, journal: Journal, facts: NodeFacts, session: Session) -> tuple[Uplink, ...]:
-    """The uplinks that *journal* knows of address families for which none is seen now, if they could be used.
+def last_uplinks(nic: Nic, journal: Journal, lacking: set[int], session: Session) -> tuple[Uplink, ...]:
+    """The uplinks that *journal* knows of the address families *lacking*, of which none is seen now, if usable.
 
     A default route tells the uplink, and it may come back long after the device, or for one family later than for the
     other. Until then what was right stays right.
     """
     ops = [entry.op for entry in (*journal.entries, *journal.pending)]
-    known = {uplink for op in ops if phases.unseen(op, nic, session.config, facts) and (uplink := phases.uplink_of(op))}
+    known = {uplink for op in ops if phases.unseen(op, nic, lacking) and (uplink := phases.uplink_of(op))}
     if not known:
         return ()
     names = tuple(dict.fromkeys(name for name, _ in sorted(known) if name != EVERYWHERE))

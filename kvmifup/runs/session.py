@@ -92,10 +92,11 @@ def opened(
 ) -> Iterator[Session]:
     """A session on this node, in the network namespace of the calling thread. *timed*: note how long each op takes.
 
-    *store*: one that was made before in this namespace, for the same directory.
+    *store*: one that was made before in this namespace, for the same directory. A *dry* session goes on with what that
+    has read.
     """
     node = (kernel or Kernel)()
-    if store:
+    if store and not dry:
         store.refresh()
     try:
         yield Session(Timed(node) if timed else node, store or Store(run_dir), run_dir, config, dry, by, reason)

@@ -43,7 +43,7 @@ def with_claims(facts: NodeFacts, nic: Nic, session: Session) -> NodeFacts:
         for other in session.store.others(nic.tap, names)
         if (prefix := nic.shares(other.nic)) and prefix not in other.nic.prefixes and alive(other, session)
     ]
-    return replace(facts, taken=(*claims, *facts.taken))
+    return replace(facts, taken=(*claims, *facts.taken)) if claims else facts
 
 
 def unshared(journal: Journal, entries: Sequence[Entry], session: Session) -> list[Entry]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
-import sys
 import threading
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping
@@ -24,12 +22,11 @@ from kvmifup.core.errors import (
 )
 from kvmifup.core.model import Nic, Phase
 from kvmifup.inputs import devices, places, trust
+from kvmifup.runs import namespaces
 from kvmifup.runs.draft import ARMED, Draft
 from kvmifup.runs.index import Stamp, index_of, names_of, stamp_of
 from kvmifup.runs.journal import HEAD, Journal, Mark, OtherVersion, decode, encode, marked
 
-NAMESPACE = "/proc/self/ns/net"
-SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 STATE = "state"
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # the last one is a limit of our caller's
@@ -48,8 +45,8 @@ class Store:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.directory = run_dir / STATE
-        self.namespace = Path(NAMESPACE).stat().st_ino
-        self.cookie = netns_cookie()
+        self.namespace = namespaces.number()
+        self.cookie = namespaces.cookie()
         self._index = index_of(self.directory)
         self._local = threading.local()  # fresh: this thread has updated the index since it had to
 
@@ -102,10 +99,19 @@ class Store:
         except NotADirectoryError:
             places.verify(self.run_dir, STATE)
             return None
+        return self.of_here(journal)
+
+    def everything(self) -> list[tuple[str, Journal | None]]:
+        """Every tap that has a journal, with it; None if it is unreadable. Of any namespace. Raises as `others`."""
+        self._catch_up()
+        return self._index.by_tap()
+
+    def of_here(self, journal: Journal) -> Journal | None:
+        """*journal*, None if its network namespace is gone. Raises NamespaceError if it is another one."""
         if journal.namespace != self.namespace:
             raise NamespaceError(
                 f"a tap of this name is wired in network namespace {journal.namespace}, and this is {self.namespace}",
-                hint=f"run it there: `lsns -t net` finds it; if it is gone, remove {self.path(tap)}",
+                hint=f"run it there: `lsns -t net` finds it; if it is gone, remove {self.path(journal.nic.tap)}",
             )
         return journal if self.is_here(journal) else None
 
@@ -323,19 +329,23 @@ class Store:
         They are as they were at `begin`, or else at the first call after `refresh`, with what this process has
         written since.
         """
+        self._catch_up()
+        for other, journal in self._index.naming(name):
+            if other != tap and self.is_here(journal):
+                yield journal
+
+    def _catch_up(self) -> None:
         if not getattr(self._local, "fresh", False):
             self._index.update(self)
             self._local.fresh = True
             if getattr(self._local, "token", b""):
                 self._index.vouch(self._local.token)
-        for other, journal in self._index.naming(name):
-            if other != tap and self.is_here(journal):
-                yield journal
 
     def elsewhere(self) -> Counter[int]:
         """How many journals there are of other network namespaces, by namespace."""
         self._index.update(self)
-        return Counter(one.namespace for one in self._index.all() if one.namespace != self.namespace)
+        found = Counter(journal.namespace for _, journal in self._index.by_tap() if journal)
+        return found - Counter({self.namespace: found[self.namespace]})
 
 
 def save_or_mark(store: Store, journal: Journal, mark: Mark) -> None:
@@ -387,14 +397,3 @@ def refused(error: OSError, what: str) -> KvmIfupError:
         return PrivilegeError(what, hint="run it as root")
     kind = NoSpaceError if error.errno in NO_SPACE else KernelError
     return kind(f"{what}: {error.strerror}", errno=error.errno or 0)
-
-
-def netns_cookie() -> int:
-    """The cookie of this network namespace, which no later one gets; 0 if the kernel has none (before 5.14)."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
-        try:
-            return int.from_bytes(asking.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
-        except OSError as error:
-            if error.errno != errno.ENOPROTOOPT:
-                raise
-            return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import ipaddress
 import json
+import os
 import socket
 import subprocess
 import time
@@ -23,8 +24,7 @@ from kvmifup.agent import events
 from kvmifup.agent.loop import Loop
 from kvmifup.core.ops import LinkMaster, Op, Value
 from kvmifup.diagnosis import bridged
-from kvmifup.node import facts, messages, overview, procfs, reserved, routes, settings, standing, transport
-from kvmifup.node import view as views
+from kvmifup.node import messages, overview, procfs, reserved, routes, settings, standing, transport
 from kvmifup.node.addresses import link_local
 from kvmifup.node.kernel import Kernel
 from kvmifup.node.messages import RTM_GETRULE
@@ -436,20 +436,61 @@ def test_a_dump_of_devices_has_their_settings_as_they_are(family: str, name: str
     assert WholeView().sysctl(path) in (value, "1")  # of some, any number means yes
 
 
-def test_only_what_a_dump_does_not_have_is_read_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+class Asked:
+    """Counts the files that are opened, by path, and what takes a socket; as a new process, which knows no journal."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened: Counter[str] = Counter()
+        self.sockets = 0
+        self._patch = monkeypatch
+        before, socket_of, name_of = os.open, socket.socket, socket.if_indextoname
+
+        def opening(path: str, *given: Any, **named: Any) -> int:
+            self.opened[os.fspath(path)] += 1
+            return before(path, *given, **named)
+
+        class Counted(socket_of):  # type: ignore[valid-type,misc]
+            def __init__(inner, *given: Any, **named: Any) -> None:  # noqa: N805
+                self.sockets += 1
+                super().__init__(*given, **named)
+
+        def naming(index: int) -> str:
+            self.sockets += 1  # the C library makes one
+            return name_of(index)
+
+        monkeypatch.setattr(os, "open", opening)
+        monkeypatch.setattr(socket, "socket", Counted)
+        monkeypatch.setattr(socket, "if_indextoname", naming)
+
+    def by(self, *argv: str) -> tuple[Counter[str], int]:
+        """What *argv* takes."""
+        index = Index()
+        self._patch.setattr(store, "index_of", lambda _directory: index)
+        self.opened.clear()
+        self.sockets = 0
+        assert call("kvm-ifup", *argv, "--json").out
+        return Counter(self.opened), self.sockets
+
+
+@pytest.mark.pyroute2
+@pytest.mark.parametrize("verb", ["show", "check"])
+def test_who_looks_at_all_opens_each_file_once_and_no_socket_for_each(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nodes.add_bridge()
+    tools.ip("route add default via 192.0.2.1 table 100")
     wired(range(6))
-    read: Counter[str] = Counter()
-    plain = procfs.sysctl
-
-    def sysctl(path: str) -> str | None:
-        read[path.rpartition("/")[2]] += 1
-        return plain(path)
-
-    for module in (overview, views, facts):
-        monkeypatch.setattr(module, "sysctl", sysctl, raising=False)
-    call("kvm-ifup", "show")
-    assert {name for name, times in read.items() if times >= 4} == {"proxy_delay"}
+    asked = Asked(monkeypatch)
+    opened, few = asked.by(verb)
+    journals = [f"{manager.RUN_DIR}/state/tap{number}.json" for number in range(6)]
+    assert [opened[path] for path in journals] == [1] * 6
+    ours = (str(manager.RUN_DIR), "/proc/sys/", "/sys/class/net/")
+    assert {path: times for path, times in opened.items() if times > 1 and path.startswith(ours)} == {}
+    of_each = {path.rpartition("/")[2] for path in opened if "/tap1/" in path}
+    assert of_each == {"proxy_delay"}  # no dump has it
+    wired(range(6, 24))
+    assert asked.by(verb)[1] <= few + 2  # what does not come in one part is asked for once more, on another socket
+    assert few > 0
 
 
 # --- what is left of it in memory ------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def no_pyroute2() -> Iterator[None]:
 def in_one_namespace() -> Iterator[None]:
     """The network namespace of the samples, whichever one the kernel's tests have left this process in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvmifup.runs.store.NAMESPACE", NAMESPACE)
+        patch.setattr("kvmifup.runs.namespaces.PLACE", NAMESPACE)
         yield
 
 
