@@ -97,6 +97,16 @@ def call(program: str, *argv: str, environ: Mapping[str, str] | None = None) -> 
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def printed(plan: str) -> list[str]:
+    """The commands in what `kvm-ifup plan` prints: each ends with the line in which its last quote ends."""
+    found: list[str] = []
+    for line in plan.splitlines():
+        if line.startswith(" " * 11):
+            inside = found and found[-1].count("'") % 2
+            found[-1:] = [f"{found[-1]}\n{line}"] if inside else [*found[-1:], line.strip()]
+    return found
+
+
 def call_in_child(program: str, *argv: str) -> int:
     """Like `call`, in a forked child that may die on the way: its exit code, or minus the signal that killed it."""
     pid = os.fork()

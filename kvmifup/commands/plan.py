@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from kvmifup.commands.call import Call
@@ -20,24 +22,25 @@ def run(call: Call) -> int:
     assert call.request is not None  # `main.execute` has made it
     with opened(call.run_dir, call.config, dry=True) as session:
         found, failures = carry_out(call, call.request, session)
+    commands = partial(by_hand.lines, made=set())
     # Each step has a command of its own.
     outcomes = [replace(one, undone=in_steps(one.undone), changes=in_steps(one.changes)) for one in found]
     if not call.options.json:
-        call.say(render.plan_lines(outcomes, by_hand.lines))
+        call.say(render.plan_lines(outcomes, commands))
     elif not failures:
-        call.say_json([plan_object(outcome) for outcome in outcomes])
+        call.say_json([plan_object(outcome, commands) for outcome in outcomes])
     if call.options.verbose:
         call.add(render.remark_lines(outcomes))
     raise_all(failures)
     return 0
 
 
-def plan_object(outcome: Outcome) -> dict[str, Any]:
-    """The outcome, each op with its command."""
+def plan_object(outcome: Outcome, commands: Callable[[Change], list[str]]) -> dict[str, Any]:
+    """The outcome, each op with its *commands*."""
 
     def with_command(change: Change) -> dict[str, Any]:
-        commands = by_hand.lines(change) if change.needed else []
-        return {**render.change_object(change), "command": "; ".join(commands) or None}
+        words = "; ".join(commands(change)) if change.needed else ""
+        return {**render.change_object(change), "command": words or None}
 
     return {
         **render.as_object(outcome),

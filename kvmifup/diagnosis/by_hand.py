@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from kvmifup.core import bridgeport, rates
 from kvmifup.core.ops import (
@@ -45,8 +45,12 @@ LAST_SOURCES = f"nft list table {by_hand_sources.HERE} | grep -q elements || nft
 HANDLE, POLICE = f"{limits.OURS >> 16:x}", f"ingress pref {limits.PRIORITY}"
 
 
-def lines(change: Change) -> list[str]:
-    """The command lines that make *change*, quoted for a shell; none where no such command exists."""
+def lines(change: Change, made: set[str] | None = None) -> list[str]:
+    """The commands that make *change*, quoted for a shell; none where no such command exists.
+
+    Most are one line. One for nft that does several things has a line for each. What makes that which all NICs share is
+    left out if *made* has it already, and else noted there.
+    """
     match change.op:
         case LinkMaster() if change.op.want:
             return [shlex.join(words) for words in port(change.op, change.op.want, change.now)]
@@ -54,10 +58,10 @@ def lines(change: Change) -> list[str]:
             there, wanted = (dict.fromkeys(ids(str(value)), 0) for value in (change.now, change.op.want))
             return [shlex.join(words) for words in vlans(change.op.dev, there, wanted)]
         case Filter():
-            found = [shlex.join(["nft", one]) for one in filter_changes.by_hand(change.op, change.now)]
+            found = nft(*filter_changes.by_hand(change.op, change.now), made)
             return found if change.op.want else [*found, LAST]
         case Sources() | UplinkGuard():
-            found = [shlex.join(by_hand_sources.command(change.op, change.now))]
+            found = nft(*by_hand_sources.commands(change.op, change.now), made)
             return found if change.op.want else [*found, LAST_SOURCES]
         case OvsPort():
             now = None if change.now is None else str(change.now)
@@ -66,6 +70,22 @@ def lines(change: Change) -> list[str]:
             return list(limit(change.op, change.now))
     words = argv(change.op)
     return [shlex.join(words)] if words else []
+
+
+def nft(shared: Sequence[str], own: Sequence[str], made: set[str] | None) -> list[str]:
+    """Two transactions: what NICs share, as `lines` says it, and what is a NIC's own."""
+    found = [transaction(own)] if own else []
+    if shared and (first := transaction(shared)) not in (made or ()):
+        found.insert(0, first)
+        if made is not None:
+            made.add(first)
+    return found
+
+
+def transaction(words: Sequence[str]) -> str:
+    """Several commands for nft as one for a shell. (A semicolon and a blank are between two of the shell's.)"""
+    said = [one.replace("; ", ";") for one in words]
+    return shlex.join(["nft", *said] if len(said) == 1 else ["nft", "\n  ".join(["", *said])])
 
 
 def port(op: LinkMaster, want: str, now: Value) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""From where guests may send, as commands for nft: all that `kvmifup.node.sources` writes, in one transaction."""
+"""From where guests may send, as commands for nft: all that `kvmifup.node.sources` writes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ RULES = {
 }
 
 
-def command(op: Sources | UplinkGuard, now: Value) -> list[str]:
-    """The words of `nft` that make *op* true, if the value there is *now*."""
-    made = () if op.want in (None, False) else shared()
-    parts = of_guest(op, now) if isinstance(op, Sources) else of_uplink(op)
-    return ["nft", ";".join((*made, *parts))]
+def commands(op: Sources | UplinkGuard, now: Value) -> tuple[list[str], list[str]]:
+    """What nft(8) is to be told to make *op* true, if the value there is *now*: what NICs share; what is its own."""
+    made = [] if op.want in (None, False) else [*shared()]
+    return made, [*(of_guest(op, now) if isinstance(op, Sources) else of_uplink(op))]
 
 
 def shared() -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from kvmifup.core import filters
 from kvmifup.core.filters import Facts
@@ -81,29 +81,16 @@ def commands(tap: str, facts: Facts, found: Found) -> Iterator[str]:
     yield from (shape.element("add", tap, one) for one in sorted(wanted - found.elements))
 
 
-def by_hand(op: Filter, now: object) -> Iterator[str]:
-    """What nft(8) is to be told to make what *op* wants of *now*: first what NICs share, then what is the NIC's own."""
+def by_hand(op: Filter, now: object) -> tuple[list[str], list[str]]:
+    """What nft(8) is to be told to make what *op* wants of *now*: what NICs share, if it is due; the NIC's own."""
     said = None if now is None else str(now)
     damage = said.partition(filters.BROKEN)[2].rstrip(")").split(", ") if said else [THE_TABLE]
     before = facts_in(said) if said else None
-    elements = shape.elements(before) if before else frozenset()
     wanted = facts_in(op.want) if op.want else None
     if wanted is None:
-        yield one_line(
-            (
-                *(shape.element("delete", op.dev, one) for one in sorted(elements)),
-                *shape.no_guard(op.dev),
-            )
-        )
-        return
-    if damage != [""]:
-        yield one_line(shape.shared_part(hooked=BASE_CHAIN in damage))
-    found = Found(())
-    if before and damage == [""]:
-        found = Found((), entries_for(op.dev, before), shape.guard_marks(op.dev))
-    yield one_line(commands(op.dev, wanted, found))
-
-
-def one_line(words: Iterable[str]) -> str:
-    """Several commands for nft as one. (Two commands for the shell are told apart by a semicolon and a blank.)"""
-    return ";".join(words).replace("; ", ";")
+        elements = shape.elements(before) if before else frozenset()
+        return [], [*(shape.element("delete", op.dev, one) for one in sorted(elements)), *shape.no_guard(op.dev)]
+    whole = damage == [""]
+    found = Found((), entries_for(op.dev, before), shape.guard_marks(op.dev)) if before and whole else Found(())
+    shared = [] if whole else [*shape.shared_part(hooked=BASE_CHAIN in damage)]
+    return shared, [*commands(op.dev, wanted, found)]

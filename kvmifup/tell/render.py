@@ -28,7 +28,7 @@ def plan_lines(outcomes: Sequence[Outcome], commands: Callable[[Change], list[st
         for verb, change in (*undone, *changes):
             yield f"  {verb} {transition(change)}"
             if commands and change.needed:
-                yield from (f"           {line}" for line in commands(change))
+                yield from (f"           {line}" for one in commands(change) for line in one.split("\n"))
         if not outcome.undone and not outcome.changes:
             yield "  nothing to do"
 

@@ -370,8 +370,7 @@ def test_a_nic_is_wired_as_nft_wires_it_by_the_printed_commands(bridged: Node, h
     add_filtered("tap1", 1)
     check(call("kvm-ifup-post", "tap1"), 0)
     manager.write_nic(mode="bridged", link="br0", filter=how, **{**NIC, "allow_mac": [FOREIGN_MAC]})
-    planned = call("kvm-ifup", "plan", "post", "tap0").out.splitlines()
-    commands = [line.strip() for line in planned if line.startswith(f"{' ':11}nft ")]
+    commands = [line for line in hooks.printed(call("kvm-ifup", "plan", "post", "tap0").out) if line.startswith("nft ")]
     before = as_in_the_kernel()
     check(call("kvm-ifup-post", "tap0"), 0)
     ours = as_in_the_kernel()

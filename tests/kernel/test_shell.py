@@ -35,15 +35,16 @@ def commands(phase: str, name: str = "tap0") -> list[str]:
     """The commands that `kvm-ifup plan` prints."""
     result = call("kvm-ifup", "plan", phase, name)
     check(result, 0)
-    found = [line.strip() for line in result.out.splitlines() if line.startswith(" " * 11)]
+    found = hooks.printed(result.out)
     as_json = json.loads(call("kvm-ifup", "plan", phase, name, "--json").out)
-    assert found == [
-        line
+    assert [shlex.split(line) for line in found] == [
+        shlex.split(line.replace("\n", f"\n{' ' * 11}"))  # the text has them below their change
         for one in as_json
         for op in (*one["undone"], *one["ops"])
         if op["command"] is not None
         for line in op["command"].split("; ")
     ]
+    assert len(max(result.out.splitlines(), key=len)) < 250
     return found
 
 
@@ -122,6 +123,27 @@ def test_the_printed_commands_take_the_node_the_hooks_way(nic: str, phase: str) 
     assert ways[0][-1] == ways[1][-1]
     first = [line for line in ways[1][0] if line.startswith("-") and "br1" in line]
     assert first or phase == "down", "it leaves br1 first"
+
+
+def test_what_nics_share_is_printed_once_and_loads_in_a_shell(uplinked: Node) -> None:
+    """Whatever of it is typed, as it stands in the plan: it is one script."""
+    nodes.add_bridge()
+    nics: dict[str, dict[str, Any]] = {
+        "tap0": {"mode": "bridged", "link": "br0", "ip": [GUEST_IP4], "filter": "address"},
+        "tap1": {"mode": "bridged", "link": "br0", "filter": "mac"},
+        "tap2": {"mode": "routed", "ip": ["192.0.2.9", "2001:db8::9"]},
+        "tap3": {"mode": "routed", "ip": ["192.0.2.10", "2001:db8::a"]},
+    }
+    for number, (tap, nic) in enumerate(nics.items()):
+        nodes.add_tap(tap)
+        manager.write_nic(tap, "web1", number, mac=f"aa:00:00:35:ac:0{number}", **nic)
+    said = call("kvm-ifup", "plan", "post", "web1").out
+    for table in ("bridge", "netdev", "inet"):
+        assert [line.strip() for line in said.splitlines()].count(f"add table {table} kvm-ifup") == 1
+    script = "\n".join(line for line in said.splitlines() if line.startswith(" " * 11))
+    tools.run("sh", "-ec", script)
+    ran = call("kvm-ifup-post", "--instance", "web1", "--plan", "--json")
+    assert {one[1] for one in ran.needed if "announce" not in one[1]} == set()
 
 
 def test_the_commands_for_a_killed_run_begin_with_leaving_too(uplinked: Node) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import disturb, manager, nodes, oracle, tools, wire
+from harness import disturb, hooks, manager, nodes, oracle, tools, wire
 from harness.addresses import (
     CLIENT_IP4,
     CLIENT_IP6,
@@ -481,8 +481,7 @@ def test_what_plan_prints_for_nft_is_what_the_hook_writes(uplinked: Node, rp_fil
     uplinked.guest()
     manager.write_nic(**NIC)
     config = manager.configuration(routed={"rp_filter": rp_filter, "guard_uplinks": True})
-    printed = [line.strip() for line in call("kvm-ifup", "plan", "post", "tap0", config).out.splitlines()]
-    for line in printed:
+    for line in hooks.printed(call("kvm-ifup", "plan", "post", "tap0", config).out):
         if line.startswith("nft "):
             tools.run(*shlex.split(line))
     by_hand = tools.run("nft", "list", "table", *TABLE)

@@ -8,7 +8,7 @@ import shlex
 import time
 from typing import Any
 
-from harness import disturb, manager, tools
+from harness import disturb, hooks, manager, tools
 from harness.addresses import CLIENT_MAC, GUEST_IP4, GUEST_MAC
 from harness.hooks import call, check
 from harness.nodes import Node, add_bridge, add_port
@@ -145,9 +145,8 @@ def test_drift_is_named_and_mended_and_the_printed_commands_do_the_same(node: No
         assert call("kvm-ifup", "check", "--repair").code == 0
         assert (shaper(), is_policed("50Mbit", 305)) == ((12_500_000, "fq_codel"), True)
     check(call("kvm-ifdown", "tap0"), 0)
-    for line in call("kvm-ifup", "plan", "post", "tap0").out.splitlines():
-        if line.startswith(" " * 11):
-            tools.run(*shlex.split(line))
+    for line in hooks.printed(call("kvm-ifup", "plan", "post", "tap0").out):
+        tools.run(*shlex.split(line))
     assert (shaper(), is_policed("50Mbit", 305)) == ((12_500_000, "fq_codel"), True)
     with disturb.disturbed() as written:
         check(call("kvm-ifup-post", "tap0"), 0)

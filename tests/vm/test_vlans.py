@@ -327,8 +327,7 @@ def test_an_uplink_that_joins_or_comes_back_gets_the_vlans_from_the_agent(node: 
 @pytest.mark.parametrize("vlan", [".100:200-299", ":1:100"])
 def test_the_printed_commands_make_what_the_hook_makes(node: Node, vlan: str) -> None:
     described(node, vlan)
-    lines = [line.strip() for line in call("kvm-ifup", "plan", "post", "tap0").out.splitlines() if line[:11].isspace()]
-    for line in lines:
+    for line in hooks.printed(call("kvm-ifup", "plan", "post", "tap0").out):
         tools.run(*line.split())
     by_hand = all_vlans()
     assert call("kvm-ifup-post", "tap0", "--json").needed == []
