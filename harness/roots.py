@@ -7,6 +7,7 @@ appears, where the tests run.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -138,8 +139,9 @@ def kept(name: str, suffix: str, recipe: object, make: Callable[[Path], None]) -
     with done.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for old in (*CACHE.glob(f"*{suffix}"), *CACHE.glob("*.making")):  # the latter of a run that was killed
-            if time.time() - old.stat().st_mtime > KEPT:
-                _remove(old)
+            with contextlib.suppress(FileNotFoundError):  # another run has just made it a whole one, or removed it
+                if time.time() - old.stat().st_mtime > KEPT:
+                    _remove(old)
         if done.exists():
             return done
         made = done.with_suffix(".making")

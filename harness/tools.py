@@ -13,7 +13,7 @@ SCRIPTS = ROOT / "scripts"
 # What a process manager hands down; a developer's own INTERFACE must not reach the scripts.
 CLEAN: Mapping[str, str] = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 # Nothing here is expected to take long: this only turns a hang into a failure.
-PATIENCE = 60
+PATIENCE = 180
 
 
 def run(*argv: str) -> str:

@@ -16,7 +16,7 @@ import pytest
 
 ETH_P_ALL, ETH_P_IP, ETH_P_ARP, ETH_P_IPV6, ETH_P_FENCE = 0x0003, 0x0800, 0x0806, 0x86DD, 0x88B5
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000  # linux/if_tun.h
-PATIENCE = 30  # seconds; only turns a hang into a failure
+PATIENCE = 90  # seconds; only turns a hang into a failure
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 
 

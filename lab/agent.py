@@ -47,7 +47,7 @@ class Agent:
             self.process: subprocess.Popen[str] = self._node.popen(
                 [*scheduled(), str(self._hooks.path("kvm-ifupd"))], stderr=log
             )
-        deadline = clock.now() + 20
+        deadline = clock.now() + 60
         while self.said().count(": ready") == before:
             if self.process.poll() is not None or clock.now() > deadline:
                 raise LabError(f"the agent on {self._node.name} does not start: {self.said()}", "run it by hand")

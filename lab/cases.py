@@ -131,7 +131,7 @@ def stage(net: Network, hooks: Hooks, image: guest.Image, progress: Progress) ->
             observe.observer(net) as observer,
         ):
             source.wait_booted()
-            observer.wait_for_replies(clock.now(), 30, source.must_run)
+            observer.wait_for_replies(clock.now(), 90, source.must_run)
             yield Stage(net, hooks, image, directory, observer, source)
 
 

@@ -69,13 +69,13 @@ class Guest:
         # QMP's names have dashes where Python's cannot.
         dashed = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
-            return self._await(self._qmp.execute(name, dashed), 20.0)
+            return self._await(self._qmp.execute(name, dashed), 60.0)
         except (QMPError, OSError, TimeoutError) as e:
             raise LabError(
                 f"QEMU on node {self.node.name} refused {name}: {e}; {self._words()}", "the lab needs QEMU 7.2 or newer"
             ) from e
 
-    def wait_event(self, name: str, seconds: float = 60.0, **data: str) -> Event:
+    def wait_event(self, name: str, seconds: float = 120.0, **data: str) -> Event:
         """The first event of that name with those data, from the guest's start on; LabError if none comes."""
         deadline = clock.now() + seconds
         seen = 0
@@ -98,7 +98,7 @@ class Guest:
             at = clock.from_realtime(stamp["seconds"] + stamp["microseconds"] / 1e6)
             self._events.append(Event(str(raw["event"]), at, data_of))
 
-    def wait_booted(self, seconds: float = 60.0) -> None:
+    def wait_booted(self, seconds: float = 120.0) -> None:
         """Returns when the guest's NIC is configured; LabError when it does not get there."""
         deadline = clock.now() + seconds
         while guest.READY not in (said := self.serial()):
@@ -148,7 +148,7 @@ class Guest:
         """Ends QEMU at once, as a crash would: no downscript."""
         end(self.process)
 
-    def connect(self, seconds: float = 60.0) -> None:
+    def connect(self, seconds: float = 120.0) -> None:
         """Opens the QMP connection as soon as QEMU listens; LabError with QEMU's words when it has ended."""
         deadline = clock.now() + seconds
         socket = self.directory / "qmp.sock"

@@ -178,11 +178,11 @@ class Observer:
     ) -> Record:
         """Observes until the guest has answered IPv4 and IPv6 steadily for `settled` seconds after `since`.
 
-        Steadily: of what was sent in the last `settled` seconds (but for the last 0.2), nine in ten are answered.
+        Steadily: of what was sent in the last `settled` seconds (but for the last 0.5), nine in ten are answered.
         """
 
         def steady(pings: tuple[Ping, ...], now: float) -> bool:
-            recent = [p.replied is not None for p in pings if now - settled <= p.sent < now - 0.2]
+            recent = [p.replied is not None for p in pings if now - settled <= p.sent < now - 0.5]
             return len(recent) > 0 and sum(recent) >= 0.9 * len(recent)
 
         def both(record: Record) -> bool:

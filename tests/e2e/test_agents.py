@@ -51,7 +51,7 @@ def routed(scripts: Hooks, image: guest.Image) -> Iterator[Attended]:
     yield from attended("routed", scripts, image)
 
 
-def until(true: Callable[[], bool], moved: Attended, seconds: float = 20.0) -> None:
+def until(true: Callable[[], bool], moved: Attended, seconds: float = 60.0) -> None:
     """Waits for what the agents do by themselves; with their words, fails when they do not."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -76,8 +76,8 @@ def test_routed_guest_is_wired_where_it_arrives_and_withdrawn_where_it_left(rout
         def told(record: observe.Record) -> bool:
             return says(record, "garp", NODE_MAC["b"]) and says(record, "unsolicited-na", NODE_MAC["b"])
 
-        on.observer.wait("node b has announced the guest", told, 10, target.must_run)
-        on.observer.wait_for_replies(time.monotonic(), 30, target.must_run)
+        on.observer.wait("node b has announced the guest", told, 60, target.must_run)
+        on.observer.wait_for_replies(time.monotonic(), 90, target.must_run)
         record = on.observer.record()
         assert {node for p in record.probes if p.sent < migrated.resumed for node in p.answered} == {"a"}
         on.hooks.run("kvm-ifup-post", net.b)
@@ -112,7 +112,7 @@ def test_failed_migration_leaves_the_target_clean_with_nobody_calling(ending: st
         on.source.wait_event("MIGRATION", status="failed" if ending == "killed" else "cancelled")
         until(lambda: wiring(net.b) == fresh and not journals(routed, "b"), routed)
     assert wiring(net.a) == here, "the guest goes on as it was"
-    on.observer.wait_for_replies(time.monotonic(), 30, on.source.must_run)
+    on.observer.wait_for_replies(time.monotonic(), 90, on.source.must_run)
 
 
 def journals(moved: Attended, node: str) -> list[str]:
@@ -154,5 +154,5 @@ def test_agents_killed_at_any_time_lose_no_guest_and_leave_nothing(routed: Atten
             kill_one(here.name)
             source.quit()
             until(partial(clean, routed, here, empty[here.name]), routed)
-            on.observer.wait_for_replies(time.monotonic(), 60, target.must_run)
+            on.observer.wait_for_replies(time.monotonic(), 90, target.must_run)
             source, here, there = target, there, here

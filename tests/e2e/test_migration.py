@@ -31,7 +31,7 @@ def test_bridged_guest_moves_with_phases(bridged: Moved) -> None:
         def told(record: observe.Record) -> bool:
             return says(record, "rarp", GUEST_MAC)
 
-        record = on.observer.wait("QEMU's RARP reaches the client", told, 10, target.must_run)
+        record = on.observer.wait("QEMU's RARP reaches the client", told, 60, target.must_run)
         assert all(
             f.port == "to-b" and f.at >= migrated.resumed - 0.1 for f in record.at_switch if f.seen.kind == "rarp"
         )
@@ -42,7 +42,7 @@ def test_bridged_guest_moves_with_phases(bridged: Moved) -> None:
         on.hooks.run("kvm-ifup-post", net.b)
         assert tap_forwards(net.b)
         on.source.quit()
-        on.observer.wait_for_replies(time.monotonic(), 30, target.must_run)
+        on.observer.wait_for_replies(time.monotonic(), 90, target.must_run)
 
         on.hooks.run("kvm-ifdown", net.b)
         assert wiring(net.b) == fresh
@@ -73,8 +73,8 @@ def test_routed_guest_moves_with_phases(routed: Moved) -> None:
         def told(record: observe.Record) -> bool:
             return says(record, "garp", NODE_MAC["b"]) and says(record, "unsolicited-na", NODE_MAC["b"])
 
-        on.observer.wait("node b has announced the guest", told, 10, target.must_run)
-        record = on.observer.wait_for_replies(time.monotonic(), 30, target.must_run)
+        on.observer.wait("node b has announced the guest", told, 60, target.must_run)
+        record = on.observer.wait_for_replies(time.monotonic(), 90, target.must_run)
         answered_by = {node for probe in record.probes for node in probe.answered}
         assert answered_by == {"a", "b"}, "both nodes have their turn"
         assert observe.contested(record.probes) == (), "but never both at the same moment"
@@ -93,7 +93,7 @@ def test_routed_guest_wired_at_the_start_is_answered_for_by_two_nodes(routed: Mo
         def two(record: observe.Record) -> bool:
             return bool(observe.contested(record.probes))
 
-        on.observer.wait("two nodes answer one ARP probe", two, 20, target.must_run)
+        on.observer.wait("two nodes answer one ARP probe", two, 60, target.must_run)
         assert on.source.status() == "running", "they do so while the guest is still on node a"
 
 
@@ -118,5 +118,5 @@ def test_failed_migration_leaves_the_target_clean(mode: Mode, ending: str, reque
         on.hooks.run("kvm-ifdown", net.b)
         assert wiring(net.b) == fresh
         assert on.source.status() == "running"
-        record = on.observer.wait_for_replies(time.monotonic(), 30, on.source.must_run)
+        record = on.observer.wait_for_replies(time.monotonic(), 90, on.source.must_run)
         assert {node for probe in record.probes for node in probe.answered} <= {"a"}, "the target never answered"

@@ -62,7 +62,7 @@ class Monitor:
         """What QEMU answers."""
         self._lines.write(json.dumps({"execute": command}) + "\n")
         self._lines.flush()
-        if not self._answered.acquire(timeout=20):
+        if not self._answered.acquire(timeout=60):
             raise LabError(f"QEMU does not answer {command}", "is this machine overloaded?")
         return self._answer
 

@@ -119,7 +119,7 @@ def switch(node: Node) -> None:
         f"ovsdb-server {place}/conf.db --remote=punix:{place}/db.sock {quiet}",
         "ovs-vsctl --no-wait init",
         f"ovs-vswitchd {quiet}",
-        "ovs-vsctl --timeout=20 add-br ovs0 -- set bridge ovs0 datapath_type=netdev",
+        "ovs-vsctl --timeout=60 add-br ovs0 -- set bridge ovs0 datapath_type=netdev",
     ]
     node.run("sh", "-ec", "; ".join(commands))
 

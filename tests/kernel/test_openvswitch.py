@@ -32,7 +32,7 @@ SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
 
 def vsctl(*arguments: str) -> str:
     """The answer of ovs-vsctl."""
-    return tools.run("ovs-vsctl", "--timeout=20", *arguments).strip()
+    return tools.run("ovs-vsctl", "--timeout=60", *arguments).strip()
 
 
 def database(*arguments: str) -> None:
@@ -308,7 +308,7 @@ def test_a_dead_switch_is_neither_ready_nor_right(switch: Node, dead: str) -> No
     assert hooks.call("kvm-ifup", "check").code == 1
     if dead == "ovs-vswitchd":
         check(hook("kvm-ifdown", "tap0"), 0)
-        assert "tap0" not in tools.run("ovs-vsctl", "--no-wait", "--timeout=20", "list-ports", "ovs0").split()
+        assert "tap0" not in tools.run("ovs-vsctl", "--no-wait", "--timeout=60", "list-ports", "ovs0").split()
 
 
 def test_a_port_that_was_already_there_goes_with_the_guest(switch: Node) -> None:

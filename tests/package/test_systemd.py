@@ -392,8 +392,8 @@ def test_one_that_cannot_start(node: Machine) -> None:
 def test_one_that_crashes_again_and_again(node: Machine) -> None:
     """It is tried once in a second, for as long as it takes; then it is there, without anybody's help."""
     with changed(node, "Service", "ExecStart=", "ExecStart=/bin/sh -c 'kill -SEGV $$'"):
-        node.run(f"systemctl restart {SERVICE}", check=False)
         begun = time.monotonic()
+        node.run(f"systemctl restart {SERVICE}", check=False)
         node.until(f"[ $(systemctl show --value -p NRestarts {SERVICE}) -ge {MANY} ]")
         assert time.monotonic() - begun >= MANY - 1
     node.until(f"systemctl is-active {SERVICE}")
