@@ -159,13 +159,25 @@ class SourceTable:
         if self.right is None:
             try:
                 flags, _ = self._kernel.itself() or (None, 0)
-                self.right = flags == 0 and are_ours(tuple(self._kernel.rules()))
+                self.right = flags == 0 and self._has_our_rules()
             except NetlinkError as error:
                 # Who may change nothing may not look either. That can only be a plan: for it, nothing is there.
                 if error.errno not in (errno.EPERM, errno.EACCES):
                     raise
                 self.right, self._blind = False, True
         return self.right
+
+    def _has_our_rules(self) -> bool:
+        """While somebody makes or removes the table, the kernel may list some rules twice: that is looked at again."""
+        if are_ours(tuple(self._kernel.rules())):
+            return True
+        for _ in range(TRIES):
+            generation = self._kernel.generation()
+            if are_ours(tuple(self._kernel.rules())):
+                return True
+            if self._kernel.generation() == generation:
+                break
+        return False
 
     def _led(self, tap: str) -> tuple[str, list[str] | None] | None:
         """The chain that *tap* is led to, and what its comment names; None if there is no comment."""

@@ -99,12 +99,17 @@ def test_two_nics_with_one_address_are_refused_before_anything_is_touched(uplink
 
 
 @pytest.mark.parametrize(
-    "name", ["nosuch", "../web1.example.com", ".", "", "a/b", "x\ny", pytest.param("é" * 200, id="too long")]
+    ("name", "code"),
+    [
+        *((name, 65) for name in ("nosuch", "../web1.example.com", ".", "a/b", "x\ny")),
+        pytest.param("é" * 200, 65, id="too long"),
+        pytest.param("", 64, id="empty"),
+    ],
 )
-def test_an_instance_that_is_not_there_or_no_name_is_65(two: Node, name: str) -> None:
+def test_an_instance_that_is_not_there_or_no_name_is_refused(two: Node, name: str, code: int) -> None:
     before = snapshots.snapshot()
     for program in ("kvm-ifup-pre", "kvm-ifup-post"):
-        check(call(program, "--instance", name), 65)
+        check(call(program, "--instance", name), code)
     assert snapshots.changes(before, snapshots.snapshot()) == []
 
 
