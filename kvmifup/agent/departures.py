@@ -67,7 +67,7 @@ def which_of(place: Place) -> Which:
 
 def routed_here(tap: TapRecord) -> Iterable[str]:
     """The prefixes of a routed guest that runs here."""
-    return tap.nic.destinations if tap.phase is Phase.POST and tap.nic.mode == "routed" else ()
+    return map(str, tap.nic.ip) if tap.phase is Phase.POST and tap.nic.mode == "routed" else ()
 
 
 class Departures:

@@ -81,7 +81,7 @@ class Looked:
     """
 
     tap: TapRecord
-    things: frozenset[Thing]
+    things: tuple[Thing, ...]
     unheard: tuple[Op, ...]
     outliving: tuple[Op, ...] = ()
     mtu: int | None = None
@@ -142,11 +142,11 @@ class Mender:
             mtu = self._mtu_before(plan)
             differs = mtu or plan.due or planning.journal_after(plan, session) != journal
         except Exception as error:
-            return Looked(tap, frozenset(relied_on(tap, None, session)), ()), as_ours(error)
+            return Looked(tap, tuple(relied_on(tap, None, session)), ()), as_ours(error)
         same = {entry.op: entry.op for entry in journal.entries}  # there are thousands of them, and each is kept once
         unheard = tuple(same.get(change.op, change.op) for change in plan.changes if is_unheard(change.op))
         outliving = tuple(op for op in unheard if op.outlives_tap)
-        looked = Looked(tap, frozenset(relied_on(tap, plan, session)), unheard, outliving, mtu)
+        looked = Looked(tap, tuple(relied_on(tap, plan, session)), unheard, outliving, mtu)
         return looked, plan if differs else None
 
     def _mtu_before(self, plan: planning.Plan) -> int | None:
@@ -220,8 +220,13 @@ class Mender:
         return float(min(AGAIN * 2**tries, LONGEST))
 
 
-def relied_on(tap: TapRecord, plan: planning.Plan | None, session: Session) -> Iterator[Thing]:
+def relied_on(tap: TapRecord, plan: planning.Plan | None, session: Session) -> set[Thing]:
     """What *tap* relies on, as events name it."""
+    return set(things_of(tap, plan, session))
+
+
+def things_of(tap: TapRecord, plan: planning.Plan | None, session: Session) -> Iterator[Thing]:
+    """The same, one by one, and some of them more than once."""
     nic = tap.nic
     names = {nic.tap, *(dev for dev, _ in tap.journal.devices), *(session.config.routed.uplinks or ())}
     if nic.mode != "routed" and nic.link:

@@ -42,7 +42,7 @@ def relied_on(prepared: Prepared, nic: Nic) -> frozenset[Thing]:
     devices: set[Thing] = {
         ("device", index) for one in prepared.values() for dev, index in one.devices if dev != nic.tap
     }
-    return frozenset({ANYTHING, *DEFAULT_ROUTES, *devices, *(("route", to) for to in nic.destinations)})
+    return frozenset({ANYTHING, *DEFAULT_ROUTES, *devices, *(("route", str(prefix)) for prefix in nic.ip)})
 
 
 class Preparations:

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from kvmifup.agent.events import Thing
+from kvmifup.core.finder import Finder
 
 
 class Reliance:
     """Taps, by name, and the things that each relies on."""
 
     def __init__(self) -> None:
-        self._things: dict[str, frozenset[Thing]] = {}
-        # Nearly all things are one tap's alone, and a set takes four times as much memory.
-        self._taps: dict[Thing, set[str] | tuple[str]] = {}
+        self._things: dict[str, Collection[Thing]] = {}
+        self._taps: Finder[Thing] = Finder()
 
-    def note(self, tap: str, things: frozenset[Thing]) -> None:
+    def note(self, tap: str, things: Collection[Thing]) -> None:
         """From now on *tap* relies on *things*, and nothing else."""
         self.forget(tap)
         self._things[tap] = things
         for thing in things:
-            there = self._taps.get(thing)
-            if isinstance(there, set):
-                there.add(tap)
-            else:
-                self._taps[thing] = {*there, tap} if there else (tap,)
+            self._taps.add(thing, tap)
 
     def forget(self, tap: str) -> None:
         """*tap* relies on nothing any more."""
         for thing in self._things.pop(tap, ()):
-            there = self._taps[thing]
-            if isinstance(there, set) and len(there) > 1:
-                there.discard(tap)
-            else:
-                del self._taps[thing]
+            self._taps.remove(thing, tap)
 
     def on(self, things: Iterable[Thing]) -> set[str]:
         """The taps that rely on one of *things*."""
-        return {tap for thing in things for tap in self._taps.get(thing, ())}
+        return {tap for thing in things for tap in self._taps.by(thing)}

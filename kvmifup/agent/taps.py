@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from kvmifup.agent.answers import Answers
@@ -71,8 +71,7 @@ class TapRecord:
     addresses, by None, and where the guest is asked for each alone, by that. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
-    *doubtful*: its guest may be here, and have nothing more to say, so it is asked. *answers*: what it says of its
-    addresses.
+    *doubtful*: its guest may be here, and have nothing more to say, so it is asked.
     """
 
     def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:
@@ -83,13 +82,13 @@ class TapRecord:
         self.reached = clock.uptime() - clock.age(journal)
         self.left = journal.left
         self.stamp = stamp
-        self.places = frozenset(
+        self.places = tuple(
             (entry.op.dev, entry.op.address)
             for entry in journal.entries
             if isinstance(entry.op, ProxyNeighbour) and journal.phase is Phase.POST
         )
         answering = {dev for dev, _ in self.places}
-        self.uplinks = frozenset(index for dev, index in journal.devices if dev in answering)
+        self.uplinks = tuple(index for dev, index in journal.devices if dev in answering)
         self.state = state_of(journal)
         self.listener: socket.socket | None = None
         self.prepared: Prepared = {}
@@ -97,13 +96,17 @@ class TapRecord:
         self.tries = 0
         self.complaint = ""
         self.doubtful = False
-        self.answers = Answers(journal.nic)
         self._loop = loop
 
     @property
     def name(self) -> str:
         """The device's name."""
         return self.nic.tap
+
+    @cached_property
+    def answers(self) -> Answers:
+        """What its guest says of its addresses; nearly all guests are here already, and nobody asks them."""
+        return Answers(self.nic)
 
     def become(self, state: State) -> None:
         """Go on to *state*, and let go of what is not needed there. Raises BugError if that cannot follow."""

@@ -81,7 +81,7 @@ class Nic:
         """*ip*, to look one up: it may be one of thousands."""
         return frozenset(self.ip)
 
-    @cached_property
+    @property
     def networks(self) -> tuple[Prefix, ...]:
         """Those of *ip* that are more than a single address."""
         return tuple(prefix for prefix in self.ip if prefix.prefixlen < prefix.max_prefixlen)
@@ -94,11 +94,6 @@ class Nic:
         narrow = ((mine, theirs) for mine in self.networks for theirs in other.ip)
         same = next((prefix for prefix in self.ip if prefix in other.prefixes), None)
         return same or next((mine for mine, theirs in (*wide, *narrow) if overlap(mine, theirs)), None)
-
-    @cached_property
-    def destinations(self) -> frozenset[str]:
-        """*ip* as text, for the same reason."""
-        return frozenset(map(str, self.ip))
 
     @property
     def on_uplinks(self) -> bool:

@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Collection, Hashable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
 from kvmifup.core.errors import JournalError
+from kvmifup.core.finder import Finder
 from kvmifup.core.records import record
 from kvmifup.runs.journal import Journal
 
@@ -77,7 +79,7 @@ class Index:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seen: dict[str, Seen] = {}
-        self._taps: dict[Hashable, set[str]] = {}  # by name
+        self._taps: Finder[Hashable] = Finder()  # by name
         self._token = b""
         self._updated = 0.0
         self._heeded = False  # somebody looks whenever a file has changed
@@ -167,9 +169,7 @@ class Index:
     def _forget(self, tap: str) -> None:
         seen = self._seen.pop(tap, None)
         for name in seen.names if seen else ():
-            self._taps[name].discard(tap)
-            if not self._taps[name]:
-                del self._taps[name]
+            self._taps.remove(name, tap)
 
     def decoded(self, tap: str, text: str) -> Journal | None:
         """The journal of *tap*, if its file had this *text* when it was read last; else None."""
@@ -185,19 +185,20 @@ class Index:
         """Remember what this process has written; *text* None for a part of it. The file is read again all the same: it
         may have changed by then. *names*: those of the journal, if they have been found already.
         """
+        kept = replace(journal, nic=replace(journal.nic))  # copies: what the run has looked up in them goes with it
         with self._lock:
-            self._remember(tap, Seen((), False, None if text is None else hash(text), journal), names)
+            self._remember(tap, Seen((), False, None if text is None else hash(text), kept), names)
 
     def _remember(self, tap: str, seen: Seen, names: Set[Hashable] | None = None) -> None:
         self._forget(tap)
         self._seen[tap] = seen
         for name in seen.names if names is None else names:
-            self._taps.setdefault(name, set()).add(tap)
+            self._taps.add(name, tap)
 
     def naming(self, name: Hashable) -> Iterator[tuple[str, Journal]]:
         """The journals that *name* is in, with their taps; one by one, because mostly only the first is wanted."""
         with self._lock:
-            taps = tuple(self._taps.get(name, ()))
+            taps = self._taps.by(name)
         for tap in taps:
             with self._lock:
                 seen = self._seen.get(tap)

@@ -65,10 +65,11 @@ class OtherVersion(ValueError):
 class Entry:
     """An op that was or will be done, and the value that the kernel had before."""
 
+    __slots__ = ("op", "prior")  # there are thousands of them
     op: Op
     prior: Value
 
-    @cached_property
+    @property
     def undo(self) -> Op:
         """The op that puts the old value back."""
         return self.op.turned(self.prior)

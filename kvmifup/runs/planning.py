@@ -67,7 +67,8 @@ def plan(
     Raises what `phases.plan` and reading the node raise.
     """
     config = session.config
-    journal = journal and followed(journal, session.kernel)
+    # A copy: what is looked up in it by key goes with this plan, and the agent keeps thousands of journals.
+    journal = journal and replace(followed(journal, session.kernel))
     facts = with_claims(session.kernel.facts(nic, config), nic, session)
     if journal and nic.mode == "ext":  # its program has made what there is
         facts = replace(facts, rules=(), port=None, filtered=False, judged=False)
