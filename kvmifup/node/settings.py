@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-import struct
+from struct import Struct
 
 from kvmifup.node.messages import attributes
 
@@ -27,19 +27,21 @@ PLACES = {
     ("ipv6", "disable_ipv6"): 26,
     ("ipv6", "accept_dad"): 27,
 }
+NUMBER = Struct("=i")
 KINDS = {"ipv4": (socket.AF_INET, IFLA_INET_CONF), "ipv6": (socket.AF_INET6, IFLA_INET6_CONF)}
 
-Settings = dict[str, tuple[int, ...]]  # the numbers of each family
+Settings = dict[str, bytes]  # the numbers of each family, as the kernel has them: thousands of devices have dozens
 
 
 def settings_of(spec: bytes) -> Settings:
     """The settings in an attribute IFLA_AF_SPEC."""
     families = attributes(spec)
-    found = {name: attributes(families.get(family, b"")).get(kind, b"") for name, (family, kind) in KINDS.items()}
-    return {name: struct.unpack(f"={len(data) // 4}i", data[: len(data) & ~3]) for name, data in found.items()}
+    return {name: attributes(families.get(family, b"")).get(kind, b"") for name, (family, kind) in KINDS.items()}
 
 
 def named(settings: Settings, family: str, name: str) -> str | None:
     """The setting *name* of *family*, "ipv4" or "ipv6"; None if it is not among them."""
     place, numbers = PLACES.get((family, name)), settings[family]
-    return None if place is None or place >= len(numbers) else str(numbers[place])
+    if place is None or len(numbers) < (place + 1) * NUMBER.size:
+        return None
+    return str(NUMBER.unpack_from(numbers, place * NUMBER.size)[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import suppress
 from itertools import chain
 
@@ -107,6 +107,7 @@ class Transport:
         spare = _kept[0].take(protocol) if _kept and not fresh else None
         self.socket, self._sequence = spare or (opened(protocol), 0)
         self._warm = spare is not None  # whether it has received something
+        self.undisturbed = True  # whether the kernel has said nothing else of the last dump
 
     def close(self) -> None:
         """Close the socket, or leave it to who needs one next."""
@@ -157,31 +158,41 @@ class Transport:
         devices the kernel says so (NLM_F_DUMP_INTR). So a dump in parts is made twice, with parts that end elsewhere.
         """
         every: dict[bytes, bytes] = {}
+
+        def take(parts: Iterable[bytes], known: Set[int] = frozenset()) -> None:
+            for part in parts:  # each goes before the next one comes: they may be about thousands of devices
+                found = filter(keep, split(part, wanted))
+                every.update((identity(one), one) for one in found if not known or hash(one[BODY:]) not in known)
+
         for _ in range(TRIES):
             warm = self._warm
-            parts, undisturbed = self.dump_once(kind, body)
-            if undisturbed and len(parts) <= 1 and not every:
-                return [one for part in parts for one in filter(keep, split(part, wanted))]
-            every |= {identity(one): one for part in parts for one in filter(keep, split(part, wanted))}
-            if undisturbed and len(parts) > 1:
+            parts = self.parts(kind, body)
+            first, second = next(parts, b""), next(parts, b"")
+            if not second and self.undisturbed and not every:
+                return [*filter(keep, split(first, wanted))]
+            take(chain((first, second), parts))
+            undisturbed = self.undisturbed
+            if undisturbed and second:
                 # The first part that a socket gets is small, until it has received something (netlink_dump).
                 other = Transport(fresh=True) if warm else self
                 try:
-                    parts, undisturbed = other.dump_once(kind, body)
+                    known = {hash(one[BODY:]) for one in every.values()}  # nearly all are the same
+                    take(other.parts(kind, body), known)
                 finally:
                     if warm:
                         other.close()
-                same = {one[BODY:] for one in every.values()}  # as nearly all are
-                again = (one for part in parts for one in filter(keep, split(part, wanted)) if one[BODY:] not in same)
-                every |= {identity(one): one for one in again}
+                undisturbed = other.undisturbed
             if undisturbed:
                 break
         return list(every.values())
 
     def dump_once(self, kind: int, body: bytes) -> tuple[list[bytes], bool]:
-        """The parts of a dump, each with all of its messages; and False if the kernel says that it was disturbed."""
+        """All `parts` of a dump; and False if the kernel says that it was disturbed."""
+        return list(self.parts(kind, body)), self.undisturbed
+
+    def parts(self, kind: int, body: bytes) -> Iterator[bytes]:
+        """The parts of a dump as they come, each with all of its messages. Then `undisturbed` is about it."""
         request = self.send(kind, NLM_F_DUMP, body)
-        parts: list[bytes] = []
         seen = 0
         unpack = NLMSGHDR.unpack_from
         while True:
@@ -194,12 +205,14 @@ class Transport:
                     break
                 seen |= flags
                 if answer in (NLMSG_DONE, NLMSG_ERROR):
-                    self._answered = True
+                    self._answered, self.undisturbed = True, not seen & NLM_F_DUMP_INTR
                     raise_error(data, offset + BODY)
-                    return parts + [data[:offset]] * (offset > 0), not seen & NLM_F_DUMP_INTR
+                    if offset:
+                        yield data[:offset]
+                    return
                 offset += length + 3 & ~3
             else:
-                parts.append(data)
+                yield data
 
 
 def opened(protocol: int) -> socket.socket:

@@ -239,14 +239,14 @@ class Reading:
         self._count(Transport, "send")
         self._count(Store, "stamps")
         self._count(Store, "read")
-        once = Transport.dump_once
+        parts = Transport.parts
 
-        def dumped(transport: Transport, kind: int, body: bytes) -> tuple[list[bytes], bool]:
-            parts, undisturbed = once(transport, kind, body)
-            self.counts[f"messages of {kind}"] += sum(len(list(split(part))) for part in parts)
-            return parts, undisturbed
+        def counted(transport: Transport, kind: int, body: bytes) -> Iterator[bytes]:
+            for part in parts(transport, kind, body):
+                self.counts[f"messages of {kind}"] += len(list(split(part)))
+                yield part
 
-        monkeypatch.setattr(Transport, "dump_once", dumped)
+        monkeypatch.setattr(Transport, "parts", counted)
 
     def _count(self, owner: type, name: str) -> None:
         before = getattr(owner, name)
