@@ -15,11 +15,11 @@ from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.taps import TapRecord
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, VanishedError, as_ours
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.ops import LinkMtu, LinkUp, Op
+from kvmifup.core.ops import LinkMtu, LinkUp, Op, Sysctl
 from kvmifup.core.records import record
 from kvmifup.node.overview import Overview
 from kvmifup.node.procfs import device_name
-from kvmifup.node.unheard import is_unheard, untrue
+from kvmifup.node.unheard import Asked, Unheard, differing, is_unheard
 from kvmifup.runs import planning
 from kvmifup.runs.apply import Change
 from kvmifup.runs.journal import Journal
@@ -73,8 +73,9 @@ class Breakages:
 
 @record
 class Looked:
-    """What a look at a NIC has found: what it relies on, and those of its ops that have to be looked at, *outliving*
-    those of them that are on uplinks.
+    """What a look at a NIC has found: what it relies on, and those of its ops that have to be looked at.
+
+    *unheard* are those about the tap itself, *outliving* those on uplinks.
 
     *mtu*: the one to give back to the tap, before anything else. *again*: in how many seconds to look once more, None
     if all is well. *suspect*: nothing was done, because the guest has to be asked first whether it runs here.
@@ -82,7 +83,7 @@ class Looked:
 
     tap: TapRecord
     things: tuple[Thing, ...]
-    unheard: tuple[Op, ...]
+    unheard: tuple[Sysctl, ...]
     outliving: tuple[Op, ...] = ()
     mtu: int | None = None
     again: float | None = None
@@ -96,8 +97,13 @@ class Mender:
         self._runner = runner
         self._announcements = announcements
         self._breakages = Breakages()
+        self._unheard = Unheard()
         self._failed: dict[str, tuple[str, int]] = {}  # by tap: what was said, and how often in a row it has failed
         self._mtus: dict[str, int] = {}  # by tap: its MTU when all was right
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._unheard.close()
 
     def forget(self, tap: str) -> None:
         """It has gone."""
@@ -105,13 +111,17 @@ class Mender:
         self._failed.pop(tap, None)
         self._mtus.pop(tap, None)
 
-    def check(self, asked: Sequence[tuple[str, Op]]) -> set[str]:
-        """The taps for which one of the ops that are *asked* for is not true."""
+    def check(self, asked: Asked, few: Sequence[tuple[str, tuple[Sysctl, ...]]]) -> tuple[Collection[str], int]:
+        """The taps for which one of the ops that are *asked* for is not true, or one of the sysctls of a *few* taps.
+
+        And how many ops had to be looked at. Who asks the same once more, asks with the same object.
+        """
         try:
-            return untrue(asked)
+            untrue, compared = self._unheard.untrue(asked)
+            return untrue | differing(few), compared + sum(len(ops) for _, ops in few)
         except OSError as error:
             self._runner.complain("not looked at", error)
-            return set()
+            return (), len(asked)
 
     def look(self, taps: Sequence[TapRecord], suspects: frozenset[str]) -> list[Looked]:
         """See which of *taps* differ from what they are to be, and put them right; *suspects* may have left."""
@@ -120,6 +130,7 @@ class Mender:
         try:
             kernel = Overview if len(taps) > FEW else None
             with opened(self._runner.run_dir, self._runner.config, dry=True, by="agent", kernel=kernel) as session:
+                session.store.trust_index()
                 for tap in filter(TapRecord.is_there, taps):
                     looked, plan = self._compare(tap, session)
                     if plan is None:
@@ -144,8 +155,9 @@ class Mender:
         except Exception as error:
             return Looked(tap, tuple(relied_on(tap, None, session)), ()), as_ours(error)
         same = {entry.op: entry.op for entry in journal.entries}  # there are thousands of them, and each is kept once
-        unheard = tuple(same.get(change.op, change.op) for change in plan.changes if is_unheard(change.op))
-        outliving = tuple(op for op in unheard if op.outlives_tap)
+        ops = [same.get(change.op, change.op) for change in plan.changes if is_unheard(change.op)]
+        unheard = tuple(op for op in ops if isinstance(op, Sysctl) and not op.outlives_tap)
+        outliving = tuple(op for op in ops if op not in unheard)
         looked = Looked(tap, tuple(relied_on(tap, plan, session)), unheard, outliving, mtu)
         return looked, plan if differs else None
 

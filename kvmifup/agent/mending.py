@@ -20,16 +20,17 @@ from kvmifup.agent.reliance import Reliance
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
 from kvmifup.core.model import Nic
+from kvmifup.node.unheard import Asked
 from kvmifup.runs import clock
 
 RECENT = 5.0  # seconds since an arrival
-# Seconds between two looks at what the kernel tells nobody about: that, or for each op so many. So a node with
-# thousands of NICs does not spend its time on it.
+# Seconds between two looks at what the kernel tells nobody about: that, or so many for each op that had to be compared.
+# So a node with thousands of NICs does not spend its time on it where something changes all the time.
 PERIOD, FOR_EACH = 4.0, 0.002
-SHARE, MOST = 2, 16  # each is at one tap in so many, at so many at most, and at all that is on uplinks
+SHARE, MOST = 2, 8  # each is at one tap in so many, at so many at most, and at all that is on uplinks
 # Seconds in which everything is looked at, whatever has been heard or not: some taps in each of so many turns, at most
 # so many. All at once would take the processor from a guest that arrives.
-EVERYTHING, TURNS, A_TURN = 300.0, 30, 4
+EVERYTHING, TURNS, A_TURN = 300.0, 20, 1
 
 PUT_OFF = 3  # times in a row that a look is put off
 
@@ -65,9 +66,15 @@ class Mending:
         self._looking = OneAtATime(loop, self._begin, self._looked)
         self._checking = OneAtATime(loop, self._begin_check, self._checked)
         self._turn = self._checks = self._put_off = 0
-        self._rest = PERIOD  # seconds until the next look at what the kernel tells nobody about
+        # The names of those that are known, and what is on uplinks and has to be looked at; None: to be gathered anew.
+        self._names: list[str] | None = None
+        self._asked: Asked | None = None
         loop.later(PERIOD, self._checking.ask)
         loop.later(EVERYTHING / TURNS, self._from_time_to_time)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._mender.close()
 
     # --- what has happened ----------------------------------------------------------------------------------
 
@@ -86,7 +93,7 @@ class Mending:
         """Its journal is that of *tap* no longer."""
         self._uplinks -= Counter(tap.uplinks)
         if not self._taps.named([tap.name]):  # it has none any more
-            self._known.pop(tap.name, None)
+            self._know(tap.name, None)
             self._reliance.forget(tap.name)
             self._suspects.discard(tap.name)
             self._mender.forget(tap.name)
@@ -120,7 +127,7 @@ class Mending:
 
     def _from_time_to_time(self) -> None:
         self._turn += 1
-        self._soon(share([tap.name for tap in self._taps], self._turn, TURNS, A_TURN))
+        self._soon(share(self._taps.names(), self._turn, TURNS, A_TURN))
         self._loop.later(EVERYTHING / TURNS, self._from_time_to_time)
 
     def look(self, *, later: bool = False) -> None:
@@ -149,27 +156,41 @@ class Mending:
                 continue  # whoever has its journal now is looked at for itself
             if one.suspect:
                 self._ask(one.tap.nic)
-            self._known[name] = one
+            self._know(name, one)
             self._reliance.note(name, one.things)
             if one.again is not None:
                 one.tap.timers.set("mend", one.again, partial(self._soon, [name]))
 
     # --- what the kernel tells nobody about ---------------------------------------------------------------------
 
-    def _begin_check(self) -> Callable[[], set[str]] | None:
-        self._checks += 1
-        asked = [(name, op) for name, known in self._known.items() for op in known.outliving]
-        names = share(list(self._known), self._checks, SHARE, MOST)
-        asked += [(name, op) for name in names for op in self._known[name].unheard]
-        self._rest = max(PERIOD, FOR_EACH * len(asked))
-        if asked and self._runner.config.agent.mend:
-            return partial(self._mender.check, asked)
-        self._checking.ask_in(self._rest)
-        return None
+    def _know(self, name: str, looked: Looked | None) -> None:
+        """From now on that is known of the tap *name*."""
+        before = self._known.get(name)
+        if looked:
+            self._known[name] = looked
+        else:
+            self._known.pop(name, None)
+        if (before is None) != (looked is None):
+            self._names = None
+        if (before.outliving if before else ()) != (looked.outliving if looked else ()):
+            self._asked = None
 
-    def _checked(self, differing: set[str]) -> None:
+    def _begin_check(self) -> Callable[[], tuple[Collection[str], int]] | None:
+        self._checks += 1
+        if not self._known or not self._runner.config.agent.mend:
+            self._checking.ask_in(PERIOD)
+            return None
+        if self._asked is None:
+            self._asked = [(name, known.outliving) for name, known in self._known.items() if known.outliving]
+        if self._names is None:
+            self._names = list(self._known)
+        names = share(self._names, self._checks, SHARE, MOST)
+        return partial(self._mender.check, self._asked, [(name, self._known[name].unheard) for name in names])
+
+    def _checked(self, found: tuple[Collection[str], int]) -> None:
+        differing, compared = found
         self._soon(differing)
-        self._checking.ask_in(self._rest)
+        self._checking.ask_in(max(PERIOD, FOR_EACH * compared))
 
 
 def share(names: Sequence[str], turn: int, turns: int, most: int) -> Sequence[str]:

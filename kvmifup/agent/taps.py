@@ -206,6 +206,7 @@ class Taps:
         self._begun = self._took = 0.0  # when the last look began, and how long it took, in seconds
         # Of the thread that looks: journals that it need not read again while they stay as they are.
         self._unreadable: dict[str, Stamp] = {}
+        self._heeded = False  # all others were known when the store was told last
         self._complaint = ""  # why the directory could not be looked at, the last time
         self._elsewhere: dict[str, Stamp] = {}  # of other network namespaces
         self._directory = identity_of(runner.store.directory)  # the one that was looked at last
@@ -220,6 +221,10 @@ class Taps:
     def __len__(self) -> int:
         return len(self._taps)
 
+    def names(self) -> list[str]:
+        """The names of all."""
+        return list(self._taps)
+
     def named(self, names: Sequence[str]) -> list[TapRecord]:
         """Those of *names* that have a record."""
         return [self._taps[name] for name in names if name in self._taps]
@@ -231,6 +236,11 @@ class Taps:
 
     def _want(self, names: Collection[str] | None) -> None:
         self._asked = None if names is None or self._asked is None else self._asked.union(names)
+
+    def look_again(self) -> None:
+        """See whether what could not be read can be now, and what is the matter with it."""
+        if not self._look.busy:
+            self.look(list(self._unreadable) if self._heeded else None)
 
     def look_soon(self, names: Collection[str] | None = None) -> None:
         """The same in a moment, once for all changes until then.
@@ -293,11 +303,15 @@ class Taps:
                 self._complaint = str(error)
                 self._runner.complain("cannot look at the journals", error)
             return set(), {}, False
-        with suppress(KvmIfupError, OSError):  # else hooks look for themselves
+        try:
             self._runner.store.heed(now, names)
+            self._heeded = self._heeded or names is None
+        except (KvmIfupError, OSError):  # then hooks look for themselves
+            self._heeded = False
         self._complaint, sure = "", True
         stamps = {name: stamp for name, stamp in now.items() if self._elsewhere.get(name) != stamp}
         gone = (known.keys() | doubtful if names is None else set(names)) - stamps.keys()
+        self._unreadable = {name: stamp for name, stamp in self._unreadable.items() if name not in gone}
         new = {}
         for name, stamp in sorted(stamps.items()):
             if stamp == known.get(name):
@@ -314,6 +328,7 @@ class Taps:
                 self._unreadable[name] = stamp
                 sure = sure and not isinstance(error, KernelError | OSError)
                 continue
+            self._unreadable.pop(name, None)
             if journal is None:
                 continue
             new[name] = tap = TapRecord(self._loop, journal, stamp)

@@ -15,6 +15,7 @@ from kvmifup.node.messages import (
     FIB_RULE_HDR,
     FRA_IIFNAME,
     IFINFOMSG,
+    IFLA_AF_SPEC,
     IFLA_EXT_MASK,
     IFLA_IFNAME,
     IFLA_PROTINFO,
@@ -103,9 +104,7 @@ class Netlink:
 
     def link(self, name: str) -> Link:
         """The device *name*."""
-        body = IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(IFLA_IFNAME, name_bytes(name))
-        body += number(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
-        return link_of(self.transport.ask(RTM_GETLINK, 0, body))
+        return link_of(link_message(name, self.transport))
 
     def set_link(self, index: int, attrs: bytes = b"", flags: int = 0, change: int = 0) -> None:
         """Set *attrs*, and those of the *flags* that *change* names, of the device *index*."""
@@ -257,3 +256,14 @@ class Netlink:
                 return None
             raise
         return u32(attributes(answer, BODY + RTMSG.size).get(RTA_OIF)) or 0
+
+
+def link_message(name: str, via: Transport) -> bytes:
+    """The RTM_NEWLINK message about the device *name*. Raises NetlinkError."""
+    body = IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(IFLA_IFNAME, name_bytes(name))
+    return via.ask(RTM_GETLINK, 0, body + number(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS))
+
+
+def spec(name: str, via: Transport) -> bytes:
+    """What `Link.spec` is of the device *name*; to take the rest apart takes longer. Raises NetlinkError."""
+    return attributes(link_message(name, via), BODY + IFINFOMSG.size).get(IFLA_AF_SPEC, b"")

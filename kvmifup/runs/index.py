@@ -82,7 +82,7 @@ class Index:
         self._taps: Finder[Hashable] = Finder()  # by name
         self._token = b""
         self._updated = 0.0
-        self._heeded = False  # somebody looks whenever a file has changed
+        self.heeded = False  # somebody looks whenever a file has changed
 
     @property
     def updated(self) -> bool:
@@ -96,7 +96,7 @@ class Index:
         one changes.
         """
         with self._lock:
-            recent = self._heeded or time.monotonic() - self._updated < TRUSTED
+            recent = self.heeded or time.monotonic() - self._updated < TRUSTED
             ours = self._token == before != b"" and recent
             self._token = token if ours else b""
             return ours
@@ -125,13 +125,13 @@ class Index:
 
         *taps*: only those of these, because no other has changed.
         """
-        heeded, self._heeded = self._heeded or taps is None, False
+        heeded, self.heeded = self.heeded or taps is None, False
         if taps is None:
             self._catch_up(files, stamps)
         for tap in taps or ():
             with self._lock:
                 self._look_at(tap, files)
-        self._heeded = heeded
+        self.heeded = heeded
 
     def _catch_up(self, files: Files, there: Mapping[str, Stamp]) -> None:
         # To look at thousands takes long, and hooks wait for the lock: so what seems new is looked at once more.

@@ -23,6 +23,10 @@ class NoTaps:
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
+    def names(self) -> list[str]:
+        """Of none."""
+        return []
+
     def named(self, _names: object) -> list[Any]:
         """None of them."""
         self.looks += 1
