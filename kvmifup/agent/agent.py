@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -37,16 +36,18 @@ from kvmifup.agent.leftovers import Leftovers
 from kvmifup.agent.listening import Listener
 from kvmifup.agent.loop import Loop, Paced, Settling
 from kvmifup.agent.mending import Mending
+from kvmifup.agent.metrics import Labels
 from kvmifup.agent.preparing import Preparations
 from kvmifup.agent.rulesets import RulesetEvents
 from kvmifup.agent.runner import Runner, Say
-from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
+from kvmifup.agent.taps import State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Phase
 from kvmifup.inputs import config, ganeti
 from kvmifup.node import drops, standing
 from kvmifup.node.drops import Counts
 from kvmifup.runs import clock, expected
+from kvmifup.runs.drops import STALE
 from kvmifup.runs.drops import save as save_drops
 from kvmifup.tell import syslog
 
@@ -57,8 +58,11 @@ QUIET = 0.2  # seconds after a change on the node until NICs are compared with i
 PACE = 0.2  # seconds between two changes of what is listened for: with hundreds of guests each takes milliseconds
 DONE = 0.02  # seconds between two looks whether the last hook has come to its end
 COUNT = 15.0  # seconds between two writings of the metrics
-DROPPED = "kvm_ifup_dropped_packets_total"
-RESYNC = 60.0  # seconds between two looks at everything, whatever has been heard or not
+# Seconds between two looks at what was dropped: that, or one for so many bytes, at most so many. With thousands of NICs
+# that have filters the kernel takes ten milliseconds to tell.
+A_SECOND, SELDOM = 20_000, 45.0
+COUNTED = (Phase.PRE, Phase.POST)
+RETRY = 60.0  # seconds until once more is tried what nobody tells of when it can be done
 
 
 class Agent:
@@ -69,7 +73,9 @@ class Agent:
         self._forget = standing.keep()
         self._runner = Runner(run_dir, say)
         self._listener = listener
+        self._counting = drops.Counting()
         self._dropped: Counts = {}
+        self._noted = 0.0  # when that was written down
         self._announcements = Announcements(loop, self._runner)
         self._departures = Departures(
             loop, self._runner, lambda tap: self._taps.look([tap]), lambda tap: self._mending.answered(tap)
@@ -85,6 +91,7 @@ class Agent:
             looked=self._look_after,
             over=[
                 self._departures.over,
+                lambda tap: self._leftovers.over(tap),
                 lambda tap: self._mending.over(tap),
                 lambda tap: self._preparations.forget(tap),
             ],
@@ -123,7 +130,7 @@ class Agent:
         self._leftovers.collect_all()
         self._taps.look()
         self._expectations.look()
-        loop.later(min(RESYNC, self._runner.config.agent.idle_exit or RESYNC), self._periodically)
+        loop.later(min(RETRY, self._runner.config.agent.idle_exit or RETRY), self._periodically)
         self._write_metrics()
         self._count_drops()
         self._sign_of_life()
@@ -135,6 +142,8 @@ class Agent:
         self._hooks.close()
         self._journals.close()
         self._loop.close()
+        self._counting.close()
+        self._mending.close()
         self._taps.close()
         self._departures.close()
         self._forget()
@@ -147,10 +156,7 @@ class Agent:
             self._arrivals.wait_for(tap)
         if tap.state is State.DISARMED:
             self._arrivals.listen_later(tap)
-        if tap.state is State.UNFINISHED:
-            self._leftovers.unfinished(tap)
-        elif not tap.is_there():
-            self._leftovers.collect([tap.name])
+        self._leftovers.found(tap)
         self._mending.found(tap)
         self._departures.found(tap)
 
@@ -184,6 +190,7 @@ class Agent:
         """*things* have changed: NICs may rely on them, and what is prepared for arrivals."""
         self._preparations.outdate(things)
         self._mending.touched(things)
+        self._leftovers.devices_changed(things)
 
     def _settled(self, quiet: bool) -> None:
         """After a change the node has been *quiet* for a while, or it does not get quiet at all."""
@@ -199,7 +206,8 @@ class Agent:
     def _events_lost(self) -> None:
         """The kernel could not report all about devices."""
         self._mending.events_lost()
-        self._resync()
+        self._leftovers.collect_dead()
+        self._departures.renew()
 
     def _reload(self) -> None:
         try:
@@ -219,43 +227,54 @@ class Agent:
         if self._listener.given and idle and not busy and time.monotonic() - self._hooks.last > idle:
             self._runner.say(f"nothing to look after for {idle:g} s: good-bye")
             self._stop()
-        self._resync()
-        self._loop.later(min(RESYNC, idle or RESYNC), self._periodically)
+        self._look_again()
+        self._loop.later(min(RETRY, idle or RETRY), self._periodically)
 
-    def _resync(self) -> None:
-        """See what may have been missed."""
-        with suppress(OSError, KvmIfupError):
-            self._journals.renew()
-        self._leftovers.collect_dead()
-        self._leftovers.collect_killed()
-        self._taps.look()
+    def _look_again(self) -> None:
+        """At what could not be done or read, and whether the directories are still those that are watched.
+
+        The kernel tells of all else, so nothing else is looked at: a node may have thousands of NICs.
+        """
+        self._keep_run_dir()
+        self._journals.complete()
+        self._leftovers.look_again()
+        watched = False
+        with suppress(OSError):
+            watched = self._journals.is_watched()
+        if watched:
+            self._taps.look_again()
+        else:
+            self._taps.look()
         self._expectations.look()
 
     def _write_metrics(self) -> None:
         """Write down what has been counted, for the node exporter."""
         metrics = self._runner.metrics
-        phases = Counter(tap.phase for tap in self._taps)
-        for phase in (Phase.PRE, Phase.POST):
-            metrics.set("kvm_ifup_nics", phases[phase], phase=phase.name.lower())
-        metrics.set("kvm_ifup_armed", sum(tap.state in LISTENING for tap in self._taps))
-        metrics.forget(DROPPED)
-        for tap in self._taps:
-            for reason, packets in self._dropped.get(tap.name, {}).items():
-                metrics.set(DROPPED, packets, tap=tap.name, instance=tap.nic.instance or "", reason=reason)
+        phases = ((phase.name.lower(), sum(tap.phase is phase for tap in self._taps)) for phase in COUNTED)
+        metrics.set("kvm_ifup_nics", {(("phase", name),): many for name, many in phases})
+        metrics.set("kvm_ifup_armed", {(): sum(tap.listener is not None for tap in self._taps)})
+        dropped: dict[Labels, float] = {
+            (("tap", tap.name), ("instance", tap.nic.instance or ""), ("reason", reason)): packets
+            for tap in self._taps.named([*self._dropped])
+            for reason, packets in self._dropped[tap.name].items()
+        }
+        metrics.set("kvm_ifup_dropped_packets_total", dropped)
         with suppress(OSError):
             metrics.write(self._runner.run_dir / METRICS)
         self._loop.later(COUNT, self._write_metrics)
 
     def _count_drops(self) -> None:
         """Have a thread read what was dropped, from time to time."""
-        self._loop.work(drops.counted, self._drops_counted)
+        self._loop.work(self._counting.counted, self._drops_counted)
 
     def _drops_counted(self, counts: Counts) -> None:
-        if counts or self._dropped:
+        changed, now = counts is not self._dropped, time.monotonic()
+        if (changed and (counts or self._dropped)) or (counts and now - self._noted > STALE / 2):
             with suppress(OSError):
                 save_drops(self._runner.run_dir, counts)
+                self._noted = now
         self._dropped = counts
-        self._loop.later(COUNT, self._count_drops)
+        self._loop.later(max(COUNT, min(self._counting.size / A_SECOND, SELDOM)), self._count_drops)
 
     def _sign_of_life(self) -> None:
         """Tell systemd's watchdog, if there is one, twice as often as it wants to hear of us."""

@@ -56,7 +56,7 @@ class DirectoryEvents:
         self._also = also
         self._beside = {directory.name, *beside}
         self._missing: tuple[Path, ...] = ()
-        self._held: list[int] = []  # the directories themselves, so that none is taken for another one; ours first
+        self._held: dict[Path, int] = {}  # the directories themselves, so that none is taken for another one
         self._watched: dict[int, Path] = {}  # by the number that events have
         self._events = -1
         self._waiting = False  # something has come, and is read in a moment
@@ -72,12 +72,16 @@ class DirectoryEvents:
         places.made(self._directory.parent, self._directory.name)
         self._events = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._events < 0:  # then somebody has to look from time to time
-            self._held.append(os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            self._held[self._directory] = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._wait(BLIND)
             return
-        # IN_ATTRIB: for `Store.mark`. IN_MODIFY: for a person with an editor.
-        self._open(self._directory, COME_AND_GO | IN_ATTRIB | IN_MODIFY)
-        self._open(self._directory.parent, COME_AND_GO | IN_CREATE)
+        try:
+            # IN_ATTRIB: for `Store.mark`. IN_MODIFY: for a person with an editor.
+            self._open(self._directory, COME_AND_GO | IN_ATTRIB | IN_MODIFY)
+            self._open(self._directory.parent, COME_AND_GO | IN_CREATE)
+        except BaseException:
+            self.close()  # it is not watched
+            raise
         missing = []
         for directory in self._also:
             try:
@@ -91,7 +95,7 @@ class DirectoryEvents:
 
     def _open(self, directory: Path, what: int) -> None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._held.append(descriptor)
+        self._held[directory] = descriptor
         number = _libc.inotify_add_watch(self._events, b"/proc/self/fd/%d" % descriptor, what)
         if number < 0:
             why = ctypes.get_errno()
@@ -99,16 +103,17 @@ class DirectoryEvents:
         self._watched[number] = directory
 
     def complete(self) -> None:
-        """Watch also what was not there before."""
-        if any(map(Path.is_dir, self._missing)):
+        """Watch also what was not there before, or is another one now, and what could not be watched."""
+        others = not all(is_same(*one) for one in self._held.items())
+        if others or self._events < 0 or any(map(Path.is_dir, self._missing)):
             with suppress(OSError, NotReadyError, KernelError):
                 self.renew()
 
     def close(self) -> None:
         """Watch it no longer."""
-        for descriptor in self._held:
+        for descriptor in self._held.values():
             os.close(descriptor)
-        self._held, self._watched = [], {}
+        self._held, self._watched = {}, {}
         if self._events >= 0:
             with suppress(KeyError):  # while something waits to be read
                 self._loop.ignore(self._events)
@@ -117,7 +122,8 @@ class DirectoryEvents:
 
     def is_watched(self) -> bool:
         """Whether what is at the directory's path now is what is watched. Raises OSError if there is nothing."""
-        return bool(self._held) and os.path.samestat(self._directory.stat(), os.fstat(self._held[0]))
+        held = self._held.get(self._directory)
+        return held is not None and os.path.samestat(self._directory.stat(), os.fstat(held))
 
     def _notified(self) -> None:
         """Something has come: take it in a moment, and hear of nothing until then."""
@@ -163,3 +169,11 @@ class DirectoryEvents:
                     if where == self._directory:
                         names.add(name)
         return None if everything else frozenset(names)
+
+
+def is_same(directory: Path, descriptor: int) -> bool:
+    """Whether nothing else is at the path of the *directory* that *descriptor* is of."""
+    try:
+        return os.path.samestat(directory.stat(), os.fstat(descriptor))
+    except OSError:  # nothing is there: what comes in its place will be another one
+        return True

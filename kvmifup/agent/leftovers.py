@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import partial
 
+from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.runner import BUSY, Runner
 from kvmifup.agent.taps import State, TapRecord, Taps
 from kvmifup.core.errors import LockTimeoutError
+from kvmifup.inputs import devices
 from kvmifup.runs.leftovers import collect
 
 KILLED = 1.0  # seconds that a run's unfinished business stays unchanged before somebody asks whether it was killed
@@ -22,12 +25,38 @@ class Leftovers:
         self._loop = loop
         self._runner = runner
         self._taps = taps
+        self._names: dict[object, str] = {}  # of the taps that have a journal, by their indices
+        self._dead: set[str] = set()  # those whose device has gone, and whose journal has not
+
+    def found(self, tap: TapRecord) -> None:
+        """*tap* has a new journal."""
+        self._names[tap.ifindex] = tap.name
+        if tap.state is State.UNFINISHED:
+            self._unfinished(tap)
+        elif not tap.is_there():
+            self._died([tap.name])
+
+    def over(self, tap: TapRecord) -> None:
+        """Its journal is that of *tap* no longer."""
+        if self._names.get(tap.ifindex) == tap.name:
+            del self._names[tap.ifindex]
+        self._dead.discard(tap.name)
 
     def collect_all(self) -> None:
         """Of all taps: what has happened while no agent ran."""
         self._loop.work(partial(self._collect, None, BUSY))
 
-    def collect(self, names: Sequence[str], patience: float | None = None) -> None:
+    def look_again(self) -> None:
+        """Once more at those that could not be cleared up."""
+        self._collect_again(sorted(self._dead))
+        self.collect_killed()
+
+    def _died(self, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self._dead]
+        self._dead.update(new)
+        self._collect_some(new)
+
+    def _collect_some(self, names: Sequence[str], patience: float | None = None) -> None:
         """Undo what is left of the dead NICs and killed runs among the taps with *names*.
 
         Later if somebody works on them for longer than *patience*, in seconds; None is what is configured.
@@ -36,33 +65,45 @@ class Leftovers:
             self._loop.work(partial(self._collect, list(names), patience), partial(self._collected, list(names)))
 
     def collect_dead(self, taps: Sequence[TapRecord] | None = None) -> None:
-        """Those of *taps*, or of all, whose device has gone."""
-        self.collect([tap.name for tap in (self._taps if taps is None else taps) if not tap.is_there()])
+        """Those of *taps*, or of all, whose device has gone, or has another name."""
+        known = self._taps if taps is None else taps
+        if known:
+            with suppress(OSError):  # nobody can be asked now, so nothing has been heard of their end
+                self._died(devices.no_longer((tap.name, tap.ifindex) for tap in known))
 
     def devices_gone(self, indices: Sequence[int]) -> None:
         """The devices with *indices* have disappeared: some may be taps."""
-        gone = set(indices)
-        self.collect([tap.name for tap in self._taps if tap.ifindex in gone])
+        self._died([self._names[index] for index in indices if index in self._names])
 
-    def unfinished(self, tap: TapRecord) -> None:
+    def devices_changed(self, things: Collection[Thing]) -> None:
+        """Of *things* that have changed some may be taps that have another name now: they count as gone."""
+        if ANYTHING in things:
+            self.collect_dead()
+            return
+        names = [name for what, which, *_ in things if what == "device" and (name := self._names.get(which))]
+        self.collect_dead(self._taps.named(names))
+
+    def _unfinished(self, tap: TapRecord) -> None:
         """*tap* is UNFINISHED: see in a moment whether the run was killed.
 
         What cannot be put back changes the journal with each try, and is tried less and less often.
         """
         delay = min(KILLED * 2**tap.tries, LONGEST)
-        tap.timers.set("unfinished", delay, partial(self.collect, [tap.name], 0))
+        tap.timers.set("unfinished", delay, partial(self._collect_some, [tap.name], 0))
 
     def collect_killed(self, taps: Sequence[TapRecord] | None = None) -> None:
         """Those of *taps*, or of all, on which a run has begun some time ago: who has its lock is still at work."""
         for tap in self._taps if taps is None else taps:
             if tap.state is State.UNFINISHED:
-                self.collect([tap.name], patience=0)
+                self._collect_some([tap.name], patience=0)
 
     def _collected(self, names: list[str], busy: bool) -> None:
+        self._dead.difference_update([tap.name for tap in self._taps.named(names) if tap.is_there()])
         if busy:
             self._loop.later(KILLED, partial(self._collect_again, names))
 
     def _collect_again(self, names: list[str]) -> None:
+        self._dead.difference_update(names)
         taps = self._taps.named(names)
         self.collect_dead(taps)
         self.collect_killed(taps)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from kvmifup.inputs import places
@@ -39,27 +42,27 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[str, dict[tuple[str, Labels], float]] = {name: defaultdict(float) for name in FAMILIES}
+        self._changed = True  # since it was written
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
         """Count *amount* of *name*."""
         with self._lock:
             self._values[name]["", tuple(labels.items())] += amount
+            self._changed = True
 
     def took(self, name: str, seconds: float, **labels: str) -> None:
         """One more that took *seconds*."""
         with self._lock:
             self._values[name]["_sum", tuple(labels.items())] += seconds
             self._values[name]["_count", tuple(labels.items())] += 1
+            self._changed = True
 
-    def set(self, name: str, value: float, **labels: str) -> None:
-        """What *name* is now."""
+    def set(self, name: str, values: Mapping[Labels, float]) -> None:
+        """What *name* is now: the value for each set of labels, and for no other."""
+        now = {("", labels): value for labels, value in values.items()}
         with self._lock:
-            self._values[name]["", tuple(labels.items())] = value
-
-    def forget(self, name: str) -> None:
-        """Nothing of *name* is known any more."""
-        with self._lock:
-            self._values[name].clear()
+            self._changed |= self._values[name] != now
+            self._values[name] = now
 
     def text(self) -> str:
         """All of it."""
@@ -75,8 +78,20 @@ class Metrics:
         return "".join(f"{line}\n" for line in lines)
 
     def write(self, path: Path) -> None:
-        """Put all of it into *path*, which is never there by halves. Raises OSError."""
-        places.write(path, self.text(), 0o644)  # the exporter is not root
+        """Put all of it into *path*, which is never there by halves. Raises OSError.
+
+        Where nothing has changed, the file only gets the time of now, by which the exporter tells that we are alive.
+        """
+        changed, self._changed = self._changed, False  # before: another thread may count meanwhile
+        if not changed:
+            with suppress(FileNotFoundError):
+                os.utime(path, follow_symlinks=False)
+                return
+        try:
+            places.write(path, self.text(), 0o644)  # the exporter is not root
+        except OSError:
+            self._changed = True
+            raise
 
 
 def escaped(text: str) -> str:

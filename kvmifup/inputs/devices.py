@@ -6,6 +6,7 @@ import errno
 import fcntl
 import socket
 import struct
+from collections.abc import Iterable
 
 SIOCGIFNAME, SIOCGIFINDEX = 0x8910, 0x8933  # linux/sockios.h
 IFREQ = struct.Struct("16si20x")  # a name, and an index in the union behind it
@@ -19,6 +20,15 @@ def index_of(name: str) -> int | None:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
         return _index(asking, name)
+
+
+def no_longer(named: Iterable[tuple[str, int]]) -> list[str]:
+    """Which of the names in *named* are not, or no longer, those of the devices with these indices.
+
+    Raises OSError if nobody can be asked.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
+        return [name for name, index in named if _index(asking, name) != index]
 
 
 def name_of(index: int) -> str | None:

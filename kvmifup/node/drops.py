@@ -8,19 +8,26 @@ from contextlib import suppress
 from kvmifup.core.filters import REASONS
 from kvmifup.node.messages import attributes, text
 from kvmifup.node.nfmessages import (
+    NETLINK_NETFILTER,
+    NFGENMSG,
     NFPROTO_BRIDGE,
     NFPROTO_INET,
+    NFT_MSG_GETSETELEM,
     NFTA_COUNTER_PACKETS,
     NFTA_EXPR_DATA,
     NFTA_SET_ELEM_EXPR,
     NFTA_SET_ELEM_EXPRESSIONS,
+    NFTA_SET_ELEM_LIST_SET,
+    NFTA_TABLE,
     Element,
     big_of,
     keys_of,
     listed,
+    named,
 )
-from kvmifup.node.nfnetlink import Nftables
+from kvmifup.node.nfnetlink import Nftables, kind
 from kvmifup.node.nft import TABLE
+from kvmifup.node.repeated import Repeated
 
 Counts = Mapping[str, Mapping[str, int]]  # packets, by tap and reason
 # Each reason has a set `dropped_REASON` of taps, whose elements count, in the tables that know the reason.
@@ -41,6 +48,44 @@ def counted() -> Counts:
                         of_tap[reason] = of_tap.get(reason, 0) + packets
         table.close()
     return found
+
+
+class Counting:
+    """Counts again and again, for the agent. Not for two threads at once.
+
+    The kernel tells nobody that something is dropped, and a guest of which nothing is has elements, too. So what the
+    sets say is only taken apart if it is not what they said the last time.
+    """
+
+    def __init__(self) -> None:
+        self._dumps = Repeated(NETLINK_NETFILTER)
+        self._seen: int | None = None  # of what was counted
+        self._counts: Counts = {}
+        self.size = 0  # bytes that the sets took at the last time
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._dumps.close()
+
+    def counted(self) -> Counts:
+        """As the function of that name; the same object while nothing has changed."""
+        dumps = tuple(map(self._dump, FAMILIES))
+        self.size, seen = sum(map(len, dumps)), hash(dumps)
+        if seen != self._seen:
+            self._counts = counted()  # which is no older than what was seen
+            self._seen = seen
+        return self._counts
+
+    def _dump(self, family: int) -> bytes:
+        """What all the sets of the table of *family* say; nothing after one that cannot be read."""
+        table = NFGENMSG.pack(family, 0, 0) + named(NFTA_TABLE, TABLE)
+        found = b""
+        with suppress(OSError):
+            for reason in FAMILIES[family]:
+                found += self._dumps.dump(
+                    kind(NFT_MSG_GETSETELEM), table + named(NFTA_SET_ELEM_LIST_SET, f"dropped_{reason}")
+                )
+        return found
 
 
 def packets_of(element: Element) -> int:

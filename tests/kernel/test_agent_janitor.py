@@ -172,6 +172,22 @@ def test_what_vanishes_while_no_agent_runs_is_cleared_up_by_the_next(uplinked: N
         until(lambda: same(before))
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among others"])
+def test_a_tap_that_gets_another_name_is_nobodys_any_more(uplinked: Node, agent: Agent, alone: bool) -> None:
+    """Whoever comes with the old name is another guest."""
+    before = snapshots.snapshot()
+    for name, address in [("tap0", "192.0.2.50"), ("tap1", "192.0.2.51")][: 1 if alone else 2]:
+        nodes.add_tap(name)
+        manager.write_nic(name, f"web-{name}", mode="routed", link="100", ip=[address])
+        through("kvm-ifup-post", name)
+    tools.run("sh", "-c", "ip link set tap0 down; ip link set tap0 name old0")
+    until(lambda: phase() is None)
+    assert oracle.proxies() == set() if alone else {"192.0.2.51"}
+    for name in ("old0", "tap1")[: 1 if alone else 2]:
+        tools.ip(f"link del {name}")
+    until(lambda: same(before))
+
+
 def test_a_dead_nic_whose_lock_is_held_is_cleared_up_later(uplinked: Node, agent: Agent) -> None:
     before = snapshots.snapshot()
     guests.arrived(uplinked, agent)

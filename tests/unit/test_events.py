@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,6 +26,7 @@ from kvmifup.agent.events import (
     touched,
 )
 from kvmifup.agent.loop import Loop
+from kvmifup.core.errors import KernelError
 from kvmifup.node import sockets
 
 NEWLINK, DELLINK, NEWROUTE, DELROUTE, NEWNETCONF = 16, 17, 24, 25, 80
@@ -305,11 +308,33 @@ def test_without_inotify_somebody_looks_from_time_to_time(seen: Seen, monkeypatc
             put(seen.directory, name)
             seen.wait(*sorted({"a", name}))
         assert set(seen.told) == {None}
-    seen.events.renew()
+    seen.events.complete()
     seen.settle()
     put(seen.directory, "c")
     seen.wait("a", "b", "c")
     assert seen.told[-1] == frozenset({"new", "c"})
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["the directory", "its parent"])
+def test_what_cannot_be_watched_does_not_count_as_watched(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Nobody would look then."""
+    calls = itertools.count(1)
+    add = directories._libc.inotify_add_watch
+
+    def fail(*what: Any) -> int:
+        return -1 if next(calls) == which else int(add(*what))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directories._libc, "inotify_add_watch", fail)
+        with pytest.raises(KernelError):
+            seen.events.renew()
+    assert not seen.events.is_watched()
+    seen.events.complete()
+    assert seen.events.is_watched()
+    put(seen.directory, "a")
+    seen.wait("a")
 
 
 def test_directories_of_others_are_watched_once_they_are_there(loop: Loop, tmp_path: Path) -> None:
@@ -336,6 +361,38 @@ def test_directories_of_others_are_watched_once_they_are_there(loop: Loop, tmp_p
         file.write("7")
         file.flush()
         wait()
+    events.close()
+
+
+def test_directories_of_others_are_watched_anew_when_they_are_others(loop: Loop, tmp_path: Path) -> None:
+    theirs = tmp_path / "pid"
+    theirs.mkdir()
+    told: list[Names | None] = []
+
+    def changed(names: Names | None) -> None:
+        told.append(names)
+        loop.stop()
+
+    def wait() -> None:
+        alarm = loop.later(30, lambda: pytest.fail(f"nobody has told anything after {told}"))
+        loop._running = True
+        loop.run()
+        alarm.cancel()
+
+    events = DirectoryEvents(loop, tmp_path / "run" / "state", changed, [theirs])
+    wait()
+    events.complete()  # nothing has happened
+    (theirs / "web1").touch()
+    wait()
+    assert told == [None, frozenset()]
+    theirs.rename(tmp_path / "old")
+    wait()
+    theirs.mkdir()
+    events.complete()
+    wait()
+    (theirs / "web2").touch()
+    wait()
+    assert told == [None, frozenset(), None, None, frozenset()]
     events.close()
 
 

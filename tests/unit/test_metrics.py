@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmifup.agent.metrics import FAMILIES, Metrics
@@ -26,8 +29,8 @@ def test_what_was_counted_is_what_is_read() -> None:
     metrics.add("kvm_ifup_runs_total", program="kvm-ifup-post", code="69")
     metrics.took("kvm_ifup_arrival_seconds", 0.002)
     metrics.took("kvm_ifup_arrival_seconds", 0.003)
-    metrics.set("kvm_ifup_armed", 3)
-    metrics.set("kvm_ifup_armed", 2)
+    metrics.set("kvm_ifup_armed", {(): 3})
+    metrics.set("kvm_ifup_armed", {(): 2})
     assert samples(metrics.text()) == {
         ("kvm_ifup_runs_total", (("code", "0"), ("program", "kvm-ifup-pre"))): 2,
         ("kvm_ifup_runs_total", (("code", "69"), ("program", "kvm-ifup-post"))): 1,
@@ -69,10 +72,56 @@ def test_threads_do_not_lose_each_others_counts() -> None:
 
 def test_the_file_is_for_everybody_to_read(tmp_path: Path) -> None:
     metrics = Metrics()
-    metrics.set("kvm_ifup_armed", 1)
+    metrics.set("kvm_ifup_armed", {(): 1})
     path = tmp_path / "metrics.prom"
     metrics.write(path)
     metrics.write(path)
     assert path.read_text() == metrics.text()
     assert path.stat().st_mode & 0o777 == 0o644
     assert [one.name for one in tmp_path.iterdir()] == ["metrics.prom"]
+
+
+def test_what_has_not_changed_is_not_written_again_but_its_time_is(tmp_path: Path) -> None:
+    """By the time of the file the exporter tells that somebody still counts."""
+    metrics, path = Metrics(), tmp_path / "metrics.prom"
+    metrics.set("kvm_ifup_nics", {(("phase", "post"),): 2, (("phase", "pre"),): 0})
+    metrics.write(path)
+    file = path.stat().st_ino
+    for _ in range(2):
+        os.utime(path, (1, 1))
+        metrics.set("kvm_ifup_nics", {(("phase", "pre"),): 0, (("phase", "post"),): 2})  # in another order
+        metrics.write(path)
+        assert path.stat().st_ino == file
+        assert path.stat().st_mtime > 1
+    path.unlink()
+    metrics.write(path)  # somebody has removed it
+    assert path.read_text() == metrics.text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metrics: metrics.add("kvm_ifup_mends_total"),
+        lambda metrics: metrics.took("kvm_ifup_arrival_seconds", 0.5),
+        lambda metrics: metrics.set("kvm_ifup_armed", {(): 2}),
+        lambda metrics: metrics.set("kvm_ifup_armed", {}),
+    ],
+    ids=["counted", "took", "another value", "gone"],
+)
+def test_what_has_changed_is_written(tmp_path: Path, change: Callable[[Metrics], None]) -> None:
+    metrics, path = Metrics(), tmp_path / "metrics.prom"
+    metrics.set("kvm_ifup_armed", {(): 1})
+    metrics.write(path)
+    before = path.read_text()
+    change(metrics)
+    metrics.write(path)
+    assert path.read_text() == metrics.text() != before
+
+
+def test_what_could_not_be_written_is_written_the_next_time(tmp_path: Path) -> None:
+    metrics, path = Metrics(), tmp_path / "run" / "metrics.prom"
+    with pytest.raises(FileNotFoundError):
+        metrics.write(path)
+    path.parent.mkdir()
+    metrics.write(path)
+    assert path.read_text() == metrics.text()
