@@ -16,7 +16,7 @@ from kvmifup.core.records import record
 from kvmifup.core.signals import checkpoint, still_wanted
 from kvmifup.runs.draft import Draft
 from kvmifup.runs.journal import Entry, Journal, Mark
-from kvmifup.runs.store import Store, save_or_mark
+from kvmifup.runs.store import Store
 
 
 class Node(Protocol):
@@ -311,3 +311,14 @@ def cause(error: BaseException) -> str:
     if isinstance(error, KvmIfupError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def save_or_mark(store: Store, journal: Journal, mark: Mark) -> None:
+    """Write *journal*, which is what the one on disk is with this *mark*; without space for it, only the mark.
+
+    Raises KernelError, PrivilegeError.
+    """
+    try:
+        store.save(journal)
+    except NoSpaceError:
+        store.mark(journal, mark)

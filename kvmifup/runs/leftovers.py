@@ -18,12 +18,11 @@ from kvmifup.core.errors import (
 )
 from kvmifup.core.model import Nic, Phase
 from kvmifup.phases import only_here
-from kvmifup.runs.apply import Change, cause, put_back, survey_undo
+from kvmifup.runs.apply import Change, cause, put_back, save_or_mark, survey_undo
 from kvmifup.runs.journal import Entry, Journal, Mark, marked
 from kvmifup.runs.outcome import Outcome, Results
 from kvmifup.runs.session import Session, alive
 from kvmifup.runs.shared import unshared
-from kvmifup.runs.store import save_or_mark
 
 # --- after a crash ----------------------------------------------------------------------------------------
 

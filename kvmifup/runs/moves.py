@@ -10,13 +10,12 @@ from kvmifup import phases
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu
 from kvmifup.runs.announcing import carry_out
-from kvmifup.runs.apply import survey
+from kvmifup.runs.apply import save_or_mark, survey
 from kvmifup.runs.journal import Journal, Mark, marked
 from kvmifup.runs.leftovers import revert
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.planning import prepare
 from kvmifup.runs.session import Session, about, alive
-from kvmifup.runs.store import save_or_mark
 
 
 def begin(nic: Nic, session: Session) -> Outcome | None:

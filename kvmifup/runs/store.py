@@ -355,17 +355,6 @@ class Store:
         return found - Counter({self.namespace: found[self.namespace]})
 
 
-def save_or_mark(store: Store, journal: Journal, mark: Mark) -> None:
-    """Write *journal*, which is what the one on disk is with this *mark*; without space for it, only the mark.
-
-    Raises KernelError, PrivilegeError.
-    """
-    try:
-        store.save(journal)
-    except NoSpaceError:
-        store.mark(journal, mark)
-
-
 def sync(directory: Path) -> None:
     """Have what was changed in *directory* survive a power cut. Raises OSError."""
     with suppress(FileNotFoundError, NotADirectoryError), opened(directory, FOLDER) as descriptor:
