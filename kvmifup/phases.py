@@ -363,8 +363,9 @@ def routed(nic: Nic, config: Config, facts: NodeFacts, *, announce: bool) -> Ite
 
     yield PRE, LinkAddress(nic.tap, nic.tap_mac)
     yield PRE, LinkMaster(nic.tap, None)  # what comes in on a bridge port is never routed
-    yield from ((PRE, op) for op in closed(nic, ipv6=facts.ipv6 and facts.tap.mtu >= IPV6_MIN_MTU))
-    yield from ((PRE, op) for op in router_settings(nic, config, facts.tap))
+    ipv6 = facts.ipv6 and facts.tap.mtu >= IPV6_MIN_MTU
+    yield from ((PRE, op) for op in closed(nic, ipv6=ipv6))
+    yield from ((PRE, op) for op in router_settings(nic, config, facts.tap, ipv6=ipv6))
     if nic.link is not None:
         for family in (4, 6) if facts.ipv6 else (4,):
             priority = config.routed.rule_priority
@@ -509,14 +510,19 @@ def ipv6_off(nic: Nic) -> Sysctl:
     return conf(nic, 6, "disable_ipv6", "1")
 
 
-def router_settings(nic: Nic, config: Config, tap: Tap) -> Iterator[Op]:
-    """What makes the node the guest's router on this tap."""
+def router_settings(nic: Nic, config: Config, tap: Tap, *, ipv6: bool) -> Iterator[Op]:
+    """What makes the node the guest's router on this tap. *ipv6* as in `closed`."""
     yield conf(nic, 4, "forwarding", "1")
     yield conf(nic, 4, "proxy_arp", "1")
     yield conf(nic, 4, "send_redirects", "0")
     if config.routed.reverse_path in RP_FILTER:
         yield conf(nic, 4, "rp_filter", RP_FILTER[config.routed.reverse_path])
     yield Sysctl(4, "neigh", nic.tap, "proxy_delay", False, "0")
+    if ipv6:
+        # Nobody is asked whether the tap's own link-local address is a duplicate. It ends like the guest's, so the
+        # question is for the guest's group. It would wait in the tap, and a guest that arrives would have to look at it
+        # before it gets its first packet.
+        yield conf(nic, 6, "accept_dad", "0")
     # Only for a guest with IPv6: turning its forwarding on anywhere makes the kernel drop the default routes
     # that the node has learnt from router advertisements (rt6_purge_dflt_routers).
     if any(prefix.version == 6 for prefix in nic.ip):
@@ -525,7 +531,6 @@ def router_settings(nic: Nic, config: Config, tap: Tap) -> Iterator[Op]:
         yield Sysctl(6, "neigh", nic.tap, "proxy_delay", False, "0")
         # The guest's gateway, whatever address the node's default makes. It is there at once, because nobody is asked
         # whether it is a duplicate: neither now, nor when the tap comes up again and the kernel makes it anew.
-        yield conf(nic, 6, "accept_dad", "0")
         yield AddrGenMode(nic.tap, ADDR_GEN_MODE_EUI64)
         gateway = f"{nic.gateway}/64"
         if not tap.idle or gateway in tap.addresses:

@@ -20,6 +20,7 @@ from harness.addresses import (
     GUEST_IP4,
     GUEST_IP6,
     GUEST_MAC,
+    IPS,
     NODE_IP4,
     NODE_IP6,
     NODE_MAC,
@@ -478,13 +479,15 @@ def test_a_tap_that_was_up_gets_the_gateway_and_keeps_it_when_it_flaps(uplinked:
     answers(guest)
 
 
-def test_nobody_is_asked_whether_the_gateway_is_a_duplicate(uplinked: Node) -> None:
-    """The guest, before it has arrived, would find the question waiting in its tap."""
-    oracle.sysctl("ipv6/conf/default/accept_dad", 1)
-    oracle.sysctl("ipv6/conf/default/dad_transmits", 1)
+@pytest.mark.parametrize("ip", [[GUEST_IP4], [GUEST_IP6], IPS, ["198.51.100.0/29"]])
+def test_nobody_is_asked_whether_the_taps_own_address_is_a_duplicate(uplinked: Node, ip: list[str]) -> None:
+    """The guest, before it has arrived, would find the question waiting in its tap, and it ends as the guest's own."""
+    for name, value in (("accept_dad", 1), ("dad_transmits", 1), ("router_solicitation_delay", 0)):
+        oracle.sysctl(f"ipv6/conf/default/{name}", value)
     guest = uplinked.guest()
-    manager.write_nic(mode="routed", ip=[GUEST_IP6], incoming=True)
+    manager.write_nic(mode="routed", ip=ip, incoming=True)
     check(call("kvm-ifup-pre", "tap0"), 0)
+    agents.until(lambda: link_locals() == {GATEWAY: True})
     last = wire.ethernet(GUEST_MAC, TAP_MAC, wire.ETH_P_FENCE, bytes(46))
     with contextlib.closing(wire.packet_socket("tap0")) as sender:
         sender.send(last)
