@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 
 from kvmifup.agent.announcements import Announcements
-from kvmifup.agent.late import ASK_SOON, Late, LateAnswers
+from kvmifup.agent.late import ASK_AGAIN, Late, LateAnswers
 from kvmifup.agent.loop import Loop
 from kvmifup.agent.preparing import RECHECK, Preparations
 from kvmifup.agent.runner import Runner
@@ -34,7 +34,7 @@ from kvmifup.tell import syslog
 FRAMES = 64  # of one guest at a time, so that one that sends a lot keeps nobody from their turn
 CROWD = 0.2  # seconds between two guests that come one after the other
 
-ASK_AGAIN, ASK_LAST = 0.05, 200.0  # seconds from one question for a guest that has left to the next; to the last
+ASK_LAST = 200.0  # seconds between the last two questions for a guest that has left
 
 Result = Outcome | KvmIfupError | None  # of post
 
@@ -87,7 +87,7 @@ def listen(runner: Runner, handed: Handed, began: float, tap: TapRecord) -> None
     # question in its tap when it arrives.
     if tap.doubtful or tap.reached < began or tap.nic.to_ask:
         with suppress(OSError):  # the tap is down: its guest cannot be here
-            ask(tap.nic)
+            tap.asked = ask(tap.nic)
 
 
 def time_left(runner: Runner, tap: TapRecord) -> float:
@@ -165,9 +165,9 @@ class Arrivals:
             self.listen_later(tap)
 
     def _ask(self, tap: TapRecord, pause: float) -> None:
-        """Ask a guest that seems to have left again and again, after longer and longer pauses.
+        """Ask a guest again and again, after longer and longer pauses: one that has come, or that seems to have left.
 
-        It may have been too busy to answer. If it is heard later than that, it is put back, too.
+        That may have been too busy to answer. If it is heard later than that, it is put back, too.
         """
         with suppress(OSError):  # the tap is down, or going
             ask(tap.nic)
@@ -189,10 +189,22 @@ class Arrivals:
                 self._arrive(Arrival(tap, frames.name_of(data), sent))
                 return
             if tap.answers.first is None:
-                self._ask(tap, ASK_SOON)
+                self._ask_who_has_come(tap)
             tap.answers.take(data, sent)
         if tap.answers.given:
             self._has_answered(tap)
+
+    def _ask_who_has_come(self, tap: TapRecord) -> None:
+        """It runs here, and finds the question in its tap.
+
+        Another one at the same time would only hold it up. A Linux guest has just been told to announce itself; what
+        comes while it looks at its first frames is put off until it has done that (`wakeup_softirqd` in
+        kernel/softirq.c), and with it the first packets of those who hear of our announcement.
+        """
+        if tap.asked:
+            tap.timers.set("ask", ASK_AGAIN, partial(self._ask, tap, 2 * ASK_AGAIN))
+        else:
+            self._ask(tap, ASK_AGAIN)
 
     def _has_answered(self, tap: TapRecord) -> None:
         """The guest has said which of its addresses it has. Any other is left to who knows better, and calls post."""

@@ -19,7 +19,7 @@ from kvmifup.runs.journal import Journal
 from kvmifup.runs.moves import limited, run_post
 from kvmifup.runs.outcome import Outcome
 
-ASK_SOON = 0.01  # seconds from one question to the next; each time twice as many
+ASK_AGAIN = 0.05  # seconds from one question to the next; each time twice as many
 LATEST = 1.0  # seconds after a guest's arrival: what it has not answered for by then is left to who knows better
 
 
@@ -53,10 +53,10 @@ class LateAnswers:
         self._announcements = announcements
 
     def wait_for(self, late: Late) -> None:
-        """Its guest has been wired a moment ago, and has more addresses."""
+        """Its guest has been wired a moment ago, and has more addresses; it has been asked for all of them."""
         self._loop.watch(late.listener, partial(self._heard, late))
         self._loop.later(LATEST, partial(self._end, late))
-        self._ask(late, ASK_SOON)
+        self._loop.later(ASK_AGAIN, partial(self._ask, late, 2 * ASK_AGAIN))
 
     def _ask(self, late: Late, pause: float) -> None:
         if late.over:

@@ -71,7 +71,8 @@ class TapRecord:
     addresses, by None, and where the guest is asked for each alone, by that. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
-    *doubtful*: its guest may be here, and have nothing more to say, so it is asked.
+    *doubtful*: its guest may be here, and have nothing more to say, so it is asked. *asked*: that waits in its tap, or
+    the guest has taken it.
     """
 
     def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:
@@ -96,6 +97,7 @@ class TapRecord:
         self.tries = 0
         self.complaint = ""
         self.doubtful = False
+        self.asked = False
         self._loop = loop
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import re
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from harness import agents, guests, manager, oracle, tools, wire
-from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC, IPS
+from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC, IPS, TAP_MAC
 from harness.agents import NOT_WIRED, Agent, journal, phase, through, until, wired
 from harness.guests import FRAMES, answering, rarp, witness
 from harness.hooks import check, hook
@@ -92,6 +93,22 @@ def test_a_guest_that_ganeti_moves_is_wired_at_its_first_frame(uplinked: Node, a
                 assert before is not None
                 assert found is not None
                 assert (found["entries"], found["by"]) == (before["entries"], "agent")
+
+
+@pytest.mark.parametrize("ips", [[GUEST_IP4], [GUEST_IP6], IPS])
+def test_one_question_for_each_address_waits_for_a_guest(uplinked: Node, agent: Agent, ips: list[str]) -> None:
+    guest = uplinked.guest("tap0")
+    expect({**FIRST, "IP": ",".join(ips)})
+    with qemu((guest, GUEST_MAC)):
+        agent.armed()
+        last = wire.ethernet(GUEST_MAC, TAP_MAC, wire.ETH_P_FENCE, bytes(46))
+        with contextlib.closing(wire.packet_socket("tap0")) as sender:
+            sender.send(last)
+        seen = [frame for frame in guest.until(lambda frame: frame == last) if frame[:6] == last[:6]]
+    asked = [frame for frame in seen if frame != last]
+    assert sorted(frame[38:42] if frame[12:14] == b"\x08\x06" else frame[62:78] for frame in asked) == sorted(
+        ipaddress.ip_address(ip).packed for ip in ips
+    )
 
 
 def test_an_ext_nic_for_which_ganeti_calls_pre_itself_is_not_asked(uplinked: Node) -> None:

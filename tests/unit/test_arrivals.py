@@ -15,8 +15,9 @@ from typing import Any, cast
 
 import pytest
 
-from kvmifup.agent import announcements, arrivals, preparing
+from kvmifup.agent import announcements, arrivals, late, preparing
 from kvmifup.agent.announcements import Announcements
+from kvmifup.agent.answers import Answers
 from kvmifup.agent.arrivals import Arrivals
 from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop, Settling
@@ -24,9 +25,10 @@ from kvmifup.agent.preparing import Preparations
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import State, TapRecord, Taps
 from kvmifup.core.errors import KvmIfupError, LockTimeoutError, NotReadyError
-from kvmifup.core.model import AgentConfig, Config, Message, Phase
+from kvmifup.core.model import AgentConfig, Config, Message, Nic, Phase
 from kvmifup.core.ops import Announce
-from kvmifup.node import announce, sockets
+from kvmifup.node import announce, frames, sockets
+from kvmifup.node.messages import mac_bytes
 from kvmifup.runs import clock
 from kvmifup.runs.apply import Change
 from kvmifup.runs.arriving import PreparedArrival
@@ -34,7 +36,7 @@ from kvmifup.runs.index import Stamp
 from kvmifup.runs.journal import Journal
 from kvmifup.runs.outcome import Outcome
 
-from .samples import HERE, MAC, ROUTED, into
+from .samples import DUAL, HERE, MAC, ROUTED, into
 
 FRAME = bytes.fromhex("ff" * 6 + MAC.replace(":", "") + "8035") + bytes(46)
 NOTHING: frozenset[Thing] = frozenset({("device", 99)})
@@ -340,6 +342,79 @@ def test_who_is_asked_and_sends_without_end_keeps_nobody_from_their_turn(
     waiting.pass_time(0.05)
     waiting.run_until(State.ARMED)
     assert waiting.tap.answers.first == ("RARP", 0.0)
+
+
+@pytest.fixture
+def asked(waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> list[Nic]:
+    """Whom the agent asks for its addresses, each time. The guest of `waiting` is one of them."""
+    found: list[Nic] = []
+
+    def ask(nic: Nic) -> bool:
+        found.append(nic)
+        return True
+
+    for module in (arrivals, late):
+        monkeypatch.setattr(module, "ask", ask)
+        monkeypatch.setattr(module, "ASK_AGAIN", 3600.0)
+    waiting.tap.nic = replace(ROUTED, to_ask=True)
+    waiting.preparations.append(None)
+    return found
+
+
+@pytest.mark.parametrize("finds_one", [True, False])
+def test_a_guest_that_finds_a_question_in_its_tap_is_asked_no_other(
+    waiting: Waiting, asked: list[Nic], finds_one: bool
+) -> None:
+    waiting.tap.asked = finds_one
+    waiting.arm()
+    waiting.run_until(State.ARMED)
+    waiting.guest.send(FRAME)
+    waiting.until(lambda: waiting.tap.answers.first)
+    assert asked == ([] if finds_one else [waiting.tap.nic])
+
+
+def test_a_guest_that_does_not_answer_is_asked_again_and_again(
+    waiting: Waiting, asked: list[Nic], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrivals, "ASK_AGAIN", 0.001)
+    waiting.tap.asked = True
+    waiting.arm()
+    waiting.guest.send(FRAME)
+    waiting.until(lambda: len(asked) == 3)
+
+
+@pytest.mark.parametrize("pause", [0.001, 3600.0])
+def test_who_has_answered_for_some_is_asked_for_the_rest_only_later(
+    waiting: Waiting, asked: list[Nic], monkeypatch: pytest.MonkeyPatch, pause: float
+) -> None:
+    monkeypatch.setattr(late, "ASK_AGAIN", pause)
+    waiting.tap.nic = replace(DUAL, to_ask=True)
+    waiting.tap.answers, waiting.tap.asked = Answers(waiting.tap.nic), True
+    waiting.posts.append(OUTCOME)
+    waiting.arm()
+    waiting.run_until(State.ARMED)
+    waiting.guest.send(frames.gratuitous_arp(mac_bytes(ROUTED.mac), "192.0.2.8"))
+    waiting.until(lambda: "arrived" in waiting.said[-1])
+    waiting.until((lambda: len(asked) == 3) if pause < 1 else lambda: True)
+    assert asked == [waiting.tap.nic] * (3 if pause < 1 else 0)
+
+
+@pytest.mark.parametrize("taken", [True, False, OSError("down")])
+def test_whether_the_tap_has_taken_the_question_is_noted(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch, taken: bool | OSError
+) -> None:
+    def ask(_nic: Nic) -> bool:
+        if isinstance(taken, OSError):
+            raise taken
+        return taken
+
+    monkeypatch.setattr(arrivals, "ask", ask)
+    monkeypatch.setattr(sockets, "is_device", lambda *_: True)
+    monkeypatch.setattr(sockets, "guest_listener", lambda *_: waiting.ours)
+    waiting.tap.nic = replace(ROUTED, to_ask=True)
+    arrivals.listen(waiting.runner, {}, 0.0, waiting.tap)
+    waiting.loop.watch(waiting.ours, lambda: None, first=True)
+    assert (waiting.tap.listener, waiting.tap.asked) == (waiting.ours, taken is True)
 
 
 def test_an_agent_that_ends_at_once_completes_what_it_has_announced(waiting: Waiting) -> None:
