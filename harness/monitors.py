@@ -16,6 +16,8 @@ import pytest
 
 from harness.tools import CLEAN, PATIENCE, ip
 
+FENCE = 31999  # the priority of rules that nobody else has
+
 
 class Monitor:
     """`ip monitor all`, and where in its output a stretch of time begins and ends."""
@@ -35,15 +37,15 @@ class Monitor:
         """What has happened since the last call; neighbour entries that the kernel keeps for itself left out."""
         while not self._fenced(wait=PATIENCE):
             pytest.fail("ip monitor does not show what happens")
-        lines = [line for line in self._text.decode().splitlines() if "lookup 70" not in line]
+        lines = [line for line in self._text.decode().splitlines() if f" {FENCE}:\t" not in line.replace("]", " ")]
         self._text = b""
         return [line for line in lines if not line.startswith("[NEIGH]") or "PERMANENT" in line or "proxy" in line]
 
     def _fenced(self, wait: float) -> bool:
         table = next(self._numbers)
-        ip(f"rule add priority 31999 table {table}")
-        ip(f"rule del priority 31999 table {table}")
-        end = f"[RULE]Deleted 31999:\tfrom all lookup {table}".encode()
+        ip(f"rule add priority {FENCE} table {table}")
+        ip(f"rule del priority {FENCE} table {table}")
+        end = f"[RULE]Deleted {FENCE}:\tfrom all lookup {table}".encode()
         assert self._process.stdout is not None
         while end not in self._text:
             if not select.select([self._process.stdout], [], [], wait)[0]:

@@ -307,7 +307,7 @@ def test_a_reader_that_has_gone_changes_nothing_about_what_is_done(described: No
 
 
 @pytest.mark.usefixtures("impatient")
-def test_what_a_script_has_given_up_on_is_not_done_later(described: Node) -> None:
+def test_what_a_script_has_given_up_on_is_not_done_later(described: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """pre does not get an answer and does it itself; so does ifdown. When the agent goes on, that is how it stays."""
     before = snapshots.snapshot()
     with agents.running() as agent:
@@ -316,6 +316,7 @@ def test_what_a_script_has_given_up_on_is_not_done_later(described: Node) -> Non
             result = hook(program, "tap0", "-v")
             assert result.code == 0
             assert "does not answer" in result.err
+        monkeypatch.setattr(hooks, "SCRIPTS", tools.SCRIPTS)  # which have more patience
         with monitors.monitored() as monitor:
             agent.send(signal.SIGCONT)
             through("kvm-ifup", "gc")

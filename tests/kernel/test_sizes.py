@@ -46,12 +46,21 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def slowness() -> float:
+    """How many times as long this machine takes, just now, as the one on which `SECONDS` was set."""
+    begun = time.process_time()
+    sum(number * number for number in range(500_000))
+    return max(1.0, (time.process_time() - begun) / 0.04)
+
+
 @contextmanager
 def quick(seconds: float = SECONDS) -> Iterator[None]:
     """What is done in this process does not take longer."""
+    slower = slowness()
     begun = time.process_time()
     yield
-    assert time.process_time() - begun < seconds
+    taken = time.process_time() - begun
+    assert taken < seconds * max(slower, slowness())
 
 
 def hosts(kind: str) -> list[str]:
@@ -312,7 +321,7 @@ def test_a_guest_with_thousands_of_addresses_arrives_and_others_beside_it(uplink
         ip("link del tap0")
         agents.until(lambda: oracle.proxies() == set(IPS))
         used = sum(map(int, Path(f"/proc/{agent.process.pid}/stat").read_text().split()[13:15])) / 100
-        assert used < 6 * SECONDS
+        assert used < 6 * SECONDS * slowness()
 
 
 def test_who_watches_sees_a_run_on_thousands_of_addresses(uplinked: Node) -> None:
