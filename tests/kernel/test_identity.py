@@ -128,27 +128,34 @@ def another_node(own: Namespace) -> Iterator[str]:
         own.close()
 
 
-def namespace_called(number: str) -> Namespace:
-    """A new namespace with a *number* that has been used: the kernel gives the lowest that is free, after a moment."""
-    end = time.monotonic() + 30
+def namespace_called(number: str) -> Namespace | None:
+    """A new namespace with a *number* that has been used: the kernel gives the lowest that is free, after a moment.
+
+    None if somebody else on this machine has it, and keeps it.
+    """
+    end = time.monotonic() + 10
     while time.monotonic() < end:
         found = Namespace()
         with found:
             if namespaces.netns_id() == number:
                 return found
         found.close()
-    pytest.fail(f"no namespace has got the number {number} again")
+    return None
 
 
 def test_a_guest_in_a_namespace_with_a_used_number_begins_at_its_own_phase(node: Node) -> None:
-    manager.write_nic(mode="routed", link="100", ip=IPS)
-    with another_node(Namespace()) as first:
-        check(hook("kvm-ifup-post", "tap0"), 0)
-        assert (phase(), wired()) == ("post", WIRED)
-        before = journal() or {}
-        hooks.reap()  # who announces the guest still holds the namespace
-    manager.write_nic(mode="routed", link="100", ip=IPS, incoming=True)
-    with another_node(namespace_called(first)) as second:
+    for _ in range(10):
+        manager.write_nic(mode="routed", link="100", ip=IPS)
+        with another_node(Namespace()) as first:
+            check(hook("kvm-ifup-post", "tap0"), 0)
+            assert (phase(), wired()) == ("post", WIRED)
+            before = journal() or {}
+            hooks.reap()  # who announces the guest still holds the namespace
+        manager.write_nic(mode="routed", link="100", ip=IPS, incoming=True)
+        if again := namespace_called(first):
+            break
+    assert again, "no namespace gets a number again"
+    with another_node(again) as second:
         found = (oracle.link("tap0")["ifindex"], int(second.strip("net:[]")))
         assert found == (before["ifindex"], before["namespace"]), "only the cookie tells them apart"
         check(hook("kvm-ifup-pre", "tap0"), 0)
