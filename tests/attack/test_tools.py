@@ -25,7 +25,7 @@ from harness.nodes import Node
 GATEWAY_MAC, GATEWAY_IP4, GATEWAY_IP6, GATEWAY_LINK_LOCAL = "02:00:00:00:00:77", "192.0.2.2", "2001:db8::2", "fe80::77"
 CLIENT_LINK_LOCAL = "fe80::ff:fe00:1"
 ENOUGH = 3  # harmful frames of one tool
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 # Each does harm without a filter, by itself and soon.
 ATTACKS = {
@@ -117,9 +117,10 @@ class Scene:
             )
         harmful, end = 0, time.monotonic() + PATIENCE
         while harmful < ENOUGH and time.monotonic() < end:
+            ended = process.poll() is not None  # before the look at what it has sent
             frame = self.sent.next(0.05 if harmful else 0.5)
             harmful += bool(frame and harm(frame))
-            if frame is None and (harmful or process.poll() is not None):
+            if frame is None and (harmful or ended):
                 break  # some send one, and wait for ever
         process.kill()
         said = process.communicate()[0].decode(errors="replace")

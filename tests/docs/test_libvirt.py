@@ -450,7 +450,7 @@ def test_with_the_agent_nobody_has_to_say_that_a_guest_has_arrived(hosts: Hosts)
     source.start(guest(ROUTED))
     source.virsh(migration(source, target))
     target.node.run(
-        "for _ in $(seq 200); do grep -q arrived /tmp/agent && exit; sleep 0.1; done; cat /tmp/agent; false"
+        "for _ in $(seq 600); do grep -q arrived /tmp/agent && exit; sleep 0.1; done; cat /tmp/agent; false"
     )
     assert target.node.routes("tap0") == {"192.0.2.8", "2001:db8::8"}
     assert target.node.proxies() == {("eth0", "192.0.2.8"), ("eth0", "2001:db8::8")}
