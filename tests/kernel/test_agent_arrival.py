@@ -469,28 +469,31 @@ def test_a_tap_that_somebody_works_on_holds_up_the_arming_of_no_other(uplinked: 
     nodes.add_bridge("br0")
     incoming(uplinked, None, "tap1", mode="bridged", link="br0", ip=None, mac="aa:00:00:00:00:01")
     guest = incoming(uplinked)
-    with agents.locked("tap1"), agents.running():
-        guest.send(rarp())
-
-        def tried() -> bool:
+    with agents.configured() as etc:
+        (etc / "config.toml").write_text("lock_timeout = 600\n")
+        with agents.locked("tap1"), agents.running():
             guest.send(rarp())
-            return phase() == "post"
 
-        until(tried, patience=8)  # less than the time for which a lock is waited for
-        assert wired() == WIRED
+            def tried() -> bool:
+                guest.send(rarp())
+                return phase() == "post"
+
+            until(tried)  # sooner than a lock is given up
+            assert wired() == WIRED
 
 
-def test_a_bridge_that_learns_holds_up_no_arrival(uplinked: Node, agent: Agent) -> None:
-    nodes.add_bridge("br0", options="stp_state 1 forward_delay 200")
-    guest = incoming(uplinked, agent)
-    uplinked.guest("tap1")
-    manager.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)
-    waiting = hooks.start("kvm-ifup-pre", "tap1")
-    until(lambda: "master" in oracle.link("tap1"))
-    guest.send(rarp())
-    until(lambda: wired() == WIRED)
-    assert waiting.poll() is None
-    check(hooks.finish(waiting), 0)
+def test_a_bridge_that_learns_holds_up_no_arrival(uplinked: Node) -> None:
+    nodes.add_bridge("br0", options="stp_state 1 forward_delay 400")
+    with agents.configured(bridged={"forwarding_timeout": 60}), agents.running() as agent:
+        guest = incoming(uplinked, agent)
+        uplinked.guest("tap1")
+        manager.write_nic("tap1", "web2", mode="bridged", link="br0", incoming=True)
+        waiting = hooks.start("kvm-ifup-pre", "tap1")
+        until(lambda: "master" in oracle.link("tap1"))
+        guest.send(rarp())
+        until(lambda: wired() == WIRED)
+        assert waiting.poll() is None
+        check(hooks.finish(waiting), 0)
     (port,) = tools.ask("bridge -j link show dev tap1")
     assert port["state"] == "forwarding"
 

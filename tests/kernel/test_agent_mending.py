@@ -365,7 +365,7 @@ def test_a_nic_that_was_taken_down_right_before_does_not_come_back(
     agent.heard("the journals were removed")
     settled(uplinked, agent)
     assert agents.journal("tap1") is None
-    assert "written again for tap0\n" in agent.said()
+    until(lambda: "written again for tap0\n" in agent.said())
     if how != "the tap's end":
         tools.ip("link del tap1")
     assert snapshots.changes(clean, snapshots.snapshot_of_kernel()) == []
@@ -383,4 +383,4 @@ def test_without_a_nic_the_socket_is_made_again_as_well(agent: Agent) -> None:
     for _ in range(3):
         tools.run("rm", "-rf", str(manager.RUN_DIR))
         until(agents.SOCKET.exists)
-    assert agent.said().count("made again") == 3
+    until(lambda: agent.said().count("made again") == 3)
