@@ -12,27 +12,27 @@ class Finder(Generic[Key]):
     """Names, each by several keys. Not for two threads at once."""
 
     def __init__(self) -> None:
-        # Nearly all keys are those of one name alone, and a set for each would take more memory than all the rest.
-        self._names: dict[Key, str | set[str]] = {}
+        # Nearly all keys are those of one name alone, and something for each would take more memory than all the rest.
+        self._names: dict[Key, str | dict[str, None]] = {}
 
     def add(self, key: Key, name: str) -> None:
         """From now on *name* is found by *key*."""
         there = self._names.get(key, name)
-        if isinstance(there, set):
-            there.add(name)
+        if isinstance(there, dict):
+            there[name] = None
         else:
-            self._names[key] = name if there == name else {there, name}
+            self._names[key] = name if there == name else {there: None, name: None}
 
     def remove(self, key: Key, name: str) -> None:
         """*name* is found by *key* no longer."""
         there = self._names.get(key)
-        if isinstance(there, set):
-            there.discard(name)
+        if isinstance(there, dict):
+            there.pop(name, None)
         if not there or there == name:
             self._names.pop(key, None)
 
     def by(self, key: Key) -> tuple[str, ...]:
-        """The names that are found by *key*."""
+        """The names that are found by *key*, in the order in which they came."""
         there = self._names.get(key, ())
         return (there,) if isinstance(there, str) else tuple(there)
 

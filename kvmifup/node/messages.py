@@ -296,10 +296,27 @@ def plain_rule(message: bytes) -> tuple[int, int, int] | None:
     return u32(attrs[FRA_TABLE]) or 0, u32(attrs.get(FRA_PRIORITY)) or 0, protocol
 
 
+def incoming_device(message: bytes) -> str:
+    """The name of the device that a policy rule is for what comes in on; empty for any."""
+    return text(attributes(message, BODY + FIB_RULE_HDR.size).get(FRA_IIFNAME)) or ""
+
+
+def rule_order(message: bytes) -> int:
+    """The priority of a policy rule: the lowest comes first."""
+    return u32(attributes(message, BODY + FIB_RULE_HDR.size).get(FRA_PRIORITY)) or 0
+
+
+def rule_identity(message: bytes) -> tuple[int, bytes, bytes]:
+    """All that a policy rule says, without what its devices and others make of it meanwhile."""
+    end = BODY + FIB_RULE_HDR.size
+    flags = int.from_bytes(message[end - 4 : end], sys.byteorder)
+    return flags & FIB_RULE_INVERT, message[BODY : end - 4], message[end:]
+
+
 def rule_priority(message: bytes) -> int | None:
     """The priority of a policy rule that concerns packets which are forwarded; None for one that does not."""
     attrs = attributes(message, BODY + FIB_RULE_HDR.size)
-    return None if FRA_OIFNAME in attrs else u32(attrs.get(FRA_PRIORITY)) or 0
+    return None if FRA_OIFNAME in attrs else rule_order(message)
 
 
 def deleted_with(message: bytes, table: int, priority: int, protocol: int) -> bool:

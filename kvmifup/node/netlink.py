@@ -52,6 +52,7 @@ from kvmifup.node.messages import (
     attribute,
     attributes,
     deleted_with,
+    incoming_device,
     link_of,
     mac_bytes,
     name_bytes,
@@ -60,7 +61,6 @@ from kvmifup.node.messages import (
     packed,
     plain_rule,
     rule_body,
-    text,
     u32,
 )
 from kvmifup.node.pyroute import make_again
@@ -187,7 +187,7 @@ class Netlink:
         named = attribute(FRA_IIFNAME, name_bytes(iif))
         found = self.transport.dump(RTM_GETRULE, FIB_RULE_HDR.pack(family, 0, 0, 0, 0, 0, 0), named)
         # The same bytes may also be part of another attribute.
-        return [one for one in found if text(attributes(one, BODY + FIB_RULE_HDR.size).get(FRA_IIFNAME)) == iif]
+        return [one for one in found if incoming_device(one) == iif]
 
     def put_rule(self, family: int, iif: str, table: int, priority: int, protocol: int) -> None:
         """Add the rule `iif IIF lookup TABLE`; *protocol* is RTPROT_*."""
@@ -223,8 +223,7 @@ class Netlink:
         """The policy rules, as whole messages, by the name of the incoming device that they are for, "" for any."""
         found: dict[str, list[bytes]] = {}
         for message in self.transport.dump(RTM_GETRULE, FIB_RULE_HDR.pack(family, 0, 0, 0, 0, 0, 0)):
-            iif = text(attributes(message, BODY + FIB_RULE_HDR.size).get(FRA_IIFNAME))
-            found.setdefault(iif or "", []).append(message)
+            found.setdefault(incoming_device(message), []).append(message)
         return found
 
     def neighbours(self, flags: int) -> dict[tuple[int, str], tuple[int, str | None]]:

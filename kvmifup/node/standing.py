@@ -1,12 +1,13 @@
 """What a run asks for, and the kernel can tell only with all that is there of all guests.
 
-That is the node's own addresses, its default routes in every table, and which routes and rules there may be at all. A
-process that lives long keeps it (`keep`), and reads it anew only after the kernel has told of a change that can matter.
-A change is reported before whoever made it goes on, so what is kept is right whenever it is asked for.
+That is the node's own addresses, its default routes in every table, the policy rules of each tap, and which routes
+there may be at all. A process that lives long keeps it (`keep`), and reads it anew only after the kernel has told of a
+change that can matter. A change is reported before whoever made it goes on, so what is kept is right whenever it is
+asked for.
 
-Of routes and rules it is kept that there may be one: additions are always told, but IPv4 routes go without a word with
-their device. Whoever is told that there may be one asks the kernel. A new guest's are not there, so nobody has to look
-through those of thousands.
+Of routes it is kept that there may be one: additions are always told, but IPv4 routes go without a word with their
+device. Whoever is told that there may be one asks the kernel. A new guest's are not there, so nobody has to look
+through those of thousands. Rules never go without a word: they are kept as they are.
 """
 
 from __future__ import annotations
@@ -14,15 +15,12 @@ from __future__ import annotations
 import errno
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 from kvmifup.node import nexthops, transport
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import (
     BODY,
-    FIB_RULE_HDR,
-    FRA_IIFNAME,
     IFADDRMSG,
     IFINFOMSG,
     NLMSGHDR,
@@ -37,7 +35,9 @@ from kvmifup.node.messages import (
     RTM_NEWRULE,
     RTMSG,
     attributes,
-    text,
+    incoming_device,
+    rule_identity,
+    rule_order,
 )
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.routes import route_of
@@ -74,7 +74,7 @@ class Standing:
         self._addresses: dict[int, Addresses] = {}
         self._devices: set[int] = set()  # what happens to one of these matters
         self._leading: dict[tuple[int, int], Leading | None] = {}  # by family and table; None: too many
-        self._iifs: dict[int, Counter[str]] = {}  # the incoming devices of rules, by family
+        self._rules: dict[int, dict[str, list[bytes]]] = {}  # in order, by family and incoming device
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
         )
@@ -116,29 +116,27 @@ class Standing:
             known = self._leading[family, table]
             return None if known is None else known.get(to, set())
 
-    def may_name(self, family: int, iif: str, via: Netlink) -> bool:
-        """Whether a rule of *family* may name the incoming device *iif*."""
+    def rules(self, family: int, iif: str, via: Netlink) -> list[bytes]:
+        """As `Netlink.rules`."""
         with self._lock:
             self._catch_up()
-            if family not in self._iifs:
-                there = via.rules_by_iif(family)
-                self._iifs[family] = Counter({name: len(rules) for name, rules in there.items()})
-            return self._iifs[family][iif] > 0
+            if family not in self._rules:
+                self._rules[family] = via.rules_by_iif(family)
+            return [*self._rules[family].get(iif, ())]
 
     def _catch_up(self) -> None:
         """Forget what is kept if something has happened since that can change it."""
         for message in self._happened():
             if not message:
                 self._leading.clear()
-                self._iifs.clear()
+                self._rules.clear()
             kind, body = NLMSGHDR.unpack_from(message)[1] if message else 0, message[BODY:]
             if kind == RTM_NEWROUTE:
                 self._route_added(message, (body[0], nexthops.table_of(message)))
             elif kind == RTM_DELLINK and body[0] == socket.AF_UNSPEC:
                 self._device_gone(IFINFOMSG.unpack_from(body)[2])
-            elif kind in RULES and body[0] in self._iifs:
-                iif = text(attributes(body, FIB_RULE_HDR.size).get(FRA_IIFNAME)) or ""
-                self._iifs[body[0]][iif] += 1 if kind == RTM_NEWRULE else -1
+            elif kind in RULES and body[0] in self._rules:
+                self._rule_changed(message, body[0], added=kind == RTM_NEWRULE)
             if self._matters(kind, body):
                 for known in (self._defaults, self._addresses, self._devices):
                     known.clear()
@@ -149,6 +147,21 @@ class Standing:
             note_route(message, known)
             if len(known) > MANY:  # perhaps of guests that have left: read anew when somebody asks
                 del self._leading[table]
+
+    def _rule_changed(self, message: bytes, family: int, *, added: bool) -> None:
+        known = self._rules[family]
+        there = known.setdefault(incoming_device(message), [])
+        if added:
+            there.append(message)
+            there.sort(key=rule_order)  # after those of its priority (fib_nl_newrule in net/core/fib_rules.c)
+            return
+        place = next((place for place, one in enumerate(there) if rule_identity(one) == rule_identity(message)), None)
+        if place is None:  # not as it was thought: read anew when somebody asks
+            del self._rules[family]
+        elif len(there) == 1:
+            del known[incoming_device(message)]
+        else:
+            del there[place]
 
     def _device_gone(self, index: int) -> None:
         for known in filter(None, self._leading.values()):
@@ -225,6 +238,9 @@ def leading(family: int, table: int, to: Destination, via: Netlink) -> set[int |
     return _kept[0].leading(family, table, to, via) if _kept else None
 
 
-def may_name(family: int, iif: str, via: Netlink) -> bool:
-    """Whether a rule of *family*, AF_*, may name the incoming device *iif*. Raises NetlinkError."""
-    return not _kept or _kept[0].may_name(family, iif, via)
+def rules(family: int, iif: str, via: Netlink) -> list[bytes]:
+    """The policy rules of *family*, AF_*, that name the incoming device *iif*, as whole messages, in order.
+
+    Raises NetlinkError.
+    """
+    return _kept[0].rules(family, iif, via) if _kept else via.rules(family, iif)

@@ -226,8 +226,7 @@ class View:
         """Every policy rule of *family*, 4 or 6, that names the incoming device *iif*, as whole messages, in order."""
         if (family, iif) not in self._rules:
             with refusals("reading policy rules"):
-                there = standing.may_name(FAMILIES[family], iif, self.netlink)
-                self._rules[family, iif] = self.netlink.rules(FAMILIES[family], iif) if there else []
+                self._rules[family, iif] = standing.rules(FAMILIES[family], iif, self.netlink)
         return self._rules[family, iif]
 
     def routes(self, family: int, table: int) -> list[bytes]:
