@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 THREADS = 64
+ROOM = 64  # timers that may wait until one looks which of them are cancelled
 
 
 @dataclass(order=True)
@@ -48,6 +49,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._first = selectors.EpollSelector()
         self._timers: list[Timer] = []
+        self._room = ROOM
         self._numbers = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -91,6 +93,10 @@ class Loop:
     def later(self, delay: float, action: Callable[[], None]) -> Timer:
         """Call *action* in *delay* seconds."""
         timer = Timer(time.monotonic() + delay, next(self._numbers), action)
+        if len(self._timers) >= self._room:  # by now many may be cancelled, of those that wait an hour for a guest
+            self._timers = [one for one in self._timers if one.action]
+            heapq.heapify(self._timers)
+            self._room = max(ROOM, 2 * len(self._timers))
         heapq.heappush(self._timers, timer)
         return timer
 
@@ -137,11 +143,11 @@ class Loop:
                 self._serve(self._selector, key)
             now = time.monotonic()
             while self._timers and self._timers[0].due <= now:
-                if self._timers[0].action:
+                timer = heapq.heappop(self._timers)
+                if timer.action:
                     self._serve_first()
-                action = heapq.heappop(self._timers).action
-                if action:
-                    action()
+                if timer.action:
+                    timer.action()
         if self._broken:
             raise self._broken
 

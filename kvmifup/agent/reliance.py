@@ -13,7 +13,7 @@ class Reliance:
 
     def __init__(self) -> None:
         self._things: dict[str, Collection[Thing]] = {}
-        self._taps: Finder[Thing] = Finder()
+        self._taps: Finder[Thing, str] = Finder()
 
     def note(self, tap: str, things: Collection[Thing]) -> None:
         """From now on *tap* relies on *things*, and nothing else."""

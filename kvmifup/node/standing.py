@@ -17,6 +17,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 
+from kvmifup.core.finder import Finder
 from kvmifup.node import nexthops, transport
 from kvmifup.node.addresses import addresses
 from kvmifup.node.messages import (
@@ -51,8 +52,10 @@ START = 1024  # bytes of a message: what matters comes first
 MANY = 20_000  # routes in a table, of which no more is kept then: a router may have a million
 
 Addresses = list[tuple[int, str]]  # the device's index, the address with its prefix length
+Table = tuple[int, int]  # of routes: the family, the number
 Destination = tuple[bytes, int]  # of a route: the address, the length of the prefix
-Leading = dict[Destination, set[int | None]]  # the indices of the devices out of which routes may lead; None: elsewhere
+Leading = Finder[Destination, int]  # the indices of the devices out of which routes may lead
+ELSEWHERE = 0  # in the place of an index
 
 
 def read_defaults(family: int, via: Netlink) -> list[bytes]:
@@ -73,7 +76,8 @@ class Standing:
         self._defaults: dict[int, list[bytes]] = {}  # by family
         self._addresses: dict[int, Addresses] = {}
         self._devices: set[int] = set()  # what happens to one of these matters
-        self._leading: dict[tuple[int, int], Leading | None] = {}  # by family and table; None: too many
+        self._leading: dict[Table, Leading | None] = {}  # None: too many
+        self._out_of: Finder[int, tuple[Table, Destination]] = Finder()  # what is in there of a device, by its index
         self._rules: dict[int, dict[str, list[bytes]]] = {}  # in order, by family and incoming device
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
@@ -104,17 +108,17 @@ class Standing:
                 self._addresses[family] = found
             return self._addresses[family]
 
-    def leading(self, family: int, table: int, to: Destination, via: Netlink) -> set[int | None] | None:
+    def leading(self, family: int, table: int, to: Destination, via: Netlink) -> tuple[int, ...] | None:
         """Out of which devices routes in *table* to exactly *to* may lead; None if that is not kept."""
         with self._lock:
             self._catch_up()
             if (family, table) not in self._leading:
-                found: Leading = {}
-                for message in via.routes(family, table):
-                    note_route(message, found)
-                self._leading[family, table] = found if len(found) <= MANY else None
+                there = via.routes(family, table)
+                self._leading[family, table] = None if len(there) > MANY else Finder()
+                for message in there:
+                    self._route_added(message, (family, table))
             known = self._leading[family, table]
-            return None if known is None else known.get(to, set())
+            return None if known is None else known.by(to)
 
     def rules(self, family: int, iif: str, via: Netlink) -> list[bytes]:
         """As `Netlink.rules`."""
@@ -128,7 +132,7 @@ class Standing:
         """Forget what is kept if something has happened since that can change it."""
         for message in self._happened():
             if not message:
-                self._leading.clear()
+                self._forget_routes()
                 self._rules.clear()
             kind, body = NLMSGHDR.unpack_from(message)[1] if message else 0, message[BODY:]
             if kind == RTM_NEWROUTE:
@@ -141,12 +145,22 @@ class Standing:
                 for known in (self._defaults, self._addresses, self._devices):
                     known.clear()
 
-    def _route_added(self, message: bytes, table: tuple[int, int]) -> None:
+    def _route_added(self, message: bytes, table: Table) -> None:
         known = self._leading.get(table)
-        if known is not None:
-            note_route(message, known)
-            if len(known) > MANY:  # perhaps of guests that have left: read anew when somebody asks
-                del self._leading[table]
+        if known is None:
+            return
+        entry, to = route_of(message)
+        # One through a nexthop object leads elsewhere without a word of its own.
+        through_object = RTA_NH_ID in attributes(message, BODY + RTMSG.size)
+        index = ELSEWHERE if through_object else entry.oif or ELSEWHERE
+        known.add(to, index)
+        self._out_of.add(index, (table, to))
+        if len(known) > MANY:  # perhaps of guests that have left: read anew when somebody asks
+            self._forget_routes()
+
+    def _forget_routes(self) -> None:
+        self._leading.clear()
+        self._out_of = Finder()
 
     def _rule_changed(self, message: bytes, family: int, *, added: bool) -> None:
         known = self._rules[family]
@@ -164,9 +178,10 @@ class Standing:
             del there[place]
 
     def _device_gone(self, index: int) -> None:
-        for known in filter(None, self._leading.values()):
-            for devices in known.values():
-                devices.discard(index)
+        for table, to in self._out_of.by(index):
+            self._out_of.remove(index, (table, to))
+            if (known := self._leading.get(table)) is not None:
+                known.remove(to, index)
 
     def _happened(self) -> Iterator[bytes]:
         """The start of each message that has come since, b"" for more than there was room for."""
@@ -196,13 +211,6 @@ class Standing:
         return kind not in RULES
 
 
-def note_route(message: bytes, known: Leading) -> None:
-    """Add the route in *message* to *known*. One through a nexthop object leads elsewhere without a word of its own."""
-    entry, to = route_of(message)
-    through_object = RTA_NH_ID in attributes(message, BODY + RTMSG.size)
-    known.setdefault(to, set()).add(None if through_object else entry.oif)
-
-
 _kept: list[Standing] = []
 
 
@@ -230,8 +238,8 @@ def own_addresses(family: int, via: Netlink) -> Addresses:
     return _kept[0].addresses(family, via) if _kept else read_addresses(family, via)
 
 
-def leading(family: int, table: int, to: Destination, via: Netlink) -> set[int | None] | None:
-    """Out of which devices (None: elsewhere) routes of *family*, AF_*, in *table* to exactly *to* may lead.
+def leading(family: int, table: int, to: Destination, via: Netlink) -> tuple[int, ...] | None:
+    """Out of which devices (indices, or `ELSEWHERE`) routes of *family*, AF_*, in *table* to exactly *to* may lead.
 
     None if nobody knows without looking. Raises NetlinkError.
     """

@@ -262,10 +262,10 @@ class View:
         to = (prefix.network_address.packed, prefix.prefixlen)
         with refusals(f"reading table {table}"):
             devices = standing.leading(FAMILIES[prefix.version], table, to, self.netlink)
-            if devices is None or len(devices) > 1 or None in devices:
+            if devices is None or len(devices) > 1 or standing.ELSEWHERE in devices:
                 return None
             try:
-                return [one for index in devices for one in self.routes_out.to(prefix, table, index or 0, self.netlink)]
+                return [one for index in devices for one in self.routes_out.to(prefix, table, index, self.netlink)]
             except NetlinkError as error:
                 if error.errno != errno.ENODEV:  # and with a device go its routes
                     raise

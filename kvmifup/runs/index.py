@@ -79,7 +79,7 @@ class Index:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seen: dict[str, Seen] = {}
-        self._taps: Finder[Hashable] = Finder()  # by name
+        self._taps: Finder[Hashable, str] = Finder()  # by name
         self._token = b""
         self._updated = 0.0
         self.heeded = False  # somebody looks whenever a file has changed

@@ -13,7 +13,7 @@ NAMES = ("tap0", "tap1", "tap2")
 
 @pytest.mark.parametrize("order", [*permutations(NAMES)])
 def test_names_are_found_by_their_keys_in_whatever_order_they_go(order: tuple[str, ...]) -> None:
-    finder: Finder[str] = Finder()
+    finder: Finder[str, str] = Finder()
     there: list[str] = []
     for name in NAMES:
         for _ in range(2):  # once more changes nothing

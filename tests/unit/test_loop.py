@@ -58,6 +58,18 @@ def test_a_cancelled_timer_does_nothing(loop: Loop) -> None:
     assert done == []
 
 
+def test_cancelled_timers_take_no_room_and_the_others_run_in_their_order(loop: Loop) -> None:
+    done: list[int] = []
+    for number in range(1000):
+        loop.later(3600, lambda: done.append(-1)).cancel()
+        if number % 100 == 0:
+            loop.later(0.02 - number / 1e6, lambda number=number: done.append(number))  # type: ignore[misc]
+    assert len(loop._timers) < 200
+    loop.later(0.03, loop.stop)
+    loop.run()
+    assert done == [*range(900, -1, -100)]
+
+
 def test_a_timer_may_set_another(loop: Loop) -> None:
     left = [5]
 
