@@ -82,6 +82,7 @@ def save_frames(results: Sequence[Result], directory: Path) -> list[Path]:
         axes[-1, 0].set_xlabel("milliseconds since the guest runs on the target node")
         figure.suptitle("The frames at the client", x=0.01, ha="left", weight="bold", size=12)
         figure.text(0.01, 0.006, f"{EMULATED}.", size=8.5)
+        figure.legend(handles=[_silent()], loc="lower right", frameon=False, borderpad=0, borderaxespad=0.4)
         figure.tight_layout(rect=(0, 0.02, 1, 0.995), h_pad=1.0)
         return write(figure, directory, "frames", 200)
 
@@ -178,13 +179,18 @@ def _legend() -> list[Any]:
         dot("reply", "o", REPLY, markeredgewidth=0),
         dot("ping lost (no reply in 1 s)", "|", LOST),
         Line2D([], [], color=DOWN, linewidth=0.8, linestyle=(0, (2, 2)), label="migration ordered"),
-        Patch(color=SILENT, label="client without reply"),
+        _silent(),
         Patch(color=DOWN, label="guest down"),
         *(
             dot(m.label, m.shape, m.colour, markerfacecolor="none" if m.shape == "o" else m.colour)
             for m in MARKS.values()
         ),
     ]
+
+
+def _silent() -> Patch:
+    """What the coloured areas are."""
+    return Patch(color=SILENT, label="client without reply")
 
 
 def silence(result: Result) -> str:

@@ -116,6 +116,18 @@ def test_emulated_cpus_are_marked(name: str) -> None:
     assert "emulated CPUs" in picture(name)
 
 
+@pytest.mark.parametrize("name", ["migration", "frames"])
+def test_the_coloured_areas_are_explained_in_the_picture(name: str) -> None:
+    assert plot.SILENT.lower() in picture(name)
+    assert ">client without reply<" in picture(name)
+
+
+def test_the_frames_are_drawn_with_what_their_coloured_areas_are(tmp_path: Path) -> None:
+    png, svg = plot.save_frames([result((ARRIVED - 0.01, ARRIVED + 0.05))], tmp_path)
+    assert ">client without reply<" in svg.read_text(encoding="utf-8")
+    assert png.stat().st_size > 0
+
+
 def test_what_happens_two_seconds_before_is_explained_in_the_picture() -> None:
     assert "QEMU holds the guest up" in picture("migration")
 
