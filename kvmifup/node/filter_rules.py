@@ -102,7 +102,7 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "goto drop_protocol",
     ),
     "mac_arp_sender": (
-        "meta protocol arp iifname . arp saddr ether @macs accept",
+        "iifname . arp saddr ether @macs accept",
         "goto drop_mac",
     ),
     "mac_rarp": (
@@ -116,8 +116,8 @@ _JUDGING: dict[str, tuple[str, ...]] = {
     "mac_six_known": (
         sealed(),
         "meta l4proto != icmpv6 accept",
-        "meta protocol ip6 icmpv6 type { 133, 134, 135, 136, 137 } goto mac_nd",
-        "meta protocol ip6 icmpv6 type >= 0 accept",
+        "icmpv6 type { 133, 134, 135, 136, 137 } goto mac_nd",
+        "icmpv6 type >= 0 accept",
         "frag frag-off != 0 accept",
         "goto drop_protocol",
     ),
@@ -137,12 +137,12 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "goto drop_protocol",
     ),
     "address_arp_sender": (
-        "meta protocol arp iifname . arp saddr ether != @macs goto drop_mac",
-        "meta protocol arp iifname . arp saddr ip @hosts4 accept",
-        "meta protocol arp iifname . arp saddr ip @nets4 accept",
+        "iifname . arp saddr ether != @macs goto drop_mac",
+        "iifname . arp saddr ip @hosts4 accept",
+        "iifname . arp saddr ip @nets4 accept",
         # A probe. One for another's address would have that guest give it up.
-        "meta protocol arp arp saddr ip 0.0.0.0 iifname . arp daddr ip @hosts4 accept",
-        "meta protocol arp arp saddr ip 0.0.0.0 iifname . arp daddr ip @nets4 accept",
+        "arp saddr ip 0.0.0.0 iifname . arp daddr ip @hosts4 accept",
+        "arp saddr ip 0.0.0.0 iifname . arp daddr ip @nets4 accept",
         "goto drop_address",
     ),
     "address_rarp": (
@@ -197,10 +197,10 @@ _JUDGING: dict[str, tuple[str, ...]] = {
         "goto drop_protocol",
     ),
     "six_icmp": (
-        "meta protocol ip6 icmpv6 type { 134, 137 } goto drop_router",
-        "meta protocol ip6 icmpv6 type { 133, 135, 136 } goto address_nd",
+        "icmpv6 type { 134, 137 } goto drop_router",
+        "icmpv6 type { 133, 135, 136 } goto address_nd",
         "ip6 saddr :: icmpv6 type { 131, 132, 143 } accept",
-        "meta protocol ip6 icmpv6 type >= 0 goto six_source",
+        "icmpv6 type >= 0 goto six_source",
         "frag frag-off != 0 goto six_source",
         "goto drop_protocol",
     ),
