@@ -103,6 +103,8 @@ def _nftables(found: list[dict[str, Any]]) -> Iterator[str]:
         ((kind, what),) = one.items()
         if kind == "metainfo":
             continue
+        if what["family"] == "bridge" and "made" in (what.get("chain"), what.get("name")):
+            continue  # a note about the other chains of that table, which says no more than they do
         place = [what.get("table", ""), what.get("chain", ""), what.get("name", "")]
         if kind == "rule":
             rules[what["table"], what["chain"]] += 1

@@ -8,7 +8,7 @@ from kvmifup.core import filters
 from kvmifup.core.filters import Facts
 from kvmifup.core.ops import Filter
 from kvmifup.node import filter_shape as shape
-from kvmifup.node.filter_rules import RESERVED
+from kvmifup.node.filter_rules import MADE, RESERVED
 from kvmifup.node.filter_shape import SETS
 from kvmifup.node.filter_table import BASE_CHAIN, THE_TABLE, Entries, Found, entries_for, facts_in
 from kvmifup.node.messages import NLM_F_APPEND, attribute
@@ -30,6 +30,7 @@ from kvmifup.node.nfmessages import (
     big,
     commented,
     create,
+    emptied,
     for_each_set,
     keyed,
     made_rule,
@@ -67,6 +68,14 @@ def guard_made(tap: str) -> Iterator[Request]:
     yield create(NFT_MSG_NEWCHAIN, named(NFTA_CHAIN_NAME, chain) + what)
     kind, flags, rule = made_rule(chain, then(NFT_GOTO, RESERVED))
     yield kind, flags | NLM_F_APPEND, rule + attribute(NFTA_RULE_USERDATA, commented(shape.guard_marks(tap)[0]))
+
+
+def note(said: str) -> Iterator[Request]:
+    """The requests that make *said* the comment in the chain `MADE`."""
+    yield create(NFT_MSG_NEWCHAIN, named(NFTA_CHAIN_NAME, MADE))
+    yield emptied(MADE)
+    kind, flags, rule = made_rule(MADE, then(NF_ACCEPT))
+    yield kind, flags | NLM_F_APPEND, rule + attribute(NFTA_RULE_USERDATA, commented(said))
 
 
 def commands(tap: str, facts: Facts, found: Found) -> Iterator[str]:

@@ -264,6 +264,9 @@ def about(chain: str, rule: str) -> str:
 
 # In the table on the taps themselves: what is for a reserved address, from a MAC that is not the guest's.
 RESERVED = "reserved"
+# Nothing leads to this chain: the comment of its rule is what the rules of both tables looked like in the kernel right
+# after they were made. nft has other words for them than these, and a comment stays when a rule is replaced.
+MADE = "made"
 _PORT = ("ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 iifname . ether saddr != @port_macs drop",)
 
 RULES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -15,26 +15,32 @@ from kvmifup.core.errors import NotReadyError
 from kvmifup.core.filters import Facts, Prefix
 from kvmifup.core.records import record
 from kvmifup.node import filter_shape as shape
-from kvmifup.node.filter_rules import BASE, RULES
+from kvmifup.node.filter_rules import BASE, MADE, RESERVED, RULES
 from kvmifup.node.filter_shape import GUARD, HERE, SETS, Element
+from kvmifup.node.messages import attributes
 from kvmifup.node.nfmessages import (
     IFNAMSIZ,
     NF_ACCEPT,
     NF_BR_PRE_ROUTING,
     NF_NETDEV_INGRESS,
     NFT_DATA_VERDICT,
+    NFT_GOTO,
     NFT_SET_INTERVAL,
     NFT_SET_MAP,
     NFT_TABLE_F_DORMANT,
     NFT_TABLE_F_OWNER,
+    NFTA_RULE_EXPRESSIONS,
     TYPES,
     Entry,
     device_key,
+    plain,
+    then,
 )
-from kvmifup.node.nfnetlink import Chain, Nftables, SetTypes
+from kvmifup.node.nfnetlink import Chain, Nftables, SetTypes, comments_of, digest_of
 
 HOOKED = (NF_BR_PRE_ROUTING, -300, NF_ACCEPT, "filter", ())
 THE_TABLE, BASE_CHAIN, NOTHING_WHOLE = "the table", f"the hook of chain {BASE}", "nothing whole"
+GUARDED = plain(then(NFT_GOTO, RESERVED))  # what a rule on a tap does
 NAMES = {HERE: THE_TABLE, GUARD: "the table on taps"}
 
 Entries = frozenset[tuple[str, Entry]]  # each with its set
@@ -152,8 +158,11 @@ def spanned(first: bytes, last: bytes) -> str:
 # --- what NICs share -------------------------------------------------------------------------------------
 
 
-def missing(table: Nftables, which: str) -> Iterator[str]:
-    """What is not as it is to be of what NICs share in the table *which*. Raises NotReadyError if it is not ours."""
+def missing(table: Nftables, which: str, noted: str) -> Iterator[str]:
+    """What is not as it is to be of what NICs share in the table *which*. Raises NotReadyError if it is not ours.
+
+    *noted* is what `made_now` has said of its rules when they were made; empty if nobody has noted it.
+    """
     itself = table.itself()
     if itself is None:
         yield NAMES[which]
@@ -177,9 +186,28 @@ def missing(table: Nftables, which: str) -> Iterator[str]:
             yield f"chain {BASE}"
         elif base != HOOKED:
             yield BASE_CHAIN
-    # There may be a chain for each NIC, so one that stands alone is read alone.
-    found = table.comments(next(iter(chains)) if len(chains) == 1 else "")
+    rules = rules_of(table, which)
+    found = comments_of(rules)
     yield from (f"chain {name}" for name, wanted in shape.marks(which).items() if found.get(name, ()) != wanted)
+    if noted and noted != digest_of(rules, MADE):
+        yield f"a rule of {NAMES[which]} that is another one now"
+
+
+def rules_of(table: Nftables, which: str) -> tuple[bytes, ...]:
+    """The rules that NICs share in the table *which*: there may be a chain for each NIC, so one chain is read alone."""
+    chains = RULES[which]
+    return tuple(table.rules(next(iter(chains)) if len(chains) == 1 else ""))
+
+
+def made_now(here: Nftables, guards: Nftables) -> str:
+    """What the rules of both tables look like now."""
+    return f"{digest_of(rules_of(here, HERE), MADE)} {digest_of(rules_of(guards, GUARD), MADE)}"
+
+
+def noted(here: Nftables) -> tuple[str, str]:
+    """What `made_now` has said when the rules were made; empty if nobody has noted it, as of older ones."""
+    said = [one.split() for one in here.comments(MADE).get(MADE, ())]
+    return (said[0][0], said[0][1]) if len(said) == 1 and len(said[0]) == 2 else ("", "")
 
 
 def is_older(table: Nftables, used: int) -> bool:
@@ -209,14 +237,17 @@ def fits(found: SetTypes, wanted: shape.Shape) -> bool:
 
 
 def guard_of(guards: Nftables, tap: str) -> tuple[str, ...] | None:
-    """The comments of the rules in the chain on the tap itself; None without it."""
+    """The comments of the rules in the chain on the tap itself, if these are ours; None without it."""
     chain = shape.chain_of(tap)
     base = guards.chain(chain)
     if base is None:
         return None
     if base != hooked_on(tap):
         return ("another hook",)
-    return guards.comments(chain).get(chain, ())
+    rules = tuple(guards.rules(chain))
+    if any(plain(attributes(one).get(NFTA_RULE_EXPRESSIONS, b"")) != GUARDED for one in rules):
+        return ("another rule",)
+    return comments_of(rules).get(chain, ())
 
 
 def hooked_on(tap: str) -> Chain:

@@ -17,7 +17,7 @@ from kvmifup.core.errors import KernelError, NotReadyError
 from kvmifup.core.ops import Filter
 from kvmifup.node import filter_shape as shape
 from kvmifup.node import nft
-from kvmifup.node.filter_changes import changes, commands, guard_made
+from kvmifup.node.filter_changes import changes, commands, guard_made, note
 from kvmifup.node.filter_rules import RESERVED
 from kvmifup.node.filter_shape import GUARD, HERE, SETS
 from kvmifup.node.filter_table import (
@@ -28,10 +28,12 @@ from kvmifup.node.filter_table import (
     facts_in,
     guard_of,
     hooked_on,
+    made_now,
     missing,
+    noted,
     text,
 )
-from kvmifup.node.messages import attributes
+from kvmifup.node.messages import NetlinkError, attributes
 from kvmifup.node.nfevents import Heard
 from kvmifup.node.nfmessages import (
     IFNAMSIZ,
@@ -123,7 +125,8 @@ class Filters:
 
     def _look_once(self, tap: str) -> Found:
         if self._missing is None:
-            self._missing = (*missing(self.nftables, HERE), *missing(self.guards, GUARD))
+            here, guards = noted(self.nftables)
+            self._missing = (*missing(self.nftables, HERE, here), *missing(self.guards, GUARD, guards))
         found = frozenset((name, one) for name in SETS for one in self._entries(name, tap))
         return Found(self._missing, found, guard_of(self.guards, tap))
 
@@ -174,6 +177,7 @@ class Filters:
             words = (*commands(tap, facts, found), *self._numbers(tap, found.missing))
             nft.script("\n".join(words), op.describe(), self._library)
             self._forget(UNKNOWN)
+            self._note(op)
         else:
             due = Found((), entries_for(tap, facts), shape.guard_marks(tap))
             guards = [*changes(GUARD, found.entries, due.entries)]
@@ -181,6 +185,21 @@ class Filters:
                 guards += () if found.guard is None else without_chain(shape.chain_of(tap))
                 guards += guard_made(tap)
             self._change(op, [*changes(HERE, found.entries, due.entries)], guards, due)
+
+    def _note(self, op: Filter) -> None:
+        """Note what the rules look like that were just made, unless too much is changed at the same time.
+
+        Without that, their comments alone say whether they are right.
+        """
+        with refusals(op.describe()):
+            for _ in range(TRIES):
+                generation = self.nftables.generation()
+                try:
+                    self.nftables.change([*note(made_now(self.nftables, self.guards))], generation=generation)
+                    return
+                except NetlinkError as error:
+                    if error.errno not in DISTURBED:
+                        raise
 
     def _numbers(self, tap: str, missing: tuple[str, ...]) -> Iterator[str]:
         """The commands that put what other NICs have into sets of numbers that are not there.

@@ -81,6 +81,11 @@ def big_of(data: bytes | None) -> int:
     return int.from_bytes(data or b"", "big")
 
 
+def plain(value: bytes) -> bytes:
+    """An attribute without the marks of those that hold others, which the kernel does not always set."""
+    return value.replace(b"\1\x80", b"\1\0").replace(b"\2\x80", b"\2\0")
+
+
 def valued(kind: int, value: bytes) -> bytes:
     """An attribute that holds a value."""
     return nested(kind, attribute(NFTA_DATA_VALUE, value))

@@ -53,6 +53,7 @@ from kvmifup.node.nfmessages import (
     made_rule,
     named,
     nested,
+    plain,
     then,
     typed,
     valued,
@@ -200,11 +201,6 @@ def meaning(expressions: bytes) -> Meaning:
 
 # By expression: the attributes that we write, and that say what it does.
 OURS = {"lookup": {1, 2, 3}, "bitwise": {1, 2, 3, 4, 5}, "counter": set[int]()}
-
-
-def plain(value: bytes) -> bytes:
-    """An attribute without the marks of those that hold others, which the kernel does not always set."""
-    return value.replace(b"\1\x80", b"\1\0").replace(b"\2\x80", b"\2\0")
 
 
 def are_ours(found: tuple[bytes, ...]) -> bool:

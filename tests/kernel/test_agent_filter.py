@@ -129,7 +129,8 @@ def test_a_guest_that_is_armed_is_closed_again_too(uplinked: Node) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["flush ruleset", "flush table bridge kvm-ifup", "delete table netdev kvm-ifup", "of one guest"]
+    "command",
+    ["flush ruleset", "flush table bridge kvm-ifup", "delete table netdev kvm-ifup", "of one guest", "opened"],
 )
 def test_a_bridged_guests_filter_is_put_back_as_well(uplinked: Node, command: str) -> None:
     nodes.add_bridge()
@@ -145,10 +146,18 @@ def test_a_bridged_guests_filter_is_put_back_as_well(uplinked: Node, command: st
         if command == "of one guest":
             tools.run("nft", "flush set bridge kvm-ifup inner_macs;flush chain netdev kvm-ifup nic-tap0;"
                              "delete chain netdev kvm-ifup nic-tap0")  # fmt: skip
+        elif command == "opened":  # with its comment, so that it looks right
+            (rule,) = re.findall(r"vmap @guests comment (.*) # handle (.*)", nft_chain("prerouting"))
+            tools.run("nft", f"replace rule bridge kvm-ifup prerouting handle {rule[1]} accept comment {rule[0]}")
         else:
             tools.run("nft", *command.split())
         until(lambda: bridge_table() == before)
         until(lambda: "tap0): mended: " in agent.said())
+
+
+def nft_chain(name: str) -> str:
+    """A chain of the table for bridged guests, with handles."""
+    return tools.run("nft", "-a", "list", "chain", "bridge", "kvm-ifup", name)
 
 
 def bridge_table() -> list[str]:

@@ -38,7 +38,22 @@ TO_BRIDGED = {
     "port option": "bridge link set dev tap0 mcast_router 1",
     "snooping": "ip link set br0 type bridge mcast_snooping 0",
 }
+# The last rule of a chain becomes one that lets all through, with its comment; the kernel leaves it its handle, too.
+OPENED = (
+    """set -- $(nft -a list chain {} | sed -n 's/.* comment "\\(.*\\)" # handle \\(.*\\)/\\1 \\2/p' | tail -n 1); """
+    """nft replace rule {} handle $2 accept comment '"'$1'"'"""
+)
 TO_FILTERED = {
+    **{
+        f"{chain} opened": OPENED.replace("{}", chain)
+        for chain in (
+            "bridge kvm-ifup prerouting",
+            "bridge kvm-ifup address",
+            "bridge kvm-ifup drop_protocol",
+            "netdev kvm-ifup reserved",
+            "netdev kvm-ifup nic-tap0",
+        )
+    },
     "no ruleset": "nft flush ruleset",
     "no table": "nft delete table bridge kvm-ifup",
     "no rules": "nft flush table bridge kvm-ifup",

@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -362,6 +363,62 @@ def as_in_the_kernel() -> set[tuple[str, bytes]]:
             found.add(("rule", repr(said).encode()))
         asked.close()
     return found
+
+
+def rules_in(chain: str) -> list[tuple[str, str]]:
+    """The handle and the comment of each rule of *chain*."""
+    found = json.loads(tools.run("nft", "-j", "list", "chain", *chain.split()))["nftables"]
+    return [(str(one["rule"]["handle"]), one["rule"]["comment"]) for one in found if "rule" in one]
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "bridge kvm-ifup prerouting", "bridge kvm-ifup address", "bridge kvm-ifup four_source",
+        "bridge kvm-ifup drop_protocol", "netdev kvm-ifup reserved", "netdev kvm-ifup nic-tap0",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_rule_that_keeps_its_comment_and_does_something_else_is_noticed(
+    bridged: Node, chain: str, which: int
+) -> None:
+    check(wire(ip=IPS, filter="address"), 0)
+    before = tools.run("nft", "list", "chain", *chain.split())
+    handle, comment = rules_in(chain)[which]
+    nft(f'replace rule {chain} handle {handle} accept comment "{comment}"')
+    assert (handle, comment) in rules_in(chain)
+    assert filter_now() == "not whole"
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert tools.run("nft", "list", "chain", *chain.split()) == before
+    assert filter_now() == "right"
+    assert call("kvm-ifup-post", "tap0", "--json").needed == []
+
+
+def filter_now() -> str:
+    """What `kvm-ifup show --json` says of the filter of tap0."""
+    (nic,) = json.loads(call("kvm-ifup", "show", "tap0", "--json").out)
+    (found,) = [str(op["now"]) for op in nic["missing"] if op["op"] == "filter"] or ["right"]
+    return "not whole" if "(not whole: " in found else found
+
+
+def test_rules_that_were_saved_and_loaded_again_are_made_anew(bridged: Node) -> None:
+    """nft lists some of them in words that mean less."""
+    check(wire(ip=IPS, filter="address"), 0)
+    saved = Path("/run/saved")
+    saved.write_text(tools.run("nft", "list", "ruleset"))
+    nft(f"flush ruleset; include {json.dumps(str(saved))}")
+    assert filter_now() == "not whole"
+    check(call("kvm-ifup-post", "tap0"), 0)
+    assert filter_now() == "right"
+
+
+@pytest.mark.parametrize("gone", ["flush chain {}", "flush chain {}; delete chain {}"])
+def test_without_a_note_of_what_was_made_the_comments_alone_count(bridged: Node, gone: str) -> None:
+    """So they do when somebody has typed what `kvm-ifup plan` prints."""
+    check(wire(ip=IPS, filter="address"), 0)
+    nft(gone.replace("{}", "bridge kvm-ifup made"))
+    assert filter_now() == "right"
+    assert call("kvm-ifup-post", "tap0", "--json").needed == []
 
 
 @pytest.mark.parametrize("how", ["mac", "address"])
