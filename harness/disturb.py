@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -35,6 +35,15 @@ def disturbed(before: Disturbance = nothing, after: Disturbance = nothing) -> It
             before(number, op)
             super().write(op)
             after(number, op)
+
+        def write_all(self, ops: Sequence[Any]) -> None:
+            first = len(written) + 1
+            for number, op in enumerate(ops, first):
+                written.append(op)
+                before(number, op)
+            super().write_all(ops)
+            for number, op in enumerate(ops, first):
+                after(number, op)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "Kernel", Disturbed)

@@ -23,7 +23,7 @@ from kvmifup.node.unheard import Asked, Unheard, differing, is_unheard
 from kvmifup.runs import planning
 from kvmifup.runs.apply import Change
 from kvmifup.runs.journal import Journal
-from kvmifup.runs.moves import mend
+from kvmifup.runs.moves import mend, mend_all
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session, opened
 from kvmifup.tell import render
@@ -33,6 +33,7 @@ LONGEST = 60.0
 ASKED = 6.0  # seconds until a guest that was to be asked is looked at again, if nothing comes of it
 SHOWN = 4  # changes in one line of the log
 FEW = 16  # NICs that are looked at one by one: to read the whole node takes longer
+TRIES = 2  # of one run for many NICs, which fails if one of them has just gone
 REASON = "mended"
 
 Key = tuple[object, ...]
@@ -131,7 +132,9 @@ class Mender:
             kernel = Overview if len(taps) > FEW else None
             with opened(self._runner.run_dir, self._runner.config, dry=True, by="agent", kernel=kernel) as session:
                 session.store.trust_index()
-                for tap in filter(TapRecord.is_there, taps):
+                there = [tap for tap in taps if tap.is_there()]
+                restricted = self._restrict([tap for tap in there if tap.name not in suspects], session)
+                for tap in (one for one in there if one.name not in restricted):
                     looked, plan = self._compare(tap, session)
                     if plan is None:
                         self._failed.pop(tap.name, None)
@@ -189,6 +192,32 @@ class Mender:
             return replace(looked, again=ASKED, suspect=True)
         return replace(looked, again=self._mended(looked, Phase.POST))
 
+    def _restrict(self, taps: Sequence[TapRecord], session: Session) -> Collection[str]:
+        """First of all, and as one run if they are several, mend those of *taps* whose guests can do too much.
+
+        Returns the names of those that were changed: their new journals have them looked at. The others are compared
+        like any.
+        """
+        journals = {tap.name: tap.journal for tap in taps if self._is_open(tap, session)}
+        for _ in range(TRIES if len(journals) > 1 else 0):
+            outcomes = self._runner.attempt_all(partial(mend_all, list(journals)), REASON, BUSY)
+            if not isinstance(outcomes, KvmIfupError):
+                changed = [one for one in outcomes if any(change.needed for change in one.changes)]
+                for outcome in changed:
+                    self._done(outcome, journals[outcome.tap])
+                return {outcome.tap for outcome in changed}
+            self._runner.failed([outcomes])
+        return ()
+
+    def _is_open(self, tap: TapRecord, session: Session) -> bool:
+        """Whether the guest on *tap* can do what it must not, and that is not left so for a while."""
+        ops = [entry.op for entry in tap.journal.entries if entry.op.restricts and entry.op.wanted is not None]
+        try:
+            open_ = [op.key for op in ops if session.kernel.read(op) != op.wanted]
+        except KvmIfupError:  # to plan says what is wrong
+            return False
+        return bool(open_) and self._breakages.wait(tap.name, open_, time.monotonic()) <= 0
+
     def _mended(self, looked: Looked, most: Phase) -> float | None:
         """Do it; returns in how many seconds to look once more."""
         tap = looked.tap
@@ -201,9 +230,13 @@ class Mender:
             return self._cannot(tap, outcome)
         self._failed.pop(tap.name, None)
         if outcome:
-            self._tell(outcome, tap.journal)
-            self._announcements.repeat(outcome)
+            self._done(outcome, tap.journal)
         return None
+
+    def _done(self, outcome: Outcome, journal: Journal) -> None:
+        self._failed.pop(outcome.tap, None)
+        self._tell(outcome, journal)
+        self._announcements.repeat(outcome)
 
     def _tell(self, outcome: Outcome, journal: Journal) -> None:
         done = [change for change in outcome.changes if change.needed and not change.op.after_change]

@@ -85,15 +85,22 @@ class Runner:
         self, what: Callable[[Session], Outcome | None], reason: str | None = None, patience: float | None = None
     ) -> Outcome | KvmIfupError | None:
         """Do *what* in a session of its own; returns its outcome, or the error that it raises."""
+        found = self.attempt_all(lambda session: [one for one in (what(session),) if one], reason, patience)
+        return found if isinstance(found, KvmIfupError) else next(iter(found), None)
+
+    def attempt_all(
+        self, what: Callable[[Session], Sequence[Outcome]], reason: str | None = None, patience: float | None = None
+    ) -> Sequence[Outcome] | KvmIfupError:
+        """The same for what has many outcomes."""
         try:
             begun = time.monotonic()
             with self.session(reason, patience) as session:
-                outcome = what(session)
+                outcomes = what(session)
         except Exception as error:
             return as_ours(error)
-        if outcome:
-            self.tell_of(outcome, time.monotonic() - begun, session)
-        return outcome
+        for outcome in outcomes:
+            self.tell_of(outcome, (time.monotonic() - begun) / len(outcomes), session)
+        return outcomes
 
     def tell_of(self, outcome: Outcome, seconds: float, session: Session) -> None:
         """Tell of a run in *session* that took so many *seconds*, if it has changed anything."""

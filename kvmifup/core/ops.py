@@ -39,6 +39,8 @@ class Op:
     `of_place`: it is true of the place where something is (`moves`), so it is put back when that is there again.
     `lost_with`: what takes the value away when it is done to the same device, as `disturbs` names it.
     `gone_with`: the kinds of ops that, when they are undone, undo this one as well.
+    `restricts`: all that it does is to take from a guest what that must not do, so it may come before all else, and for
+    several guests at once.
     `leaves`: the value when the guest has gone, for what is about this guest alone. It does not matter who made it:
     it may have been another script, or an earlier run whose journal is lost. Empty: the value that we found.
     """
@@ -52,6 +54,7 @@ class Op:
     of_place: ClassVar[bool] = False
     lost_with: ClassVar[frozenset[str]] = frozenset()
     gone_with: ClassVar[frozenset[str]] = frozenset()
+    restricts: ClassVar[bool] = False
     leaves: ClassVar[tuple[Value, ...]] = ()
 
     @property
@@ -272,6 +275,7 @@ class Filter(Op):
 
     kind = "filter"
     outlives_tap = True
+    restricts = True
     leaves = (None,)
     dev: str
     want: str | None
@@ -433,6 +437,7 @@ class Sources(Op):
 
     kind = "sources"
     outlives_tap = True
+    restricts = True
     leaves = (None,)
     dev: str
     want: str | None

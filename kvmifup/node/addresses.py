@@ -21,6 +21,7 @@ from kvmifup.node.messages import (
     address_body,
     address_in,
 )
+from kvmifup.node.refusals import forgiven
 from kvmifup.node.transport import Transport
 
 
@@ -47,11 +48,13 @@ def link_local(via: Transport, index: int) -> str | None:
     return None
 
 
-def add(via: Transport, index: int, address: str) -> None:
-    """Add *address*, with its prefix length, for use at once: nobody is asked whether it is a duplicate."""
-    via.ask(RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, address_body(index, address, IFA_F_NODAD))
+def write(via: Transport, index: int, address: str, *, there: bool) -> None:
+    """Have *address*, with its prefix length, on the device *index*, or not: *there*.
 
-
-def delete(via: Transport, index: int, address: str) -> None:
-    """Remove *address*, with its prefix length."""
-    via.ask(RTM_DELADDR, NLM_F_ACK, address_body(index, address))
+    It is for use at once: nobody is asked whether it is a duplicate.
+    """
+    with forgiven(errno.EEXIST if there else errno.EADDRNOTAVAIL):
+        if there:
+            via.ask(RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, address_body(index, address, IFA_F_NODAD))
+        else:
+            via.ask(RTM_DELADDR, NLM_F_ACK, address_body(index, address))

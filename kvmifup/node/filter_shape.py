@@ -14,6 +14,7 @@ A change of a NIC's facts leaves these elements alone, so they count on.
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from functools import cache, lru_cache
@@ -91,6 +92,12 @@ def chain_of(tap: str) -> str:
     return CHAIN + "".join(
         one if one.isascii() and (one.isalnum() or one in "-._") else f"/{ord(one):02x}" for one in plain
     )
+
+
+def tap_of(chain: str) -> str:
+    """The reverse."""
+    plain = re.sub("/([0-9a-f]{2})", lambda byte: chr(int(byte[1], 16)), chain.removeprefix(CHAIN))
+    return os.fsdecode(plain.encode("latin-1", "replace"))
 
 
 def mark(chain: str, rule: str) -> str:

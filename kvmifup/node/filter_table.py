@@ -6,7 +6,8 @@ elements of this one and the chain on its tap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network, summarize_address_range
 
@@ -15,6 +16,7 @@ from kvmifup.core.errors import NotReadyError
 from kvmifup.core.filters import Facts, Prefix
 from kvmifup.core.records import record
 from kvmifup.node import filter_shape as shape
+from kvmifup.node import messages
 from kvmifup.node.filter_rules import BASE, MADE, RESERVED, RULES
 from kvmifup.node.filter_shape import GUARD, HERE, SETS, Element
 from kvmifup.node.messages import attributes
@@ -29,16 +31,22 @@ from kvmifup.node.nfmessages import (
     NFT_SET_MAP,
     NFT_TABLE_F_DORMANT,
     NFT_TABLE_F_OWNER,
+    NFTA_RULE_CHAIN,
     NFTA_RULE_EXPRESSIONS,
+    NFTA_RULE_USERDATA,
     TYPES,
     Entry,
+    comment_of,
     device_key,
+    entry_of,
+    listed,
     plain,
     then,
 )
-from kvmifup.node.nfnetlink import Chain, Nftables, SetTypes, comments_of, digest_of
+from kvmifup.node.nfnetlink import Chain, Nftables, SetTypes, comments_of, digest_of, held
 
 HOOKED = (NF_BR_PRE_ROUTING, -300, NF_ACCEPT, "filter", ())
+TRIES = 8  # of a look that changes disturb
 THE_TABLE, BASE_CHAIN, NOTHING_WHOLE = "the table", f"the hook of chain {BASE}", "nothing whole"
 GUARDED = plain(then(NFT_GOTO, RESERVED))  # what a rule on a tap does
 NAMES = {HERE: THE_TABLE, GUARD: "the table on taps"}
@@ -240,16 +248,63 @@ def guard_of(guards: Nftables, tap: str) -> tuple[str, ...] | None:
     """The comments of the rules in the chain on the tap itself, if these are ours; None without it."""
     chain = shape.chain_of(tap)
     base = guards.chain(chain)
-    if base is None:
-        return None
+    return None if base is None else guard_in(tap, base, map(attributes, guards.rules(chain)))
+
+
+def guard_in(tap: str, base: Chain | tuple[()], rules: Iterable[Mapping[int, bytes]]) -> tuple[str, ...]:
+    """The same of a chain that is *base*, and has these *rules*."""
     if base != hooked_on(tap):
         return ("another hook",)
-    rules = tuple(guards.rules(chain))
-    if any(plain(attributes(one).get(NFTA_RULE_EXPRESSIONS, b"")) != GUARDED for one in rules):
+    found = tuple(rules)
+    if any(plain(one.get(NFTA_RULE_EXPRESSIONS, b"")) != GUARDED for one in found):
         return ("another rule",)
-    return comments_of(rules).get(chain, ())
+    return tuple(comment_of(one.get(NFTA_RULE_USERDATA, b"")) or "" for one in found)
+
+
+def all_guards(guards: Nftables) -> dict[str, tuple[str, ...]]:
+    """The same of all taps that have such a chain."""
+    rules: dict[str, list[Mapping[int, bytes]]] = {}
+    for rule in map(attributes, guards.rules()):
+        rules.setdefault(messages.text(rule.get(NFTA_RULE_CHAIN)) or "", []).append(rule)
+    bases = {name: base for name, base in guards.chains().items() if name.startswith(shape.CHAIN)}
+    taps = {name: shape.tap_of(name) for name in bases}
+    return {taps[name]: guard_in(taps[name], base, rules.get(name, ())) for name, base in bases.items()}
+
+
+def device_in(key: bytes) -> str:
+    """The tap that the key of an element begins with."""
+    return os.fsdecode(key[:IFNAMSIZ].rstrip(b"\0"))
 
 
 def hooked_on(tap: str) -> Chain:
     """What there is to know of that chain, if it is as it is to be."""
     return NF_NETDEV_INGRESS, shape.GUARD_PRIORITY, NF_ACCEPT, "filter", (tap,)
+
+
+# --- all of it -------------------------------------------------------------------------------------------
+
+
+def missing_of_both(here: Nftables, guards: Nftables) -> tuple[str, ...]:
+    """What is not as it is to be of what NICs share, in either table. Raises as `missing`."""
+    said, said_of_guards = noted(here)
+    return (*missing(here, HERE, said), *missing(guards, GUARD, said_of_guards))
+
+
+def everything(here: Nftables, guards: Nftables) -> tuple[int, tuple[str, ...], dict[str, Found]]:
+    """What is missing of what NICs share, and what there is of each tap, after the generation of which it is true.
+
+    By a dump of each set, however many taps there are. Raises as `missing`.
+    """
+    for _ in range(TRIES):
+        generation = here.generation()
+        lacking = missing_of_both(here, guards)
+        found: dict[str, set[tuple[str, Entry]]] = {}
+        for name, kind in SETS.items():
+            for message in (guards if kind.table == GUARD else here).messages(name):
+                for one in map(entry_of, map(attributes, listed(held(message)))):
+                    found.setdefault(device_in(one[0]), set()).add((name, one))
+        chains = all_guards(guards)
+        if here.generation() == generation:
+            break
+    taps = found.keys() | chains.keys()
+    return generation, lacking, {tap: Found(lacking, frozenset(found.get(tap, ())), chains.get(tap)) for tap in taps}

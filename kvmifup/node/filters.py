@@ -6,9 +6,10 @@ is a NIC's own are elements, and a chain with one rule, and takes one message.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import Any
@@ -23,20 +24,20 @@ from kvmifup.node.filter_shape import GUARD, HERE, SETS
 from kvmifup.node.filter_table import (
     THE_TABLE,
     Found,
+    device_in,
     element,
     entries_for,
+    everything,
     facts_in,
     guard_of,
     hooked_on,
     made_now,
-    missing,
-    noted,
+    missing_of_both,
     text,
 )
-from kvmifup.node.messages import NetlinkError, attributes
+from kvmifup.node.messages import NetlinkError, attributes, failure
 from kvmifup.node.nfevents import Heard
 from kvmifup.node.nfmessages import (
-    IFNAMSIZ,
     NFPROTO_BRIDGE,
     NFPROTO_NETDEV,
     WITHOUT_TABLE,
@@ -93,6 +94,11 @@ class Filters:
         with self._lock:
             return text(self._look(tap), tap)
 
+    def all(self) -> tuple[tuple[str, ...], dict[str, Found]]:
+        """What is missing of what NICs share, and what there is of each tap: a dump of each set. Raises as `read`."""
+        with self._lock, refusals("reading filters"):
+            return everything(self.nftables, self.guards)[1:]
+
     # --- what there is ---------------------------------------------------------------------------------------
 
     def _forget(self, generation: int) -> None:
@@ -125,8 +131,7 @@ class Filters:
 
     def _look_once(self, tap: str) -> Found:
         if self._missing is None:
-            here, guards = noted(self.nftables)
-            self._missing = (*missing(self.nftables, HERE, here), *missing(self.guards, GUARD, guards))
+            self._missing = missing_of_both(self.nftables, self.guards)
         found = frozenset((name, one) for name in SETS for one in self._entries(name, tap))
         return Found(self._missing, found, guard_of(self.guards, tap))
 
@@ -152,8 +157,7 @@ class Filters:
 
     def write(self, op: Filter) -> None:
         """Make what *op* wants true, all of it or nothing. Raises KernelError, PrivilegeError, NotReadyError."""
-        if op.want is not None and any(one in NOT_PLAIN or not one.isprintable() for one in op.dev):
-            raise NotReadyError(f"{op.dev} cannot have a filter: nft cannot write its name", hint="give it another one")
+        need_plain_name(op)
         with self._lock:
             for attempt in range(1, TRIES + 1):
                 found = self._look(op.dev)
@@ -165,6 +169,46 @@ class Filters:
                         raise
                 else:
                     return
+
+    def write_all(self, ops: Sequence[Filter]) -> None:
+        """Make what *ops* want true, each of another tap, and none of them nothing. Raises as `write`.
+
+        What NICs share is made with the first of them, where it is missing; the others are one transaction.
+        """
+        for op in ops:
+            need_plain_name(op)
+        whole = [op for op in ops if facts_in(op.want or "")]  # as in `_write_once`
+        for attempt in range(1, TRIES + 1):
+            for op in whole[:1]:
+                self.write(op)
+            with self._lock, refusals("restricting guests"):
+                try:
+                    self._write_others(whole[1:])
+                except NetlinkError as error:
+                    if error.errno not in DISTURBED or attempt == TRIES:
+                        raise
+                else:
+                    return
+
+    def _write_others(self, ops: Sequence[Filter]) -> None:
+        generation, lacking, every = everything(self.nftables, self.guards)
+        if lacking and ops:
+            raise failure(errno.ERESTART)
+        before: set[tuple[str, Entry]] = set()
+        after: set[tuple[str, Entry]] = set()
+        guards: list[Request] = []
+        for op in ops:
+            facts, found = facts_in(op.want or ""), every.get(op.dev, Found(()))
+            assert facts is not None
+            before |= found.entries
+            after |= entries_for(op.dev, facts)
+            if found.guard != shape.guard_marks(op.dev):
+                guards += () if found.guard is None else without_chain(shape.chain_of(op.dev))
+                guards += guard_made(op.dev)
+        elements = frozenset(before), frozenset(after)
+        here = [*changes(HERE, *elements)]
+        self._forget(UNKNOWN)
+        self.nftables.change(here, (self.guards, [*changes(GUARD, *elements), *guards]), generation=generation)
 
     def _write_once(self, op: Filter, found: Found) -> None:
         tap, facts = op.dev, None if op.want is None else facts_in(op.want)
@@ -211,7 +255,7 @@ class Filters:
             if name == origin or f"set {name}" not in missing or f"set {origin}" in missing:
                 continue
             for one in map(entry_of, self.nftables.elements(origin)):
-                other = os.fsdecode(one[0][:IFNAMSIZ].rstrip(b"\0"))
+                other = device_in(one[0])
                 if other != tap:
                     yield shape.element("add", other, (name, element(origin, one)[1], ""))
 
@@ -256,6 +300,23 @@ class Filters:
         self._generation, self._found[op.dev] = generation, due
         if self._guests is not None:
             self._guests = self._others(op.dev) | ({device_key(op.dev)} if due.entries else set())
+
+
+class AllFilters:
+    """The filters as they are when this is made, for who only looks, and at all of them."""
+
+    def __init__(self, filters: Filters) -> None:
+        self._missing, self._found = filters.all()
+
+    def read(self, tap: str) -> str | None:
+        """As `Filters.read`."""
+        return text(self._found.get(tap, Found(self._missing)), tap)
+
+
+def need_plain_name(op: Filter) -> None:
+    """Raise NotReadyError if there can be no filter for a tap of that name."""
+    if op.want is not None and any(one in NOT_PLAIN or not one.isprintable() for one in op.dev):
+        raise NotReadyError(f"{op.dev} cannot have a filter: nft cannot write its name", hint="give it another one")
 
 
 _KEEPING = Lock()

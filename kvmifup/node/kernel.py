@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ from kvmifup.node.routes import RouteEntry, network, route_entry
 from kvmifup.node.view import View, limits_of, sources_of
 
 if TYPE_CHECKING:
-    from kvmifup.node.filters import Filters
+    from kvmifup.node.filters import AllFilters, Filters
     from kvmifup.node.netlink import Netlink
 
 PORT_STATES = ("disabled", "listening", "learning", "forwarding", "blocking")  # BR_STATE_*, linux/if_bridge.h
@@ -135,7 +136,7 @@ class Kernel:
             case UplinkVlans():
                 return present(op, self._view.ports.vlans(self._trunk(op)))
             case Filter():
-                return filters_of(self._netlink).read(op.dev)
+                return filters_seen(self._view).read(op.dev)
             case LinkUp():
                 return bool(self._view.link(op.dev).flags & IFF_UP)
             case PortOption():
@@ -223,6 +224,21 @@ class Kernel:
         finally:
             self._view.forget(op)
 
+    def write_all(self, ops: Sequence[Op]) -> None:
+        """The same of several, in one transaction of each table that they are in."""
+        rest = [op for op in ops if not isinstance(op, Filter | Sources)]
+        try:
+            if here := [op for op in ops if isinstance(op, Filter)]:
+                filters_of(self._netlink).write_all(here)
+            if wanted := {op.dev: op.want for op in ops if isinstance(op, Sources)}:
+                with refusals("restricting guests' IPv6 sources"):
+                    sources_of(self._view).write_all(wanted)
+        finally:
+            for op in ops:
+                self._view.forget(op)
+        for op in rest:
+            self.write(op)
+
     def _write(self, op: Op) -> None:
         match op:
             case LinkAddress() | BridgeAddress():
@@ -236,7 +252,7 @@ class Kernel:
                 spec = messages.attribute(messages.IFLA_AF_SPEC, messages.attribute(socket.AF_INET6, inet6))
                 self._netlink.set_link(self._view.index(op.dev), spec)
             case Address():
-                self._write_address(op)
+                addresses.write(self._netlink.transport, self._view.index(op.dev), op.address, there=op.want)
             case LinkMtu():
                 self._netlink.set_link(self._view.index(op.dev), messages.number(messages.IFLA_MTU, op.want))
             case LinkMaster():
@@ -283,14 +299,6 @@ class Kernel:
                     raise KernelError(announce.say(lost), errno=lost[0].errno)
             case _:
                 raise AssertionError(f"nothing to write for {op.kind}")
-
-    def _write_address(self, op: Address) -> None:
-        index = self._view.index(op.dev)
-        with forgiven(errno.EEXIST if op.want else errno.EADDRNOTAVAIL):
-            if op.want:
-                addresses.add(self._netlink.transport, index, op.address)
-            else:
-                addresses.delete(self._netlink.transport, index, op.address)
 
     def _write_master(self, op: LinkMaster) -> None:
         index = self._view.index(op.dev)
@@ -390,6 +398,17 @@ def filters_of(netlink: Netlink) -> Filters:
     from kvmifup.node.filters import of_namespace
 
     return of_namespace(netlink.transport.socket)
+
+
+def filters_seen(view: View) -> Filters | AllFilters:
+    """The same to be read through *view*; of a view of the whole node all at once."""
+    if view.ALONE:
+        return filters_of(view.netlink)
+    if view.filters is None:
+        from kvmifup.node.filters import AllFilters
+
+        view.filters = AllFilters(filters_of(view.netlink))
+    return view.filters
 
 
 def ours(op: Route, index: int) -> RouteEntry:

@@ -92,6 +92,7 @@ class Nftables:
     def __init__(self, family: int, name: str, beside: Nftables | Transport | None = None) -> None:
         """*beside* is another table whose socket it uses, or a socket."""
         self.family, self._name = family, named(NFTA_TABLE, name)
+        self._called = name.encode() + b"\0"
         self._beside = beside
         self._own: Transport | None = None  # most NICs need none
 
@@ -131,13 +132,13 @@ class Nftables:
     def chain(self, name: str) -> Chain | tuple[()] | None:
         """What there is to know of a base chain, nothing of another one; None if there is no such chain."""
         found = self._get(NFT_MSG_GETCHAIN, named(NFTA_CHAIN_NAME, name))
-        if found is None or NFTA_CHAIN_HOOK not in found:
-            return None if found is None else ()
-        hook = attributes(found[NFTA_CHAIN_HOOK])
-        priority = int.from_bytes(hook[NFTA_HOOK_PRIORITY], "big", signed=True)
-        policy, what = big_of(found.get(NFTA_CHAIN_POLICY)), text(found.get(NFTA_CHAIN_TYPE)) or ""
-        devices = attributes(hook.get(NFTA_HOOK_DEVS, b"")).values()
-        return big_of(hook[NFTA_HOOK_HOOKNUM]), priority, policy, what, tuple(text(one) or "" for one in devices)
+        return None if found is None else chain_in(found)
+
+    def chains(self) -> dict[str, Chain | tuple[()]]:
+        """The same of all chains, by name."""
+        found = (attributes(one, ATTRIBUTES) for one in self._dump(NFT_MSG_GETCHAIN, b""))
+        ours = (one for one in found if one.get(NFTA_TABLE) == self._called)  # older kernels tell those of all tables
+        return {text(one.get(NFTA_CHAIN_NAME)) or "": chain_in(one) for one in ours}
 
     def uses(self, chain: str) -> int:
         """How many rules *chain* has, and how often it is led to by rules and elements; 0 without it."""
@@ -263,6 +264,17 @@ def digest_of(rules: tuple[bytes, ...], without: str = "") -> str:
         if text(one.get(NFTA_RULE_CHAIN)) != without:
             number = zlib.crc32(one.get(NFTA_RULE_CHAIN, b"") + one.get(NFTA_RULE_EXPRESSIONS, b""), number)
     return f"{number:08x}"
+
+
+def chain_in(found: Mapping[int, bytes]) -> Chain | tuple[()]:
+    """The chain that these attributes NFTA_CHAIN_* describe."""
+    if NFTA_CHAIN_HOOK not in found:
+        return ()
+    hook = attributes(found[NFTA_CHAIN_HOOK])
+    priority = int.from_bytes(hook[NFTA_HOOK_PRIORITY], "big", signed=True)
+    policy, what = big_of(found.get(NFTA_CHAIN_POLICY)), text(found.get(NFTA_CHAIN_TYPE)) or ""
+    devices = attributes(hook.get(NFTA_HOOK_DEVS, b"")).values()
+    return big_of(hook[NFTA_HOOK_HOOKNUM]), priority, policy, what, tuple(text(one) or "" for one in devices)
 
 
 def kind(what: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from kvmifup.node.messages import NetlinkError, attribute, attributes, packed
 from kvmifup.node.nfmessages import (
@@ -102,9 +102,16 @@ class SourceTable:
 
     def write(self, tap: str, want: str | None) -> None:
         """Make it so, in one transaction. Raises NetlinkError."""
-        if want and want.startswith(FOREIGN):  # the way back to that: what is in force stays, for it is closed
-            return
-        self._change(lambda: self._due(tap, want), makes=want is not None)
+        self.write_all({tap: want})
+
+    def write_all(self, wanted: Mapping[str, str | None]) -> None:
+        """The same for each tap of *wanted*, in one transaction for all of them."""
+        # The way back to what others have made: what is in force stays, for it is closed.
+        ours = {tap: want for tap, want in wanted.items() if not (want and want.startswith(FOREIGN))}
+        if ours:
+            self._change(
+                lambda: (one for tap, want in ours.items() for one in self._due(tap, want)), makes=any(ours.values())
+            )
 
     def read_guard(self, dev: str, prefix: str) -> bool:
         """Whether what comes in on the uplink *dev* from *prefix* is dropped. Raises NetlinkError."""

@@ -36,6 +36,7 @@ from kvmifup.node.remains import Remains
 from kvmifup.node.routes import RouteEntry, by_prefix, network, route_of, routes_to
 
 if TYPE_CHECKING:
+    from kvmifup.node.filters import AllFilters
     from kvmifup.node.limits import Limits
     from kvmifup.node.sources import SourceTable
 
@@ -114,6 +115,7 @@ class View:
         self.limits: Limits | None = None  # `limits_of`
         self._switch: Switch | None = None
         self.sources: SourceTable | None = None  # `sources_of`
+        self.filters: AllFilters | None = None  # `kernel.filters_seen`
         self.remains = Remains()
         # What is asked for every NIC, and what a `WholeView` asks for once.
         self.read_file: Callable[[str], str | None] = read_file

@@ -28,6 +28,9 @@ class Node(Protocol):
     def write(self, op: Op) -> None:
         """Make the value that *op* wants true. Raises NotReadyError, VanishedError, KernelError, PrivilegeError."""
 
+    def write_all(self, ops: Sequence[Op]) -> None:
+        """The same of several that restrict guests, in as few steps as it takes."""
+
 
 @record
 class Change:
@@ -148,9 +151,10 @@ class Doing:
         """Note in the journals what is about to be changed, and change it."""
         for job in self._jobs:
             note(job, self._store)
+        done = self._restrict()
         for job in self._jobs:
             for change in in_steps(job.needed):
-                if change.op.after_change:  # announcing is not done here
+                if change.op.after_change or change in done:  # announcing is not done here
                     continue
                 checkpoint()
                 self._written.append(change)  # before the attempt: a failed write may have been half done
@@ -161,6 +165,17 @@ class Doing:
                         self._written.pop()
                     raise
         still_wanted()  # the last one may have taken long
+
+    def _restrict(self) -> frozenset[Change]:
+        """Restrict guests, all at once if they are several: none can do what it must not while others are seen to."""
+        every = [change for job in self._jobs for change in job.needed]
+        found = [change for change in every if change.op.restricts and change.op.wanted is not None]
+        if len(found) < 2:
+            return frozenset()
+        checkpoint()
+        self._written += found
+        self._node.write_all([change.op for change in found])
+        return frozenset(found)
 
     def settle(self) -> None:
         """Make the journals say what is true now."""

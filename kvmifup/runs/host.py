@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -66,6 +66,10 @@ class Through:
         """As the host's."""
         self._host.write(op)
 
+    def write_all(self, ops: Sequence[Op]) -> None:
+        """As the host's."""
+        self._host.write_all(ops)
+
 
 class Timed(Through):
     """A host that notes how long reading and writing take: *seconds*, by op key."""
@@ -84,10 +88,16 @@ class Timed(Through):
         with self._timed(op):
             self._host.write(op)
 
+    def write_all(self, ops: Sequence[Op]) -> None:
+        """As the host's; each has its share."""
+        with self._timed(*ops):
+            self._host.write_all(ops)
+
     @contextmanager
-    def _timed(self, op: Op) -> Iterator[None]:
+    def _timed(self, *ops: Op) -> Iterator[None]:
         begun = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[op.key] += time.monotonic() - begun
+            for op in ops:
+                self.seconds[op.key] += (time.monotonic() - begun) / len(ops)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from kvmifup import phases
+from kvmifup.core.errors import LockTimeoutError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu
+from kvmifup.node.overview import Overview
 from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.apply import save_or_mark, survey
 from kvmifup.runs.journal import Journal, Mark, marked
@@ -68,6 +70,32 @@ def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Out
             session.kernel.write(change.op)
         outcome = run(min(journal.phase, most), journal.nic, journal, session, admitted=True)
         return replace(outcome, changes=(*first, *outcome.changes))
+
+
+def mend_all(taps: Sequence[str], session: Session) -> list[Outcome]:
+    """The same as `mend` for all of *taps* that can be had at once, as one run: all of them, or none.
+
+    What restricts guests comes first, for all of them. The node is looked at once. One whose lock somebody else holds
+    is left out, and so is one of which there is nothing to be made true. Raises what `mend` raises.
+    """
+    with ExitStack() as stack:
+        free = []
+        at_once = replace(session, config=replace(session.config, lock_timeout=0.0))
+        for tap in taps:
+            with suppress(LockTimeoutError):
+                at_once.locked(stack, [tap])
+                free.append(tap)
+        found = {tap: session.load(tap) for tap in free}
+        journals = [one for one in found.values() if one and one.phase is not Phase.DOWN and not one.pending]
+        session.share(stack, [], journals)
+        seen = Overview()
+        stack.callback(seen.close)
+        looking = replace(session, kernel=seen)
+        prepared = []
+        for journal in (one for one in journals if alive(one, looking)):
+            with about(journal.nic.label):
+                prepared.append(prepare(journal.phase, journal.nic, journal, looking, announce=False, admitted=True))
+        return carry_out(prepared, session.kernel, session.store)
 
 
 def run(phase: Phase, nic: Nic, journal: Journal, session: Session, *, admitted: bool) -> Outcome:

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from harness import agents, hooks, manager, nodes, tools, wire
-from harness.addresses import GUEST_IP4, GUEST_IP6, GUEST_MAC
+from harness.addresses import CLIENT_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC
 from harness.agents import Agent, until
 from harness.guests import witness
 from harness.hooks import call, check
@@ -158,6 +158,111 @@ def test_a_bridged_guests_filter_is_put_back_as_well(uplinked: Node, command: st
 def nft_chain(name: str) -> str:
     """A chain of the table for bridged guests, with handles."""
     return tools.run("nft", "-a", "list", "chain", "bridge", "kvm-ifup", name)
+
+
+MANY, ROUTED = 60, 30
+
+
+@contextmanager
+def transactions() -> Iterator[Callable[[], int]]:
+    """Counts those in which others than nft change nftables."""
+    with subprocess.Popen(["nft", "monitor"], stdout=subprocess.PIPE, text=True) as monitor:
+        lines: list[str] = []
+        reader = threading.Thread(target=lambda: lines.extend(iter(monitor.stdout.readline, "")))  # type: ignore[union-attr]
+        reader.start()
+        while not lines:  # it listens
+            tools.run("nft", "add", "table", "ip", "heard")
+            tools.run("nft", "delete", "table", "ip", "heard")
+            time.sleep(0.05)
+
+        def counted() -> int:
+            tools.run("nft", "add", "table", "ip", "last")
+            until(lambda: any(" table ip last" in line for line in lines))
+            by = [line for line in lines if line.startswith("# new generation")]
+            return sum(not line.rstrip().endswith("(nft)") for line in by)
+
+        try:
+            yield counted
+        finally:
+            monitor.terminate()
+            reader.join()
+
+
+def test_many_bridged_guests_are_closed_again_in_a_few_transactions(node: Node) -> None:
+    nodes.add_bridge()
+    node.uplink(master="br0")
+    with agents.running() as agent:
+        guests = [node.guest(f"tap{number}") for number in range(MANY)]
+        macs = [f"aa:00:00:35:ad:{number:02x}" for number in range(MANY)]
+        for number, mac in enumerate(macs):
+            manager.write_nic(f"tap{number}", "web1", number, mode="bridged", link="br0", mac=mac, filter="address",
+                              ip=[f"192.0.2.{100 + number}"])  # fmt: skip
+        agents.through("kvm-ifup-post", "--instance", "web1")
+        until(agent.rests)
+        before, client = bridge_table(), node.listen()
+        forged = [wire.arp_request(CLIENT_MAC, f"192.0.2.{100 + number}", "192.0.2.1") for number in range(MANY)]
+        with transactions() as counted:
+            agent.send(signal.SIGSTOP)
+            tools.run("nft", "flush", "ruleset")
+            guests[-1].send(forged[-1])
+            client.until(lambda frame: frame == forged[-1])  # they are really open
+            agent.send(signal.SIGCONT)
+            until(lambda: agent.said().count("mended: ") == MANY)
+            assert 0 < counted() <= 4  # what they share, with one of them; a note of that; the others; and one to spare
+        tools.run("nft", "delete", "table", "ip", "last")
+        assert bridge_table() == before
+        for guest, frame, mac in zip(guests, forged, macs, strict=True):
+            guest.send(frame)
+            guest.send(wire.arp_request(mac, "192.0.2.66", "192.0.2.1"))
+        guests[-1].send(right := wire.arp_request(macs[-1], f"192.0.2.{99 + MANY}", "192.0.2.1"))
+        heard = client.until(lambda frame: frame == right)
+        assert [frame for frame in heard[:-1] if frame[12:14] == b"\x08\x06"] == []
+
+
+def test_many_routed_guests_are_closed_again_in_a_few_transactions(uplinked: Node) -> None:
+    with agents.running() as agent:
+        met(uplinked)
+        tap = uplinked.guest()
+        manager.write_nic("tap0", "web1", 0, **NIC)
+        for number in range(1, ROUTED):
+            nodes.add_tap(f"tap{number}")
+            manager.write_nic(f"tap{number}", "web1", number, mode="routed", ip=[f"2001:db8:7::{number:x}"],
+                              mac=f"aa:00:00:35:ad:{number:02x}")  # fmt: skip
+        agents.through("kvm-ifup-post", "--instance", "web1")
+        witness(uplinked, agent)
+        until(agent.rests)
+        client = uplinked.listen()
+        with transactions() as counted:
+            agent.send(signal.SIGSTOP)
+            tools.run("nft", "flush", "ruleset")
+            from_guest(tap, packet(FORGED[0]))
+            client.until(lambda frame: FORGED[0].encode() in frame)
+            agent.send(signal.SIGCONT)
+            until(lambda: agent.said().count("IPv6 sources: any -> strict") == ROUTED)
+            assert 0 < counted() <= 2
+        assert len(elements("sources")) == len(elements("dropped_address")) == ROUTED
+        client = uplinked.listen()  # the buffer of the other one may be full of announcements
+        assert sources(passed(tap, client, map(packet, FORGED))) == []
+
+
+def test_one_that_goes_meanwhile_keeps_nobody_else_open(node: Node) -> None:
+    nodes.add_bridge()
+    with agents.running() as agent:
+        for number in range(8):
+            nodes.add_tap(f"tap{number}")
+            manager.write_nic(f"tap{number}", "web1", number, mode="bridged", link="br0", ip=[f"192.0.2.{80 + number}"],
+                              filter="mac", mac=f"aa:00:00:35:ac:0{number}")  # fmt: skip
+        agents.through("kvm-ifup-post", "--instance", "web1")
+        until(agent.rests)
+        agent.send(signal.SIGSTOP)
+        tools.run("nft", "flush", "ruleset")
+        tools.ip("link del tap3")
+        agent.send(signal.SIGCONT)
+        until(lambda: agent.said().count("mended: ") == 7)
+        guests = json.loads(tools.run("nft", "-j", "list", "map", "bridge", "kvm-ifup", "guests"))["nftables"]
+        (found,) = [one["map"]["elem"] for one in guests if "map" in one]
+        assert sorted(name for name, _ in found) == [f"tap{number}" for number in range(8) if number != 3]
+        assert agents.journal("tap3") is None
 
 
 def bridge_table() -> list[str]:

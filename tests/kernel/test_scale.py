@@ -438,6 +438,26 @@ def test_show_asks_the_kernel_as_little_about_many_nics_as_about_few(monkeypatch
     assert many - few <= 2  # where there are few, a table need not be read
 
 
+def test_of_filters_show_asks_the_kernel_as_little_about_many_as_about_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.add_bridge()
+    reading = Reading(monkeypatch)
+    sent = []
+    for numbers in (range(4), range(4, 24)):
+        for number in numbers:
+            nodes.add_tap(f"tap{number}")
+            run("kvm-ifup-post", "filtered", number)
+        for wanted in (True, False):
+            reading.counts.clear()
+            shown = json.loads(call("kvm-ifup", "show", "--json").out)
+            assert [nic["wired"] for nic in shown] == [True, wanted] + [True] * (numbers.stop - 2)
+            sent.append(reading.counts["send"])
+            # Also what is not whole.
+            tools.run("nft", "add" if not wanted else "delete", "element", "bridge", "kvm-ifup", "macs",
+                      '{ "tap1" . aa:00:00:35:00:01 }')  # fmt: skip
+    assert min(sent) > 0
+    assert max(sent) - min(sent) <= 2
+
+
 def test_what_check_looks_through_grows_with_the_nics_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes.add_bridge()
     tools.ip("route add default via 192.0.2.1 table 100")

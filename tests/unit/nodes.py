@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +74,7 @@ class MemoryNode:
         self.known: dict[Key, Op] = {}
         self.writes: list[Op] = []  # those attempted
         self.reads: list[Op] = []
+        self.together: list[list[Op]] = []  # those that were written at once
         self.before: Callable[[int], None] = lambda _number: None
         self.after: Callable[[int], None] = lambda _number: None
         self.absent: set[str] = set()  # devices
@@ -98,6 +99,11 @@ class MemoryNode:
         if not (op.after_change or isinstance(op, PortForwarding)):
             self.put(op)
         self.after(number)
+
+    def write_all(self, ops: Sequence[Op]) -> None:
+        self.together.append(list(ops))
+        for op in ops:
+            self.write(op)
 
     def put(self, op: Op) -> None:
         """Make *op* true by other hands."""

@@ -17,6 +17,7 @@ from kvmifup.core.ops import (
     RTPROT_STATIC,
     Announce,
     BridgeAddress,
+    Filter,
     LinkAddress,
     LinkMaster,
     LinkMtu,
@@ -25,6 +26,7 @@ from kvmifup.core.ops import (
     ProxyNeighbour,
     Route,
     Rule,
+    Sources,
     Sysctl,
 )
 from kvmifup.runs.announcing import carry_out
@@ -152,6 +154,49 @@ def test_an_error_at_any_write_leaves_everything_as_it_was(
             apply([job_for(PLANS[shape], world.node, known=known)], world.node, world.store)
         assert caught.value is error
         assert world.is_as_before(), f"step {step}"
+
+
+def several(node: MemoryNode) -> list[Job]:
+    """Two guests who are to be restricted, and one who is not any more."""
+    plans = {
+        "tap0": (LinkMtu("tap0", 9000), Filter("tap0", "mac aa:00:00:35:ac:01"), LinkUp("tap0", True)),
+        "tap1": (LinkMtu("tap1", 9000), Sources("tap1", "strict 2001:db8::8"), LinkUp("tap1", True)),
+        "tap2": (LinkMtu("tap2", 9000), Filter("tap2", None), LinkUp("tap2", True)),
+    }
+    node.put(Filter("tap2", "mac aa:00:00:35:ac:02"))
+    return [job_for(plan, node, tap=tap) for tap, plan in plans.items()]
+
+
+def test_what_restricts_guests_comes_first_for_all_of_them_at_once(worlds: Callable[..., World]) -> None:
+    world = worlds()
+    jobs = several(world.node)
+    apply(jobs, world.node, world.store)
+    restricting = [Filter("tap0", "mac aa:00:00:35:ac:01"), Sources("tap1", "strict 2001:db8::8")]
+    assert world.node.together == [restricting]
+    assert world.node.writes[:2] == restricting
+    assert sorted(map(repr, world.node.writes)) == sorted(repr(change.op) for job in jobs for change in job.needed)
+    assert world.node.writes.index(Filter("tap2", None)) > world.node.writes.index(LinkMtu("tap2", 9000))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_error_while_several_guests_are_restricted_leaves_them_as_they_were(
+    moment: str, worlds: Callable[..., World]
+) -> None:
+    for step in range(len([change for job in several(fresh_node()) for change in job.needed])):
+        world = worlds()
+        jobs = several(world.node)
+        world.values = world.node.undoable()
+        setattr(world.node, moment, fail_at(step, KernelError("no", errno=errno.EINVAL)))
+        with pytest.raises(KernelError, match="no"):
+            apply(jobs, world.node, world.store)
+        assert world.is_as_before(), f"step {step}"
+
+
+def test_one_guest_is_restricted_in_its_turn(worlds: Callable[..., World]) -> None:
+    world = worlds()
+    apply(several(world.node)[:1], world.node, world.store)
+    assert world.node.together == []
+    assert world.node.writes.index(Filter("tap0", "mac aa:00:00:35:ac:01")) == 1
 
 
 @pytest.mark.parametrize("kind", FAILURES)

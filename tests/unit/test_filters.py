@@ -73,3 +73,4 @@ def test_only_addresses_matter_to_who_asks_for_them() -> None:
 )
 def test_nft_can_read_the_name_of_a_chain(tap: str, chain: str) -> None:
     assert filter_shape.chain_of(tap) == chain
+    assert filter_shape.tap_of(chain) == tap
