@@ -89,7 +89,9 @@ class Departures:
         self._wanted: dict[Which, set[str]] = {}  # the addresses that guests have there
         self._stale: set[Which] = set()  # those of which perhaps not all is heard, or what is muted
         self._listeners: dict[Which, tuple[socket.socket, int]] = {}  # with the uplink's index
-        self._about: dict[Which, set[str]] = {}  # the addresses that each is to hear of
+        self._about: dict[
+            Which, tuple[set[str], sockets.Ranges]
+        ] = {}  # the addresses that each is to hear of; and does
         self._muted: dict[Which, set[str]] = {}  # those of which it is not, for a moment
         RouteEvents(loop, self._routed_elsewhere)
 
@@ -123,11 +125,18 @@ class Departures:
                 sockets.close(listener)
         for which in self._stale | (self._wanted.keys() - self._listeners.keys()):
             addresses = self._wanted[which] - self._muted.get(which, set())
-            known = self._about.get(which, set())
-            if self._wanted[which] and not (addresses <= known and known.isdisjoint(self._muted.get(which, ()))):
-                with suppress(OSError):
+            known, heard = self._about.get(which, (set(), []))
+            # What is near to others is heard already: to listen anew takes longer, the more there are.
+            told = known.isdisjoint(self._muted.get(which, ())) and all(
+                sockets.passes(one, heard) for one in addresses - known
+            )
+            with suppress(OSError):
+                if self._wanted[which] and not told:
                     self._listen(which, addresses)
-                    known = self._about[which] = addresses
+                    heard = sockets.endings(addresses)
+                if which in self._listeners:
+                    self._about[which] = addresses, heard
+                    known = addresses
             if addresses <= known:
                 self._stale.discard(which)
 

@@ -105,6 +105,7 @@ def send(dev: str, frames: Sequence[bytes]) -> bool:
 # --- filters ----------------------------------------------------------------------------------------------
 
 Instruction = tuple[int, int, int, int]  # struct sock_filter: code, instructions to skip if true and if false, operand
+Ranges = list[tuple[int, int]]  # of numbers: the first and the last of each
 LOAD_WORD, LOAD_HALF, LOAD_BYTE, LOAD_BYTE_FROM_X, TO_X, SHIFT_LEFT = 0x20, 0x28, 0x30, 0x50, 0x07, 0x64
 IF_EQUAL, IF_GREATER, IF_AT_LEAST, IF_ANY, JUMP, RETURN = 0x15, 0x25, 0x35, 0x45, 0x05, 0x06
 PACKET_TYPE, INTERFACE = 0xFFFFF004, 0xFFFFF008  # SKF_AD_OFF + SKF_AD_PKTTYPE, + SKF_AD_IFINDEX
@@ -176,7 +177,7 @@ def discovery_about(addresses: Collection[str]) -> list[Instruction]:
 
 def one_of(addresses: Collection[str]) -> list[Instruction]:
     """Let pass what was loaded if it is how one of *addresses* ends, or near to that where there are many."""
-    ranges = ranges_of(int.from_bytes(packed(address)[-4:], "big") for address in addresses)
+    ranges = endings(addresses)
     rest = 2 * len(ranges)
     checks: list[Instruction] = []
     for low, high in ranges:
@@ -185,7 +186,22 @@ def one_of(addresses: Collection[str]) -> list[Instruction]:
     return [*checks, (RETURN, 0, 0, 0), (RETURN, 0, 0, WHOLE)]
 
 
-def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+def endings(addresses: Iterable[str]) -> Ranges:
+    """How those addresses end, by their last four bytes, that pass a filter that is about *addresses*."""
+    return ranges_of(map(ending, addresses))
+
+
+def passes(address: str, ranges: Ranges) -> bool:
+    """Whether *address* ends so."""
+    return any(low <= ending(address) <= high for low, high in ranges)
+
+
+def ending(address: str) -> int:
+    """The last four bytes of *address*."""
+    return int.from_bytes(packed(address)[-4:], "big")
+
+
+def ranges_of(numbers: Iterable[int]) -> Ranges:
     """At most `RANGES` ranges in which all *numbers* are, and as few others as can be: what is nearest is joined."""
     found = sorted(set(numbers))
     widest = sorted(range(1, len(found)), key=lambda at: found[at] - found[at - 1])[1 - RANGES :]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,10 +23,14 @@ from harness.hooks import call, check
 from harness.nodes import Node
 from harness.oracle import sysctl
 from kvmifup.agent import events
+from kvmifup.agent.departures import Departures
 from kvmifup.agent.loop import Loop
+from kvmifup.agent.runner import Runner
+from kvmifup.agent.taps import TapRecord
+from kvmifup.core.model import Nic
 from kvmifup.core.ops import LinkMaster, Op, Value
 from kvmifup.diagnosis import bridged
-from kvmifup.node import messages, overview, procfs, reserved, routes, settings, standing, transport
+from kvmifup.node import messages, overview, procfs, reserved, routes, settings, sockets, standing, transport
 from kvmifup.node.addresses import link_local
 from kvmifup.node.kernel import Kernel
 from kvmifup.node.overview import WholeView
@@ -34,6 +38,7 @@ from kvmifup.node.transport import Transport, split
 from kvmifup.node.view import View
 from kvmifup.runs import store
 from kvmifup.runs.index import Index
+from kvmifup.runs.journal import Journal
 from kvmifup.runs.store import Store
 
 
@@ -409,6 +414,41 @@ def test_what_the_nodes_addresses_reserve_is_worked_out_when_they_have_changed()
     assert worked_out(69) == 1
     tools.ip("addr del 198.18.9.9/32 dev lo")
     assert worked_out(0) == 0
+
+
+@pytest.mark.parametrize("start", ["198.18.0.0", "2001:db8:1::"])
+def test_who_is_near_to_others_is_heard_without_listening_anew(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make a filter for all addresses takes longer, the more there are, and a guest comes with each hook."""
+    made: list[int] = []
+    attach = sockets.attach
+
+    def counted(to: socket.socket, program: list[sockets.Instruction]) -> None:
+        made.append(len(program))
+        attach(to, program)
+
+    loop = Loop()
+    runner = Runner(manager.RUN_DIR, lambda *_said: True)
+    departures = Departures(loop, runner, withdrawn=lambda _tap: None, answered=lambda _tap: None)
+    which = ("eth0", 6 if ":" in start else 4)
+    monkeypatch.setattr(sockets, "attach", counted)
+
+    def come(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            nic = Nic("tap5", "aa:00:00:00:02:05", "routed", ip=())
+            tap = TapRecord(loop, Journal(nic, 5, namespace=1), ())
+            tap.places = (("eth0", str(ipaddress.ip_address(start) + number)),)
+            departures.found(tap)
+        departures.renew()
+
+    come(range(2, 400, 2))
+    assert len(made) == 1
+    come([5, 6, 11])
+    assert len(made) == 1
+    come([4000])
+    assert len(made) == 2
+    assert departures._about[which][0] == departures._wanted[which]
+    departures.close()
+    loop.close()
 
 
 # --- looking at all of them ------------------------------------------------------------------------------------

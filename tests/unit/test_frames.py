@@ -316,6 +316,10 @@ def test_however_many_addresses_there_are_a_filter_lets_all_pass_and_few_others(
         # Without a sender it is the one that is asked for that counts.
         concerns = address != "0.0.0.0" or "192.0.2.1" in addresses
         assert passes(program, wire.arp_request(OTHER, address, "192.0.2.1")) == concerns
+    for number in {number ^ 1 for number in numbers} - {0}:  # who says so without asking a filter says the same
+        other = str(ipaddress.IPv4Address(number))
+        passed = passes(program, wire.arp_request(OTHER, other, "192.0.2.1"))
+        assert passed == sockets.passes(other, sockets.endings(addresses))
     few = sorted(numbers)[: sockets.RANGES]
     program = sockets.about(4, [str(ipaddress.IPv4Address(number)) for number in few])
     for number in {number + by for number in few for by in (-1, 1) if 0 < number + by <= 0xFFFFFFFF}:
