@@ -64,10 +64,12 @@ class SourceTable:
     *once*: so are its sets, for who asks for all guests, and only looks.
     """
 
+    _accepted = False  # whether the kernel has taken the rules
+
     def __init__(self, *, once: bool = False) -> None:
         self._kernel = (ReadOnce if once else Nftables)(NFPROTO_INET, TABLE)
         self.right: bool | None = None
-        self._blind = False
+        self._there = self._blind = False
 
     def close(self) -> None:
         """Close the socket."""
@@ -78,10 +80,15 @@ class SourceTable:
         self.right = None
 
     def refused(self) -> str | None:
-        """Why this kernel cannot have the table, None if it can, or nobody may ask it. Nothing is changed."""
+        """Why this kernel cannot have the table, None if it can, or nobody may ask it. Nothing is changed.
+
+        A transaction that is only tried waits for all processors (synchronize_rcu). So if there is no table, a kernel
+        that has once taken the rules is not asked again: it stays the same as long as this process.
+        """
         try:
-            if not self._is_right() and not self._blind:
+            if not self._is_right() and not self._blind and (self._there or not self._accepted):
                 self._kernel.change(list(rules_made()), really=False)
+                SourceTable._accepted = True
         except OSError as error:
             return said(error)
         return None
@@ -166,6 +173,7 @@ class SourceTable:
         if self.right is None:
             try:
                 flags, _ = self._kernel.itself() or (None, 0)
+                self._there = flags is not None
                 self.right = flags == 0 and self._has_our_rules()
             except NetlinkError as error:
                 # Who may change nothing may not look either. That can only be a plan: for it, nothing is there.

@@ -342,6 +342,26 @@ def test_the_table_goes_with_the_last_nic_and_not_before(uplinked: Node, how: st
     assert not has_table()
 
 
+def test_the_next_guest_that_is_alone_asks_the_kernel_nothing_once_more(
+    uplinked: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it takes the rules: one that is only tried takes as long as all else of a hook."""
+    wired(uplinked)
+    check(call("kvm-ifdown", "tap0"), 0)
+    tried: list[bool] = []
+    really = Nftables.change
+
+    def change(self: Nftables, *args: Any, **more: Any) -> None:
+        tried.append(more.get("really", True))
+        really(self, *args, **more)
+
+    monkeypatch.setattr(Nftables, "change", change)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    check(call("kvm-ifdown", "tap0"), 0)
+    assert set(tried) == {True}
+    assert len(tried) == 3  # the table with the guest; without the guest; no table
+
+
 OWN = f"strict {GUEST_IP6}"
 NEEDS = [
     lambda table: table.write("tap1", "strict"),
