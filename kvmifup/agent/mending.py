@@ -127,7 +127,12 @@ class Mending:
 
     def _from_time_to_time(self) -> None:
         self._turn += 1
-        self._soon(share(self._taps.names(), self._turn, TURNS, A_TURN))
+        names = share(self._taps.names(), self._turn, TURNS, A_TURN)
+        if self._due or not self._runner.config.agent.mend:
+            self._soon(names)  # with those for which it waits until it is quiet
+        else:
+            self._due.update(names)
+            self._looking.ask()
         self._loop.later(EVERYTHING / TURNS, self._from_time_to_time)
 
     def look(self, *, later: bool = False) -> None:

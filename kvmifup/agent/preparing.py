@@ -55,6 +55,7 @@ class Preparations:
         self._unprepared: dict[str, TapRecord] = {}
         self._preparing = OneAtATime(loop, self._begin, self._done)
         self._ending = False
+        self._lacking: dict[str, TapRecord] = {}  # those that are ARMED, and some that were
         self._meanwhile: set[Thing] = set()  # what has changed while one is prepared
         self._reliance = Reliance()  # of those that are prepared
 
@@ -96,10 +97,10 @@ class Preparations:
             if things.isdisjoint(self._meanwhile):
                 self._reliance.note(tap.name, things)
             else:
-                tap.become(State.ARMED)
+                self._armed(tap)
                 self._stir()
         elif first:
-            tap.become(State.ARMED)
+            self._armed(tap)
         if isinstance(prepared, LockTimeoutError):
             tap.timers.set("prepare", RECHECK, partial(self.prepare, tap))
         elif isinstance(prepared, KvmIfupError) and str(prepared) != tap.complaint:
@@ -115,15 +116,20 @@ class Preparations:
         for tap in self._taps.named(sorted(self._reliance.on(touched))):
             self._reliance.forget(tap.name)
             if tap.prepared:
-                tap.become(State.ARMED)
+                self._armed(tap)
                 self._stir()
 
     def anew(self) -> None:
         """Have post prepared where it is not: what stood in its way may have changed."""
-        for tap in self._taps:
-            if tap.state is State.ARMED:
-                self.prepare(tap)
+        self._lacking = {name: tap for name, tap in self._lacking.items() if tap.state is State.ARMED}
+        for tap in self._lacking.values():
+            self.prepare(tap)
+
+    def _armed(self, tap: TapRecord) -> None:
+        tap.become(State.ARMED)
+        self._lacking[tap.name] = tap
 
     def forget(self, tap: TapRecord) -> None:
         """Its guest has come, so what was prepared is done; or its journal is another one now, or gone."""
         self._reliance.forget(tap.name)
+        self._lacking.pop(tap.name, None)

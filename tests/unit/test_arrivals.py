@@ -235,6 +235,21 @@ def test_what_cannot_be_prepared_is_armed_all_the_same(waiting: Waiting, result:
     assert ("no uplink" in waiting.said[0]) == bool(result)
 
 
+def test_what_cannot_be_prepared_is_tried_whenever_it_is_quiet_until_it_can_be(waiting: Waiting) -> None:
+    """And not any more: a node may have thousands of NICs, of which nobody looks through all then."""
+    waiting.preparations += [NotReadyError("no uplink")] * 3 + [Prepared()]
+    waiting.arm()
+    waiting.run_until(State.ARMED)
+    for times in (2, 3, 4):
+        waiting.preparing.anew()
+        waiting.until(lambda times=times: len(waiting.calls) == times)  # type: ignore[misc]
+    waiting.run_until(State.READY)
+    waiting.preparing.anew()
+    waiting.pass_time(0.05)
+    assert len(waiting.calls) == 4
+    assert len(waiting.said) == 2
+
+
 def test_who_works_on_the_tap_is_waited_for_and_armed_is_said_once(waiting: Waiting) -> None:
     waiting.preparations += [LockTimeoutError("held"), LockTimeoutError("held"), Prepared()]
     waiting.arm()
