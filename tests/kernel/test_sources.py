@@ -345,7 +345,7 @@ def test_the_table_goes_with_the_last_nic_and_not_before(uplinked: Node, how: st
 def test_the_next_guest_that_is_alone_asks_the_kernel_nothing_once_more(
     uplinked: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it takes the rules: one that is only tried takes as long as all else of a hook."""
+    """Whether it takes the rules: a transaction that is only tried takes as long as all else of a hook."""
     wired(uplinked)
     check(call("kvm-ifdown", "tap0"), 0)
     tried: list[bool] = []
