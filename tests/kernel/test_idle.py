@@ -37,9 +37,9 @@ from kvmifup.runs.drops import STALE
 from kvmifup.runs.index import Index
 
 MANY = 12
-SETTLING, HOUR = 400.0, 3600.0  # seconds: until all was looked at and noted; and those that are counted
+SETTLING, REST = 400.0, 1200.0  # seconds: until all was looked at and noted; and those that are counted
 
-# --- an agent that does nothing for hours ----------------------------------------------------------------------
+# --- an agent that does nothing for long ------------------------------------------------------------------------
 
 
 class Idle:
@@ -139,20 +139,20 @@ def test_an_agent_at_rest_asks_as_little_about_many_nics_as_about_one(
         wired(numbers)
         idle.rest(SETTLING)
         with counted(monkeypatch) as counts:
-            idle.rest(HOUR)
+            idle.rest(REST)
         found.append(counts)
     few, many = found
-    assert few["send"] > HOUR / mending.PERIOD
+    assert few["send"] > REST / mending.PERIOD
     assert few["scandir"] == 0  # no look at all journals
     assert few["rename"] == 0  # nothing is written that is there already
     # The clock goes on while something is done, so there may be a turn more or less in that time.
-    assert {name: times for name, times in many.items() if abs(times - few[name]) > few[name] / 50} == {}
+    assert {name: times for name, times in many.items() if abs(times - few[name]) > 4 + few[name] / 50} == {}
 
 
-def test_after_hours_of_rest_what_is_lost_is_still_noticed(idle: Idle) -> None:
+def test_after_a_long_rest_what_is_lost_is_still_noticed(idle: Idle) -> None:
     """Not by an event: of neither does the kernel say a word."""
     wired(range(MANY))
-    idle.rest(HOUR)
+    idle.rest(REST)
     proxies, delay = oracle.proxies(), Path("/proc/sys/net/ipv4/neigh/eth0/proxy_delay")
     assert {"192.0.2.107", "2001:db8::107"} < proxies
     for line in ("neigh del proxy 192.0.2.107 dev eth0", "-6 neigh del proxy 2001:db8::111 dev eth0"):
@@ -237,10 +237,10 @@ def test_the_note_of_what_was_dropped_is_never_old(idle: Idle, monkeypatch: pyte
     tools.run("nft", "add element inet kvm-ifup dropped_address { tap0 counter packets 5 bytes 9 }")
     written: list[float] = []
     monkeypatch.setattr(agent, "save_drops", lambda _run_dir, _counts: written.append(idle.skipped))
-    idle.rest(HOUR)
+    idle.rest(REST)
     assert len(written) > 1
     assert max(later - one for one, later in pairwise(written)) < STALE
-    assert len(written) <= HOUR / agent.COUNT / 2
+    assert len(written) <= REST / agent.COUNT / 2
 
 
 # --- proxy neighbours, and settings ------------------------------------------------------------------------------
