@@ -271,8 +271,9 @@ def _started(directory: Path, console: Path, *more: str, first: str = "") -> Ite
 
 
 def _command(directory: Path, console: Path, channel: int, first: str) -> list[str]:
-    # What the kernel does not know goes into the environment of the first process.
-    parameters = "console=ttyS0 quiet panic=-1 tsc=reliable net.ifnames=0 systemd.mask=getty.target"
+    # What the kernel does not know goes into the environment of the first process. On a busy machine too few ticks
+    # come while it tests its timer: then it would try another way, or not boot.
+    parameters = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check net.ifnames=0 systemd.mask=getty.target"
     # On a busy machine a minute and a half, which is systemd's patience, is not enough.
     parameters += f" systemd.default_timeout_start_sec={BOOT:g} systemd.default_device_timeout_sec={BOOT:g}"
     return [
