@@ -26,7 +26,7 @@ from kvmifup.runs import clock
 RECENT = 5.0  # seconds since an arrival
 # Seconds between two looks at what the kernel tells nobody about: that, or so many for each op that had to be compared.
 # So a node with thousands of NICs does not spend its time on it where something changes all the time.
-PERIOD, FOR_EACH = 4.0, 0.002
+PERIOD, FOR_EACH = 5.0, 0.002
 SHARE, MOST = 2, 8  # each is at one tap in so many, at so many at most, and at all that is on uplinks
 # Seconds in which everything is looked at, whatever has been heard or not: some taps in each of so many turns, at most
 # so many. All at once would take the processor from a guest that arrives.
