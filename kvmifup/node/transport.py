@@ -104,7 +104,8 @@ class Transport:
         self._protocol = protocol
         self._closed = False
         self._answered = True  # whether all has come that was asked for
-        spare = _kept[0].take(protocol) if _kept and not fresh else None
+        self._spares = _kept[0] if _kept else None  # where its socket comes from, and goes back to
+        spare = self._spares.take(protocol) if self._spares and not fresh else None
         self.socket, self._sequence = spare or (opened(protocol), 0)
         self._warm = spare is not None  # whether it has received something
         self.undisturbed = True  # whether the kernel has said nothing else of the last dump
@@ -114,8 +115,9 @@ class Transport:
         if self._closed:
             return
         self._closed = True
-        if _kept and self._answered and 0 < self._sequence < LAST:
-            _kept[0].give(self._protocol, self.socket, self._sequence)
+        # Not to another one, which may be another network namespace's.
+        if self._spares in _kept and self._answered and 0 < self._sequence < LAST:
+            self._spares.give(self._protocol, self.socket, self._sequence)
         else:
             self.socket.close()
 

@@ -357,6 +357,20 @@ def test_a_large_table_is_read_again_by_a_socket_that_has_never_read(
     spare.close()
 
 
+def test_a_socket_from_before_is_not_kept_for_who_comes_later(uplinked: Node) -> None:
+    """Meanwhile the process may have gone to another network namespace."""
+    end = transport.keep()
+    early = asked(Transport())
+    end()
+    end = transport.keep()
+    early.close()
+    assert early.socket.fileno() == -1
+    later = asked(Transport())
+    later.close()
+    assert later.socket.fileno() >= 0
+    end()
+
+
 def test_what_is_kept_is_closed_in_the_end(uplinked: Node) -> None:
     end = transport.keep()
     many = [asked(Transport()) for _ in range(transport.Spare.MOST + 5)]
