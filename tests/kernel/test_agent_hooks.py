@@ -56,7 +56,7 @@ CALLS: list[tuple[str, list[str], dict[str, str], int]] = [
     *((program, [option], {}, 0) for program in ("kvm-ifup-pre", "kvm-ifdown") for option in ("--help", "--version")),
     ("kvm-ifup", ["--help"], {}, 0),
     ("kvm-ifup-post", [], {}, 64),
-    ("kvm-ifup-post", [""], {}, 65),
+    ("kvm-ifup-post", [""], {}, 64),
     ("kvm-ifup-post", ["tap0", "--nonsense"], {}, 64),
     ("kvm-ifup-post", ["tap0"], {**BRIDGED, "MIGRATION_PHASE": "pre"}, 64),
     ("kvm-ifup", ["nonsense"], {}, 64),
