@@ -82,7 +82,8 @@ class Metrics:
 
         Where nothing has changed, the file only gets the time of now, by which the exporter tells that we are alive.
         """
-        changed, self._changed = self._changed, False  # before: another thread may count meanwhile
+        with self._lock:
+            changed, self._changed = self._changed, False
         if not changed:
             with suppress(FileNotFoundError):
                 os.utime(path, follow_symlinks=False)
