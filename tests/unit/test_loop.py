@@ -58,7 +58,7 @@ def test_a_cancelled_timer_does_nothing(loop: Loop) -> None:
     assert done == []
 
 
-def test_cancelled_timers_take_no_room_and_the_others_run_in_their_order(loop: Loop) -> None:
+def test_cancelled_timers_take_no_room_and_the_others_run_in_their_order(loop: Loop, clock: Clock) -> None:
     done: list[int] = []
     for number in range(1000):
         loop.later(3600, lambda: done.append(-1)).cancel()
