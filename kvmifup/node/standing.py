@@ -163,17 +163,16 @@ class Standing:
         self._out_of = Finder()
 
     def _rule_changed(self, message: bytes, family: int, *, added: bool) -> None:
-        known = self._rules[family]
-        there = known.setdefault(incoming_device(message), [])
-        if added:
-            there.append(message)
-            there.sort(key=rule_order)  # after those of its priority (fib_nl_newrule in net/core/fib_rules.c)
-            return
-        place = next((place for place, one in enumerate(there) if rule_identity(one) == rule_identity(message)), None)
-        if place is None:  # not as it was thought: read anew when somebody asks
-            del self._rules[family]
+        known, iif, said = self._rules[family], incoming_device(message), rule_identity(message)
+        there = known.get(iif, [])
+        place = next((place for place, one in enumerate(there) if rule_identity(one) == said), None)
+        if added == (place is not None):
+            # Not as it was thought. What changes while all are read is in what was read, and is told after that.
+            del self._rules[family]  # they are read anew when somebody asks
+        elif place is None:  # after those of its priority (fib_nl_newrule in net/core/fib_rules.c)
+            known[iif] = sorted((*there, message), key=rule_order)
         elif len(there) == 1:
-            del known[incoming_device(message)]
+            del known[iif]
         else:
             del there[place]
 

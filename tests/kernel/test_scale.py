@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+import itertools
 import json
 import os
 import socket
@@ -33,6 +34,7 @@ from kvmifup.diagnosis import bridged
 from kvmifup.node import messages, overview, procfs, reserved, routes, settings, sockets, standing, transport
 from kvmifup.node.addresses import link_local
 from kvmifup.node.kernel import Kernel
+from kvmifup.node.netlink import Netlink
 from kvmifup.node.overview import WholeView
 from kvmifup.node.transport import Transport, split
 from kvmifup.node.view import View
@@ -146,6 +148,27 @@ def test_routes_and_rules_are_what_a_look_finds(kind: str, late: bool) -> None:
         seen.append(found())
         assert seen[-1] == without_what_is_kept(found)
     assert any(any(one) for one in seen)
+
+
+@pytest.mark.parametrize("change", ["add", "del"])
+def test_a_rule_that_changes_while_all_are_read_is_known_as_it_is(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read has the change already, and then the kernel tells of it."""
+    nodes.add_tap("tap5")
+    rule = "pref 300 iif tap5 lookup 100"
+    if change == "del":
+        tools.ip(f"rule add {rule}")
+    read, reads = Netlink.rules_by_iif, itertools.count()
+
+    def reading(via: Netlink, family: int) -> dict[str, list[bytes]]:
+        if next(reads) == 0:
+            tools.ip(f"rule {change} {rule}")
+        return read(via, family)
+
+    monkeypatch.setattr(Netlink, "rules_by_iif", reading)
+    for _ in range(2):
+        seen = found()
+        assert seen == without_what_is_kept(found)
+        assert any(seen) == (change == "add")
 
 
 def test_more_changes_than_the_socket_holds_hide_no_route() -> None:
