@@ -183,7 +183,7 @@ def test_a_tap_that_gets_another_name_is_nobodys_any_more(uplinked: Node, agent:
         through("kvm-ifup-post", name)
     tools.run("sh", "-c", "ip link set tap0 down; ip link set tap0 name old0")
     until(lambda: phase() is None)
-    assert oracle.proxies() == set() if alone else {"192.0.2.51"}
+    assert oracle.proxies() == (set() if alone else {"192.0.2.51"})
     for name in ("old0", "tap1")[: 1 if alone else 2]:
         tools.ip(f"link del {name}")
     until(lambda: same(before))

@@ -119,7 +119,6 @@ def test_a_hook_that_runs_when_it_is_to_end_comes_to_its_end(uplinked: Node) -> 
             assert "without the agent" not in result.err
             assert agent.process.wait(tools.PATIENCE) == 0
     assert phase() == "pre"
-    assert phase() == "pre"
 
 
 def test_somebody_who_is_connected_and_silent_does_not_keep_it(uplinked: Node) -> None:
