@@ -1,7 +1,8 @@
-"""What is true on a node, by `ip`, `bridge` and /proc/sys: never by kvmifup or pyroute2."""
+"""What is true on a node, by `ip`, `bridge` and /proc: never by kvmifup or pyroute2."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def routes(dev: str, table: str | None = None) -> set[str]:
 def proxies(dev: str | None = None) -> set[str]:
     """The addresses that the node answers for."""
     return {one["dst"] for one in ask("neigh show proxy") if dev in (None, one["dev"])}
+
+
+def packet_sockets(dev: str) -> list[int]:
+    """How many bytes wait in each packet socket that is bound to *dev*."""
+    index = str(socket.if_nametoindex(dev))
+    fields = [line.split() for line in Path("/proc/self/net/packet").read_text().splitlines()[1:]]
+    return [int(one[6]) for one in fields if one[4] == index]
 
 
 def rules(iif: str = "tap0") -> list[tuple[int, int, str]]:

@@ -58,11 +58,11 @@ QUIET = 0.2  # seconds after a change on the node until NICs are compared with i
 PACE = 0.2  # seconds between two changes of what is listened for: with hundreds of guests each takes milliseconds
 DONE = 0.02  # seconds between two looks whether the last hook has come to its end
 COUNT = 15.0  # seconds between two writings of the metrics
-# Seconds between two looks at what was dropped: that, or one for so many bytes, at most so many. With thousands of NICs
-# that have filters the kernel takes ten milliseconds to tell.
+# Between two looks at what was dropped there are `COUNT` seconds, or where the kernel tells more, a second for so many
+# bytes, and at most so many seconds: about thousands of NICs that have filters it takes ten milliseconds to tell.
 A_SECOND, SELDOM = 20_000, 45.0
 COUNTED = (Phase.PRE, Phase.POST)
-RETRY = 60.0  # seconds until once more is tried what nobody tells of when it can be done
+RETRY = 60.0  # seconds between two tries of what could not be done: nobody tells when it can be
 
 
 class Agent:
@@ -238,6 +238,7 @@ class Agent:
         self._keep_run_dir()
         self._journals.complete()
         self._leftovers.look_again()
+        self._departures.renew()
         watched = False
         with suppress(OSError):
             watched = self._journals.is_watched()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from functools import partial
 
 from kvmifup.agent.events import ANYTHING, Thing
@@ -27,6 +26,7 @@ class Leftovers:
         self._taps = taps
         self._names: dict[object, str] = {}  # of the taps that have a journal, by their indices
         self._dead: set[str] = set()  # those whose device has gone, and whose journal has not
+        self._unseen = False  # nobody could say of some whether their device has gone
 
     def found(self, tap: TapRecord) -> None:
         """*tap* has a new journal."""
@@ -47,8 +47,9 @@ class Leftovers:
         self._loop.work(partial(self._collect, None, BUSY))
 
     def look_again(self) -> None:
-        """Once more at those that could not be cleared up."""
-        self._collect_again(sorted(self._dead))
+        """Once more at those that could not be cleared up; at all if it could not be seen which these are."""
+        names, self._unseen = self._taps.names() if self._unseen else sorted(self._dead), False
+        self._collect_again(names)
         self.collect_killed()
 
     def _died(self, names: Sequence[str]) -> None:
@@ -68,8 +69,10 @@ class Leftovers:
         """Those of *taps*, or of all, whose device has gone, or has another name."""
         known = self._taps if taps is None else taps
         if known:
-            with suppress(OSError):  # nobody can be asked now, so nothing has been heard of their end
+            try:
                 self._died(devices.no_longer((tap.name, tap.ifindex) for tap in known))
+            except OSError:  # nobody can be asked now
+                self._unseen = True
 
     def devices_gone(self, indices: Sequence[int]) -> None:
         """The devices with *indices* have disappeared: some may be taps."""

@@ -74,10 +74,9 @@ class Breakages:
 
 @record
 class Looked:
-    """What a look at a NIC has found: what it relies on, and those of its ops that have to be looked at.
+    """What a look at a NIC has found: what it relies on, and its ops of which no event tells.
 
-    *unheard* are those about the tap itself, *outliving* those on uplinks.
-
+    Of these, *unheard* are about the tap itself, *outliving* on uplinks.
     *mtu*: the one to give back to the tap, before anything else. *again*: in how many seconds to look once more, None
     if all is well. *suspect*: nothing was done, because the guest has to be asked first whether it runs here.
     """
@@ -89,6 +88,9 @@ class Looked:
     mtu: int | None = None
     again: float | None = None
     suspect: bool = False
+
+
+Look = tuple[list[Looked], Sequence[TapRecord]]  # what was found; at whom to look once more, for it has failed
 
 
 class Mender:
@@ -124,9 +126,10 @@ class Mender:
             self._runner.complain("not looked at", error)
             return (), len(asked)
 
-    def look(self, taps: Sequence[TapRecord], suspects: frozenset[str]) -> list[Looked]:
+    def look(self, taps: Sequence[TapRecord], suspects: frozenset[str]) -> Look:
         """See which of *taps* differ from what they are to be, and put them right; *suspects* may have left."""
         found: list[Looked] = []
+        unseen: Sequence[TapRecord] = ()
         broken: list[tuple[Looked, planning.Plan | KvmIfupError]] = []
         try:
             kernel = Overview if len(taps) > FEW else None
@@ -143,10 +146,11 @@ class Mender:
                         broken.append((looked, plan))
         except Exception as error:
             self._runner.complain("not looked at", error)
+            unseen = taps
         # Those that drag a bridge's MTU down come first: the other taps would have to follow it.
         for looked, plan in sorted(broken, key=lambda one: one[0].mtu is None):
             found.append(self._put_right(looked, plan, suspects))
-        return found
+        return found, unseen
 
     def _compare(self, tap: TapRecord, session: Session) -> tuple[Looked, planning.Plan | KvmIfupError | None]:
         """What *tap* relies on; and what is to be done for it, None for nothing, or why that cannot be said."""
@@ -214,7 +218,7 @@ class Mender:
         ops = [entry.op for entry in tap.journal.entries if entry.op.restricts and entry.op.wanted is not None]
         try:
             open_ = [op.key for op in ops if session.kernel.read(op) != op.wanted]
-        except KvmIfupError:  # to plan says what is wrong
+        except Exception:  # to plan says what is wrong
             return False
         return bool(open_) and self._breakages.wait(tap.name, open_, time.monotonic()) <= 0
 

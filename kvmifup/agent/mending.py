@@ -15,7 +15,7 @@ from functools import partial
 from kvmifup.agent.announcements import Announcements
 from kvmifup.agent.events import ANYTHING, Thing
 from kvmifup.agent.loop import Loop, OneAtATime
-from kvmifup.agent.mender import REASON, Looked, Mender
+from kvmifup.agent.mender import REASON, Look, Looked, Mender
 from kvmifup.agent.reliance import Reliance
 from kvmifup.agent.runner import Runner
 from kvmifup.agent.taps import LISTENING, State, TapRecord, Taps
@@ -149,12 +149,15 @@ class Mending:
 
     # --- looking ----------------------------------------------------------------------------------------------
 
-    def _begin(self) -> Callable[[], list[Looked]] | None:
+    def _begin(self) -> Callable[[], Look] | None:
         taps = [tap for tap in self._taps.named(sorted(self._due)) if tap.state in KEPT and tap.nic.mode != "ext"]
         self._due.clear()
         return partial(self._mender.look, taps, frozenset(self._suspects)) if taps else None
 
-    def _looked(self, found: list[Looked]) -> None:
+    def _looked(self, look: Look) -> None:
+        found, unseen = look
+        if unseen:
+            self._loop.later(PERIOD, partial(self._soon, [tap.name for tap in unseen]))
         for one in found:
             name = one.tap.name
             if one.tap.state is State.OVER:

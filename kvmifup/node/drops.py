@@ -36,18 +36,26 @@ FAMILIES = {NFPROTO_BRIDGE: REASONS, NFPROTO_INET: ("address",)}
 
 def counted() -> Counts:
     """What has been dropped so far, of each guest of which something was; nothing where that cannot be read."""
+    return looked()[0]
+
+
+def looked() -> tuple[Counts, bool]:
+    """The same; and whether all could be read."""
     found: dict[str, dict[str, int]] = {}
+    whole = True
     for family, reasons in FAMILIES.items():
         table = Nftables(family, TABLE)
-        with suppress(OSError):
+        try:
             for reason in reasons if table.itself() is not None else ():
                 for element in table.elements(f"dropped_{reason}"):
                     tap = text(keys_of(element)[0]) or ""
                     if packets := packets_of(element):
                         of_tap = found.setdefault(tap, {})
                         of_tap[reason] = of_tap.get(reason, 0) + packets
+        except OSError:
+            whole = False
         table.close()
-    return found
+    return found, whole
 
 
 class Counting:
@@ -72,8 +80,8 @@ class Counting:
         dumps = tuple(map(self._dump, FAMILIES))
         self.size, seen = sum(map(len, dumps)), hash(dumps)
         if seen != self._seen:
-            self._counts = counted()  # which is no older than what was seen
-            self._seen = seen
+            self._counts, whole = looked()  # which is no older than what was seen
+            self._seen = seen if whole else None
         return self._counts
 
     def _dump(self, family: int) -> bytes:

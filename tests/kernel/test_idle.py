@@ -21,15 +21,17 @@ import pytest
 from harness import manager, nodes, oracle, tools
 from harness.hooks import call, check
 from harness.nodes import Node
-from kvmifup.agent import agent, leftovers, loop, mending
+from kvmifup.agent import agent, leftovers, loop, mender, mending
 from kvmifup.agent.agent import Agent
 from kvmifup.agent.listening import Listener, OnlyOne
 from kvmifup.agent.loop import Loop
 from kvmifup.core.ops import Op, ProxyNeighbour, Sysctl
-from kvmifup.node import drops, procfs, repeated, unheard
+from kvmifup.inputs import devices
+from kvmifup.node import drops, procfs, repeated, sockets, unheard
 from kvmifup.node.messages import NTF_PROXY, RTM_GETNEIGH, NetlinkError
 from kvmifup.node.netlink import Netlink
 from kvmifup.node.nfmessages import Element
+from kvmifup.node.nfnetlink import Nftables
 from kvmifup.node.repeated import Repeated
 from kvmifup.node.unheard import PROXIES, Asked, Unheard, differing, proxies_in
 from kvmifup.runs import store
@@ -184,17 +186,25 @@ def test_what_could_not_be_done_is_tried_again_and_nothing_else(idle: Idle, monk
     assert set(read) == {"tap1"}
 
 
-def test_a_dead_nic_that_could_not_be_cleared_up_is_tried_again(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
-    wired(range(2))
-    idle.rest(SETTLING)
+@contextmanager
+def without_descriptors(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """*name* of *owner* has no descriptor for what it does meanwhile. Gives what it was called with, each time."""
     failures: list[object] = []
 
-    def fail(*given: object) -> None:
-        failures.append(given)
+    def fail(*given: object, **named: object) -> None:
+        failures.append((given, named))
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(leftovers, "collect", fail)
+        patch.setattr(owner, name, fail)
+        yield failures
+    assert failures
+
+
+def test_a_dead_nic_that_could_not_be_cleared_up_is_tried_again(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+    wired(range(2))
+    idle.rest(SETTLING)
+    with without_descriptors(leftovers, "collect", monkeypatch) as failures:
         tools.ip("link del tap1")
         idle.rest(1.0)
         idle.rest(agent.RETRY)
@@ -202,6 +212,60 @@ def test_a_dead_nic_that_could_not_be_cleared_up_is_tried_again(idle: Idle, monk
     assert {"192.0.2.100", "192.0.2.101"} < oracle.proxies()
     idle.rest(agent.RETRY)
     assert oracle.proxies() == {"192.0.2.100", "2001:db8::100"}
+
+
+def test_a_nic_that_was_not_seen_to_go_is_cleared_up_later(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+    wired(range(2))
+    idle.rest(1.0)
+    with without_descriptors(devices, "no_longer", monkeypatch):
+        tools.run("sh", "-c", "ip link set tap1 down; ip link set tap1 name old1")
+        for _ in range(2):  # it hears of it, and looks
+            idle.rest(1.0)
+    assert {"192.0.2.100", "192.0.2.101"} < oracle.proxies()
+    idle.rest(agent.RETRY)
+    assert oracle.proxies() == {"192.0.2.100", "2001:db8::100"}
+
+
+def test_nics_at_which_nobody_could_look_are_looked_at_again(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sooner than it would be their turn."""
+    wired(range(2))
+    idle.rest(1.0)
+    with without_descriptors(mender, "opened", monkeypatch):
+        tools.ip("route del 192.0.2.101 dev tap1")
+        for _ in range(2):
+            idle.rest(1.0)
+    assert oracle.routes("tap1") == {"2001:db8::101"}
+    idle.rest(2 * mending.PERIOD)
+    assert oracle.routes("tap1") == {"192.0.2.101", "2001:db8::101"}
+
+
+def test_where_nobody_could_listen_it_is_tried_again(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or nobody would hear that a guest is on another node now."""
+    before = len(oracle.packet_sockets("eth0"))
+    with without_descriptors(sockets, "uplink_listener", monkeypatch):
+        wired(range(1))
+        idle.rest(1.0)
+    assert len(oracle.packet_sockets("eth0")) == before
+    idle.rest(agent.RETRY)
+    assert len(oracle.packet_sockets("eth0")) == before + 2, "for IPv4 and IPv6"
+
+
+def dropped(tap: str, packets: int) -> None:
+    """So many have been by now, as the kernel would have counted on; nft has no word for that."""
+    tools.run("nft", f"delete element inet kvm-ifup dropped_address {{ {tap} }}")
+    tools.run("nft", f"add element inet kvm-ifup dropped_address {{ {tap} counter packets {packets} bytes 9 }}")
+
+
+def test_what_was_dropped_and_could_not_be_read_is_read_the_next_time(
+    uplinked: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wired(range(1))
+    dropped("tap0", 5)
+    with closing(drops.Counting()) as counting:
+        with without_descriptors(Nftables, "elements", monkeypatch):
+            assert counting.counted() == {}
+        for _ in range(2):
+            assert counting.counted() == {"tap0": {"address": 5}}
 
 
 def test_what_was_dropped_is_taken_apart_when_it_has_changed(uplinked: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,9 +283,7 @@ def test_what_was_dropped_is_taken_apart_when_it_has_changed(uplinked: Node, mon
         assert counting.counted() == {}
         assert len(looks) == 3
         for packets in (5, 7):
-            # As the kernel counts on; nft has no word for it.
-            tools.run("nft", "delete element inet kvm-ifup dropped_address { tap1 }")
-            tools.run("nft", f"add element inet kvm-ifup dropped_address {{ tap1 counter packets {packets} bytes 9 }}")
+            dropped("tap1", packets)
             found = counting.counted()
             assert found == {"tap1": {"address": packets}}
             looks.clear()
@@ -234,8 +296,7 @@ def test_what_was_dropped_is_taken_apart_when_it_has_changed(uplinked: Node, mon
 def test_the_note_of_what_was_dropped_is_never_old(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when nothing more is: `kvm-ifup check` tells a rate by it."""
     wired(range(1))
-    tools.run("nft", "delete element inet kvm-ifup dropped_address { tap0 }")
-    tools.run("nft", "add element inet kvm-ifup dropped_address { tap0 counter packets 5 bytes 9 }")
+    dropped("tap0", 5)
     written: list[float] = []
     monkeypatch.setattr(agent, "save_drops", lambda _run_dir, _counts: written.append(idle.skipped))
     idle.rest(REST)
