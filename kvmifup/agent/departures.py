@@ -89,9 +89,8 @@ class Departures:
         self._wanted: dict[Which, set[str]] = {}  # the addresses that guests have there
         self._stale: set[Which] = set()  # those of which perhaps not all is heard, or what is muted
         self._listeners: dict[Which, tuple[socket.socket, int]] = {}  # with the uplink's index
-        self._about: dict[
-            Which, tuple[set[str], sockets.Ranges]
-        ] = {}  # the addresses that each is to hear of; and does
+        # The addresses that each is to hear of, and how those end of which it hears.
+        self._about: dict[Which, tuple[set[str], sockets.Ranges]] = {}
         self._muted: dict[Which, set[str]] = {}  # those of which it is not, for a moment
         RouteEvents(loop, self._routed_elsewhere)
 

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 THREADS = 64
-ROOM = 64  # timers that may wait until one looks which of them are cancelled
+ROOM = 64  # timers that may wait before those that were cancelled are looked for
 
 
 @dataclass(order=True)

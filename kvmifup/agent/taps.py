@@ -71,8 +71,8 @@ class TapRecord:
     addresses, by None, and where the guest is asked for each alone, by that. *timers* are
     cancelled by a change to a state in which nobody listens. *tries*: how many versions of the journal right before
     this one were UNFINISHED too. *complaint*: what was last said to keep post from being prepared.
-    *doubtful*: its guest may be here, and have nothing more to say, so it is asked. *asked*: that waits in its tap, or
-    the guest has taken it.
+    *doubtful*: its guest may be here, and have nothing more to say, so it is asked. *asked*: the question has
+    been put into its tap.
     """
 
     def __init__(self, loop: Loop, journal: Journal, stamp: Stamp) -> None:

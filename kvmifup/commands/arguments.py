@@ -33,8 +33,8 @@ BEHIND = "\0"  # begins each word behind "--", also another "--": so argparse ta
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises our errors, and writes nothing itself.
 
-    Of several "--" argparse drops more than the first, which of them depends on its version, and a word that is dropped
-    counts as not given: `nic rm web1 -- --` was all NIC files of web1.
+    Of several "--" argparse drops more than the first; which of them, depends on its version. A word that is dropped
+    counts as not given: `nic rm web1 -- --` would be all NIC files of web1.
     """
 
     words: Collection[str] = ()  # its subcommands: what follows one is not for this parser

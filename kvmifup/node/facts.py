@@ -49,10 +49,10 @@ def of_routed(nic: Nic, config: Config, view: View, *, ipv6: bool) -> dict[str, 
     """Those that only a routed NIC needs, by the name of the fact."""
     table = MAIN_TABLE if nic.link is None else tables.number(nic.link)
     disabled = f"net/ipv6/conf/{nic.tap}/disable_ipv6"
-    uplinks = () if table is None else uplinks_of(nic, table, config, view)
+    uplinks = [] if table is None else [with_gateways(one, table, view) for one in uplinks_of(nic, table, config, view)]
     return {
         "table": table,
-        "uplinks": tuple(with_gateways(uplink, table or 0, view) for uplink in uplinks),
+        "uplinks": tuple(uplinks),
         "unguarded": sources_of(view).refused() if ipv6 and needs_nftables(config) else None,
         "taken": () if table is None else tuple(taken(nic, table, view)),
         "ipv6_mend": (assignment(disabled, "0"),) if view.sysctl(disabled) not in (None, "0") else (),

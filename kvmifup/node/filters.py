@@ -171,7 +171,7 @@ class Filters:
                     return
 
     def write_all(self, ops: Sequence[Filter]) -> None:
-        """Make what *ops* want true, each of another tap, and none of them nothing. Raises as `write`.
+        """Make what *ops* want true: a filter for each tap, none of them without one. Raises as `write`.
 
         What NICs share is made with the first of them, where it is missing; the others are one transaction.
         """
@@ -181,6 +181,8 @@ class Filters:
         for attempt in range(1, TRIES + 1):
             for op in whole[:1]:
                 self.write(op)
+            if len(whole) < 2:
+                return
             with self._lock, refusals("restricting guests"):
                 try:
                     self._write_others(whole[1:])
@@ -192,7 +194,7 @@ class Filters:
 
     def _write_others(self, ops: Sequence[Filter]) -> None:
         generation, lacking, every = everything(self.nftables, self.guards)
-        if lacking and ops:
+        if lacking:
             raise failure(errno.ERESTART)
         before: set[tuple[str, Entry]] = set()
         after: set[tuple[str, Entry]] = set()

@@ -187,12 +187,12 @@ def one_of(addresses: Collection[str]) -> list[Instruction]:
 
 
 def endings(addresses: Iterable[str]) -> Ranges:
-    """How those addresses end, by their last four bytes, that pass a filter that is about *addresses*."""
+    """How those addresses end, by their last four bytes, that a filter about *addresses* lets pass."""
     return ranges_of(map(ending, addresses))
 
 
 def passes(address: str, ranges: Ranges) -> bool:
-    """Whether *address* ends so."""
+    """Whether *address* ends as a filter lets pass that has these *ranges*."""
     return any(low <= ending(address) <= high for low, high in ranges)
 
 
