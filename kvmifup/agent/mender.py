@@ -202,7 +202,8 @@ class Mender:
         Returns the names of those that were changed: their new journals have them looked at. The others are compared
         like any.
         """
-        journals = {tap.name: tap.journal for tap in taps if self._is_open(tap, session)}
+        several = taps if len(taps) > 1 else ()
+        journals = {tap.name: tap.journal for tap in several if self._is_open(tap, session)}
         for _ in range(TRIES if len(journals) > 1 else 0):
             outcomes = self._runner.attempt_all(partial(mend_all, list(journals)), REASON, BUSY)
             if not isinstance(outcomes, KvmIfupError):

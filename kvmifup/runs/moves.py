@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from kvmifup import phases
-from kvmifup.core.errors import LockTimeoutError
+from kvmifup.core.errors import KvmIfupError, LockTimeoutError
 from kvmifup.core.model import Nic, Phase
 from kvmifup.core.ops import LinkMtu
 from kvmifup.node.overview import Overview
@@ -76,7 +76,8 @@ def mend_all(taps: Sequence[str], session: Session) -> list[Outcome]:
     """The same as `mend` for all of *taps* that can be had at once, as one run: all of them, or none.
 
     What restricts guests comes first, for all of them. The node is looked at once. One whose lock somebody else holds
-    is left out, and so is one of which there is nothing to be made true. Raises what `mend` raises.
+    is left out, and so is one of which nothing can be made true. Raises what `apply.apply` raises, LockTimeoutError,
+    JournalError and NamespaceError.
     """
     with ExitStack() as stack:
         free = []
@@ -93,7 +94,7 @@ def mend_all(taps: Sequence[str], session: Session) -> list[Outcome]:
         looking = replace(session, kernel=seen)
         prepared = []
         for journal in (one for one in journals if alive(one, looking)):
-            with about(journal.nic.label):
+            with suppress(KvmIfupError):  # who looks at it alone says what stands in the way
                 prepared.append(prepare(journal.phase, journal.nic, journal, looking, announce=False, admitted=True))
         return carry_out(prepared, session.kernel, session.store)
 

@@ -245,6 +245,27 @@ def test_many_routed_guests_are_closed_again_in_a_few_transactions(uplinked: Nod
         assert sources(passed(tap, client, map(packet, FORGED))) == []
 
 
+def test_one_that_cannot_be_mended_holds_up_nobody_else(node: Node) -> None:
+    for bridge in ("br0", "br1"):
+        nodes.add_bridge(bridge)
+    with agents.running() as agent:
+        for number in range(8):
+            nodes.add_tap(f"tap{number}")
+            manager.write_nic(f"tap{number}", "web1", number, mode="bridged", link="br1" if number == 3 else "br0",
+                              ip=[f"192.0.2.{80 + number}"], filter="mac", mac=f"aa:00:00:35:ac:0{number}")  # fmt: skip
+        agents.through("kvm-ifup-post", "--instance", "web1")
+        tools.ip("link del br1")
+        agent.heard("tap3", "cannot be mended")
+        until(agent.rests)
+        with transactions() as counted:
+            agent.send(signal.SIGSTOP)
+            tools.run("nft", "flush", "ruleset")
+            agent.send(signal.SIGHUP)  # it looks at all of them, as after more events than it has room for
+            agent.send(signal.SIGCONT)
+            until(lambda: agent.said().count("): mended: ") == 7)
+            assert 0 < counted() <= 4
+
+
 def test_one_that_goes_meanwhile_keeps_nobody_else_open(node: Node) -> None:
     nodes.add_bridge()
     with agents.running() as agent:
