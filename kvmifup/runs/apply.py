@@ -167,9 +167,17 @@ class Doing:
         still_wanted()  # the last one may have taken long
 
     def _restrict(self) -> frozenset[Change]:
-        """Restrict guests, all at once if they are several: none can do what it must not while others are seen to."""
-        every = [change for job in self._jobs for change in job.needed]
-        found = [change for change in every if change.op.restricts and change.op.wanted is not None]
+        """Restrict guests, all at once if they are several: none can do what it must not while others are seen to.
+
+        But who moves leaves first: where it goes, it may be restricted less than it is now.
+        """
+        found = [
+            change
+            for job in self._jobs
+            for change in job.needed
+            if change.op.restricts and change.op.wanted is not None
+            if change.now is None or in_steps(job.needed) == job.needed
+        ]
         if len(found) < 2:
             return frozenset()
         checkpoint()

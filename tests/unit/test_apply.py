@@ -192,6 +192,19 @@ def test_an_error_while_several_guests_are_restricted_leaves_them_as_they_were(
         assert world.is_as_before(), f"step {step}"
 
 
+def test_who_moves_leaves_before_it_is_restricted_in_another_way(worlds: Callable[..., World]) -> None:
+    world = worlds()
+    node, less = world.node, "mac aa:00:00:35:ac:03"
+    for tap, now in (("tap3", "address aa:00:00:35:ac:03 192.0.2.8"), ("tap4", None)):
+        node.put(LinkMaster(tap, "br0"))
+        node.put(Filter(tap, now))
+    moving = [job_for((Filter(tap, less), LinkMaster(tap, "br1")), node, tap=tap) for tap in ("tap3", "tap4")]
+    apply([*several(node), *moving], node, world.store)
+    assert Filter("tap4", less) in node.together[0], "nothing restricts it where it is"
+    assert Filter("tap3", less) not in node.together[0]
+    assert node.writes.index(LinkMaster("tap3", None)) < node.writes.index(Filter("tap3", less))
+
+
 def test_one_guest_is_restricted_in_its_turn(worlds: Callable[..., World]) -> None:
     world = worlds()
     apply(several(world.node)[:1], world.node, world.store)
