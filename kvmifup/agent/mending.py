@@ -172,7 +172,7 @@ class Mending:
     # --- what the kernel tells nobody about ---------------------------------------------------------------------
 
     def _know(self, name: str, looked: Looked | None) -> None:
-        """From now on that is known of the tap *name*."""
+        """From now on *looked* is what is known of the tap *name*; None: nothing."""
         before = self._known.get(name)
         if looked:
             self._known[name] = looked

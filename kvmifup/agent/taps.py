@@ -208,7 +208,7 @@ class Taps:
         self._begun = self._took = 0.0  # when the last look began, and how long it took, in seconds
         # Of the thread that looks: journals that it need not read again while they stay as they are.
         self._unreadable: dict[str, Stamp] = {}
-        self._heeded = False  # all others were known when the store was told last
+        self._heeded = False  # the store has been told of all that has changed (`Store.heed`)
         self._complaint = ""  # why the directory could not be looked at, the last time
         self._elsewhere: dict[str, Stamp] = {}  # of other network namespaces
         self._directory = identity_of(runner.store.directory)  # the one that was looked at last

@@ -1,4 +1,4 @@
-"""Finds names by what they have to do with: few of thousands, without a look at all of them."""
+"""Finds names by keys: a few of thousands, without a look at all of them."""
 
 from __future__ import annotations
 

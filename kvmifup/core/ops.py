@@ -39,7 +39,7 @@ class Op:
     `of_place`: it is true of the place where something is (`moves`), so it is put back when that is there again.
     `lost_with`: what takes the value away when it is done to the same device, as `disturbs` names it.
     `gone_with`: the kinds of ops that, when they are undone, undo this one as well.
-    `restricts`: all that it does is to take from a guest what that must not do, so it may come before all else, and for
+    `restricts`: all that it does is to keep a guest from what it must not do. So it may come before all else, and for
     several guests at once.
     `leaves`: the value when the guest has gone, for what is about this guest alone. It does not matter who made it:
     it may have been another script, or an earlier run whose journal is lost. Empty: the value that we found.
