@@ -44,7 +44,8 @@ def commands(phase: str, name: str = "tap0") -> list[str]:
         if op["command"] is not None
         for line in op["command"].split("; ")
     ]
-    assert len(max(result.out.splitlines(), key=len)) < 250
+    # One for nft has a line for each thing that it does; one for Open vSwitch is one line.
+    assert max(len(line) for line in result.out.splitlines() if " ovs-vsctl " not in line) < 250
     return found
 
 
