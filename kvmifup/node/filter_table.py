@@ -7,6 +7,7 @@ elements of this one and the chain on its tap.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network, summarize_address_range
@@ -43,7 +44,7 @@ from kvmifup.node.nfmessages import (
     plain,
     then,
 )
-from kvmifup.node.nfnetlink import Chain, Nftables, SetTypes, comments_of, digest_of, held
+from kvmifup.node.nfnetlink import Chain, Nftables, SetTypes, comments_of, held
 
 HOOKED = (NF_BR_PRE_ROUTING, -300, NF_ACCEPT, "filter", ())
 TRIES = 8  # of a look that changes disturb
@@ -210,6 +211,19 @@ def rules_of(table: Nftables, which: str) -> tuple[bytes, ...]:
 def made_now(here: Nftables, guards: Nftables) -> str:
     """What the rules of both tables look like now."""
     return f"{digest_of(rules_of(here, HERE), MADE)} {digest_of(rules_of(guards, GUARD), MADE)}"
+
+
+@lru_cache(4)
+def digest_of(rules: tuple[bytes, ...], without: str = "") -> str:
+    """What tells *rules*, which are attributes NFTA_RULE_*, from others: what they do, in their order.
+
+    Not those of the chain *without*, and not their numbers, which the kernel gives them.
+    """
+    number = 0
+    for one in map(attributes, rules):
+        if messages.text(one.get(NFTA_RULE_CHAIN)) != without:
+            number = zlib.crc32(one.get(NFTA_RULE_CHAIN, b"") + one.get(NFTA_RULE_EXPRESSIONS, b""), number)
+    return f"{number:08x}"
 
 
 def noted(here: Nftables) -> tuple[str, str]:

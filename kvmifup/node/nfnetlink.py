@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -47,7 +46,6 @@ from kvmifup.node.nfmessages import (
     NFTA_HOOK_HOOKNUM,
     NFTA_HOOK_PRIORITY,
     NFTA_RULE_CHAIN,
-    NFTA_RULE_EXPRESSIONS,
     NFTA_RULE_USERDATA,
     NFTA_SET_DATA_TYPE,
     NFTA_SET_ELEM_LIST_ELEMENTS,
@@ -251,19 +249,6 @@ def comments_of(rules: tuple[bytes, ...]) -> Mapping[str, tuple[str, ...]]:
         said = comment_of(one.get(NFTA_RULE_USERDATA, b"")) or ""
         found.setdefault(text(one.get(NFTA_RULE_CHAIN)) or "", []).append(said)
     return {name: tuple(every) for name, every in found.items()}
-
-
-@lru_cache(4)
-def digest_of(rules: tuple[bytes, ...], without: str = "") -> str:
-    """What tells *rules*, which are attributes NFTA_RULE_*, from others: what they do, in their order.
-
-    Not those of the chain *without*, and not their numbers, which the kernel gives them.
-    """
-    number = 0
-    for one in map(attributes, rules):
-        if text(one.get(NFTA_RULE_CHAIN)) != without:
-            number = zlib.crc32(one.get(NFTA_RULE_CHAIN, b"") + one.get(NFTA_RULE_EXPRESSIONS, b""), number)
-    return f"{number:08x}"
 
 
 def chain_in(found: Mapping[int, bytes]) -> Chain | tuple[()]:
