@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import partial
 
 from kvmifup.agent.events import ANYTHING, Thing
@@ -33,8 +34,8 @@ class Leftovers:
         self._names[tap.ifindex] = tap.name
         if tap.state is State.UNFINISHED:
             self._unfinished(tap)
-        elif not tap.is_there():
-            self._died([tap.name])
+        else:
+            self.collect_dead([tap])
 
     def over(self, tap: TapRecord) -> None:
         """Its journal is that of *tap* no longer."""
@@ -101,7 +102,10 @@ class Leftovers:
                 self._collect_some([tap.name], patience=0)
 
     def _collected(self, names: list[str], busy: bool) -> None:
-        self._dead.difference_update([tap.name for tap in self._taps.named(names) if tap.is_there()])
+        taps = self._taps.named(names)
+        with suppress(OSError):  # nobody can be asked now: who was dead still is
+            gone = devices.no_longer((tap.name, tap.ifindex) for tap in taps)
+            self._dead.difference_update({tap.name for tap in taps}.difference(gone))
         if busy:
             self._loop.later(KILLED, partial(self._collect_again, names))
 

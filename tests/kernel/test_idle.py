@@ -226,6 +226,32 @@ def test_a_nic_that_was_not_seen_to_go_is_cleared_up_later(idle: Idle, monkeypat
     assert oracle.proxies() == {"192.0.2.100", "2001:db8::100"}
 
 
+def test_a_nic_that_was_seen_to_go_stays_dead_when_nobody_can_be_asked(
+    idle: Idle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptors are used up while it is cleared up."""
+    wired(range(2))
+    idle.rest(SETTLING)
+
+    def fail(*_given: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+
+        def fail_from_now_on(*_given: object) -> None:
+            patch.setattr(devices, "index_of", fail)
+            patch.setattr(devices, "no_longer", fail)
+            fail()
+
+        patch.setattr(leftovers, "collect", fail_from_now_on)
+        monkeypatch.setattr(leftovers.Leftovers, "devices_changed", lambda _one, _things: None)
+        tools.ip("link del tap1")
+        idle.rest(1.0)
+    assert {"192.0.2.100", "192.0.2.101"} < oracle.proxies()
+    idle.rest(agent.RETRY)
+    assert oracle.proxies() == {"192.0.2.100", "2001:db8::100"}
+
+
 def test_nics_at_which_nobody_could_look_are_looked_at_again(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sooner than it would be their turn."""
     wired(range(2))
