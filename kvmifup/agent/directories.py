@@ -66,22 +66,26 @@ class DirectoryEvents:
     def renew(self) -> None:
         """Watch what is at the directory's path now, and its parent: somebody may remove it and make another.
 
-        Raises OSError, NotReadyError, KernelError.
+        If it cannot be watched, it is tried again and again. Raises OSError, NotReadyError, KernelError.
         """
         self.close()
+        try:
+            self._watch()
+        except BaseException:
+            self.close()  # it is not watched
+            self._wait(BLIND)
+            raise
+
+    def _watch(self) -> None:
         places.made(self._directory.parent, self._directory.name)
         self._events = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._events < 0:  # then somebody has to look from time to time
             self._held[self._directory] = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._wait(BLIND)
             return
-        try:
-            # IN_ATTRIB: for `Store.mark`. IN_MODIFY: for a person with an editor.
-            self._open(self._directory, COME_AND_GO | IN_ATTRIB | IN_MODIFY)
-            self._open(self._directory.parent, COME_AND_GO | IN_CREATE)
-        except BaseException:
-            self.close()  # it is not watched
-            raise
+        # IN_ATTRIB: for `Store.mark`. IN_MODIFY: for a person with an editor.
+        self._open(self._directory, COME_AND_GO | IN_ATTRIB | IN_MODIFY)
+        self._open(self._directory.parent, COME_AND_GO | IN_CREATE)
         missing = []
         for directory in self._also:
             try:
@@ -137,8 +141,6 @@ class DirectoryEvents:
 
     def _due(self) -> None:
         self._waiting = False
-        if not self._held:
-            return
         names = self._read()
         if self._new:
             names, self._new = None, False

@@ -337,6 +337,33 @@ def test_what_cannot_be_watched_does_not_count_as_watched(
     seen.wait("a")
 
 
+@pytest.mark.parametrize("by", ["itself", "somebody"])
+def test_what_cannot_be_watched_is_looked_at_until_it_can_be(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Nobody need call anything: what is in memory counts as long as somebody looks."""
+    monkeypatch.setattr(directories, "BLIND", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(directories._libc, "inotify_add_watch", lambda *_what: -1)
+        if by == "somebody":
+            with pytest.raises(KernelError):
+                seen.events.renew()
+        else:
+            seen.directory.rename(seen.directory.parent / "old")
+        for name in ("a", "b"):
+            put(seen.directory, name)
+            seen.wait(*sorted({"a", name}))
+        assert set(seen.told) <= {None, frozenset()}
+        assert not seen.events.is_watched()
+    put(seen.directory, "c")
+    seen.wait("a", "b", "c")
+    seen.settle()
+    assert seen.events.is_watched()
+    put(seen.directory, "d")
+    seen.wait("a", "b", "c", "d")
+    assert seen.told[-1] == frozenset({"new", "d"})
+
+
 def test_directories_of_others_are_watched_once_they_are_there(loop: Loop, tmp_path: Path) -> None:
     """There files are made where they are, and then written."""
     late = tmp_path / "pid"
