@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +24,7 @@ from kvmifup.node.unheard import Asked, Unheard, differing, is_unheard
 from kvmifup.runs import planning
 from kvmifup.runs.apply import Change
 from kvmifup.runs.journal import Journal
-from kvmifup.runs.moves import mend, mend_all
+from kvmifup.runs.moves import mend, restrict, restricting
 from kvmifup.runs.outcome import Outcome
 from kvmifup.runs.session import Session, opened
 from kvmifup.tell import render
@@ -33,7 +34,7 @@ LONGEST = 60.0
 ASKED = 6.0  # seconds until a guest that was to be asked is looked at again, if nothing comes of it
 SHOWN = 4  # changes in one line of the log
 FEW = 16  # NICs that are looked at one by one: to read the whole node takes longer
-TRIES = 2  # of one run for many NICs, which fails if one of them has just gone
+TRIES = 2  # to close many guests at once, which fails if one of them has just gone
 REASON = "mended"
 
 Key = tuple[object, ...]
@@ -132,12 +133,12 @@ class Mender:
         unseen: Sequence[TapRecord] = ()
         broken: list[tuple[Looked, planning.Plan | KvmIfupError]] = []
         try:
-            kernel = Overview if len(taps) > FEW else None
-            with opened(self._runner.run_dir, self._runner.config, dry=True, by="agent", kernel=kernel) as session:
-                session.store.trust_index()
+            with ExitStack() as stack:
+                session = stack.enter_context(self._looking(len(taps)))
                 there = [tap for tap in taps if tap.is_there()]
-                restricted = self._restrict([tap for tap in there if tap.name not in suspects], session)
-                for tap in (one for one in there if one.name not in restricted):
+                if self._restrict(there, session):
+                    session = stack.enter_context(self._looking(len(taps)))  # what was read is not true any more
+                for tap in there:
                     looked, plan = self._compare(tap, session)
                     if plan is None:
                         self._failed.pop(tap.name, None)
@@ -196,29 +197,33 @@ class Mender:
             return replace(looked, again=ASKED, suspect=True)
         return replace(looked, again=self._mended(looked, Phase.POST))
 
-    def _restrict(self, taps: Sequence[TapRecord], session: Session) -> Collection[str]:
-        """First of all, and as one run if they are several, mend those of *taps* whose guests can do too much.
+    @contextmanager
+    def _looking(self, taps: int) -> Iterator[Session]:
+        """A session to look at so many *taps*."""
+        kernel = Overview if taps > FEW else None
+        with opened(self._runner.run_dir, self._runner.config, dry=True, by="agent", kernel=kernel) as session:
+            session.store.trust_index()
+            yield session
 
-        Returns the names of those that were changed: their new journals have them looked at. The others are compared
-        like any.
+    def _restrict(self, taps: Sequence[TapRecord], session: Session) -> bool:
+        """First of all, and all at once, close those of *taps* whose guests can do too much; whether there were any.
+
+        Also those that may have left: nothing is drawn here by it.
         """
-        several = taps if len(taps) > 1 else ()
-        journals = {tap.name: tap.journal for tap in several if self._is_open(tap, session)}
-        for _ in range(TRIES if len(journals) > 1 else 0):
-            outcomes = self._runner.attempt_all(partial(mend_all, list(journals)), REASON, BUSY)
+        journals = {tap.name: tap.journal for tap in taps if self._is_open(tap, session)}
+        for _ in range(TRIES if journals else 0):
+            outcomes = self._runner.attempt_all(partial(restrict, list(journals)), REASON, BUSY)
             if not isinstance(outcomes, KvmIfupError):
-                changed = [one for one in outcomes if any(change.needed for change in one.changes)]
-                for outcome in changed:
-                    self._done(outcome, journals[outcome.tap])
-                return {outcome.tap for outcome in changed}
-            self._runner.failed([outcomes])
-        return ()
+                for outcome in outcomes:
+                    if any(change.needed for change in outcome.changes):
+                        self._done(outcome, journals[outcome.tap])
+                break
+        return bool(journals)
 
     def _is_open(self, tap: TapRecord, session: Session) -> bool:
         """Whether the guest on *tap* can do what it must not, and that is not left so for a while."""
-        ops = [entry.op for entry in tap.journal.entries if entry.op.restricts and entry.op.wanted is not None]
         try:
-            open_ = [op.key for op in ops if session.kernel.read(op) != op.wanted]
+            open_ = [op.key for op in restricting(tap.journal) if session.kernel.read(op) != op.wanted]
         except Exception:  # to plan says what is wrong
             return False
         return bool(open_) and self._breakages.wait(tap.name, open_, time.monotonic()) <= 0

@@ -46,6 +46,7 @@ class PreparedArrival:
 def prepare_arrival(tap: str, session: Session, only: Collection[str] | None = None) -> PreparedArrival | None:
     """Find out what post will have to do for *tap*; None if its NIC does not wait for its guest.
 
+    Also if the guest could do too much now: it is closed by whoever mends it, and if its arrival fails that must stay.
     *only*: for these of its addresses, and no others.
     Raises what `phases.plan` raises, LockTimeoutError, JournalError and NamespaceError.
     """
@@ -54,6 +55,8 @@ def prepare_arrival(tap: str, session: Session, only: Collection[str] | None = N
             return None
         nic = journal.nic if only is None else limited(journal.nic, only)
         outcome, job = prepare(Phase.POST, nic, journal, session, announce=False)
+        if any(change.op.restricts and change.op.wanted is not None for change in job.needed):
+            return None
         devices = dict.fromkeys(dev for change in job.changes if (dev := getattr(change.op, "dev", None)))
         indices = tuple((dev, session.kernel.ifindex(dev)) for dev in devices)
         if only is None and job.pending.pending:

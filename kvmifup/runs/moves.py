@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from kvmifup import phases
-from kvmifup.core.errors import KvmIfupError, LockTimeoutError
+from kvmifup.core.errors import KvmIfupError
 from kvmifup.core.model import Nic, Phase
-from kvmifup.core.ops import LinkMtu
+from kvmifup.core.ops import LinkMtu, Op
 from kvmifup.node.overview import Overview
 from kvmifup.runs.announcing import carry_out
 from kvmifup.runs.apply import save_or_mark, survey
@@ -72,31 +72,33 @@ def mend(tap: str, most: Phase, session: Session, mtu: int | None = None) -> Out
         return replace(outcome, changes=(*first, *outcome.changes))
 
 
-def mend_all(taps: Sequence[str], session: Session) -> list[Outcome]:
-    """The same as `mend` for all of *taps* that can be had at once, as one run: all of them, or none.
+def restrict(taps: Sequence[str], session: Session) -> list[Outcome]:
+    """Make true again, all at once, what their journals say of that which the guests on *taps* must not do.
 
-    What restricts guests comes first, for all of them. The node is looked at once. One whose lock somebody else holds
-    is left out, and so is one of which nothing can be made true. Raises what `apply.apply` raises, LockTimeoutError,
-    JournalError and NamespaceError.
+    The journals know already how to undo it. So nothing is noted before, and nothing is put back after a failure or a
+    crash: that would open who was closed. One whose lock somebody else holds, or whose journal cannot be read, is left
+    out. Raises KernelError, and what `Kernel.write_all` raises.
     """
+    at_once = replace(session, config=replace(session.config, lock_timeout=0.0))
     with ExitStack() as stack:
-        free = []
-        at_once = replace(session, config=replace(session.config, lock_timeout=0.0))
+        journals = []
         for tap in taps:
-            with suppress(LockTimeoutError):
+            with suppress(KvmIfupError):  # who looks at that one alone says what is wrong
                 at_once.locked(stack, [tap])
-                free.append(tap)
-        found = {tap: session.load(tap) for tap in free}
-        journals = [one for one in found.values() if one and one.phase is not Phase.DOWN and not one.pending]
-        session.share(stack, [], journals)
+                journal = session.load(tap)
+                if journal and journal.phase is not Phase.DOWN and not journal.pending:
+                    journals.append(journal)
         seen = Overview()
         stack.callback(seen.close)
-        looking = replace(session, kernel=seen)
-        prepared = []
-        for journal in (one for one in journals if alive(one, looking)):
-            with suppress(KvmIfupError):  # who looks at it alone says what stands in the way
-                prepared.append(prepare(journal.phase, journal.nic, journal, looking, announce=False, admitted=True))
-        return carry_out(prepared, session.kernel, session.store)
+        here = [one for one in journals if alive(one, replace(session, kernel=seen))]
+        found = [(one.nic, one.phase, survey(restricting(one), seen)) for one in here]
+        session.kernel.write_all([change.op for _, _, changes in found for change in changes if change.needed])
+        return [Outcome(nic.label, nic, nic.tap, phase, changes=changes) for nic, phase, changes in found]
+
+
+def restricting(journal: Journal) -> list[Op]:
+    """What *journal* has of that which the guest must not do."""
+    return [entry.op for entry in journal.entries if entry.op.restricts and entry.op.wanted is not None]
 
 
 def run(phase: Phase, nic: Nic, journal: Journal, session: Session, *, admitted: bool) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,12 +14,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from harness import agents, hooks, manager, nodes, tools, wire
+from harness import agents, disturb, hooks, manager, nodes, oracle, tools, wire
 from harness.addresses import CLIENT_MAC, GUEST_IP4, GUEST_IP6, GUEST_MAC
 from harness.agents import Agent, until
 from harness.guests import witness
 from harness.hooks import call, check
 from harness.nodes import Node
+from kvmifup.inputs import config
+from kvmifup.runs.arriving import prepare_arrival
+from kvmifup.runs.moves import restrict
+from kvmifup.runs.session import opened
 from tests.kernel.test_sources import FORGED, NIC, elements, from_guest, met, packet, passed, sources
 from tests.kernel.test_watch import METRICS, Watcher
 
@@ -262,17 +267,23 @@ def test_one_that_cannot_be_mended_holds_up_nobody_else(node: Node) -> None:
             tools.run("nft", "flush", "ruleset")
             agent.send(signal.SIGHUP)  # it looks at all of them, as after more events than it has room for
             agent.send(signal.SIGCONT)
-            until(lambda: agent.said().count("): mended: ") == 7)
+            until(lambda: agent.said().count("): mended: ") == 8)  # nor does it stay open itself
             assert 0 < counted() <= 4
 
 
-def test_one_that_goes_meanwhile_keeps_nobody_else_open(node: Node) -> None:
+def filtered(many: int) -> None:
+    """So many filtered NICs of web1 on one bridge."""
     nodes.add_bridge()
+    nodes.add_port("br0")
+    for number in range(many):
+        nodes.add_tap(f"tap{number}")
+        manager.write_nic(f"tap{number}", "web1", number, mode="bridged", link="br0", ip=[f"192.0.2.{80 + number}"],
+                          filter="mac", mac=f"aa:00:00:35:ac:0{number}")  # fmt: skip
+
+
+def test_one_that_goes_meanwhile_keeps_nobody_else_open(node: Node) -> None:
     with agents.running() as agent:
-        for number in range(8):
-            nodes.add_tap(f"tap{number}")
-            manager.write_nic(f"tap{number}", "web1", number, mode="bridged", link="br0", ip=[f"192.0.2.{80 + number}"],
-                              filter="mac", mac=f"aa:00:00:35:ac:0{number}")  # fmt: skip
+        filtered(8)
         agents.through("kvm-ifup-post", "--instance", "web1")
         until(agent.rests)
         agent.send(signal.SIGSTOP)
@@ -284,6 +295,98 @@ def test_one_that_goes_meanwhile_keeps_nobody_else_open(node: Node) -> None:
         (found,) = [one["map"]["elem"] for one in guests if "map" in one]
         assert sorted(name for name, _ in found) == [f"tap{number}" for number in range(8) if number != 3]
         assert agents.journal("tap3") is None
+
+
+@pytest.mark.parametrize("wrong", ["chmod 666 {}", "truncate -s 9 {}"], ids=["anybody's", "unreadable"])
+def test_one_whose_journal_is_wrong_has_the_others_closed_at_once(node: Node, wrong: str) -> None:
+    with agents.running() as agent:
+        filtered(8)
+        agents.through("kvm-ifup-post", "--instance", "web1")
+        until(agent.rests)
+        with transactions() as counted:
+            agent.send(signal.SIGSTOP)
+            tools.run("sh", "-c", wrong.format(agents.STATE / "tap3.json"))
+            tools.run("nft", "flush", "ruleset")
+            agent.send(signal.SIGCONT)
+            until(lambda: agent.said().count("mended: ") == 7)
+            assert 0 < counted() <= 4
+        tools.run("nft", "delete", "table", "ip", "last")
+
+
+def test_a_tap_that_drags_down_its_bridge_leaves_alone_who_is_open(node: Node) -> None:
+    devices = ["br0", "tap0", "tap1", "tap2"]
+    with agents.running() as agent:
+        filtered(3)
+        agents.through("kvm-ifup-post", "--instance", "web1")
+        until(agent.rests)
+        before = bridge_table()
+        agent.send(signal.SIGSTOP)
+        tools.run("nft", "flush", "ruleset")
+        tools.ip("link set tap1 mtu 1400")
+        assert oracle.link("br0")["mtu"] == 1400
+        agent.send(signal.SIGCONT)
+        until(lambda: bridge_table() == before)
+        until(lambda: [oracle.link(dev)["mtu"] for dev in devices] == [1500] * 4)
+        until(agent.rests)
+        assert [oracle.link(dev)["mtu"] for dev in devices] == [1500] * 4
+
+
+def test_guests_that_may_have_left_are_closed_before_they_are_asked(uplinked: Node) -> None:
+    """And what draws their traffic here is put back only once they have answered."""
+    ever = {"agent.suspects.ANSWER": 1e6, "agent.suspects.LONGEST": 1e6, "agent.mender.ASKED": 1e6}
+    with agents.running(others=ever) as agent:
+        met(uplinked)
+        uplinked.guest()
+        manager.write_nic("tap0", "web1", **NIC)
+        agents.through("kvm-ifup-post", "tap0")
+        witness(uplinked, agent)
+        until(agent.rests)
+        before = elements("sources")
+        assert len(before) == 1
+        agent.send(signal.SIGSTOP)
+        tools.ip("link set eth0 down")
+        tools.ip("link set eth0 up")
+        assert oracle.proxies() == set()  # they have gone with it
+        tools.run("nft", "flush", "ruleset")
+        agent.send(signal.SIGCONT)
+        until(lambda: elements("sources") == before)
+
+
+def test_while_a_guest_is_open_nothing_is_prepared_for_its_arrival(node: Node) -> None:
+    """If the arrival fails, it is undone; and who has been closed meanwhile would be opened by that."""
+    filtered(1)
+    manager.write_nic("tap0", "web1", mode="bridged", link="br0", ip=["192.0.2.80"], filter="mac",
+                      mac="aa:00:00:35:ac:00", incoming=True)  # fmt: skip
+    check(call("kvm-ifup-pre", "tap0"), 0)
+    tools.run("nft", "flush", "ruleset")
+    with opened(manager.RUN_DIR, config.load(None), by="agent") as session:
+        assert prepare_arrival("tap0", session) is None
+        assert [change.needed for change in restrict(["tap0"], session)[0].changes] == [True]
+        assert prepare_arrival("tap0", session)
+
+
+@pytest.mark.parametrize("how", ["killed", "refused"])
+def test_who_has_been_closed_again_stays_so_when_that_is_cut_short(node: Node, how: str) -> None:
+    """Whoever clears up after a killed run finds nothing to undo."""
+    filtered(2)
+    check(call("kvm-ifup-post", "--instance", "web1"), 0)
+    before, journals = bridge_table(), [agents.journal(f"tap{number}") for number in range(2)]
+    tools.run("nft", "flush", "ruleset")
+    stop = disturb.kill if how == "killed" else disturb.refuse
+    pid = os.fork()
+    if pid == 0:
+        with disturb.disturbed(after=stop(2)), opened(manager.RUN_DIR, config.load(None), by="agent") as session:
+            try:
+                restrict(["tap0", "tap1"], session)
+            finally:
+                os._exit(7)
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert ended == (-signal.SIGKILL if how == "killed" else 7)
+    assert bridge_table() == before
+    for remedy in (["kvm-ifup", "gc"], ["kvm-ifup-post", "--instance", "web1"]):
+        check(call(*remedy), 0)
+        assert bridge_table() == before
+    assert [agents.journal(f"tap{number}") for number in range(2)] == journals
 
 
 def bridge_table() -> list[str]:
