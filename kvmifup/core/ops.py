@@ -31,7 +31,7 @@ class Op:
     """What all ops have in common; `KINDS` has all subclasses by their `kind`.
 
     `undoable`: there is a value to go back to. An op without one is never journalled.
-    `after_change`: the op is done only if an earlier op of the same run has changed something.
+    `after_change`: the op is done only if an earlier op of the same run has changed something that is not `private`.
     `readable`: the node can be asked for the value. If not, the journal tells what was done.
     `waits`: writing the value can take long.
     `moves`: it says where something is: in one `place`, or nowhere (None). That leaves where it is before anything else
@@ -66,6 +66,11 @@ class Op:
     def shared(self) -> bool:
         """Whether several NICs may want the same value, so that it is put back only when the last of them leaves."""
         return False
+
+    @property
+    def private(self) -> bool:
+        """Whether it is only between the guest and its node, and nothing changes for others who send to the guest."""
+        return self.restricts
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -391,6 +396,10 @@ class Sysctl(Op):
     @property
     def shared(self) -> bool:
         return self.on_uplink
+
+    @property
+    def private(self) -> bool:
+        return not self.on_uplink
 
     @property
     def everywhere(self) -> bool:

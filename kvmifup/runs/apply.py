@@ -77,9 +77,10 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
     """
     changes: list[Change] = []
     written: set[tuple[str, object]] = set()  # what is done so far, as `Op.disturbs` names it, and to which device
+    told = False  # whether anything is that concerns others
     for op in ops:
         if op.after_change:
-            now, needed = None, getattr(op, "force", False) or bool(written)
+            now, needed = None, getattr(op, "force", False) or told
         else:
             now = node.read(op) if op.readable else before is not None and before.prior(op.key) is not None
             # Writing that undoes this.
@@ -89,6 +90,7 @@ def survey(ops: Sequence[Op], node: Node, before: Journal | None = None) -> tupl
             needed = lost or now != op.wanted
         if needed:
             written |= {(what, device(op)) for what in op.disturbs(now)}
+            told = told or not op.private
         changes.append(Change(op, now, needed))
     return tuple(changes)
 

@@ -181,6 +181,31 @@ def test_a_post_that_fails_before_it_announces_is_silent_on_the_wire(routed: Nod
     assert nas(heard) == []
 
 
+LOST = {
+    "a setting of the tap": ("echo 1 > /proc/sys/net/ipv6/conf/tap0/accept_dad", False),
+    "another one": ("echo 0 > /proc/sys/net/ipv4/conf/tap0/forwarding", False),
+    "IPv6 sources": ("nft delete table inet kvm-ifup", False),
+    "a proxy neighbour": (f"ip neigh del proxy {GUEST_IP4} dev eth0", True),
+    "a route": (f"ip route del {GUEST_IP4}", True),
+    "a setting of the uplink": ("echo 80 > /proc/sys/net/ipv4/neigh/eth0/proxy_delay", True),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_is_between_the_guest_and_its_node_is_no_reason_to_announce_it(routed: Node, lost: str) -> None:
+    """A newer version may have one more setting: else all guests would be announced when it is installed."""
+    command, told = LOST[lost]
+    manager.write_nic(mode="routed", ip=IPS)
+    check(call("kvm-ifup-post", "tap0"), 0)
+    whole, client = snapshots.snapshot_of_kernel(), routed.listen()
+    tools.run("sh", "-c", command)
+    assert snapshots.changes(whole, snapshots.snapshot_of_kernel()) != []
+    check(hook("kvm-ifup-post", "tap0"), 0)
+    hooks.wait_for_children()
+    assert len(garps(routed.fence(client))) == (ROUNDS if told else 0)
+    assert snapshots.changes(whole, snapshots.snapshot_of_kernel()) == []
+
+
 @pytest.mark.parametrize("program", ["kvm-ifup-pre", "kvm-ifup-post"])
 def test_a_no_op_is_silent_on_the_wire_and_announce_is_not(routed: Node, program: str) -> None:
     manager.write_nic(mode="routed", ip=IPS)
